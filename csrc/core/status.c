@@ -1,0 +1,36 @@
+/* status.c: errors, aligned memory, the clock: what every other file may lean on. No arithmetic of attention here. */
+#include "core/internal.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <time.h>
+
+dhsa_status dhsa_fail(dhsa_error *error, dhsa_status status, const char *format, ...)
+{
+    if (error) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(error->message, sizeof error->message, format, args);
+        va_end(args);
+        error->status = status;
+    }
+    return status;
+}
+
+void *dhsa_alloc(int64_t count, int64_t size)
+{
+    int64_t bytes;
+    if (!dhsa_mul(count, size, &bytes) || bytes > INT64_MAX - DHSA_ALIGN || (uint64_t)bytes > SIZE_MAX - DHSA_ALIGN) return NULL;
+    void *p = NULL;
+    /* At least one line, so that an empty array is still a valid, distinct pointer. */
+    return posix_memalign(&p, DHSA_ALIGN, (size_t)dhsa_round_up(DHSA_MAX(bytes, 1), DHSA_ALIGN)) == 0 ? p : NULL;
+}
+
+void dhsa_free(void *p) { free(p); }
+
+double dhsa_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}

@@ -1,0 +1,192 @@
+/* dhsa.h: the public C interface of the DHSA core: tensors, problems, selections, the prefill pipeline.
+ * Usable without Python. Every entry validates its arguments, returns a status and, on failure, fills a
+ * dhsa_error whose message names the argument, what came and what was expected. Nothing is printed, nothing aborts.
+ * Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv; query i sits at key position i + (Lk - Lq). */
+#ifndef DHSA_H
+#define DHSA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+    DHSA_OK = 0,
+    DHSA_ERR_VALUE,          /* a bad argument value       -> ValueError */
+    DHSA_ERR_TYPE,           /* a bad dtype                -> TypeError */
+    DHSA_ERR_NOT_IMPLEMENTED /* not there (yet)            -> NotImplementedError */,
+    DHSA_ERR_NO_MEMORY,      /* an allocation failed       -> MemoryError */
+    DHSA_ERR_SYSTEM          /* a thread could not be made -> OSError */
+} dhsa_status;
+
+typedef struct {
+    dhsa_status status;
+    char message[256];
+} dhsa_error;
+
+typedef enum { DHSA_F32 = 0, DHSA_F16 = 1, DHSA_BF16 = 2 } dhsa_dtype;
+
+/* A borrowed 4-D view. Strides are in elements, any sign, stride[3] must be 1 (ignored when shape[3] is 1). */
+typedef struct {
+    void *data;
+    dhsa_dtype dtype;
+    int64_t shape[4];
+    int64_t stride[4];
+} dhsa_tensor;
+
+/* ---- attention ---------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    dhsa_tensor q, k, v, out; /* one dtype for all four; out [B, H, Lq, D] must overlap none of the inputs */
+    float *lse;               /* NULL, or contiguous [B, H, Lq]: log-sum-exp of the logits, natural log, -inf where no key is seen */
+    double scale;             /* any finite number */
+    double softcap;           /* 0: none; else s = softcap * tanh(s / softcap) after scaling */
+    int64_t window;           /* 0: none; else key j is visible to position p only if j > p - window */
+    int causal;               /* 0: every key is visible (window must then be 0) */
+    const int32_t *key_ranges; /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop), in place of causal and window */
+    int num_threads;          /* >= 1 */
+} dhsa_problem;
+
+/* Which keys each block of `query_block` queries may attend to: CSR over (b, s, i), b-major, s < heads, i < nq.
+ * heads is 1 (one list for all heads), Hkv (one a KV group) or H (one a head). Indices ascending and unique in a row.
+ * Causality, window and softcap still apply per token inside a list. */
+typedef struct {
+    int64_t batch, heads, nq, query_block;
+    const int64_t *indptr;  /* [batch * heads * nq + 1] */
+    const int32_t *indices; /* [indptr[last]] */
+} dhsa_selection;
+
+/* Exact attention: dense, causal or sliding window. */
+dhsa_status dhsa_attend_dense(const dhsa_problem *problem, dhsa_error *error);
+/* Attention over a selection. The selection is validated in full (see dhsa_selection_check) before any of it is used. */
+dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection *selection, dhsa_error *error);
+
+/* Checks everything a kernel relies on; both attend functions call these first. n_indices is the length of `indices`. */
+dhsa_status dhsa_problem_check(const dhsa_problem *problem, dhsa_error *error);
+dhsa_status dhsa_selection_check(const dhsa_selection *selection, int64_t n_indptr, int64_t n_indices, int64_t batch,
+                                 int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error);
+
+/* ---- boundaries --------------------------------------------------------------------------------------------- */
+
+/* The paper's boundary network (BoundarySimilarityAttn), weights borrowed, fp32, contiguous, torch layouts. */
+typedef struct {
+    int64_t channels, heads, hidden; /* C = Hkv * D */
+    int64_t window;                  /* w: a gap sees 2w tokens */
+    const float *in_proj_weight;     /* [3C, C] */
+    const float *in_proj_bias;       /* [3C] */
+    const float *out_proj_weight;    /* [C, C] */
+    const float *out_proj_bias;      /* [C] */
+    const float *norm_weight, *norm_bias; /* [C] */
+    const float *gate_weight;        /* [C], or NULL: mean pooling */
+    const float *mlp0_weight;        /* [hidden, 4C + 1] */
+    const float *mlp0_bias;          /* [hidden] */
+    const float *mlp2_weight;        /* [hidden] */
+    float mlp2_bias;
+} dhsa_predictor;
+
+typedef enum { DHSA_BOUNDARIES_SIMILARITY = 0, DHSA_BOUNDARIES_FIXED, DHSA_BOUNDARIES_PREDICTOR } dhsa_boundary_kind;
+typedef enum { DHSA_SCORE_ROWS = 0, DHSA_SCORE_BLOCK } dhsa_score_kind;
+typedef enum { DHSA_POOL_MEAN = 0, DHSA_POOL_MEAN_SQRT } dhsa_pooling;
+typedef enum { DHSA_HEADS_GROUP = 0, DHSA_HEADS_ALL, DHSA_HEADS_HEAD } dhsa_heads;
+
+typedef struct {
+    dhsa_boundary_kind kind;
+    int64_t chunk_size; /* fixed */
+    int64_t num_chunks; /* similarity, predictor: n, the most gaps to pick */
+    int64_t window;     /* w of the similarity score */
+    double theta;       /* a gap's score must exceed it; -INFINITY: any */
+    int64_t nms;        /* an accepted gap lies more than this away from all accepted so far */
+    const dhsa_predictor *predictor;
+} dhsa_boundary_config;
+
+/* Scores of gap j (between keys j and j + 1) of one batch row: minus the cosine of the mean key of the w tokens up to j
+ * and of the w after it (fewer at the ends), KV heads concatenated. scores [B, Lk]; the last one, no gap, is -inf. */
+dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error);
+/* logits [B, Lk] of the predictor; the first w - 1 and last w gaps are -100. */
+dhsa_status dhsa_predictor_logits(const dhsa_predictor *predictor, const dhsa_tensor *k, float *logits, int num_threads,
+                                  dhsa_error *error);
+/* Greedy picking: score > theta, best first (ties: lower index first), more than nms apart, at most n.
+ * instruction > 0: gap L - instruction is taken first and gaps at or after it are skipped. boundaries has room for
+ * min(n, L) + 3 entries; *count receives how many were written: 0, ..., L. */
+dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
+                                 int32_t *boundaries, int64_t *count, dhsa_error *error);
+/* The most entries a row of dhsa_boundaries can have. */
+int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length);
+/* boundaries [B, capacity], rows padded with Lk; counts [B] (entries that are not padding). */
+dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
+                            int64_t *counts, int num_threads, dhsa_error *error);
+/* The training label: ratios [L] of one head-mean attention matrix attn [L, L] (row stride in elements).
+ * sliding_window 0: none. */
+dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t length, int64_t window, int64_t sliding_window,
+                                 double *ratios, int num_threads, dhsa_error *error);
+
+/* ---- scores and selection ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    dhsa_score_kind score;
+    dhsa_pooling pooling; /* block score only */
+    dhsa_heads heads;
+    int64_t query_block;
+    int64_t rows;         /* rows score: mean rows a full block is reduced to, 1..query_block */
+    double scale;         /* rows: of the logits; block: of the products (1: the paper's) */
+    double softcap;       /* rows only; 0: none */
+    int64_t window;       /* 0: none */
+} dhsa_score_config;
+
+/* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
+ * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
+ * block: sums the products over the heads of the sharing set. rows: sums squared probabilities over rows and heads of it. */
+dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
+                              const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
+
+typedef struct {
+    int64_t budget; /* keys a block may see, forced ones counted */
+    int64_t sink, local;
+    int64_t dense_tail; /* blocks that hold one of the last dense_tail queries see every candidate */
+    dhsa_score_config score;
+} dhsa_select_config;
+
+/* indptr [B * S * nq + 1] depends on shapes only; call plan first, allocate indptr[last] indices, then select. */
+dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
+                             dhsa_error *error);
+dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
+                        const dhsa_select_config *config, const int64_t *indptr, int32_t *indices, int num_threads,
+                        dhsa_error *error);
+
+/* ---- the pipeline ------------------------------------------------------------------------------------------- */
+
+typedef enum { DHSA_PATH_DENSE = 0, DHSA_PATH_WINDOW, DHSA_PATH_SPARSE } dhsa_path;
+
+typedef struct {
+    dhsa_path path;        /* what really ran */
+    double select_seconds; /* boundaries, scores and lists */
+    double attend_seconds;
+    double density; /* (query, key) pairs attended / pairs visible under causality and window; 1 for exact paths */
+} dhsa_stats;
+
+/* boundaries -> scores -> selection -> attention. Runs exact when no block's visible span exceeds the budget.
+ * problem must be causal, without key_ranges. The score config's scale, softcap and window are taken from the problem
+ * (a block score is not scaled: the order is the same). */
+dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const dhsa_select_config *select,
+                         dhsa_stats *stats, dhsa_error *error);
+
+/* ---- machine ------------------------------------------------------------------------------------------------ */
+
+/* CPUs this process may run on. */
+int dhsa_cpu_count(void);
+/* Instruction set tiers, lowest first: compiled in, and usable on this CPU under this OS. NULL past the end. */
+const char *dhsa_isa_compiled(int i);
+const char *dhsa_isa_detected(int i);
+const char *dhsa_isa_current(void);
+/* Lowers (or raises back) the tier for the whole process; fails if the name is unknown or this CPU cannot run it.
+ * name "auto": the best detected, or what DHSA_ISA says. */
+dhsa_status dhsa_isa_set(const char *name, dhsa_error *error);
+/* Measured fp32 FMA peak of the current tier, GFLOP/s summed over num_threads; for benchmarks. */
+double dhsa_fma_peak(int num_threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

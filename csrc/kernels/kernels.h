@@ -1,0 +1,62 @@
+/* kernels.h: what a kernel table holds. One table an instruction set; sizes travel with the kernels they belong to.
+ * Kernels know tiles, not attention. All buffers are fp32 unless said otherwise.
+ *
+ * The layout every kernel shares: a *panel* holds `lanes` query rows side by side, x[d * lanes + r], so that one vector
+ * instruction works on `lanes` rows at once, keys and values are read a number at a time (broadcast), and the softmax
+ * needs no sums across a vector. */
+#ifndef DHSA_KERNELS_H
+#define DHSA_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define DHSA_MAX_LANES 64
+#define DHSA_ALIGN 64
+
+typedef struct dhsa_kernels {
+    const char *isa;
+    int lanes;      /* rows of a panel */
+    int value_step; /* value columns of one packed strip, see pack_values */
+
+    /* s[j * lanes + r] = sum_d q[d * lanes + r] * k[j * k_stride + d] for j < n, d < dim. Any n >= 0, dim >= 1.
+     * q and s aligned to DHSA_ALIGN. A general matrix product: also used for chunk scores and the predictor. */
+    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s);
+
+    /* One online-softmax step of a panel over n keys. Row r sees keys j with lo[r] <= j < hi[r]; lo == NULL: all see all.
+     * s in: raw products, out: probabilities relative to the new maximum. scale >= 0; softcap 0: none.
+     * m: running maximum of the raw products after softcap, in units of log2 (scale * log2(e) folded in), l: running sum, alpha out: factor for what was
+     * accumulated before. */
+    void (*softmax)(float *s, int n, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
+                    float *alpha);
+
+    /* o[d * lanes + r] = o * alpha[r] + sum_j p[j * lanes + r] * v(j, d), v packed by pack_values with the same n. */
+    void (*pv)(const float *p, const float *v, int n, int dim, const float *alpha, float *o);
+
+    /* Copies n rows (pointers to fp32 / fp16 / bf16 numbers) into dst[j * dim + d], converting to fp32. */
+    void (*pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst);
+    /* The same into strips of value_step columns: dst[(d / value_step * n + j) * value_step + d % value_step], last strip
+     * padded with zeros. Returns 1 if any number is not finite. */
+    int (*pack_values)(const void *const *rows, int dtype, int n, int dim, float *dst);
+    /* n <= lanes rows to a panel q[d * lanes + r], the rest zeros. */
+    void (*pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst);
+    /* rows[r][d] = o[d * lanes + r] * factor[r], rounded to dtype, for r < n. */
+    void (*store_panel)(const float *o, const float *factor, int n, int dim, int dtype, void *const *rows);
+
+    /* Row scores: for each lane r < rows, P = softmax over j < n of (softcapped) scale * s[j * lanes + r]; score[j] += P^2.
+     * A lane whose products are not all finite adds nothing. s is used as scratch. */
+    void (*row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score);
+
+    /* Vectors of n fp32 numbers, any alignment. */
+    void (*load)(const void *src, int dtype, int64_t n, float *dst);                 /* dst = src, converted */
+    void (*add)(const void *src, int dtype, int64_t n, float *dst);                  /* dst += src, converted */
+    float (*dot)(const float *a, const float *b, int64_t n);
+
+    double (*fma_peak)(void); /* GFLOP/s of one thread over a few milliseconds of nothing but independent FMAs */
+} dhsa_kernels;
+
+/* The table in use; safe to call from any thread, never NULL. */
+const dhsa_kernels *dhsa_kernels_current(void);
+/* The table of a tier, for tests; NULL if it is not compiled in or not usable here. */
+const dhsa_kernels *dhsa_kernels_find(const char *isa);
+
+#endif

@@ -1,0 +1,35 @@
+"""Builds dhsa._core: every C file under csrc/, with a plain C compiler, into one limited-API extension.
+
+Each instruction set tier raises its own compiler target inside its source file, so no file needs flags of its own
+and one binary holds every tier. Metadata and dependencies live in pyproject.toml.
+"""
+
+from glob import glob
+
+from setuptools import Extension, setup
+
+core = Extension(
+    "dhsa._core",
+    sources=sorted(glob("csrc/*/*.c")),
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    include_dirs=["csrc", "csrc/include"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],
+    # No -ffast-math: infinities and NaN have a meaning here. Contraction into FMA is written by hand where wanted.
+    extra_compile_args=[
+        "-std=c11",
+        "-O3",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+    ],
+    extra_link_args=["-pthread"],
+    libraries=["m"],
+    py_limited_api=True,
+)
+
+setup(ext_modules=[core], options={"bdist_wheel": {"py_limited_api": "cp311"}})
