@@ -1,0 +1,39 @@
+"""The readable NumPy float64 twin of the C core: what every step computes, written as plainly as possible.
+
+Responsible for being right and easy to read: it is the oracle of the tests and part of the documentation.
+Not responsible for speed or memory (it builds Lq x Lk matrices); needs NumPy only and never calls the extension.
+
+Shapes throughout: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv; query i sits at key position i + (Lk - Lq).
+Inputs are arrays of any float dtype; everything is computed and returned in float64. "The paper" is Dynamic
+Hierarchical Sparse Attention, arXiv 2510.24606.
+"""
+
+from dhsa.reference._attention import attention, selection_mask, sparse_attention
+from dhsa.reference._boundaries import (
+    boundaries,
+    boundary_ratios,
+    pick_boundaries,
+    predictor_logits,
+    similarity_scores,
+)
+from dhsa.reference._scores import chunk_means, chunk_scores
+from dhsa.reference._selection import Prefill, Selection, density, prefill, select, select_from_scores
+
+__all__ = [
+    "Prefill",
+    "Selection",
+    "attention",
+    "boundaries",
+    "boundary_ratios",
+    "chunk_means",
+    "chunk_scores",
+    "density",
+    "pick_boundaries",
+    "predictor_logits",
+    "prefill",
+    "select",
+    "select_from_scores",
+    "selection_mask",
+    "similarity_scores",
+    "sparse_attention",
+]

@@ -1,0 +1,166 @@
+"""Reference chunk scores: how much each block of queries wants each chunk of keys.
+
+Responsible for candidates, chunk means and both scores; the top-k is in _selection.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dhsa.reference._attention import check, softmax
+
+
+def boundary_rows(boundaries, batch: int, k_len: int) -> np.ndarray:
+    """Boundaries [C + 1] or [B, C + 1], checked, as int64 [B, C + 1]."""
+    rows = np.atleast_2d(np.asarray(boundaries)).astype(np.int64)
+    rows = np.broadcast_to(rows, (batch, rows.shape[1]))
+    if rows.shape[1] < 2 or (rows[:, 0] != 0).any() or (rows[:, -1] != k_len).any() or (np.diff(rows) < 0).any():
+        raise ValueError(f"boundaries: expected rows ascending from 0 to {k_len}")
+    return rows
+
+
+def chunk_means(k, boundaries) -> np.ndarray:
+    """Mean key of each chunk: k [B, Hkv, L, D], boundaries [B, C + 1] or [C + 1] -> float64 [B, Hkv, C, D].
+
+    An empty chunk (the padding of a boundary row) gives zeros.
+    """
+    k = np.asarray(k).astype(np.float64)
+    rows = boundary_rows(boundaries, k.shape[0], k.shape[2])
+    means = np.zeros((k.shape[0], k.shape[1], rows.shape[1] - 1, k.shape[3]))
+    for b, row in enumerate(rows):
+        for c in range(len(row) - 1):
+            if row[c + 1] > row[c]:
+                means[b, :, c] = k[b, :, row[c] : row[c + 1]].mean(axis=1)
+    return means
+
+
+def candidates(i: int, q_len: int, k_len: int, query_block: int, window: int | None, score: str) -> tuple[int, int]:
+    """Candidate keys [lo, end) of query block i.
+
+    ``end`` is the block's nominal end, capped by Lk. The lower edge in a window layer: under "rows" the union of the
+    queries' windows; under "block" upstream's rule, the nominal end (not capped) minus the window, but never above the
+    block's own start, so that windows narrower than a block leave no query without itself.
+    """
+    start = k_len - q_len + i * query_block
+    end = min(start + query_block, k_len)
+    if window is None:
+        return 0, end
+    if score == "rows":
+        return max(0, start - window + 1), end
+    return max(0, min(start + query_block - window, start)), end
+
+
+def _head_sets(heads: str, q_heads: int, kv_heads: int) -> list[range]:
+    """The query heads that share one selection."""
+    sizes = {"all": q_heads, "group": q_heads // kv_heads, "head": 1}
+    if heads not in sizes:
+        raise ValueError(f"heads: expected 'group', 'all' or 'head', got {heads!r}")
+    return [range(h, h + sizes[heads]) for h in range(0, q_heads, sizes[heads])]
+
+
+def _block_scores(q, means, lengths, pooling, members, group):
+    """The paper's score of the candidate chunks, and which of these have a finite mean.
+
+    q [H, n, D], the block's queries; means [Hkv, C, D] and lengths [C], candidate chunks only -> float64 [C], bool [C].
+    Heads of a set are averaged on both sides before the product, as upstream does.
+    """
+    row = q[list(members)].mean(axis=1)
+    keys = means[[h // group for h in members]]
+    if pooling == "mean_sqrt":
+        row = row * np.sqrt(q.shape[1])
+        keys = keys * np.sqrt(lengths)[None, :, None]
+    finite = np.isfinite(keys).all(axis=(0, 2))
+    keys = np.where(finite[None, :, None], keys, 0.0)
+    products = keys.mean(axis=0) @ row.mean(axis=0)
+    return products if np.isfinite(products).all() else np.zeros_like(products), finite
+
+
+def _row_scores(q, means, rows, query_block, scale, softcap, members, group):
+    """Sums of squared row probabilities over the candidate chunks, and which of these have a finite mean.
+
+    q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], bool [C].
+    """
+    finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
+    step = -(-query_block // rows)
+    total = np.zeros(means.shape[1])
+    for h in members:
+        finite_here = np.isfinite(means[h // group]).all(axis=1)
+        keys = means[h // group][finite_here]
+        for u in range(0, q.shape[1], step):
+            s = scale * (keys @ q[h, u : u + step].mean(axis=0))
+            if not s.size or np.isnan(s).any() or s.max() == np.inf or s.max() == -np.inf:
+                continue
+            if softcap is not None:
+                s = softcap * np.tanh(s / softcap)
+            total[finite_here] += softmax(s, axis=0) ** 2
+    return total, finite
+
+
+def chunk_scores(
+    q,
+    k,
+    boundaries,
+    *,
+    query_block: int,
+    score: str = "block",
+    pooling: str = "mean_sqrt",
+    heads: str = "all",
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    rows: int | None = None,
+) -> np.ndarray:
+    """How much each block of queries wants each chunk: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
+
+    boundaries int [B, C + 1] or [C + 1]; S is 1, Hkv or H for ``heads`` "all", "group", "head".
+
+    score "block" (the paper): ``scale * mean_h(rq_h) . mean_h(rk_h)`` over the heads h of the set, with rq the mean
+    query of the block and rk the mean key of the whole chunk; pooling "mean_sqrt" multiplies them by the square root
+    of the number of queries and of keys. scale None means 1.
+
+    score "rows" (ours): the block's queries are averaged in groups of ``ceil(query_block / rows)`` neighbours (the
+    last group of a short block may be smaller), each such row and head takes a softmax of
+    ``cap(scale * row . meankey)`` over the chunks with a candidate key, and a chunk's score is the sum of the squared
+    probabilities over rows and heads of the set. A chunk straddling the block's end is cut there. rows None means
+    ``max(1, query_block // 4)``, scale None ``D ** -0.5``. pooling does not apply.
+
+    A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. A chunk whose mean
+    key is not finite scores +inf, so that it is picked and the NaN reaches the rows that see it, and is left out of
+    every softmax; a row with a NaN or infinite product adds nothing.
+    """
+    q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
+    check(q, k)
+    if score not in ("rows", "block"):
+        raise ValueError(f"score: expected 'rows' or 'block', got {score!r}")
+    if pooling not in ("mean", "mean_sqrt"):
+        raise ValueError(f"pooling: expected 'mean' or 'mean_sqrt', got {pooling!r}")
+    batch, q_heads, q_len, dim = q.shape
+    k_len, group = k.shape[2], q_heads // k.shape[1]
+    edges = boundary_rows(boundaries, batch, k_len)
+    sets = _head_sets(heads, q_heads, k.shape[1])
+    rows = max(1, query_block // 4) if rows is None else rows
+    scale = (1.0 if score == "block" else dim**-0.5) if scale is None else scale
+    blocks = -(-q_len // query_block)
+    scores = np.full((batch, len(sets), blocks, edges.shape[1] - 1), -np.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        whole = chunk_means(k, edges)
+        for b in range(batch):
+            for i in range(blocks):
+                lo, end = candidates(i, q_len, k_len, query_block, window, score)
+                live = np.maximum(edges[b, :-1], lo) < np.minimum(edges[b, 1:], end)
+                queries = q[b, :, i * query_block : (i + 1) * query_block]
+                means, lengths = whole[b].copy(), np.diff(edges[b])
+                straddles = np.flatnonzero((edges[b, :-1] < end) & (edges[b, 1:] > end))
+                if score == "rows" and straddles.size:
+                    c = straddles[0]
+                    means[:, c] = k[b, :, edges[b, c] : end].mean(axis=1)
+                for s, members in enumerate(sets):
+                    if score == "block":
+                        value, finite = _block_scores(queries, means[:, live], lengths[live], pooling, members, group)
+                        value = scale * value
+                    else:
+                        value, finite = _row_scores(
+                            queries, means[:, live], rows, query_block, scale, softcap, members, group
+                        )
+                    scores[b, s, i, live] = np.where(finite, value, np.inf)
+    return scores
