@@ -22,15 +22,16 @@ typedef struct dhsa_kernels {
      * q and s aligned to DHSA_ALIGN. A general matrix product: also used for chunk scores and the predictor. */
     void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s);
 
-    /* One online-softmax step of a panel over n keys. Row r sees keys j with lo[r] <= j < hi[r]; lo == NULL: all see all.
-     * s in: raw products, out: probabilities relative to the new maximum. scale >= 0; softcap 0: none.
-     * m: running maximum of the raw products after softcap, in units of log2 (scale * log2(e) folded in), l: running sum, alpha out: factor for what was
-     * accumulated before. */
-    void (*softmax)(float *s, int n, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
+    /* One online-softmax step of a panel over n keys. Row r sees key j if lo[r] <= base + j < hi[r]; lo NULL: all see all.
+     * s in: raw products; out: probabilities relative to the new maximum. scale >= 0; softcap 0: none.
+     * m: running maximum of the (scaled, softcapped) logits times log2(e), -inf before the first key; l: running sum of
+     * probabilities; alpha out: the factor that brings what was accumulated so far to the new maximum. */
+    void (*softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
                     float *alpha);
 
-    /* o[d * lanes + r] = o * alpha[r] + sum_j p[j * lanes + r] * v(j, d), v packed by pack_values with the same n. */
-    void (*pv)(const float *p, const float *v, int n, int dim, const float *alpha, float *o);
+    /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), v packed by pack_values; v_stride is the
+     * length of one packed strip, value_step times the n it was packed with. */
+    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o);
 
     /* Copies n rows (pointers to fp32 / fp16 / bf16 numbers) into dst[j * dim + d], converting to fp32. */
     void (*pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst);
@@ -39,11 +40,11 @@ typedef struct dhsa_kernels {
     int (*pack_values)(const void *const *rows, int dtype, int n, int dim, float *dst);
     /* n <= lanes rows to a panel q[d * lanes + r], the rest zeros. */
     void (*pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst);
-    /* rows[r][d] = o[d * lanes + r] * factor[r], rounded to dtype, for r < n. */
-    void (*store_panel)(const float *o, const float *factor, int n, int dim, int dtype, void *const *rows);
+    /* rows[r][d] = o[d * lanes + r] / divisor[r], rounded to dtype, for r < n. */
+    void (*store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows);
 
     /* Row scores: for each lane r < rows, P = softmax over j < n of (softcapped) scale * s[j * lanes + r]; score[j] += P^2.
-     * A lane whose products are not all finite adds nothing. s is used as scratch. */
+     * A product of -inf has probability 0; a lane with a NaN or +inf adds nothing. s is used as scratch. */
     void (*row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score);
 
     /* Vectors of n fp32 numbers, any alignment. */

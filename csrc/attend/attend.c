@@ -1,0 +1,331 @@
+/* attend.c: the one executor. Dense, sliding window and every sparse method are the same loop over tiles of a list of
+ * keys; only the list differs. It plans tiles and masks; the arithmetic is the kernels'. Which keys matter is not its concern. */
+#include <assert.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "core/internal.h"
+#include "core/threads.h"
+
+enum {
+    TILE = 64,      /* keys of a tile: its scores, one panel of queries and a strip of values stay in L1 */
+    MAX_ROWS = 512, /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
+    MIN_ITEMS = 16  /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
+};
+
+typedef struct {
+    const dhsa_problem *p;
+    const dhsa_selection *list; /* NULL: every key */
+    const dhsa_kernels *kernels;
+    int64_t heads;       /* query heads that an item covers: G, or 1 where every head has its own list */
+    int64_t sets;        /* items per batch row and run of queries: H / heads */
+    int64_t run;         /* queries of an item at most */
+    int64_t block, runs; /* queries of a block; runs that a block is cut into */
+    int64_t blocks;
+    int panels, value_dim; /* panels of a full item; head_dim rounded up to whole strips */
+    float factor, sign;
+    char *arenas;
+    int64_t arena_size;
+} plan;
+
+/* What one thread works in; offsets of one arena. Sizes are those of a full item. */
+typedef struct {
+    float *q, *o, *s, *k, *v, *m, *l, *alpha;
+    int32_t *lo, *hi; /* [panels * lanes]: the entries of the key list that a row sees */
+    const void **rows;
+} scratch;
+
+static int64_t take(int64_t *used, int64_t bytes)
+{
+    const int64_t at = *used;
+    *used += dhsa_round_up(bytes, DHSA_ALIGN);
+    return at;
+}
+
+/* Lays the scratch out in an arena; with base NULL only its size is of use. */
+static int64_t lay_out(const plan *pl, char *base, scratch *w)
+{
+    const int64_t lanes = pl->kernels->lanes, dim = pl->p->q.shape[3], rows = pl->panels * lanes;
+    int64_t used = 0;
+    w->q = (float *)(base + take(&used, rows * dim * 4));
+    w->o = (float *)(base + take(&used, rows * dim * 4));
+    w->s = (float *)(base + take(&used, TILE * lanes * 4));
+    w->k = (float *)(base + take(&used, TILE * dim * 4));
+    w->v = (float *)(base + take(&used, TILE * pl->value_dim * 4));
+    w->m = (float *)(base + take(&used, rows * 4));
+    w->l = (float *)(base + take(&used, rows * 4));
+    w->alpha = (float *)(base + take(&used, lanes * 4));
+    w->lo = (int32_t *)(base + take(&used, rows * 4));
+    w->hi = (int32_t *)(base + take(&used, rows * 4));
+    w->rows = (const void **)(base + take(&used, DHSA_MAX(TILE, lanes) * (int64_t)sizeof(void *)));
+    return used;
+}
+
+/* The keys [*start, *stop) that query i sees, as positions. */
+static void visible(const dhsa_problem *p, int64_t b, int64_t i, int64_t *start, int64_t *stop)
+{
+    const int64_t q_len = p->q.shape[2], k_len = p->k.shape[2];
+    if (p->key_ranges) {
+        const int32_t *range = p->key_ranges + 2 * (b * q_len + i);
+        *start = range[0];
+        *stop = range[1];
+    } else if (p->causal) {
+        *stop = i + k_len - q_len + 1;
+        *start = p->window ? DHSA_MAX(0, *stop - p->window) : 0;
+    } else {
+        *start = 0;
+        *stop = k_len;
+    }
+}
+
+/* The first entry of an ascending list that is >= key. */
+static int64_t lower_bound(const int32_t *list, int64_t n, int64_t key)
+{
+    int64_t low = 0;
+    while (n > 0) {
+        const int64_t half = n / 2;
+        if (list[low + half] < key) {
+            low += half + 1;
+            n -= half + 1;
+        } else {
+            n = half;
+        }
+    }
+    return low;
+}
+
+/* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
+static void pv_guarded(const dhsa_kernels *kn, const float *p, const float *v, ptrdiff_t v_stride, int n, int base, const int32_t *lo,
+                       const int32_t *hi, int dim, const float *alpha, float *o)
+{
+    const int lanes = kn->lanes, step = kn->value_step;
+    for (int d = 0; d < dim; d++)
+        for (int r = 0; r < lanes; r++) {
+            float sum = 0;
+            for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(n, hi[r] - base); j++)
+                sum += p[(ptrdiff_t)j * lanes + r] * v[d / step * v_stride + (ptrdiff_t)j * step + d % step];
+            o[(ptrdiff_t)d * lanes + r] = o[(ptrdiff_t)d * lanes + r] * alpha[r] + sum;
+        }
+}
+
+/* A run of queries of one head set and the list of keys they attend to. */
+typedef struct {
+    int64_t b, head, kv_head; /* batch row, first query head, their KV head */
+    int64_t first, queries;   /* query positions */
+    const int32_t *keys;      /* NULL: the list is key_start, key_start + 1, ... */
+    int64_t key_start, n;
+    int rows, panels;
+} item;
+
+static void find_item(const plan *pl, int64_t index, item *it)
+{
+    const dhsa_problem *p = pl->p;
+    const int64_t G = p->q.shape[1] / p->k.shape[1], per_run = p->q.shape[0] * pl->sets;
+    /* Late queries see most keys: the heaviest first. */
+    const int64_t at = pl->blocks * pl->runs - 1 - index / per_run, block = at / pl->runs;
+    it->b = index % per_run / pl->sets;
+    it->head = index % pl->sets * pl->heads;
+    it->kv_head = it->head / G;
+    it->first = block * pl->block + at % pl->runs * pl->run;
+    it->queries = DHSA_MIN(DHSA_MIN(pl->run, (block + 1) * pl->block - it->first), p->q.shape[2] - it->first);
+    it->keys = NULL;
+    it->key_start = 0;
+    it->n = p->k.shape[2];
+    if (pl->list && it->queries > 0) {
+        const dhsa_selection *s = pl->list;
+        const int64_t set = s->heads == 1 ? 0 : s->heads == p->k.shape[1] ? it->kv_head : it->head;
+        const int64_t *row = s->indptr + (it->b * s->heads + set) * s->nq + block;
+        it->keys = s->indices + row[0];
+        it->n = row[1] - row[0];
+        if (it->n > 0 && it->keys[it->n - 1] - it->keys[0] == it->n - 1) { /* ascending and unique: no gaps */
+            it->key_start = it->keys[0];
+            it->keys = NULL;
+        }
+    }
+    it->rows = (int)(it->queries * pl->heads);
+    it->panels = (int)dhsa_ceil_div(it->rows, pl->kernels->lanes);
+}
+
+/* Row r of an item is query r / heads of head r % heads: neighbours in a panel see almost the same keys. */
+static void *item_row(const plan *pl, const item *it, const dhsa_tensor *t, int64_t r)
+{
+    return dhsa_row(t, it->b, it->head + r % pl->heads, it->first + r / pl->heads);
+}
+
+/* Which entries of the list each row sees. Returns the span [*begin, *end) that any row sees. */
+static void find_ranges(const plan *pl, const item *it, scratch *w, int64_t *begin, int64_t *end)
+{
+    const int64_t padded = (int64_t)it->panels * pl->kernels->lanes;
+    *begin = it->n;
+    *end = 0;
+    for (int64_t i = 0; i < it->queries; i++) {
+        int64_t start, stop;
+        visible(pl->p, it->b, it->first + i, &start, &stop);
+        if (it->keys) {
+            start = lower_bound(it->keys, it->n, start);
+            stop = lower_bound(it->keys, it->n, stop);
+        } else {
+            start = DHSA_MIN(DHSA_MAX(start - it->key_start, 0), it->n);
+            stop = DHSA_MIN(DHSA_MAX(stop - it->key_start, 0), it->n);
+        }
+        if (start < stop) {
+            *begin = DHSA_MIN(*begin, start);
+            *end = DHSA_MAX(*end, stop);
+        }
+        for (int64_t h = 0; h < pl->heads; h++) {
+            w->lo[i * pl->heads + h] = (int32_t)start;
+            w->hi[i * pl->heads + h] = (int32_t)stop;
+        }
+    }
+    /* Padding rows look like the last one: they must not make a tile look masked. */
+    for (int64_t r = it->rows; r < padded; r++) {
+        w->lo[r] = w->lo[it->rows - 1];
+        w->hi[r] = w->hi[it->rows - 1];
+    }
+}
+
+static void pack_queries(const plan *pl, const item *it, scratch *w)
+{
+    const int lanes = pl->kernels->lanes, dim = (int)pl->p->q.shape[3];
+    for (int at = 0; at < it->panels; at++) {
+        const int n = DHSA_MIN(lanes, it->rows - at * lanes);
+        for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &pl->p->q, at * lanes + r);
+        pl->kernels->pack_panel(w->rows, pl->p->q.dtype, n, dim, pl->sign, w->q + (ptrdiff_t)at * lanes * dim);
+    }
+}
+
+/* Gathers keys and values of list entries [at, at + n). Returns whether a value is not finite. */
+static int pack_tile(const plan *pl, const item *it, scratch *w, int64_t at, int n)
+{
+    const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
+    const int dim = (int)pl->p->q.shape[3];
+    int poison = 0;
+    for (int which = 0; which < 2; which++) {
+        const dhsa_tensor *t = tensors[which];
+        const char *base = dhsa_row(t, it->b, it->kv_head, 0);
+        const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
+        for (int j = 0; j < n; j++) w->rows[j] = base + (it->keys ? it->keys[at + j] : it->key_start + at + j) * step;
+        if (which == 0) pl->kernels->pack_rows(w->rows, t->dtype, n, dim, w->k);
+        else poison = pl->kernels->pack_values(w->rows, t->dtype, n, dim, w->v);
+    }
+    return poison;
+}
+
+/* One panel against the packed tile of list entries [at, at + n). */
+static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int n, int poison)
+{
+    const dhsa_kernels *kn = pl->kernels;
+    const int lanes = kn->lanes, dim = (int)pl->p->q.shape[3];
+    const int32_t *lo = w->lo + panel * lanes, *hi = w->hi + panel * lanes;
+    int32_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
+    for (int r = 0; r < lanes; r++) {
+        lo_min = DHSA_MIN(lo_min, lo[r]);
+        lo_max = DHSA_MAX(lo_max, lo[r]);
+        hi_min = DHSA_MIN(hi_min, hi[r]);
+        hi_max = DHSA_MAX(hi_max, hi[r]);
+    }
+    /* Ranges are clipped rather than masked: only where rows of one panel differ is there a mask at all. */
+    const int64_t from = DHSA_MAX(at, lo_min), to = DHSA_MIN(at + n, hi_max);
+    if (from >= to) return;
+    const int skip = (int)(from - at), count = (int)(to - from), masked = lo_max > from || hi_min < to;
+    const float *values = w->v + (ptrdiff_t)skip * kn->value_step;
+    const ptrdiff_t v_stride = (ptrdiff_t)n * kn->value_step, first = (ptrdiff_t)panel * lanes;
+    float *o = w->o + first * dim;
+    kn->qk(w->q + first * dim, w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s);
+    kn->softmax(w->s, count, (int)from, masked ? lo : NULL, hi, pl->factor, (float)pl->p->softcap, w->m + first, w->l + first, w->alpha);
+    if (poison && masked) pv_guarded(kn, w->s, values, v_stride, count, (int)from, lo, hi, dim, w->alpha, o);
+    else kn->pv(w->s, values, v_stride, count, dim, w->alpha, o);
+}
+
+static void store(const plan *pl, const item *it, scratch *w)
+{
+    const dhsa_problem *p = pl->p;
+    const int lanes = pl->kernels->lanes, dim = (int)p->q.shape[3];
+    const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
+    for (int r = 0; p->lse && r < it->rows; r++) {
+        const int64_t head = it->head + r % pl->heads, i = it->first + r / pl->heads;
+        /* m is in units of log2. No key seen: l is 0, the logarithm -inf. */
+        p->lse[(it->b * H + head) * q_len + i] = w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
+    }
+    for (int r = 0; r < it->rows; r++)
+        if (w->l[r] == 0) w->l[r] = 1; /* its sums are zeros: give zeros */
+    for (int at = 0; at < it->panels; at++) {
+        const int n = DHSA_MIN(lanes, it->rows - at * lanes);
+        for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &p->out, at * lanes + r);
+        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * dim, w->l + at * lanes, n, dim, p->out.dtype, (void *const *)w->rows);
+    }
+}
+
+static void attend_item(void *context, int64_t index, int thread)
+{
+    const plan *pl = context;
+    scratch w;
+    item it;
+    int64_t begin, end;
+    find_item(pl, index, &it);
+    if (it.queries <= 0) return; /* a short last block has fewer runs */
+    lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
+    const int64_t rows = (int64_t)it.panels * pl->kernels->lanes;
+    memset(w.o, 0, (size_t)(rows * pl->p->q.shape[3]) * sizeof *w.o);
+    for (int64_t r = 0; r < rows; r++) {
+        w.m[r] = -INFINITY;
+        w.l[r] = 0;
+    }
+    pack_queries(pl, &it, &w);
+    find_ranges(pl, &it, &w, &begin, &end);
+    for (int64_t at = begin; at < end; at += TILE) {
+        const int n = (int)DHSA_MIN(TILE, end - at);
+        const int poison = pack_tile(pl, &it, &w, at, n);
+        for (int panel = 0; panel < it.panels; panel++) attend_panel(pl, &w, panel, at, n, poison);
+    }
+    store(pl, &it, &w);
+}
+
+static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
+{
+    plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current()};
+    const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3], Hkv = p->k.shape[1], G = H / Hkv;
+    scratch unused;
+    /* A list for each head leaves nothing to share between heads. (With Hkv == H a group is one head anyway.) */
+    pl.heads = list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : G;
+    pl.sets = H / pl.heads;
+    pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
+    pl.blocks = dhsa_ceil_div(q_len, pl.block);
+    /* The cut depends on the shape only, never on the number of threads. */
+    const int64_t fair = dhsa_ceil_div(q_len * B * pl.sets, MIN_ITEMS), most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
+    const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
+    pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
+    pl.runs = dhsa_ceil_div(pl.block, pl.run);
+    pl.panels = (int)dhsa_ceil_div(pl.run * pl.heads, pl.kernels->lanes);
+    pl.value_dim = (int)dhsa_round_up(dim, pl.kernels->value_step);
+    /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
+    pl.factor = (float)fabs(p->scale);
+    pl.sign = p->scale < 0 ? -1.0f : 1.0f;
+    const int64_t items = pl.blocks * pl.runs * B * pl.sets;
+    const int threads = (int)DHSA_MIN(items, p->num_threads);
+    pl.arena_size = lay_out(&pl, NULL, &unused);
+    pl.arenas = dhsa_alloc(pl.arena_size, threads);
+    if (!pl.arenas)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for %d workspaces of %lld bytes", threads, (long long)pl.arena_size);
+    dhsa_parallel(items, threads, attend_item, &pl);
+    dhsa_free(pl.arenas);
+    return DHSA_OK;
+}
+
+dhsa_status dhsa_attend_dense(const dhsa_problem *problem, dhsa_error *error)
+{
+    const dhsa_status status = dhsa_problem_check(problem, error);
+    return status ? status : attend(problem, NULL, error);
+}
+
+dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection *s, dhsa_error *error)
+{
+    dhsa_status status = dhsa_problem_check(problem, error);
+    if (status) return status;
+    const dhsa_tensor *q = &problem->q, *k = &problem->k;
+    const int64_t rows = s->batch * s->heads * s->nq;
+    status = dhsa_selection_check(s, rows + 1, s->indptr ? s->indptr[rows] : 0, q->shape[0], q->shape[1], k->shape[1], q->shape[2],
+                                  k->shape[2], error);
+    return status ? status : attend(problem, s, error);
+}

@@ -1,0 +1,92 @@
+/* avx2.c: the AVX2 + FMA + F16C tier: vectors of 8, panels of 16 rows. */
+#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+#define K_ISA avx2
+#define K_TEXT "avx2"
+#define V_LEN 8
+#define V_PER 2
+#define QK_ROWS 6
+#define PV_ROWS 4
+
+typedef __m256 vf;
+typedef __m256 vm;
+
+static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void v_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
+static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+
+/* 2^x = 2^n * p(x - n), n = round(x), the power added into the exponent; p is the degree-6 fit of least relative error
+ * (2e-9) on [-1/2, 1/2]. Below 2^-126 the result is 0; max() with x second lets a NaN through. */
+static inline vf v_exp2(vf x)
+{
+    const vf c = v_max(v_set1(-127.0f), x), n = _mm256_round_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = v_sub(c, n);
+    vf p = v_fma(v_set1(0x1.41d334p-13f), f, v_set1(0x1.5f456ap-10f));
+    p = v_fma(p, f, v_set1(0x1.3b2dbcp-7f));
+    p = v_fma(p, f, v_set1(0x1.c6aed4p-5f));
+    p = v_fma(p, f, v_set1(0x1.ebfbdap-3f));
+    p = v_fma(p, f, v_set1(0x1.62e430p-1f));
+    p = v_fma(p, f, v_set1(1.0f));
+    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, v_set1(-126.0f), _CMP_LT_OQ), p);
+}
+
+/* An estimate of 12 bits needs two Newton steps; the division is no dearer. */
+static inline vf v_rcp(vf x) { return _mm256_div_ps(v_set1(1.0f), x); }
+
+static inline float v_sum(vf x)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline vm v_range(const int32_t *lo, const int32_t *hi, int j)
+{
+    const __m256i at = _mm256_set1_epi32(j), below = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)lo), at);
+    return _mm256_castsi256_ps(_mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)hi), at)));
+}
+static inline vf v_pick(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
+static inline vm v_eq(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline vf v_from_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline vf v_from_bf16(const uint16_t *p)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline void v_to_f16(vf x, uint16_t *p) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+static inline void v_to_bf16(vf x, uint16_t *p)
+{
+    const __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+    const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, even), _mm256_set1_epi32(0x7fff)), 16);
+    const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    r = _mm256_blendv_epi8(r, nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+    r = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(r));
+}
+
+#include "kernels/tile_tpl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+typedef int dhsa_avx2_not_here; /* an empty translation unit is not ISO C */
+#endif

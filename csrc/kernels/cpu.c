@@ -1,0 +1,47 @@
+/* cpu.c: asks the CPU what it has (cpuid) and the operating system what it saves (xgetbv): a register that is not saved
+ * on a context switch must not be used, whatever the CPU says. */
+#include "kernels/cpu.h"
+
+#include <string.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#include <stdint.h>
+
+static uint64_t saved_by_os(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+int dhsa_cpu_runs(const char *isa)
+{
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };              /* leaf 1, ecx */
+    enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 };     /* leaf 7, ebx */
+    const uint32_t avx512vl = UINT32_C(1) << 31, ymm_state = 0x06, zmm_state = 0xe6;
+    uint32_t a, b, c, d;
+    if (strcmp(isa, "scalar") == 0) return 1;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const uint32_t base = FMA | OSXSAVE | AVX | F16C;
+    if ((c & base) != base || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    const uint64_t os = saved_by_os();
+    const int avx2 = (b & AVX2) && (os & ymm_state) == ymm_state;
+    if (strcmp(isa, "avx2") == 0) return avx2;
+    const uint32_t wide = (uint32_t)AVX512F | AVX512DQ | AVX512BW | avx512vl;
+    if (strcmp(isa, "avx512") == 0) return avx2 && (b & wide) == wide && (os & zmm_state) == zmm_state;
+    return 0;
+}
+
+#else
+
+int dhsa_cpu_runs(const char *isa)
+{
+    if (strcmp(isa, "scalar") == 0) return 1;
+#if defined(__aarch64__)
+    if (strcmp(isa, "neon") == 0) return 1; /* part of every AArch64 */
+#endif
+    return 0;
+}
+
+#endif

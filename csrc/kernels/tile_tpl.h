@@ -1,0 +1,386 @@
+/* tile_tpl.h: the kernels' shared body. An ISA file defines the vector type and operations below, includes this file, and
+ * gets one complete table. Nothing here knows which ISA it is; sizes come from the macros.
+ *
+ * Required before inclusion:
+ *   K_ISA (name token), V_LEN, V_PER (vectors a panel row), QK_ROWS, PV_ROWS (register tile heights)
+ *   vf, vm (mask): v_load v_store (aligned or not) v_set1 v_add v_sub v_mul v_fma(a,b,c)=a*b+c v_max (NaN of 2nd wins) v_min
+ *   v_exp2 (2^x for x <= about 0; -inf -> 0, NaN -> NaN)  v_rcp (to fp32 rounding) v_sum (horizontal) v_div
+ *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b) mask
+ *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16 */
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "dhsa.h"
+#include "kernels/kernels.h"
+
+#define K_GLUE2(a, b) a##_##b
+#define K_GLUE(a, b) K_GLUE2(a, b)
+#define K_NAME(op) K_GLUE(op, K_ISA)
+#define K_LANES (V_LEN * V_PER)
+#define K_INLINE static inline __attribute__((always_inline))
+#define K_LOG2E 1.44269504088896340736f
+
+/* ---- products ------------------------------------------------------------------------------------------------ */
+
+/* `rows` keys against one panel; rows is a constant after inlining, so that the sums stay in registers. */
+K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int dim, float *s, const int rows)
+{
+    vf acc[QK_ROWS][V_PER];
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) acc[i][u] = v_set1(0.0f);
+    for (int d = 0; d < dim; d++) {
+        vf x[V_PER];
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) x[u] = v_load(q + (ptrdiff_t)d * K_LANES + u * V_LEN);
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++) {
+            const vf y = v_set1(k[i * k_stride + d]);
+#pragma GCC unroll 8
+            for (int u = 0; u < V_PER; u++) acc[i][u] = v_fma(x[u], y, acc[i][u]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) v_store(s + i * K_LANES + u * V_LEN, acc[i][u]);
+}
+
+static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s)
+{
+    int j = 0;
+    for (; j + QK_ROWS <= n; j += QK_ROWS) qk_tile(q, k + j * k_stride, k_stride, dim, s + (ptrdiff_t)j * K_LANES, QK_ROWS);
+#if QK_ROWS > 4
+    for (; j + 4 <= n; j += 4) qk_tile(q, k + j * k_stride, k_stride, dim, s + (ptrdiff_t)j * K_LANES, 4);
+#endif
+    for (; j < n; j++) qk_tile(q, k + j * k_stride, k_stride, dim, s + (ptrdiff_t)j * K_LANES, 1);
+}
+
+/* One strip of value columns, `cols` of which exist. Summed from zero and added to o at the end: short sums round less. */
+K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha, float *o, const int cols)
+{
+    vf acc[PV_ROWS][V_PER];
+#pragma GCC unroll 16
+    for (int i = 0; i < cols; i++)
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) acc[i][u] = v_set1(0.0f);
+    for (int j = 0; j < n; j++) {
+        vf x[V_PER];
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) x[u] = v_load(p + (ptrdiff_t)j * K_LANES + u * V_LEN);
+#pragma GCC unroll 16
+        for (int i = 0; i < cols; i++) {
+            const vf y = v_set1(v[(ptrdiff_t)j * PV_ROWS + i]);
+#pragma GCC unroll 8
+            for (int u = 0; u < V_PER; u++) acc[i][u] = v_fma(x[u], y, acc[i][u]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) {
+        const vf a = v_load(alpha + u * V_LEN);
+#pragma GCC unroll 16
+        for (int i = 0; i < cols; i++) {
+            float *at = o + i * K_LANES + u * V_LEN;
+            v_store(at, v_fma(v_load(at), a, acc[i][u]));
+        }
+    }
+}
+
+static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o)
+{
+    int d = 0;
+    for (; d + PV_ROWS <= dim; d += PV_ROWS, v += v_stride) pv_tile(p, v, n, alpha, o + (ptrdiff_t)d * K_LANES, PV_ROWS);
+    for (int i = 0; d < dim; d++, i++) pv_tile(p, v + i, n, alpha, o + (ptrdiff_t)d * K_LANES, 1);
+}
+
+/* ---- softmax -------------------------------------------------------------------------------------------------- */
+
+/* tanh as an odd rational, fitted for least relative error (2e-8) on |x| <= 9, where fp32 tanh has become 1. */
+K_INLINE vf tanh_vf(vf x)
+{
+    x = v_max(v_set1(-9.0f), v_min(v_set1(9.0f), x));
+    const vf y = v_mul(x, x);
+    vf p = v_fma(v_set1(1.335463117868585e-08f), y, v_set1(2.0609058992704377e-05f));
+    vf q = v_fma(v_set1(7.776545203341811e-07f), y, v_set1(0.00032856324105523527f));
+    p = v_fma(p, y, v_set1(0.003495586570352316f));
+    q = v_fma(q, y, v_set1(0.025876976549625397f));
+    p = v_fma(p, y, v_set1(0.13381023705005646f));
+    q = v_fma(q, y, v_set1(0.46714338660240173f));
+    p = v_fma(p, y, v_set1(1.0f));
+    q = v_fma(q, y, v_set1(1.0f));
+    return v_mul(v_mul(x, p), v_rcp(q));
+}
+
+/* Pass 1 of a softmax: the maximum, and with a softcap the capped logits in units of log2. Constant flags fold away. */
+K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, float inner, float outer, vf *top,
+                          const int masked, const int capped)
+{
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) top[u] = v_set1(-INFINITY);
+    for (int64_t j = 0; j < n; j++)
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) {
+            float *at = s + j * K_LANES + u * V_LEN;
+            vf x = v_load(at);
+            if (capped) {
+                x = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
+                v_store(at, x);
+            }
+            if (masked) x = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + (int)j), x, v_set1(-INFINITY));
+            top[u] = v_max(top[u], x);
+        }
+}
+
+K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
+                           float *l, float *alpha, const int masked, const int capped)
+{
+    const float factor = capped ? 1.0f : scale * K_LOG2E;
+    vf top[V_PER], sum[V_PER], shift[V_PER];
+    softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped);
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) {
+        const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
+        /* -inf times a zero scale would be NaN: no key seen stays no key seen. */
+        const vf now = v_max(v_pick(v_eq(top[u], none), none, v_mul(top[u], v_set1(factor))), old);
+        const vf use = v_pick(v_eq(now, none), v_set1(0.0f), now);
+        v_store(m + u * V_LEN, now);
+        v_store(alpha + u * V_LEN, v_exp2(v_sub(old, use)));
+        shift[u] = v_sub(v_set1(0.0f), use);
+        sum[u] = v_set1(0.0f);
+    }
+    for (int j = 0; j < n; j++)
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) {
+            float *at = s + (ptrdiff_t)j * K_LANES + u * V_LEN;
+            vf p = v_exp2(v_fma(v_load(at), v_set1(factor), shift[u]));
+            if (masked) p = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j), p, v_set1(0.0f));
+            v_store(at, p);
+            sum[u] = v_add(sum[u], p);
+        }
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) {
+        float *at = l + u * V_LEN;
+        v_store(at, v_fma(v_load(at), v_load(alpha + u * V_LEN), sum[u]));
+    }
+}
+
+static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
+                            float *l, float *alpha)
+{
+    if (softcap > 0) {
+        if (lo) softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1);
+        else softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1);
+    } else {
+        if (lo) softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0);
+        else softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0);
+    }
+}
+
+static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score)
+{
+    const float factor = softcap > 0 ? 1.0f : scale * K_LOG2E;
+    vf top[V_PER], sum[V_PER], shift[V_PER], inverse[V_PER];
+    vm keep[V_PER];
+    float lane[K_LANES];
+    int32_t zero[K_LANES] = {0}, used[K_LANES];
+    if (softcap > 0) softmax_max(s, n, 0, NULL, NULL, scale / softcap, softcap * K_LOG2E, top, 0, 1);
+    else softmax_max(s, n, 0, NULL, NULL, 0.0f, 0.0f, top, 0, 0);
+    for (int u = 0; u < V_PER; u++) {
+        shift[u] = v_sub(v_set1(0.0f), v_mul(v_max(v_set1(-FLT_MAX), top[u]), v_set1(factor)));
+        sum[u] = v_set1(0.0f);
+    }
+    for (int64_t j = 0; j < n; j++)
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) {
+            float *at = s + j * K_LANES + u * V_LEN;
+            const vf p = v_exp2(v_fma(v_max(v_set1(-FLT_MAX), v_load(at)), v_set1(factor), shift[u]));
+            v_store(at, p);
+            sum[u] = v_add(sum[u], p);
+        }
+    /* A lane counts if it is a real row and its sum is a number: NaN and inf turn up in the sum. */
+    for (int u = 0; u < V_PER; u++) v_store(lane + u * V_LEN, sum[u]);
+    for (int r = 0; r < K_LANES; r++) {
+        used[r] = r < rows && lane[r] > 0 && lane[r] <= FLT_MAX;
+        lane[r] = used[r] ? 1.0f / lane[r] : 0.0f;
+    }
+    for (int u = 0; u < V_PER; u++) {
+        inverse[u] = v_load(lane + u * V_LEN);
+        keep[u] = v_range(zero + u * V_LEN, used + u * V_LEN, 0);
+    }
+    for (int64_t j = 0; j < n; j++) {
+        vf total = v_set1(0.0f);
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) {
+            const vf p = v_pick(keep[u], v_mul(v_load(s + j * K_LANES + u * V_LEN), inverse[u]), v_set1(0.0f));
+            total = v_fma(p, p, total);
+        }
+        score[j] += v_sum(total);
+    }
+}
+
+/* ---- moving and converting ------------------------------------------------------------------------------------ */
+
+static float K_NAME(convert)(const void *src, int dtype, int64_t i)
+{
+    if (dtype == DHSA_F32) return ((const float *)src)[i];
+    float whole[V_LEN];
+    uint16_t half[V_LEN] = {((const uint16_t *)src)[i]};
+    v_store(whole, dtype == DHSA_F16 ? v_from_f16(half) : v_from_bf16(half));
+    return whole[0];
+}
+
+K_INLINE void load_as(const void *src, int64_t n, float *dst, const int dtype, const int adding)
+{
+    int64_t i = 0;
+    for (; i + V_LEN <= n; i += V_LEN) {
+        const vf x = dtype == DHSA_F32   ? v_load((const float *)src + i)
+                     : dtype == DHSA_F16 ? v_from_f16((const uint16_t *)src + i)
+                                         : v_from_bf16((const uint16_t *)src + i);
+        v_store(dst + i, adding ? v_add(v_load(dst + i), x) : x);
+    }
+    for (; i < n; i++) dst[i] = K_NAME(convert)(src, dtype, i) + (adding ? dst[i] : 0.0f);
+}
+
+static void K_NAME(load)(const void *src, int dtype, int64_t n, float *dst)
+{
+    if (dtype == DHSA_F32) memcpy(dst, src, (size_t)n * sizeof *dst);
+    else if (dtype == DHSA_F16) load_as(src, n, dst, DHSA_F16, 0);
+    else load_as(src, n, dst, DHSA_BF16, 0);
+}
+
+static void K_NAME(add)(const void *src, int dtype, int64_t n, float *dst)
+{
+    if (dtype == DHSA_F32) load_as(src, n, dst, DHSA_F32, 1);
+    else if (dtype == DHSA_F16) load_as(src, n, dst, DHSA_F16, 1);
+    else load_as(src, n, dst, DHSA_BF16, 1);
+}
+
+static float K_NAME(dot)(const float *a, const float *b, int64_t n)
+{
+    vf s0 = v_set1(0.0f), s1 = v_set1(0.0f);
+    int64_t i = 0;
+    for (; i + 2 * V_LEN <= n; i += 2 * V_LEN) {
+        s0 = v_fma(v_load(a + i), v_load(b + i), s0);
+        s1 = v_fma(v_load(a + i + V_LEN), v_load(b + i + V_LEN), s1);
+    }
+    float sum = v_sum(v_add(s0, s1));
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* Gathered rows lie anywhere in memory: fetch the next while this one is copied. */
+K_INLINE void prefetch_row(const void *row, int dim, int dtype)
+{
+    for (int at = 0; at < dim * (dtype == DHSA_F32 ? 4 : 2); at += 64) __builtin_prefetch((const char *)row + at);
+}
+
+static void K_NAME(pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst)
+{
+    for (int j = 0; j < n; j++) {
+        if (j + 4 < n) prefetch_row(rows[j + 4], dim, dtype);
+        K_NAME(load)(rows[j], dtype, dim, dst + (ptrdiff_t)j * dim);
+    }
+}
+
+static int K_NAME(pack_values)(const void *const *rows, int dtype, int n, int dim, float *dst)
+{
+    float line[256 + V_LEN];
+    vf poison = v_set1(0.0f);
+    const int strips = (dim + PV_ROWS - 1) / PV_ROWS, padded = strips * PV_ROWS;
+    for (int d = dim; d < padded || d % V_LEN; d++) line[d] = 0.0f;
+    for (int j = 0; j < n; j++) {
+        if (j + 4 < n) prefetch_row(rows[j + 4], dim, dtype);
+        K_NAME(load)(rows[j], dtype, dim, line);
+        /* x * 0 is 0 unless x is inf or NaN. */
+        for (int d = 0; d < dim; d += V_LEN) poison = v_fma(v_load(line + d), v_set1(0.0f), poison);
+        float *at = dst + (ptrdiff_t)j * PV_ROWS;
+        for (int s = 0; s < strips; s++, at += (ptrdiff_t)n * PV_ROWS) memcpy(at, line + s * PV_ROWS, PV_ROWS * sizeof *at);
+    }
+    return v_sum(poison) != 0.0f;
+}
+
+static void K_NAME(pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst)
+{
+    float line[256];
+    for (int r = 0; r < K_LANES; r++) {
+        if (r >= n) {
+            for (int d = 0; d < dim; d++) dst[(ptrdiff_t)d * K_LANES + r] = 0.0f;
+            continue;
+        }
+        for (int start = 0; start < dim; start += 256) {
+            const int part = dim - start < 256 ? dim - start : 256;
+            K_NAME(load)((const char *)rows[r] + (ptrdiff_t)start * (dtype == DHSA_F32 ? 4 : 2), dtype, part, line);
+            for (int d = 0; d < part; d++) dst[(ptrdiff_t)(start + d) * K_LANES + r] = line[d] * factor;
+        }
+    }
+}
+
+static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows)
+{
+    float line[256 + V_LEN];
+    uint16_t half[V_LEN];
+    for (int r = 0; r < n; r++) {
+        const vf by = v_set1(divisor[r]);
+        for (int d = 0; d < dim; d++) line[d] = o[(ptrdiff_t)d * K_LANES + r];
+        for (int d = dim; d % V_LEN; d++) line[d] = 0.0f;
+        for (int d = 0; d < dim; d += V_LEN) {
+            const int part = dim - d < V_LEN ? dim - d : V_LEN;
+            const vf x = v_div(v_load(line + d), by);
+            if (dtype == DHSA_F32) {
+                v_store(line + d, x);
+            } else {
+                if (dtype == DHSA_F16) v_to_f16(x, half);
+                else v_to_bf16(x, half);
+                memcpy((uint16_t *)rows[r] + d, half, (size_t)part * sizeof *half);
+            }
+        }
+        if (dtype == DHSA_F32) memcpy(rows[r], line, (size_t)dim * sizeof *line);
+    }
+}
+
+/* ---- the machine's peak --------------------------------------------------------------------------------------- */
+
+#include <time.h>
+
+static double K_NAME(fma_peak)(void)
+{
+    /* Twelve independent chains cover the latency of two FMA units. Values stay near 1: no denormals, no infinities. */
+    vf a[12];
+    const vf x = v_set1(0.5f), y = v_set1(0.5f);
+    struct timespec t0, t1;
+    const int64_t loops = 400000;
+    for (int i = 0; i < 12; i++) a[i] = v_set1(1.0f + (float)i * 0.125f);
+    clock_gettime(CLOCK_MONOTONIC, &t0);
+    for (int64_t n = 0; n < loops; n++)
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) a[i] = v_fma(a[i], x, y);
+    clock_gettime(CLOCK_MONOTONIC, &t1);
+    vf sum = a[0];
+    for (int i = 1; i < 12; i++) sum = v_add(sum, a[i]);
+    /* The sum is used, so that the loop is not optimised away. */
+    volatile float keep = v_sum(sum);
+    (void)keep;
+    const double seconds = (double)(t1.tv_sec - t0.tv_sec) + 1e-9 * (double)(t1.tv_nsec - t0.tv_nsec);
+    return (double)loops * 12 * V_LEN * 2 / seconds * 1e-9;
+}
+
+const dhsa_kernels K_NAME(dhsa_kernels) = {
+    .isa = K_TEXT,
+    .lanes = K_LANES,
+    .value_step = PV_ROWS,
+    .qk = K_NAME(qk),
+    .softmax = K_NAME(softmax),
+    .pv = K_NAME(pv),
+    .pack_rows = K_NAME(pack_rows),
+    .pack_values = K_NAME(pack_values),
+    .pack_panel = K_NAME(pack_panel),
+    .store_panel = K_NAME(store_panel),
+    .row_scores = K_NAME(row_scores),
+    .load = K_NAME(load),
+    .add = K_NAME(add),
+    .dot = K_NAME(dot),
+    .fma_peak = K_NAME(fma_peak),
+};
