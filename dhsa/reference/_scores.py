@@ -126,7 +126,7 @@ def chunk_scores(
 
     A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. A chunk whose mean
     key is not finite scores +inf, so that it is picked and the NaN reaches the rows that see it, and is left out of
-    every softmax; a row with a NaN or infinite product adds nothing.
+    every softmax of its KV head; a row with a NaN or +inf product adds nothing.
     """
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
     check(q, k)
