@@ -1,0 +1,317 @@
+/* args.c: Python numbers, tuples and arrays to the structs of dhsa.h, and dhsa_error to Python exceptions.
+ * What a value may be is the core's to say; here only what conversion would lose. */
+#include "python/args.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/threads.h"
+
+static int wrong_type(const char *name, const char *expected, PyObject *object)
+{
+    PyObject *type = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
+    if (type != NULL) {
+        PyErr_Format(PyExc_TypeError, "%s: expected %s, got %S", name, expected, type);
+        Py_DECREF(type);
+    }
+    return -1;
+}
+
+int dhsa_py_int(PyObject *object, const char *name, int64_t min, int64_t max, int64_t *value)
+{
+    if (PyBool_Check(object) || !PyIndex_Check(object)) {
+        return wrong_type(name, "an int", object);
+    }
+    PyObject *integer = PyNumber_Index(object);
+    if (integer == NULL) {
+        return -1;
+    }
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(integer, &overflow);
+    int result = 0;
+    if (number == -1 && !overflow && PyErr_Occurred()) {
+        result = -1;
+    } else if (overflow || number < min || number > max) {
+        if (max == INT64_MAX) {
+            PyErr_Format(PyExc_ValueError, "%s: expected at least %lld, got %S", name, (long long)min, integer);
+        } else {
+            PyErr_Format(PyExc_ValueError, "%s: expected %lld to %lld, got %S", name, (long long)min, (long long)max, integer);
+        }
+        result = -1;
+    } else {
+        *value = number;
+    }
+    Py_DECREF(integer);
+    return result;
+}
+
+int dhsa_py_optional_int(PyObject *object, const char *name, int64_t min, int64_t max, int64_t none, int64_t *value)
+{
+    if (object == Py_None) {
+        *value = none;
+        return 0;
+    }
+    return dhsa_py_int(object, name, min, max, value);
+}
+
+int dhsa_py_double(PyObject *object, const char *name, int infinite, double *value)
+{
+    if (PyBool_Check(object) || PyUnicode_Check(object) || PyBytes_Check(object)) {
+        return wrong_type(name, "a number", object);
+    }
+    const double number = PyFloat_AsDouble(object);
+    if (number == -1.0 && PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Clear();
+            return wrong_type(name, "a number", object);
+        }
+        if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_ValueError, "%s: %S does not fit a float", name, object);
+        }
+        return -1;
+    }
+    if (isnan(number) || (!infinite && isinf(number))) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a %snumber, got %S", name, infinite ? "" : "finite ", object);
+        return -1;
+    }
+    *value = number;
+    return 0;
+}
+
+int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out, double *softcap_out,
+                    int64_t *window_out)
+{
+    if (scale == Py_None) {
+        *scale_out = head_dim > 0 ? 1.0 / sqrt((double)head_dim) : 1.0; /* an empty head_dim is refused later, by name */
+    } else if (dhsa_py_double(scale, "scale", 0, scale_out) != 0) {
+        return -1;
+    }
+    *softcap_out = 0.0;
+    if (softcap != Py_None) {
+        if (dhsa_py_double(softcap, "softcap", 0, softcap_out) != 0) {
+            return -1;
+        }
+        if (*softcap_out <= 0.0) {
+            PyErr_Format(PyExc_ValueError, "softcap: expected None or a number above 0, got %S", softcap);
+            return -1;
+        }
+    }
+    return dhsa_py_optional_int(window, "window", 1, INT64_MAX, 0, window_out);
+}
+
+static int open_tensor(const dhsa_py_state *state, PyObject *object, const char *name, const char *axes, int writable,
+                       dhsa_py_view *view, dhsa_tensor *tensor)
+{
+    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, writable, tensor) == 0 ? 0 : -1;
+}
+
+int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *p)
+{
+    memset(p, 0, sizeof *p);
+    dhsa_problem *problem = &p->problem;
+    int64_t threads = 0;
+    int causal = 1;
+    if (open_tensor(state, args[0], "q", "[B, H, Lq, D]", 0, &p->q, &problem->q) != 0 ||
+        open_tensor(state, args[1], "k", "[B, Hkv, Lk, D]", 0, &p->k, &problem->k) != 0 ||
+        open_tensor(state, args[2], "v", "[B, Hkv, Lk, D]", 0, &p->v, &problem->v) != 0 ||
+        open_tensor(state, args[3], "out", "[B, H, Lq, D]", 1, &p->out, &problem->out) != 0) {
+        goto fail;
+    }
+    if (args[4] != Py_None) {
+        if (dhsa_py_array_open(state, args[4], "lse", DL_FLOAT, 32, 3, problem->q.shape, 1, &p->lse) != 0) {
+            goto fail;
+        }
+        problem->lse = p->lse.data;
+    }
+    if (dhsa_py_scaling(args[5], args[6], args[7], problem->q.shape[3], &problem->scale, &problem->softcap, &problem->window) != 0) {
+        goto fail;
+    }
+    causal = PyObject_IsTrue(args[8]);
+    if (causal < 0) {
+        goto fail;
+    }
+    problem->causal = causal;
+    if (args[9] != Py_None) {
+        const int64_t shape[3] = {problem->q.shape[0], problem->q.shape[2], 2};
+        if (dhsa_py_array_open(state, args[9], "key_ranges", DL_INT, 32, 3, shape, 0, &p->key_ranges) != 0) {
+            goto fail;
+        }
+        problem->key_ranges = p->key_ranges.data;
+    }
+    if (dhsa_py_int(args[10], "num_threads", 1, DHSA_MAX_THREADS, &threads) != 0) {
+        goto fail;
+    }
+    problem->num_threads = (int)threads;
+    return 0;
+fail:
+    dhsa_py_problem_release(p);
+    return -1;
+}
+
+void dhsa_py_problem_release(dhsa_py_problem *p)
+{
+    dhsa_py_view *const views[] = {&p->q, &p->k, &p->v, &p->out, &p->lse, &p->key_ranges};
+    for (size_t i = 0; i < sizeof views / sizeof *views; i++) {
+        dhsa_py_view_release(views[i]);
+    }
+}
+
+/* A tuple of exactly `size` items. These tuples come from our own Python files, so the message is for their authors. */
+static int check_tuple(PyObject *tuple, const char *name, Py_ssize_t size)
+{
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != size) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tuple of %zd items", name, size);
+        return -1;
+    }
+    return 0;
+}
+
+int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *p)
+{
+    memset(p, 0, sizeof *p);
+    dhsa_predictor *w = &p->predictor;
+    if (check_tuple(tuple, "predictor", 2 + DHSA_PY_PREDICTOR_ARRAYS) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 0), "heads", 1, INT32_MAX, &w->heads) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 1), "window", 1, INT32_MAX, &w->window) != 0) {
+        return -1;
+    }
+    /* in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, norm_weight, norm_bias, gate_weight | None, mlp0_weight,
+     * mlp0_bias, mlp2_weight, mlp2_bias: channels are known after the first, hidden after the eighth, by the -1 below. */
+    static const char *const names[DHSA_PY_PREDICTOR_ARRAYS] = {
+        "enc.mha.in_proj_weight", "enc.mha.in_proj_bias", "enc.mha.out_proj.weight", "enc.mha.out_proj.bias",
+        "enc.norm.weight",        "enc.norm.bias",        "pool.gate.weight",        "mlp.0.weight",
+        "mlp.0.bias",             "mlp.2.weight",         "mlp.2.bias"};
+    for (int i = 0; i < DHSA_PY_PREDICTOR_ARRAYS; i++) {
+        PyObject *item = PyTuple_GetItem(tuple, 2 + i);
+        if (i == 6 && item == Py_None) {
+            continue;
+        }
+        const int64_t c = w->channels, n = w->hidden;
+        const int64_t shapes[DHSA_PY_PREDICTOR_ARRAYS][2] = {{-1, -1}, {3 * c, 0}, {c, c},          {c, 0}, {c, 0}, {c, 0},
+                                                             {1, c},   {-1, 4 * c + 1}, {n, 0}, {1, n}, {1, 0}};
+        const int ndim = i == 0 || i == 2 || i == 6 || i == 7 || i == 9 ? 2 : 1;
+        if (dhsa_py_array_open(state, item, names[i], DL_FLOAT, 32, ndim, shapes[i], 0, &p->arrays[i]) != 0) {
+            goto fail;
+        }
+        if (i == 0) {
+            w->channels = p->arrays[0].shape[1];
+            if (w->channels < 1 || w->channels > INT32_MAX || p->arrays[0].shape[0] != 3 * w->channels) {
+                PyErr_Format(PyExc_ValueError, "%s: expected [3C, C], got [%lld, %lld]", names[0],
+                             (long long)p->arrays[0].shape[0], (long long)p->arrays[0].shape[1]);
+                goto fail;
+            }
+        } else if (i == 7) {
+            w->hidden = p->arrays[7].shape[0];
+            if (w->hidden < 1) {
+                PyErr_Format(PyExc_ValueError, "%s: has no rows", names[7]);
+                goto fail;
+            }
+        }
+    }
+    w->in_proj_weight = p->arrays[0].data;
+    w->in_proj_bias = p->arrays[1].data;
+    w->out_proj_weight = p->arrays[2].data;
+    w->out_proj_bias = p->arrays[3].data;
+    w->norm_weight = p->arrays[4].data;
+    w->norm_bias = p->arrays[5].data;
+    w->gate_weight = p->arrays[6].data;
+    w->mlp0_weight = p->arrays[7].data;
+    w->mlp0_bias = p->arrays[8].data;
+    w->mlp2_weight = p->arrays[9].data;
+    memcpy(&w->mlp2_bias, p->arrays[10].data, sizeof w->mlp2_bias);
+    return 0;
+fail:
+    dhsa_py_predictor_release(p);
+    return -1;
+}
+
+void dhsa_py_predictor_release(dhsa_py_predictor *p)
+{
+    for (int i = 0; i < DHSA_PY_PREDICTOR_ARRAYS; i++) {
+        dhsa_py_view_release(&p->arrays[i]);
+    }
+}
+
+int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_boundary_config *config, dhsa_py_predictor *predictor)
+{
+    memset(config, 0, sizeof *config);
+    memset(predictor, 0, sizeof *predictor);
+    int64_t kind = 0;
+    if (check_tuple(tuple, "boundary config", 7) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 0), "boundaries", 0, DHSA_BOUNDARIES_PREDICTOR, &kind) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 1), "chunk_size", 1, INT64_MAX, &config->chunk_size) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 2), "num_chunks", 0, INT64_MAX, &config->num_chunks) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 3), "boundary_window", 1, INT64_MAX, &config->window) != 0 ||
+        dhsa_py_double(PyTuple_GetItem(tuple, 4), "theta", 1, &config->theta) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 5), "nms", 0, INT64_MAX, &config->nms) != 0) {
+        return -1;
+    }
+    config->kind = (dhsa_boundary_kind)kind;
+    if (config->kind == DHSA_BOUNDARIES_PREDICTOR) {
+        if (dhsa_py_predictor_open(state, PyTuple_GetItem(tuple, 6), predictor) != 0) {
+            return -1;
+        }
+        config->predictor = &predictor->predictor;
+    }
+    return 0;
+}
+
+int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config)
+{
+    int64_t score = 0, pooling = 0, heads = 0;
+    memset(config, 0, sizeof *config);
+    if (check_tuple(tuple, "score config", 5) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 0), "score", 0, DHSA_SCORE_BLOCK, &score) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 1), "pooling", 0, DHSA_POOL_MEAN_SQRT, &pooling) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 2), "heads", 0, DHSA_HEADS_HEAD, &heads) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 3), "query_block", 1, INT32_MAX, &config->query_block) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 4), "rows", 1, config->query_block, &config->rows) != 0) {
+        return -1;
+    }
+    config->score = (dhsa_score_kind)score;
+    config->pooling = (dhsa_pooling)pooling;
+    config->heads = (dhsa_heads)heads;
+    config->scale = 1.0;
+    return 0;
+}
+
+int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config)
+{
+    memset(config, 0, sizeof *config);
+    return check_tuple(tuple, "select config", 5) != 0 ||
+                   dhsa_py_int(PyTuple_GetItem(tuple, 0), "budget", 1, INT64_MAX, &config->budget) != 0 ||
+                   dhsa_py_int(PyTuple_GetItem(tuple, 1), "sink", 0, INT64_MAX, &config->sink) != 0 ||
+                   dhsa_py_int(PyTuple_GetItem(tuple, 2), "local", 0, INT64_MAX, &config->local) != 0 ||
+                   dhsa_py_int(PyTuple_GetItem(tuple, 3), "dense_tail", 0, INT64_MAX, &config->dense_tail) != 0 ||
+                   dhsa_py_score_config(PyTuple_GetItem(tuple, 4), &config->score) != 0
+               ? -1
+               : 0;
+}
+
+PyObject *dhsa_py_raise(const dhsa_error *error)
+{
+    PyObject *type = PyExc_RuntimeError;
+    switch (error->status) {
+    case DHSA_OK: break;
+    case DHSA_ERR_VALUE: type = PyExc_ValueError; break;
+    case DHSA_ERR_TYPE: type = PyExc_TypeError; break;
+    case DHSA_ERR_NOT_IMPLEMENTED: type = PyExc_NotImplementedError; break;
+    case DHSA_ERR_NO_MEMORY: type = PyExc_MemoryError; break;
+    case DHSA_ERR_SYSTEM: type = PyExc_OSError; break;
+    }
+    PyErr_SetString(type, error->message);
+    return NULL;
+}
+
+PyObject *dhsa_py_result(dhsa_status status, const dhsa_error *error)
+{
+    if (status != DHSA_OK) {
+        return dhsa_py_raise(error);
+    }
+    /* The core does not stop midway; a Ctrl-C that came meanwhile is honoured here. */
+    if (PyErr_CheckSignals() != 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}

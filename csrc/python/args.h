@@ -1,0 +1,52 @@
+/* args.h: Python numbers, tuples and arrays to the plain structs of dhsa.h. Ranges that the C core checks itself are left to it;
+ * here only what is lost in conversion (type, overflow, None). Functions return 0, or -1 with an exception naming the argument. */
+#ifndef DHSA_PYTHON_ARGS_H
+#define DHSA_PYTHON_ARGS_H
+
+#include "python/tensor.h"
+
+/* An int by __index__, no bool, min <= value <= max. */
+int dhsa_py_int(PyObject *object, const char *name, int64_t min, int64_t max, int64_t *value);
+/* The same with None allowed, which gives `none`. */
+int dhsa_py_optional_int(PyObject *object, const char *name, int64_t min, int64_t max, int64_t none, int64_t *value);
+/* A real number (no bool); finite unless `infinite`; never NaN. */
+int dhsa_py_double(PyObject *object, const char *name, int infinite, double *value);
+
+/* scale (None: 1 / sqrt(head_dim)), softcap (None: 0) and window (None: 0) of a problem or a score config. */
+int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out, double *softcap_out,
+                    int64_t *window_out);
+
+/* Everything one attention call borrows. Zero it, open it, use .problem without the GIL, release it. */
+typedef struct {
+    dhsa_problem problem;
+    dhsa_py_view q, k, v, out, lse, key_ranges;
+} dhsa_py_problem;
+
+/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads. */
+int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *problem);
+void dhsa_py_problem_release(dhsa_py_problem *problem);
+
+/* The weights of a boundary network; from (heads, window, in_proj_weight, ..., mlp2_bias), see predictor.py. */
+#define DHSA_PY_PREDICTOR_ARRAYS 11
+typedef struct {
+    dhsa_predictor predictor;
+    dhsa_py_view arrays[DHSA_PY_PREDICTOR_ARRAYS];
+} dhsa_py_predictor;
+
+int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *predictor);
+void dhsa_py_predictor_release(dhsa_py_predictor *predictor);
+
+/* (kind, chunk_size, num_chunks, window, theta, nms, predictor tuple | None); *predictor is zeroed, opened if there is one and
+ * must be released after use. */
+int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_boundary_config *config, dhsa_py_predictor *predictor);
+/* (score, pooling, heads, query_block, rows); scale, softcap and window are set apart. */
+int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config);
+/* (budget, sink, local, dense_tail, score tuple). */
+int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config);
+
+/* Raises what a dhsa_error says, and returns NULL. */
+PyObject *dhsa_py_raise(const dhsa_error *error);
+/* None after a good call, NULL after a bad one or a pending interrupt. */
+PyObject *dhsa_py_result(dhsa_status status, const dhsa_error *error);
+
+#endif

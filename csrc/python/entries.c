@@ -1,0 +1,558 @@
+/* entries.c: the functions of dhsa._core: open the arguments, release the GIL, call dhsa.h, hand back the result.
+ * Output arrays are made by the caller (functional.py). */
+#include "python/entries.h"
+
+#include <string.h>
+
+#include "core/threads.h"
+#include "python/args.h"
+
+static int check_count(const char *function, Py_ssize_t have, Py_ssize_t want)
+{
+    if (have != want) {
+        PyErr_Format(PyExc_TypeError, "%s: expected %zd positional arguments, got %zd", function, want, have);
+        return -1;
+    }
+    return 0;
+}
+
+static int get_threads(PyObject *object, int *threads)
+{
+    int64_t value = 0;
+    if (dhsa_py_int(object, "num_threads", 1, DHSA_MAX_THREADS, &value) != 0) {
+        return -1;
+    }
+    *threads = (int)value;
+    return 0;
+}
+
+static int open_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view, dhsa_tensor *tensor)
+{
+    const char *axes = *name == 'q' ? "[B, H, Lq, D]" : "[B, Hkv, Lk, D]";
+    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, 0, tensor) == 0 ? 0 : -1;
+}
+
+/* ---- attention ---------------------------------------------------------------------------------------------- */
+
+PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    dhsa_py_problem p;
+    if (check_count("attend_dense", nargs, 11) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
+        return NULL;
+    }
+    dhsa_error error = {DHSA_OK, ""};
+    dhsa_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = dhsa_attend_dense(&p.problem, &error);
+    Py_END_ALLOW_THREADS;
+    dhsa_py_problem_release(&p);
+    return dhsa_py_result(status, &error);
+}
+
+/* Arrays of a selection; lengths are checked here, since C sees pointers only, and contents by the core. */
+static int open_selection(const dhsa_py_state *state, PyObject *const *args, const dhsa_problem *problem, dhsa_py_view *indptr,
+                          dhsa_py_view *indices, dhsa_selection *selection)
+{
+    int64_t shape[3] = {0, 0, 0};
+    static const char *const names[] = {"shape[0]", "shape[1]", "shape[2]"};
+    PyObject *tuple = args[2];
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 3) {
+        PyErr_SetString(PyExc_TypeError, "shape: expected a tuple (B, heads, nq)");
+        return -1;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (dhsa_py_int(PyTuple_GetItem(tuple, i), names[i], 1, INT32_MAX, &shape[i]) != 0) {
+            return -1;
+        }
+    }
+    if (dhsa_py_int(args[3], "query_block", 1, INT32_MAX, &selection->query_block) != 0 ||
+        dhsa_py_array_open(state, args[0], "indptr", DL_INT, 64, 1, NULL, 0, indptr) != 0 ||
+        dhsa_py_array_open(state, args[1], "indices", DL_INT, 32, 1, NULL, 0, indices) != 0) {
+        return -1;
+    }
+    selection->batch = shape[0];
+    selection->heads = shape[1];
+    selection->nq = shape[2];
+    selection->indptr = indptr->data;
+    selection->indices = indices->data;
+    dhsa_error error = {DHSA_OK, ""};
+    if (dhsa_selection_check(selection, indptr->shape[0], indices->shape[0], problem->q.shape[0], problem->q.shape[1],
+                             problem->k.shape[1], problem->q.shape[2], problem->k.shape[2], &error) != DHSA_OK) {
+        dhsa_py_raise(&error);
+        return -1;
+    }
+    return 0;
+}
+
+PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_problem p;
+    if (check_count("attend_sparse", nargs, 15) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+        return NULL;
+    }
+    dhsa_py_view indptr, indices;
+    memset(&indptr, 0, sizeof indptr);
+    memset(&indices, 0, sizeof indices);
+    dhsa_selection selection;
+    dhsa_error error = {DHSA_OK, ""};
+    PyObject *result = NULL;
+    /* The problem first: a selection is measured against its shapes. */
+    dhsa_status status = dhsa_problem_check(&p.problem, &error);
+    if (status != DHSA_OK) {
+        dhsa_py_raise(&error);
+    } else if (open_selection(state, args + 11, &p.problem, &indptr, &indices, &selection) == 0) {
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_attend_sparse(&p.problem, &selection, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+    }
+    dhsa_py_view_release(&indptr);
+    dhsa_py_view_release(&indices);
+    dhsa_py_problem_release(&p);
+    return result;
+}
+
+/* -> (path, density, select_seconds, attend_seconds) */
+PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_problem p;
+    if (check_count("prefill", nargs, 13) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+        return NULL;
+    }
+    dhsa_boundary_config boundaries;
+    dhsa_select_config select;
+    dhsa_py_predictor predictor;
+    PyObject *result = NULL;
+    if (dhsa_py_boundary_config(state, args[11], &boundaries, &predictor) != 0) {
+        dhsa_py_problem_release(&p);
+        return NULL;
+    }
+    if (dhsa_py_select_config(args[12], &select) == 0) {
+        dhsa_error error = {DHSA_OK, ""};
+        dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
+        dhsa_status status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_prefill(&p.problem, &boundaries, &select, &stats, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+        if (result != NULL) {
+            Py_DECREF(result);
+            result = Py_BuildValue("(iddd)", (int)stats.path, stats.density, stats.select_seconds, stats.attend_seconds);
+        }
+    }
+    dhsa_py_predictor_release(&predictor);
+    dhsa_py_problem_release(&p);
+    return result;
+}
+
+/* ---- boundaries --------------------------------------------------------------------------------------------- */
+
+PyObject *dhsa_py_similarity_scores(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_view k, scores;
+    dhsa_tensor tensor;
+    int64_t window = 0;
+    int threads = 0;
+    PyObject *result = NULL;
+    memset(&scores, 0, sizeof scores);
+    memset(&k, 0, sizeof k);
+    if (check_count("similarity_scores", nargs, 4) != 0 || open_input(state, args[0], "k", &k, &tensor) != 0 ||
+        dhsa_py_int(args[1], "window", 1, INT64_MAX, &window) != 0 || get_threads(args[3], &threads) != 0) {
+        goto done;
+    }
+    const int64_t shape[2] = {tensor.shape[0], tensor.shape[2]};
+    if (dhsa_py_array_open(state, args[2], "scores", DL_FLOAT, 32, 2, shape, 1, &scores) == 0) {
+        dhsa_error error = {DHSA_OK, ""};
+        dhsa_status status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_similarity_scores(&tensor, window, scores.data, threads, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+    }
+done:
+    dhsa_py_view_release(&k);
+    dhsa_py_view_release(&scores);
+    return result;
+}
+
+PyObject *dhsa_py_predictor_logits(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_predictor predictor;
+    dhsa_py_view k, logits;
+    dhsa_tensor tensor;
+    int threads = 0;
+    PyObject *result = NULL;
+    memset(&k, 0, sizeof k);
+    memset(&logits, 0, sizeof logits);
+    if (check_count("predictor_logits", nargs, 4) != 0 || dhsa_py_predictor_open(state, args[0], &predictor) != 0) {
+        return NULL;
+    }
+    if (open_input(state, args[1], "k", &k, &tensor) == 0 && get_threads(args[3], &threads) == 0) {
+        const int64_t shape[2] = {tensor.shape[0], tensor.shape[2]};
+        if (dhsa_py_array_open(state, args[2], "logits", DL_FLOAT, 32, 2, shape, 1, &logits) == 0) {
+            dhsa_error error = {DHSA_OK, ""};
+            dhsa_status status;
+            Py_BEGIN_ALLOW_THREADS;
+            status = dhsa_predictor_logits(&predictor.predictor, &tensor, logits.data, threads, &error);
+            Py_END_ALLOW_THREADS;
+            result = dhsa_py_result(status, &error);
+        }
+    }
+    dhsa_py_view_release(&k);
+    dhsa_py_view_release(&logits);
+    dhsa_py_predictor_release(&predictor);
+    return result;
+}
+
+/* -> how many entries of `boundaries` were written */
+PyObject *dhsa_py_pick_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_view scores, boundaries;
+    int64_t n = 0, nms = 0, instruction = 0, count = 0;
+    double theta = 0.0;
+    PyObject *result = NULL;
+    memset(&scores, 0, sizeof scores);
+    memset(&boundaries, 0, sizeof boundaries);
+    if (check_count("pick_boundaries", nargs, 6) != 0 || dhsa_py_int(args[1], "n", 0, INT64_MAX, &n) != 0 ||
+        dhsa_py_double(args[2], "theta", 1, &theta) != 0 || dhsa_py_int(args[3], "nms", 0, INT64_MAX, &nms) != 0 ||
+        dhsa_py_optional_int(args[4], "instruction", 1, INT64_MAX, 0, &instruction) != 0 ||
+        dhsa_py_array_open(state, args[0], "scores", DL_FLOAT, 32, 1, NULL, 0, &scores) != 0) {
+        return NULL;
+    }
+    const int64_t length = scores.shape[0];
+    const int64_t room[1] = {(n < length ? n : length) + 3};
+    if (dhsa_py_array_open(state, args[5], "boundaries", DL_INT, 32, 1, room, 1, &boundaries) == 0) {
+        dhsa_error error = {DHSA_OK, ""};
+        dhsa_status status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_pick_boundaries(scores.data, length, n, theta, nms, instruction, boundaries.data, &count, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+        if (result != NULL) {
+            Py_DECREF(result);
+            result = PyLong_FromLongLong(count);
+        }
+    }
+    dhsa_py_view_release(&scores);
+    dhsa_py_view_release(&boundaries);
+    return result;
+}
+
+PyObject *dhsa_py_boundaries_capacity(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    dhsa_boundary_config config;
+    dhsa_py_predictor predictor;
+    int64_t length = 0;
+    if (check_count("boundaries_capacity", nargs, 2) != 0 || dhsa_py_int(args[1], "length", 1, INT32_MAX, &length) != 0 ||
+        dhsa_py_boundary_config(PyModule_GetState(module), args[0], &config, &predictor) != 0) {
+        return NULL;
+    }
+    const int64_t capacity = dhsa_boundaries_capacity(&config, length);
+    dhsa_py_predictor_release(&predictor);
+    return PyLong_FromLongLong(capacity);
+}
+
+PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_boundary_config config;
+    dhsa_py_predictor predictor;
+    dhsa_py_view k, boundaries, counts;
+    dhsa_tensor tensor;
+    int threads = 0;
+    PyObject *result = NULL;
+    memset(&k, 0, sizeof k);
+    memset(&boundaries, 0, sizeof boundaries);
+    memset(&counts, 0, sizeof counts);
+    if (check_count("boundaries", nargs, 5) != 0 || dhsa_py_boundary_config(state, args[1], &config, &predictor) != 0) {
+        return NULL;
+    }
+    if (open_input(state, args[0], "k", &k, &tensor) == 0 && get_threads(args[4], &threads) == 0) {
+        const int64_t shape[2] = {tensor.shape[0], -1};
+        if (dhsa_py_array_open(state, args[2], "boundaries", DL_INT, 32, 2, shape, 1, &boundaries) == 0 &&
+            dhsa_py_array_open(state, args[3], "counts", DL_INT, 64, 1, shape, 1, &counts) == 0) {
+            dhsa_error error = {DHSA_OK, ""};
+            dhsa_status status;
+            Py_BEGIN_ALLOW_THREADS;
+            status = dhsa_boundaries(&tensor, &config, boundaries.data, boundaries.shape[1], counts.data, threads, &error);
+            Py_END_ALLOW_THREADS;
+            result = dhsa_py_result(status, &error);
+        }
+    }
+    dhsa_py_view_release(&k);
+    dhsa_py_view_release(&boundaries);
+    dhsa_py_view_release(&counts);
+    dhsa_py_predictor_release(&predictor);
+    return result;
+}
+
+PyObject *dhsa_py_boundary_ratios(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_view attn, ratios;
+    int64_t window = 0, sliding = 0;
+    int threads = 0;
+    PyObject *result = NULL;
+    memset(&attn, 0, sizeof attn);
+    memset(&ratios, 0, sizeof ratios);
+    if (check_count("boundary_ratios", nargs, 5) != 0 || dhsa_py_int(args[1], "window", 1, INT64_MAX, &window) != 0 ||
+        dhsa_py_optional_int(args[2], "sliding_window", 1, INT64_MAX, 0, &sliding) != 0 || get_threads(args[4], &threads) != 0 ||
+        dhsa_py_view_open(state, args[0], "attn", &attn) != 0) {
+        return NULL;
+    }
+    if (attn.dtype.code != DL_FLOAT || attn.dtype.bits != 32) {
+        PyErr_SetString(PyExc_TypeError, "attn: expected float32");
+    } else if (attn.ndim != 2 || attn.shape[0] != attn.shape[1] || attn.shape[0] < 1) {
+        PyErr_SetString(PyExc_ValueError, "attn: expected one square matrix [L, L]");
+    } else if (attn.shape[1] > 1 && attn.stride[1] != 1) {
+        PyErr_SetString(PyExc_ValueError, "attn: the last dimension must be contiguous (stride 1)");
+    } else if (dhsa_py_array_open(state, args[3], "ratios", DL_FLOAT, 64, 1, attn.shape, 1, &ratios) == 0) {
+        dhsa_error error = {DHSA_OK, ""};
+        dhsa_status status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_boundary_ratios(attn.data, attn.stride[0], attn.shape[0], window, sliding, ratios.data, threads, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+    }
+    dhsa_py_view_release(&attn);
+    dhsa_py_view_release(&ratios);
+    return result;
+}
+
+/* ---- scores and selection ----------------------------------------------------------------------------------- */
+
+/* What chunk_scores, select_plan and select share. */
+typedef struct {
+    dhsa_py_view q_view, k_view, boundaries, indptr, output;
+    dhsa_tensor q, k;
+} select_args;
+
+static void select_args_release(select_args *a)
+{
+    dhsa_py_view_release(&a->q_view);
+    dhsa_py_view_release(&a->k_view);
+    dhsa_py_view_release(&a->boundaries);
+    dhsa_py_view_release(&a->indptr);
+    dhsa_py_view_release(&a->output);
+}
+
+/* q, k (args[0], args[1]) and, if not NULL, the boundaries [B, n]. */
+static int select_args_open(const dhsa_py_state *state, PyObject *const *args, PyObject *boundaries, select_args *a)
+{
+    memset(a, 0, sizeof *a);
+    if (open_input(state, args[0], "q", &a->q_view, &a->q) == 0 && open_input(state, args[1], "k", &a->k_view, &a->k) == 0) {
+        const int64_t shape[2] = {a->k.shape[0], -1};
+        if (boundaries == NULL || dhsa_py_array_open(state, boundaries, "boundaries", DL_INT, 32, 2, shape, 0, &a->boundaries) == 0) {
+            return 0;
+        }
+    }
+    select_args_release(a);
+    return -1;
+}
+
+/* Sharing sets of a score config: 1, Hkv or H. */
+static int64_t sharing_sets(const dhsa_score_config *config, const select_args *a)
+{
+    return config->heads == DHSA_HEADS_ALL ? 1 : config->heads == DHSA_HEADS_HEAD ? a->q.shape[1] : a->k.shape[1];
+}
+
+static int score_scaling(PyObject *const *args, const select_args *a, dhsa_score_config *config)
+{
+    /* The paper's block products are not scaled, so None means 1 there. */
+    const int64_t head_dim = config->score == DHSA_SCORE_BLOCK ? 1 : a->q.shape[3];
+    return dhsa_py_scaling(args[0], args[1], args[2], head_dim, &config->scale, &config->softcap, &config->window);
+}
+
+PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    select_args a;
+    dhsa_score_config config;
+    int threads = 0;
+    PyObject *result = NULL;
+    if (check_count("chunk_scores", nargs, 9) != 0 || dhsa_py_score_config(args[3], &config) != 0 ||
+        get_threads(args[8], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
+        return NULL;
+    }
+    const int64_t length = a.q.shape[2], block = config.query_block;
+    const int64_t shape[4] = {a.q.shape[0], sharing_sets(&config, &a), length / block + (length % block != 0),
+                              a.boundaries.shape[1] - 1};
+    if (a.boundaries.shape[1] < 2) {
+        PyErr_SetString(PyExc_ValueError, "boundaries: expected at least the two entries 0 and Lk");
+    } else if (score_scaling(args + 4, &a, &config) == 0 &&
+               dhsa_py_array_open(state, args[7], "scores", DL_FLOAT, 32, 4, shape, 1, &a.output) == 0) {
+        dhsa_error error = {DHSA_OK, ""};
+        dhsa_status status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_chunk_scores(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, a.output.data, threads, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+    }
+    select_args_release(&a);
+    return result;
+}
+
+/* Opens indptr and checks its length: B * S * nq + 1. */
+static int open_indptr(const dhsa_py_state *state, PyObject *object, int writable, const dhsa_score_config *config, select_args *a)
+{
+    if (dhsa_py_array_open(state, object, "indptr", DL_INT, 64, 1, NULL, writable, &a->indptr) != 0) {
+        return -1;
+    }
+    const int64_t length = a->q.shape[2], block = config->query_block;
+    const int64_t nq = length / block + (length % block != 0);
+    const int64_t factors[3] = {a->q.shape[0], sharing_sets(config, a), nq};
+    int64_t rows = a->indptr.shape[0] - 1; /* divided down, so that no product can overflow */
+    for (int i = 0; i < 3; i++) {
+        if (factors[i] < 1 || rows % factors[i] != 0) {
+            rows = -1;
+            break;
+        }
+        rows /= factors[i];
+    }
+    if (rows != 1) {
+        PyErr_Format(PyExc_ValueError, "indptr: expected B * heads * nq + 1 entries, got %lld", (long long)a->indptr.shape[0]);
+        return -1;
+    }
+    return 0;
+}
+
+PyObject *dhsa_py_select_plan(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    select_args a;
+    dhsa_select_config config;
+    PyObject *result = NULL;
+    if (check_count("select_plan", nargs, 7) != 0 || dhsa_py_select_config(args[2], &config) != 0 ||
+        select_args_open(state, args, NULL, &a) != 0) {
+        return NULL;
+    }
+    if (score_scaling(args + 3, &a, &config.score) == 0 && open_indptr(state, args[6], 1, &config.score, &a) == 0) {
+        dhsa_error error = {DHSA_OK, ""};
+        dhsa_status status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = dhsa_select_plan(&a.q, &a.k, &config, a.indptr.data, &error);
+        Py_END_ALLOW_THREADS;
+        result = dhsa_py_result(status, &error);
+    }
+    select_args_release(&a);
+    return result;
+}
+
+PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    select_args a;
+    dhsa_select_config config;
+    int threads = 0;
+    PyObject *result = NULL;
+    if (check_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 || get_threads(args[9], &threads) != 0 ||
+        select_args_open(state, args, args[2], &a) != 0) {
+        return NULL;
+    }
+    if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 0, &config.score, &a) == 0) {
+        const int64_t *indptr = a.indptr.data;
+        const int64_t total[1] = {indptr[a.indptr.shape[0] - 1]};
+        if (dhsa_py_array_open(state, args[8], "indices", DL_INT, 32, 1, total, 1, &a.output) == 0) {
+            dhsa_error error = {DHSA_OK, ""};
+            dhsa_status status;
+            Py_BEGIN_ALLOW_THREADS;
+            status = dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, indptr, a.output.data, threads, &error);
+            Py_END_ALLOW_THREADS;
+            result = dhsa_py_result(status, &error);
+        }
+    }
+    select_args_release(&a);
+    return result;
+}
+
+/* ---- machine ------------------------------------------------------------------------------------------------ */
+
+PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)module;
+    if (check_count("isa_set", nargs, 1) != 0) {
+        return NULL;
+    }
+    if (!PyUnicode_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "name: expected a str");
+        return NULL;
+    }
+    const char *name = PyUnicode_AsUTF8AndSize(args[0], NULL);
+    if (name == NULL) {
+        return NULL;
+    }
+    dhsa_error error = {DHSA_OK, ""};
+    return dhsa_py_result(dhsa_isa_set(name, &error), &error);
+}
+
+PyObject *dhsa_py_isa_current(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)module;
+    (void)args;
+    return check_count("isa_current", nargs, 0) != 0 ? NULL : PyUnicode_FromString(dhsa_isa_current());
+}
+
+static PyObject *name_list(const char *(*get)(int))
+{
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && get(i) != NULL; i++) {
+        PyObject *name = PyUnicode_FromString(get(i));
+        if (name == NULL || PyList_Append(list, name) != 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+#if defined(__clang__)
+#define COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define COMPILER "gcc " __VERSION__
+#else
+#define COMPILER "unknown"
+#endif
+
+PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)module;
+    (void)args;
+    if (check_count("build_info", nargs, 0) != 0) {
+        return NULL;
+    }
+    PyObject *compiled = name_list(dhsa_isa_compiled), *detected = name_list(dhsa_isa_detected), *result = NULL;
+    if (compiled != NULL && detected != NULL) {
+        result = Py_BuildValue("{s:s,s:l,s:s,s:O,s:O,s:s,s:i}", "compiler", COMPILER, "c_standard", (long)__STDC_VERSION__,
+                               "limited_api", "3.11", "isa_compiled", compiled, "isa_detected", detected, "isa", dhsa_isa_current(),
+                               "cpu_count", dhsa_cpu_count());
+    }
+    Py_XDECREF(compiled);
+    Py_XDECREF(detected);
+    return result;
+}
+
+PyObject *dhsa_py_cpu_count(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)module;
+    (void)args;
+    return check_count("cpu_count", nargs, 0) != 0 ? NULL : PyLong_FromLong(dhsa_cpu_count());
+}
+
+PyObject *dhsa_py_fma_peak(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    (void)module;
+    int threads = 0;
+    if (check_count("fma_peak", nargs, 1) != 0 || get_threads(args[0], &threads) != 0) {
+        return NULL;
+    }
+    double peak;
+    Py_BEGIN_ALLOW_THREADS;
+    peak = dhsa_fma_peak(threads);
+    Py_END_ALLOW_THREADS;
+    return PyFloat_FromDouble(peak);
+}

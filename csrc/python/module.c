@@ -1,0 +1,71 @@
+/* module.c: the module dhsa._core: method table, state, multi-phase init in the limited API (3.11+). No global Python state,
+ * so sub-interpreters and free threading are fine wherever the headers can say so. */
+#include <Python.h>
+
+#include "python/entries.h"
+#include "python/tensor.h"
+
+#define METHOD(name, signature)                                                                                                    \
+    {#name, (PyCFunction)(void (*)(void))dhsa_py_##name, METH_FASTCALL, #name "(" signature ", /)\n\nSee csrc/include/dhsa.h."},
+static PyMethodDef methods[] = {DHSA_PY_ENTRIES(METHOD){NULL, NULL, 0, NULL}};
+#undef METHOD
+
+static int module_exec(PyObject *module)
+{
+    dhsa_py_state *state = PyModule_GetState(module);
+    state->name_dlpack = PyUnicode_InternFromString("__dlpack__");
+    state->name_exchange = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    state->no_args = PyTuple_New(0);
+    state->versioned_kwargs = Py_BuildValue("{s:(ii)}", "max_version", 1, 0);
+    if (!state->name_dlpack || !state->name_exchange || !state->no_args || !state->versioned_kwargs) {
+        return -1;
+    }
+    PyObject *buffer = dhsa_py_buffer_type(module);
+    const int result = buffer == NULL ? -1 : PyModule_AddObjectRef(module, "Buffer", buffer);
+    Py_XDECREF(buffer);
+    return result;
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    dhsa_py_state *state = PyModule_GetState(module);
+    Py_VISIT(state->versioned_kwargs);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    dhsa_py_state *state = PyModule_GetState(module);
+    Py_CLEAR(state->name_dlpack);
+    Py_CLEAR(state->name_exchange);
+    Py_CLEAR(state->no_args);
+    Py_CLEAR(state->versioned_kwargs);
+    return 0;
+}
+
+static void module_free(void *module) { module_clear(module); }
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, module_exec},
+#ifdef Py_mod_multiple_interpreters
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "dhsa._core",
+    .m_doc = "The C core of dhsa. Private: dhsa's Python functions check, allocate and call into it.",
+    .m_size = sizeof(dhsa_py_state),
+    .m_methods = methods,
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
+};
+
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }
