@@ -3,11 +3,9 @@
 #include "core/threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
-#include <unistd.h>
 
 #include "core/internal.h"
 
@@ -131,15 +129,4 @@ void dhsa_parallel(int64_t count, int num_threads, dhsa_task task, void *context
     while (pool.active > 0) pthread_cond_wait(&pool.finish, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
     pthread_mutex_unlock(&pool.owner);
-}
-
-int dhsa_cpu_count(void)
-{
-#ifdef __linux__
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return DHSA_MAX(1, CPU_COUNT(&set));
-#endif
-    const long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : (int)n;
 }

@@ -137,7 +137,7 @@ typedef struct {
 
 /* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
  * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
- * block: sums the products over the heads of the sharing set. rows: sums squared probabilities over rows and heads of it. */
+ * block: the mean query of the sharing set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows and heads of it. */
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
 
