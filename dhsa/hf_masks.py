@@ -1,0 +1,293 @@
+"""Attention masks of transformers as key ranges: for every query, the one interval [start, stop) of keys that it sees.
+
+A range table is [B, 1, Lq, 2] int32 (four dimensions, because transformers passes 4-D masks on untouched), linear in
+the prompt where a mask tensor is quadratic, and says the same. This module makes one from whatever transformers or the
+user hands over, and finds the stretches of it that are plain causal or sliding-window attention, which may then run
+sparse. It computes no attention and knows nothing of models.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+__all__ = ["Segment", "key_range_mask", "ranges_of", "segments"]
+
+# Masks given as [.., Lq, Lk] tensors are read in slices of about this many elements.
+_SLICE_ELEMENTS = 1 << 22
+
+# An additive mask hides a key with -inf, with the smallest number of some dtype, or (older code) with -1e9. All of
+# these are at or below float16's minimum; anything else that is not 0 is a bias, which is something other than a mask.
+_HIDDEN = -65504.0
+
+
+class Segment(NamedTuple):
+    """Queries [q_start, q_stop) of batch row `row` (None: of every row) that attend causally, within `window` if given,
+    to the keys [k_start, k_stop), the last query at the last of these keys. `pairs` counts the (query, key) pairs of
+    one row."""
+
+    row: int | None
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    window: int | None
+    pairs: int
+
+
+# ---- the mask function that transformers calls -----------------------------------------------------------------------
+
+
+def key_range_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    **kwargs: object,
+) -> torch.Tensor | None:
+    """The mask for attention implementation "dhsa", in the signature of transformers' AttentionMaskInterface.
+
+    Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded and no window
+    cuts anything off; else a range table, int32 [batch_size, 1, q_length, 2]. Never a [q_length, kv_length] tensor.
+
+    A query that is itself padding (its own entry of `attention_mask` is False) sees nothing: its output is zeros.
+
+    Raises NotImplementedError if some query would see a set of keys that is not one interval.
+    """
+    q_offset = int(q_offset)  # static caches count in a tensor
+    # Positions below count from the first key that the attention function will be given.
+    first = q_offset - kv_offset
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(dtype=torch.bool, device="cpu").numpy()
+        if padding.shape[1] == kv_length and padding.all():
+            padding = None
+
+    plain = allow_is_causal_skip and not use_vmap
+    if plain and not _follows(mask_function, local_size, batch_size, q_length, kv_length, q_offset, kv_offset):
+        plain = False  # a pattern of another kind, for instance chunked attention, which also names a local size
+    if not plain:
+        # Any pattern at all: evaluate it some queries at a time, and keep of each row only where it begins and ends.
+        parts = []
+        step = max(1, _SLICE_ELEMENTS // max(1, batch_size * kv_length))
+        for start in range(0, q_length, step):
+            piece = sdpa_mask(
+                batch_size=batch_size,
+                q_length=min(step, q_length - start),
+                kv_length=kv_length,
+                q_offset=q_offset + start,
+                kv_offset=kv_offset,
+                mask_function=mask_function,
+                attention_mask=attention_mask,
+                allow_is_causal_skip=False,
+                allow_is_bidirectional_skip=False,
+                use_vmap=use_vmap,
+            )
+            parts.append(_intervals(piece[:, 0].cpu().numpy(), start))
+        return torch.from_numpy(np.concatenate(parts, axis=1)[:, None].copy())
+
+    position = np.arange(first, first + q_length, dtype=np.int64)
+    aligned = first + q_length == kv_length
+    cut = local_size is not None and first + q_length > local_size
+    if padding is None and aligned and not cut:
+        return None
+    ranges = np.empty((batch_size, q_length, 2), np.int32)
+    ranges[:, :, 0] = np.maximum(position - local_size + 1, 0) if cut else 0
+    ranges[:, :, 1] = np.minimum(position + 1, kv_length)
+    if padding is not None:
+        real = _intervals(padding[:, None, :], what="attention_mask")[:, 0]
+        np.maximum(ranges[:, :, 0], real[:, :1], out=ranges[:, :, 0])
+        np.minimum(ranges[:, :, 1], real[:, 1:], out=ranges[:, :, 1])
+        # Queries that are padding. Those past the mask's end are not: transformers only calls their keys hidden.
+        known = (position >= 0) & (position < padding.shape[1])
+        ranges[:, known] *= padding[:, position[known], None]
+        ranges[ranges[:, :, 0] >= ranges[:, :, 1]] = 0
+    return torch.from_numpy(ranges[:, None])
+
+
+def _follows(
+    mask_function: Callable,
+    window: int | None,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+) -> bool:
+    """Whether `mask_function` is causal attention with this window, judged by the whole key rows of four queries.
+
+    Only asked where transformers says that the pattern is its own and unmodified, so that the question is merely which
+    of its patterns it is; a chunked pattern differs from a sliding one in all rows but the last of each chunk.
+    """
+    probes = sorted({0, q_length // 2, max(q_length - 2, 0), q_length - 1})
+    q = torch.tensor(probes)[None, None, :, None] + q_offset
+    kv = torch.arange(kv_length)[None, None, None, :] + kv_offset
+    batch = torch.arange(batch_size)[:, None, None, None]
+    found = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.long), q, kv)
+    expected = kv <= q
+    if window is not None:
+        expected = expected & (kv > q - window)
+    return bool((found == expected).all())
+
+
+# ---- any mask an attention function may meet -------------------------------------------------------------------------
+
+# A model hands the same tensor to every layer: read a big one once. Weak, so that nothing is kept alive.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: int | None) -> np.ndarray:
+    """The ranges int32 [batch, q_len, 2] (contiguous, not to be written to) of a mask of one of these kinds:
+
+    - int32 [B or 1, 1, Lq, 2]: a range table already;
+    - [B, Lk] bool or integer, True or 1 for a real token: key padding over plain attention, the last query at the last
+      key, within `window` if given;
+    - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
+      equal in all heads. It is complete: causality and window come from it alone, as in transformers.
+
+    Raises ValueError on a shape that does not fit, TypeError on a dtype that is none of these, NotImplementedError if
+    some query's keys are not one interval, if heads differ, or if the additive mask carries other values (a position
+    bias).
+    """
+    if mask.ndim == 4 and mask.dtype == torch.int32 and mask.shape[1] == 1 and mask.shape[3] == 2:
+        ranges = mask[:, 0].cpu().numpy()
+        if ranges.shape[0] not in (1, batch) or ranges.shape[1] != q_len:
+            raise ValueError(
+                f"attention_mask: expected key ranges of shape [{batch}, 1, {q_len}, 2], got {tuple(mask.shape)}"
+            )
+        if ranges.size and (ranges.min() < 0 or ranges[..., 1].max() > k_len):
+            raise ValueError(f"attention_mask: key ranges reach beyond the {k_len} keys")
+        return np.ascontiguousarray(np.broadcast_to(ranges, (batch, q_len, 2)))
+    if mask.ndim == 2:
+        if mask.shape[0] != batch or mask.shape[1] < k_len:
+            raise ValueError(f"attention_mask: expected shape [{batch}, {k_len}], got {tuple(mask.shape)}")
+        table = key_range_mask(
+            batch, q_len, k_len, k_len - q_len, 0, attention_mask=mask[:, -k_len:], mask_function=_trusted(window),
+            local_size=window,
+        )  # fmt: skip
+        if table is None:
+            position = np.arange(k_len - q_len, k_len, dtype=np.int32)
+            row = np.stack([np.zeros_like(position), position + 1], axis=-1)
+            return np.ascontiguousarray(np.broadcast_to(row, (batch, q_len, 2)))
+        return table[:, 0].numpy()
+    if mask.ndim != 4:
+        raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
+    if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
+        raise ValueError(f"attention_mask: expected shape [{batch}, 1, {q_len}, {k_len}], got {tuple(mask.shape)}")
+
+    version = None if mask.is_inference() else mask._version
+    known = _known.get(mask)
+    if known is not None and version is not None and known[:2] == (version, k_len):
+        ranges = known[2]
+    else:
+        ranges = _read_4d(mask, k_len)
+        if version is not None:  # an inference tensor does not say when it changes
+            _known[mask] = (version, k_len, ranges)
+    return np.ascontiguousarray(np.broadcast_to(ranges, (batch, q_len, 2)))
+
+
+def _trusted(window: int | None) -> Callable:
+    def visible(batch_idx: object, head_idx: object, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+        seen = kv_idx <= q_idx
+        return seen if window is None else seen & (kv_idx > q_idx - window)
+
+    return visible
+
+
+def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
+    """Ranges [B', Lq', 2] of a 4-D mask, its sizes 1 kept as they are; read in slices."""
+    mask = mask.detach()[..., :k_len]
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"attention_mask: a 4-D mask must be bool or additive floating point, got {mask.dtype}")
+    heads = 1 if mask.stride(1) == 0 else mask.shape[1]
+    step = max(1, _SLICE_ELEMENTS // max(1, k_len))
+    table = np.empty((mask.shape[0], mask.shape[2], 2), np.int32)
+    for b in range(mask.shape[0]):
+        for start in range(0, mask.shape[2], step):
+            stop = min(start + step, mask.shape[2])
+            for h in range(heads):
+                piece = mask[b, h, start:stop]
+                if piece.dtype != torch.bool:
+                    visible = piece == 0
+                    if not bool((visible | (piece <= _HIDDEN)).all()):
+                        raise NotImplementedError(
+                            "attention_mask: an additive mask may hold 0 and -inf (or a dtype's minimum) only; "
+                            'this one carries other values, a position bias, which "dhsa" does not add'
+                        )
+                    piece = visible
+                found = _intervals(piece.cpu().numpy()[None], start)[0]
+                if h == 0:
+                    table[b, start:stop] = found
+                elif not np.array_equal(table[b, start:stop], found):
+                    raise NotImplementedError(
+                        'attention_mask: the heads have different masks, "dhsa" takes one for all heads'
+                    )
+    return table
+
+
+def _intervals(visible: np.ndarray, first_row: int = 0, what: str = "attention mask") -> np.ndarray:
+    """int32 [B, n, 2] of bool [B, n, Lk]; (0, 0) where nothing is visible. NotImplementedError if a row has a gap."""
+    count = visible.sum(axis=-1, dtype=np.int32)
+    start = visible.argmax(axis=-1).astype(np.int32)
+    stop = (visible.shape[-1] - visible[..., ::-1].argmax(axis=-1)).astype(np.int32)
+    empty = count == 0
+    start[empty] = stop[empty] = 0
+    if not np.array_equal(stop - start, count):
+        b, row = np.argwhere(stop - start != count)[0]
+        where = f"batch row {b}" if what == "attention_mask" else f"batch row {b}, query {row + first_row}"
+        raise NotImplementedError(
+            f"{what}: {where} sees keys that are not one interval ({count[b, row]} of the keys {start[b, row]}.."
+            f'{stop[b, row] - 1}), which "dhsa" cannot serve; use attn_implementation="eager" for such masks'
+        )
+    return np.stack([start, stop], axis=-1)
+
+
+# ---- what of it is plain ---------------------------------------------------------------------------------------------
+
+
+def segments(ranges: np.ndarray, limit: int = 64) -> list[Segment] | None:
+    """Cuts a range table into stretches of plain causal or sliding-window attention; queries that see nothing are left
+    out.
+
+    Padded, packed and static-cache prompts come out as one stretch a sequence: either the only one of its batch row, or
+    beginning with a query that sees one key. Returns None for any other table (prefixes seen from both sides,
+    bidirectional spans) and for rows of more than `limit` sequences: those are served by exact attention with the table
+    itself.
+    """
+    if len(ranges) > 1 and (ranges[1:] == ranges[:1]).all():
+        same = segments(ranges[:1], limit)
+        return None if same is None else [s._replace(row=None) for s in same]
+    found: list[Segment] = []
+    for row, table in enumerate(ranges):
+        start, stop = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
+        seen = stop > start
+        # A stretch goes on while each query sees one key more at its end and loses at most one at its beginning.
+        lost = np.diff(start)
+        goes_on = seen[1:] & seen[:-1] & (np.diff(stop) == 1) & (lost >= 0) & (lost <= 1)
+        edges = np.concatenate([[0], np.flatnonzero(~goes_on) + 1, [len(start)]])
+        edges = [int(e) for e in edges if e == len(start) or seen[e]]
+        if len(edges) > limit + 1:
+            return None
+        for q_start, nxt in itertools.pairwise(edges):
+            q_stop = nxt
+            while q_stop > q_start and not seen[q_stop - 1]:
+                q_stop -= 1
+            s, e = start[q_start:q_stop], stop[q_start:q_stop]
+            width = int((e - s).max())
+            window = width if s[-1] > s[0] else None
+            if window is not None and not np.array_equal(s, np.maximum(s[0], e - window)):
+                return None
+            if len(edges) > 2 and e[0] - s[0] != 1:
+                return None
+            found.append(Segment(row, q_start, q_stop, int(s[0]), int(e[-1]), window, int((e - s).sum())))
+    return found
