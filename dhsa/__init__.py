@@ -1,0 +1,71 @@
+"""dhsa: Dynamic Hierarchical Sparse Attention on any CPU. Names only; the work is in the modules named below.
+
+Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`) and the
+oracle `dhsa.reference` are imported when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from dhsa.config import Config
+from dhsa.functional import (
+    attention,
+    boundaries,
+    boundary_ratios,
+    build_info,
+    chunk_scores,
+    get_num_threads,
+    pick_boundaries,
+    select,
+    set_isa,
+    set_num_threads,
+    sparse_attention,
+)
+from dhsa.predictor import BoundaryPredictor
+from dhsa.selection import Selection
+
+if TYPE_CHECKING:
+    from dhsa import hf as hf
+    from dhsa import reference as reference
+    from dhsa.hf import last_run, patch, patched, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BoundaryPredictor",
+    "Config",
+    "Selection",
+    "attention",
+    "boundaries",
+    "boundary_ratios",
+    "build_info",
+    "chunk_scores",
+    "get_num_threads",
+    "last_run",
+    "patch",
+    "patched",
+    "pick_boundaries",
+    "reference",
+    "select",
+    "set_isa",
+    "set_num_threads",
+    "sparse_attention",
+    "unpatch",
+]
+
+_FROM_HF = ("last_run", "patch", "patched", "unpatch")
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _FROM_HF:
+        value = getattr(importlib.import_module("dhsa.hf"), name)
+        globals()[name] = value
+        return value
+    if name in ("hf", "reference"):
+        return importlib.import_module(f"dhsa.{name}")
+    raise AttributeError(f"module 'dhsa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,39 @@
+"""How many threads a call uses: what was set, else torch's number, else the CPUs this process may use."""
+
+from __future__ import annotations
+
+import sys
+
+from dhsa import _core
+from dhsa._arrays import check_int
+
+MAX_THREADS = 1024
+
+_chosen: int | None = None
+_cpus = _core.cpu_count()
+
+
+def set_num_threads(n: int | None) -> None:
+    """Sets how many threads every call of this process uses; results do not depend on it.
+
+    Args:
+        n: 1 to 1024; None: back to the default, torch's number where torch is imported, else the CPUs this process may use.
+
+    Raises:
+        TypeError: not an int. ValueError: out of range.
+    """
+    global _chosen
+    _chosen = None if n is None else check_int(n, "n", 1, MAX_THREADS)
+
+
+def get_num_threads() -> int:
+    """How many threads the next call will use; see `set_num_threads`."""
+    if _chosen is not None:
+        return _chosen
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        try:
+            return min(torch.get_num_threads(), MAX_THREADS)
+        except AttributeError:  # being imported right now
+            pass
+    return _cpus
