@@ -114,9 +114,10 @@ K_INLINE vf tanh_vf(vf x)
     return v_mul(v_mul(x, p), v_rcp(q));
 }
 
-/* Pass 1 of a softmax: the maximum, and with a softcap the capped logits in units of log2. Constant flags fold away. */
+/* Pass 1 of a softmax: the maximum, and with a softcap the capped logits in units of log2. omit: a product of -inf marks
+ * something left out and stays -inf under the softcap. Constant flags fold away. */
 K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, float inner, float outer, vf *top,
-                          const int masked, const int capped)
+                          const int masked, const int capped, const int omit)
 {
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) top[u] = v_set1(-INFINITY);
@@ -126,7 +127,8 @@ K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, cons
             float *at = s + j * K_LANES + u * V_LEN;
             vf x = v_load(at);
             if (capped) {
-                x = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
+                const vf y = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
+                x = omit ? v_pick(v_eq(x, v_set1(-INFINITY)), x, y) : y;
                 v_store(at, x);
             }
             if (masked) x = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + (int)j), x, v_set1(-INFINITY));
@@ -139,7 +141,7 @@ K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const i
 {
     const float factor = capped ? 1.0f : scale * K_LOG2E;
     vf top[V_PER], sum[V_PER], shift[V_PER];
-    softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped);
+    softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, 0);
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) {
         const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
@@ -186,10 +188,11 @@ static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float
     vm keep[V_PER];
     float lane[K_LANES];
     int32_t zero[K_LANES] = {0}, used[K_LANES];
-    if (softcap > 0) softmax_max(s, n, 0, NULL, NULL, scale / softcap, softcap * K_LOG2E, top, 0, 1);
-    else softmax_max(s, n, 0, NULL, NULL, 0.0f, 0.0f, top, 0, 0);
+    if (softcap > 0) softmax_max(s, n, 0, NULL, NULL, scale / softcap, softcap * K_LOG2E, top, 0, 1, 1);
+    else softmax_max(s, n, 0, NULL, NULL, 0.0f, 0.0f, top, 0, 0, 0);
     for (int u = 0; u < V_PER; u++) {
-        shift[u] = v_sub(v_set1(0.0f), v_mul(v_max(v_set1(-FLT_MAX), top[u]), v_set1(factor)));
+        /* A lane with nothing but -inf: every probability is 0, and so its sum. */
+        shift[u] = v_pick(v_eq(top[u], v_set1(-INFINITY)), v_set1(0.0f), v_sub(v_set1(0.0f), v_mul(top[u], v_set1(factor))));
         sum[u] = v_set1(0.0f);
     }
     for (int64_t j = 0; j < n; j++)

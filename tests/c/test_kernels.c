@@ -1,0 +1,277 @@
+/* test_kernels.c: every kernel of every tier this CPU runs, compared one by one with the scalar tier on the same rows.
+ * Every buffer ends at a guard page, so that a read or write past it is a crash and not luck. Prints what it compared;
+ * exits with 1 at a difference. Built and run by tests/test_kernels.py, for this CPU and, where a cross compiler and an
+ * emulator are at hand, for 64-bit Arm. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "core/internal.h"
+#include "kernels/half.h"
+
+static const dhsa_kernels *ref, *kn;
+static int failures, checks;
+static uint64_t state = 88172645463325252u;
+
+static float uniform(void)
+{
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (float)(state >> 40) * 0x1p-23f - 1.0f;
+}
+
+/* Memory that ends where an unreadable page begins. Never freed: the program is short. */
+static void *guarded(size_t bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page + 1;
+    char *base = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || mprotect(base + (pages - 1) * page, page, PROT_NONE) != 0) {
+        perror("guarded");
+        _exit(2);
+    }
+    return base + (pages - 1) * page - bytes;
+}
+
+static float *floats(size_t n) { return guarded(n * sizeof(float)); }
+
+static float *random_floats(size_t n)
+{
+    float *x = floats(n);
+    for (size_t i = 0; i < n; i++) x[i] = uniform();
+    return x;
+}
+
+static void near(const char *what, int a, int b, float got, float want, float tolerance)
+{
+    checks++;
+    if ((isnan(got) && isnan(want)) || got == want || fabsf(got - want) <= tolerance) return;
+    if (failures++ < 20) printf("%s %s (%d, %d): got %.9g, want %.9g, tolerance %.3g\n", kn->isa, what, a, b, got, want, tolerance);
+}
+
+/* Random rows of one dtype and pointers to them. */
+static const void **random_rows(int n, int dim, int dtype)
+{
+    const void **rows = guarded((size_t)n * sizeof *rows);
+    for (int r = 0; r < n; r++) {
+        if (dtype == DHSA_F32) {
+            rows[r] = random_floats((size_t)dim);
+        } else {
+            uint16_t *half = guarded((size_t)dim * 2);
+            for (int d = 0; d < dim; d++) half[d] = dtype == DHSA_F16 ? dhsa_to_f16(uniform()) : dhsa_to_bf16(uniform());
+            rows[r] = half;
+        }
+    }
+    return rows;
+}
+
+/* The scalar tier's panels hold fewer rows: it takes a wide panel in parts. */
+static void split(const float *panel, int part, int dim, float *out)
+{
+    for (int d = 0; d < dim; d++)
+        for (int r = 0; r < ref->lanes; r++) out[d * ref->lanes + r] = panel[(ptrdiff_t)d * kn->lanes + part * ref->lanes + r];
+}
+
+static void test_products(int n, int dim)
+{
+    const int lanes = kn->lanes, small = ref->lanes;
+    float *q = random_floats((size_t)dim * lanes), *k = random_floats((size_t)n * dim), *s = floats((size_t)n * lanes);
+    float *q_part = floats((size_t)dim * small), *s_part = floats((size_t)n * small);
+    kn->qk(q, k, dim, n, dim, s);
+    for (int part = 0; part < lanes / small; part++) {
+        split(q, part, dim, q_part);
+        ref->qk(q_part, k, dim, n, dim, s_part);
+        for (int j = 0; j < n; j++)
+            for (int r = 0; r < small; r++)
+                near("qk", j, part * small + r, s[(ptrdiff_t)j * lanes + part * small + r], s_part[j * small + r], 1e-6f * (float)dim);
+    }
+    /* values: the same rows packed by each tier, with the first key left out as attend does at a window's edge */
+    const void **rows = random_rows(n, dim, DHSA_F32);
+    const int step = kn->value_step, ref_step = ref->value_step;
+    float *v = floats((size_t)dhsa_round_up(dim, step) * n), *v_ref = floats((size_t)dhsa_round_up(dim, ref_step) * n);
+    float *o = random_floats((size_t)dim * lanes), *o_part = floats((size_t)dim * small), *alpha = random_floats((size_t)lanes);
+    float *alpha_part = floats((size_t)small), *before = floats((size_t)dim * lanes);
+    memcpy(before, o, sizeof(float) * (size_t)dim * lanes);
+    if (kn->pack_values(rows, DHSA_F32, n, dim, v) | ref->pack_values(rows, DHSA_F32, n, dim, v_ref)) near("finite values", n, dim, 1, 0, 0);
+    const int skip = n > 1;
+    kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, alpha, o);
+    for (int part = 0; part < lanes / small; part++) {
+        split(before, part, dim, o_part);
+        split(s, part, n, s_part);
+        split(alpha, part, 1, alpha_part);
+        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, alpha_part, o_part);
+        for (int d = 0; d < dim; d++)
+            for (int r = 0; r < small; r++)
+                near("pv", d, part * small + r, o[(ptrdiff_t)d * lanes + part * small + r], o_part[d * small + r], 3e-5f * (float)n);
+    }
+}
+
+static void test_softmax(int n, int masked, float softcap)
+{
+    const int lanes = kn->lanes, small = ref->lanes;
+    float *s = floats((size_t)n * lanes), *m = floats((size_t)lanes), *l = floats((size_t)lanes), *alpha = floats((size_t)lanes);
+    float *s2 = floats((size_t)n * small), *m2 = floats((size_t)small), *l2 = floats((size_t)small), *alpha2 = floats((size_t)small);
+    float *s0 = floats((size_t)n * lanes), *m0 = floats((size_t)lanes), *l0 = floats((size_t)lanes);
+    int32_t *lo = guarded((size_t)lanes * 4), *hi = guarded((size_t)lanes * 4), *lo2 = guarded((size_t)small * 4),
+            *hi2 = guarded((size_t)small * 4);
+    const int base = 5;
+    for (int i = 0; i < n * lanes; i++) s0[i] = s[i] = uniform() * 80;
+    for (int r = 0; r < lanes; r++) {
+        m0[r] = m[r] = r % 3 ? uniform() * 10 : -INFINITY;
+        l0[r] = l[r] = r % 3 ? 1.0f + r : 0;
+        lo[r] = base + r % (n + 2) - 1;
+        hi[r] = base + n - r % (n + 3);
+    }
+    /* a NaN, infinities, and a row that sees nothing */
+    s0[(n / 2) * lanes + 1] = s[(n / 2) * lanes + 1] = NAN;
+    s0[(n / 2) * lanes + 2] = s[(n / 2) * lanes + 2] = INFINITY;
+    s0[(n / 2) * lanes + 3] = s[(n / 2) * lanes + 3] = -INFINITY;
+    for (int j = 0; j < n; j++) s0[j * lanes + 4] = s[j * lanes + 4] = -INFINITY;
+    m0[4] = m[4] = -INFINITY;
+    l0[4] = l[4] = 0;
+    kn->softmax(s, n, base, masked ? lo : NULL, hi, 0.3f, softcap, m, l, alpha);
+    for (int part = 0; part < lanes / small; part++) {
+        split(s0, part, n, s2);
+        split(m0, part, 1, m2);
+        split(l0, part, 1, l2);
+        memcpy(lo2, lo + part * small, sizeof(int32_t) * (size_t)small);
+        memcpy(hi2, hi + part * small, sizeof(int32_t) * (size_t)small);
+        ref->softmax(s2, n, base, masked ? lo2 : NULL, hi2, 0.3f, softcap, m2, l2, alpha2);
+        for (int r = 0; r < small; r++) {
+            const int at = part * small + r;
+            near("softmax m", n, at, m[at], m2[r], 2e-5f);
+            near("softmax l", n, at, l[at], l2[r], 3e-5f * (1 + fabsf(l2[r])));
+            near("softmax alpha", n, at, alpha[at], alpha2[r], 3e-5f);
+            for (int j = 0; j < n; j++) {
+                const float want = s2[j * small + r];
+                near("softmax p", j, at, s[(ptrdiff_t)j * lanes + at], want, 3e-5f * (1 + fabsf(want)));
+            }
+        }
+    }
+}
+
+static void test_row_scores(int n, int rows, float softcap)
+{
+    const int lanes = kn->lanes, small = ref->lanes;
+    float *s = floats((size_t)n * lanes), *s0 = floats((size_t)n * lanes), *part_s = floats((size_t)n * small);
+    float *score = floats((size_t)n), *want = floats((size_t)n);
+    for (int i = 0; i < n * lanes; i++) s0[i] = s[i] = uniform() * 20;
+    s0[1] = s[1] = NAN;
+    s0[2] = s[2] = INFINITY;
+    s0[3] = s[3] = -INFINITY;
+    for (int j = 0; j < n; j++) score[j] = want[j] = (float)j;
+    for (int r = 0; r < lanes; r++) s0[(n - 1) * lanes + r] = s[(n - 1) * lanes + r] = -INFINITY; /* a chunk left out */
+    kn->row_scores(s, n, rows, 0.5f, softcap, score);
+    for (int part = 0; part * small < rows; part++) {
+        split(s0, part, n, part_s);
+        ref->row_scores(part_s, n, DHSA_MIN(rows - part * small, small), 0.5f, softcap, want);
+    }
+    for (int j = 0; j < n; j++) near("row_scores", j, rows, score[j], want[j], 2e-6f * (float)(j + rows));
+    near("row_scores left out", n - 1, rows, score[n - 1], (float)(n - 1), 0);
+}
+
+static void test_moves(int n, int dim, int dtype)
+{
+    const int lanes = kn->lanes, step = kn->value_step, padded = (int)dhsa_round_up(dim, step);
+    const void **rows = random_rows(n, dim, dtype);
+    float *a = floats((size_t)n * dim), *b = floats((size_t)n * dim), *v = floats((size_t)n * padded);
+    kn->pack_rows(rows, dtype, n, dim, a);
+    ref->pack_rows(rows, dtype, n, dim, b);
+    near("finite", n, dim, (float)kn->pack_values(rows, dtype, n, dim, v), 0, 0);
+    for (int j = 0; j < n; j++)
+        for (int d = 0; d < padded; d++) {
+            const float want = d < dim ? b[j * dim + d] : 0;
+            if (d < dim) near("pack_rows", j, d, a[j * dim + d], want, 0);
+            near("pack_values", j, d, v[((ptrdiff_t)(d / step) * n + j) * step + d % step], want, 0);
+        }
+    if (dtype == DHSA_F32) {
+        float *row = (float *)rows[n - 1];
+        const float kept = row[dim - 1];
+        const float bad[] = {NAN, INFINITY, -INFINITY};
+        for (int i = 0; i < 3; i++) {
+            row[dim - 1] = bad[i];
+            near("not finite", n, i, (float)(kn->pack_values(rows, dtype, n, dim, v) != 0), 1, 0);
+        }
+        row[dim - 1] = kept;
+    }
+    const int used = DHSA_MIN(n, lanes);
+    float *panel = floats((size_t)dim * lanes), *divisor = floats((size_t)lanes);
+    kn->pack_panel(rows, dtype, used, dim, -2.0f, panel);
+    for (int r = 0; r < lanes; r++) {
+        divisor[r] = 1.0f + (float)r;
+        for (int d = 0; d < dim; d++) near("pack_panel", r, d, panel[(ptrdiff_t)d * lanes + r], r < used ? -2.0f * b[r * dim + d] : 0, 0);
+    }
+    void **out = guarded((size_t)used * sizeof *out);
+    for (int r = 0; r < used; r++) out[r] = guarded((size_t)dim * (size_t)dhsa_dtype_size(dtype));
+    kn->store_panel(panel, divisor, used, dim, dtype, out);
+    for (int r = 0; r < used; r++)
+        for (int d = 0; d < dim; d++) {
+            const float want = panel[(ptrdiff_t)d * lanes + r] / divisor[r];
+            if (dtype == DHSA_F32) near("store_panel", r, d, ((float *)out[r])[d], want, 0);
+            else near("store_panel", r, d, ((uint16_t *)out[r])[d], dtype == DHSA_F16 ? dhsa_to_f16(want) : dhsa_to_bf16(want), 0);
+        }
+    float *sum = random_floats((size_t)dim), *copy = floats((size_t)dim);
+    memcpy(copy, sum, sizeof(float) * (size_t)dim);
+    kn->add(rows[0], dtype, dim, sum);
+    for (int d = 0; d < dim; d++) near("add", 0, d, sum[d], copy[d] + b[d], 0);
+    near("dot", dim, dtype, kn->dot(a, sum, dim), ref->dot(a, sum, dim), 1e-6f * (float)dim);
+}
+
+/* All 65,536 half-precision numbers, and fp32 numbers around every rounding boundary back. */
+static void test_conversions(int dtype)
+{
+    uint16_t *half = guarded(65536 * 2);
+    float *got = floats(65536);
+    for (int i = 0; i < 65536; i++) half[i] = (uint16_t)i;
+    kn->load(half, dtype, 65536, got);
+    for (int i = 0; i < 65536; i++) near("widen", i, dtype, got[i], dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i), 0);
+    const int lanes = kn->lanes;
+    float *panel = floats((size_t)lanes), *one = floats((size_t)lanes);
+    uint16_t back[DHSA_MAX_LANES];
+    void *rows[DHSA_MAX_LANES];
+    for (int r = 0; r < lanes; r++) {
+        one[r] = 1;
+        rows[r] = back + r;
+    }
+    for (int i = 0; i < 65536; i++) {
+        /* the number itself, half way to the next, and either side of it */
+        const float x = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i);
+        const float y = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)(i + 1)) : dhsa_from_bf16((uint16_t)(i + 1)), mid = x / 2 + y / 2;
+        const float tries[4] = {x, mid, nextafterf(mid, x), nextafterf(mid, y)};
+        for (int r = 0; r < 4; r++) panel[r] = tries[r];
+        kn->store_panel(panel, one, 4, 1, dtype, rows);
+        for (int r = 0; r < 4; r++) {
+            const uint16_t want = dtype == DHSA_F16 ? dhsa_to_f16(tries[r]) : dhsa_to_bf16(tries[r]);
+            if (isnan(tries[r])) near("narrow NaN", i, r, isnan(dtype == DHSA_F16 ? dhsa_from_f16(back[r]) : dhsa_from_bf16(back[r])), 1, 0);
+            else near("narrow", i, r, back[r], want, 0);
+        }
+    }
+}
+
+int main(void)
+{
+    static const int dims[] = {1, 3, 8, 20, 64, 80, 256}, counts[] = {1, 2, 7, 13, 64};
+    ref = dhsa_kernels_find("scalar");
+    for (int tier = 0; dhsa_isa_detected(tier); tier++) {
+        kn = dhsa_kernels_find(dhsa_isa_detected(tier));
+        checks = 0;
+        for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+            const int n = counts[i];
+            for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+                test_products(n, dims[d]);
+                for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++) test_moves(n, dims[d], dtype);
+            }
+            for (int masked = 0; masked < 2; masked++)
+                for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);
+            for (int rows = 1; rows <= kn->lanes; rows += 5)
+                for (int capped = 0; capped < 2; capped++) test_row_scores(n, rows, capped ? 15.0f : 0.0f);
+        }
+        test_conversions(DHSA_F16);
+        test_conversions(DHSA_BF16);
+        printf("%s: %d comparisons with scalar\n", kn->isa, checks);
+    }
+    printf("%d differences\n", failures);
+    return failures != 0;
+}
