@@ -1,7 +1,7 @@
 """dhsa: Dynamic Hierarchical Sparse Attention on any CPU. Names only; the work is in the modules named below.
 
-Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`) and the
-oracle `dhsa.reference` are imported when first used.
+Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`)
+and the oracle `dhsa.reference` are imported when first used.
 """
 
 from typing import TYPE_CHECKING, Any

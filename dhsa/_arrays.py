@@ -77,7 +77,7 @@ class TorchKind:
         if x.requires_grad:
             if torch.is_grad_enabled():
                 raise NotImplementedError(
-                    f"{name}: requires grad, but there is no backward pass (inference only); use torch.no_grad() or detach()"
+                    f"{name}: requires grad, but there is no backward pass (prefill only); use torch.no_grad()"
                 )
             x = x.detach()
         if x.is_neg():  # a lazy minus sign that the memory does not show
@@ -136,7 +136,9 @@ def kind_of(x: Array, name: str) -> Any:
     if hasattr(x, "__dlpack__") and hasattr(x, "__array_namespace__"):
         return DlpackKind(x.__array_namespace__())
     if hasattr(x, "__dlpack__"):
-        raise TypeError(f"{name}: {type_name(x)} has DLPack but no __array_namespace__ to make results of its kind with")
+        raise TypeError(
+            f"{name}: {type_name(x)} has DLPack but no __array_namespace__ to make results of its kind with"
+        )
     raise TypeError(f"{name}: expected a NumPy array, a torch tensor or a DLPack array, got {type_name(x)}")
 
 

@@ -1,7 +1,7 @@
 """Reads state dicts out of PyTorch checkpoints (zip format) without torch and without executing what they contain.
 
-A checkpoint is a pickle, and a pickle is a program. The unpickler here knows a handful of names (ordered dicts, storages, the
-two functions that make tensors) and refuses every other one before anything is called.
+A checkpoint is a pickle, and a pickle is a program. The unpickler here knows a handful of names (ordered dicts,
+storages, the two functions that make tensors) and refuses every other one before anything is called.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
 
 
 def read_checkpoint(path: str, anchor: str) -> dict[str, np.ndarray]:
-    """The state dict in the checkpoint at `path`: the dict, at the top or nested under string keys, that has a key ending
-    with `anchor`.
+    """The state dict in the checkpoint at `path`: the dict, at the top or nested under string keys, that has a key
+    ending with `anchor`.
 
     Raises:
         ValueError: damaged, or holds anything but tensors and plain containers, or no such dict.

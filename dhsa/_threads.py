@@ -17,7 +17,8 @@ def set_num_threads(n: int | None) -> None:
     """Sets how many threads every call of this process uses; results do not depend on it.
 
     Args:
-        n: 1 to 1024; None: back to the default, torch's number where torch is imported, else the CPUs this process may use.
+        n: 1 to 1024; None: back to the default, torch's number where torch is imported, else the CPUs this process may
+            use.
 
     Raises:
         TypeError: not an int. ValueError: out of range.

@@ -51,12 +51,13 @@ class Config:
             training), "fixed" (every `chunk_size` keys), "predictor" (the paper's trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
         num_chunks: the most gaps to cut at (so one chunk more). None: L // 8 for "similarity", the paper's
-            (L // query_block) * 8 for "predictor"; "paper" asks for the latter with "similarity" too. L is the number of keys.
+            (L // query_block) * 8 for "predictor"; "paper" asks for the latter with "similarity" too. L is the number
+            of keys.
         boundary_window: tokens on each side of a gap that the similarity looks at.
         theta: a gap's score must exceed it. None: -inf for "similarity", 1.1 for "predictor".
         nms: a gap must lie more than this many keys from every better one. None: 4 for "similarity", 8 for "predictor".
-        score: "rows" (softmax over chunk means for small groups of queries and each head, squared and summed) or "block"
-            (the paper's: mean query of the block times mean key of the chunk).
+        score: "rows" (softmax over chunk means for small groups of queries and each head, squared and summed) or
+            "block" (the paper's: mean query of the block times mean key of the chunk).
         rows: mean queries that a full block is reduced to for score="rows", 1 to query_block. None: query_block // 4.
         pooling: for score="block": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
         predictor: a BoundaryPredictor, for boundaries="predictor".
@@ -64,7 +65,7 @@ class Config:
     Raises:
         TypeError: an unknown name, or a value of the wrong type. ValueError: a value out of range. Both name the field.
 
-    Source: arXiv 2510.24606, sections 3.1 (boundaries) and 3.2 (selection); "similarity" and "rows" are this project's.
+    Source: arXiv 2510.24606; "similarity" and "rows" are this project's.
     """
 
     budget: int | None = 2048
@@ -160,11 +161,11 @@ class Config:
 
     @classmethod
     def paper(cls, **overrides: Any) -> Config:
-        """The setting of the paper's first version: query blocks of 256, 128 local keys, one selection for all heads, block
-        scores with sqrt(length) pooling, (L // 256) * 8 gaps more than 8 apart.
+        """The setting of the paper's first version: query blocks of 256, 128 local keys, one selection for all heads,
+        block scores with sqrt(length) pooling, (L // 256) * 8 gaps more than 8 apart.
 
         Boundaries come from `predictor=` if one is given, else from key similarity with the same number of gaps.
-        `overrides` are fields of Config. Source: arXiv 2510.24606v1, section 4.
+        `overrides` are fields of Config. Source: arXiv 2510.24606v1.
         """
         values: dict[str, Any] = {
             "query_block": 256,

@@ -1,8 +1,9 @@
 """The functions of the package: arguments checked and defaulted, results allocated, the C core called.
 
-Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D]; query i sits at key position i + (Lk - Lq). Arrays are NumPy, torch (CPU) or of
-any library with DLPack and the array API namespace; all of one kind and one dtype (float32, float16 or bfloat16), the last
-dimension contiguous. Results are of the kind of q. Not here: definitions (dhsa.reference), arithmetic (csrc/).
+Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D]; query i sits at key position i + (Lk - Lq). Arrays are NumPy, torch
+(CPU) or of any library with DLPack and the array API namespace; all of one kind and one dtype (float32, float16 or
+bfloat16), the last dimension contiguous. Results are of the kind of q. Not here: definitions (dhsa.reference),
+arithmetic (csrc/).
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def run(
     return_lse: bool = False,
     out: Array | None = None,
 ) -> tuple[Array, Array | None, RunStats]:
-    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments and errors as in `attention`."""
+    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments and errors as in
+    `attention`."""
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
     kind, q, k, v, target, given = _inputs(q, k, v, out)
@@ -94,7 +96,9 @@ def run(
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
-        path, density, selecting, attending = _core.prefill(*args, config._boundary_args(k.shape[2]), config._select_args)
+        path, density, selecting, attending = _core.prefill(
+            *args, config._boundary_args(k.shape[2]), config._select_args
+        )
         stats = RunStats(PATHS[path], density, selecting, attending)
     if type(kind) is DlpackKind:  # its results are Buffers until here
         target = target if given else kind.result(target)
@@ -118,8 +122,8 @@ def attention(
 ) -> Any:
     """Attention over the keys that `config` selects; exact over all visible keys with None or a budget of None.
 
-    s = scale * q.k, then softcap * tanh(s / softcap), then the mask, then softmax; sums in float32. A NaN or infinity in q, k or
-    v reaches exactly the rows that see it, as in exact attention.
+    s = scale * q.k, then softcap * tanh(s / softcap), then the mask, then softmax; sums in float32. A NaN or infinity
+    in q, k or v reaches exactly the rows that see it, as in exact attention.
 
     Args:
         q: [B, H, Lq, D]; float32, float16 or bfloat16. Any strides but the last, which must be 1. D at most 256.
@@ -129,18 +133,18 @@ def attention(
         softcap: caps the logits smoothly at +-softcap, above 0; None: no cap.
         window: sliding window: the query at position p sees keys p - window < j <= p; None: all up to p.
         causal: False: every query sees every key (exact attention only, without a window).
-        key_ranges: int32 [B, Lq, 2]: query i of batch item b sees keys start <= j < stop, in place of causality and window (exact
-            attention only). Serves padded batches.
+        key_ranges: int32 [B, Lq, 2]: query i of batch item b sees keys start <= j < stop, in place of causality and
+            window (exact attention only). Serves padded batches.
         return_lse: also return the log-sum-exp of the masked logits.
         out: [B, H, Lq, D] to write into, of q's kind and dtype, sharing no memory with the inputs.
 
     Returns:
-        [B, H, Lq, D] of q's kind and dtype (`out` itself if given); with return_lse a tuple of it and float32 [B, H, Lq], natural
-        log. A query that sees no key gives zeros and -inf.
+        [B, H, Lq, D] of q's kind and dtype (`out` itself if given); with return_lse a tuple of it and float32 [B, H,
+        Lq], natural log. A query that sees no key gives zeros and -inf.
 
     Raises:
-        TypeError: dtypes or kinds other than those above, or mixed. ValueError: ranks, sizes, strides, devices, ranges, aliasing.
-        NotImplementedError: autograd, D above 256, selection without plain causality. All name the argument.
+        TypeError: dtypes or kinds other than those above, or mixed. ValueError: ranks, sizes, strides, devices, ranges,
+        aliasing. NotImplementedError: autograd, D above 256, selection without plain causality. All name the argument.
 
     Source: arXiv 2510.24606; without a config plain softmax attention.
     """
@@ -172,10 +176,11 @@ def sparse_attention(
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
-    """Causal attention over the keys of a selection: the second half of `attention`, for a selection made or kept before.
+    """Causal attention over the keys of a selection: the second half of `attention`, for a selection made or kept
+    before.
 
-    Causality and `window` apply per token inside the lists. The selection is checked in full against the shapes at hand, so one
-    of another layer may be used. Arguments, results and errors otherwise as in `attention`.
+    Causality and `window` apply per token inside the lists. The selection is checked in full against the shapes at
+    hand, so one of another layer may be used. Arguments, results and errors otherwise as in `attention`.
 
     Raises:
         TypeError, ValueError: also if the selection does not fit q and k (batch, sharing, blocks, key range).
@@ -234,13 +239,13 @@ def boundaries(k: Array, config: Config) -> Array:
         k: [B, Hkv, Lk, D] as in `attention`. config: a Config.
 
     Returns:
-        int32 [B, C + 1] of k's kind: 0 = b0 < b1 < ... = Lk. Batch items may have different numbers of chunks: shorter rows are
-        padded at the end by repeating Lk, so padding reads as empty chunks; C is the largest number of chunks.
+        int32 [B, C + 1] of k's kind: 0 = b0 < b1 < ... = Lk. Batch items may have different numbers of chunks: shorter
+        rows are padded at the end by repeating Lk, so padding reads as empty chunks; C is the largest number of chunks.
 
     Raises:
         TypeError, ValueError: as in `attention`, or a predictor of another width than Hkv * D.
 
-    Source: arXiv 2510.24606, section 3.1; similarity boundaries are this project's.
+    Source: arXiv 2510.24606, boundary prediction; similarity boundaries are this project's.
     """
     kind = kind_of(k, "k")
     return kind.result(_boundaries(kind.accept(k, "k"), _config(config)))
@@ -250,13 +255,13 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
     """Picks boundaries from gap scores: best first (equal scores: lower index first), spaced out.
 
     Args:
-        scores: [L], entry j scores the gap between keys j and j + 1; the last entry, no gap, is ignored. Compared as float32;
-            NaN never wins.
+        scores: [L], entry j scores the gap between keys j and j + 1; the last entry, no gap, is ignored. Compared as
+            float32; NaN never wins.
         n: the most gaps to accept, at least 0 (so n + 1 chunks).
         theta: a gap's score must exceed it; -inf: any finite score.
         nms: a gap must lie more than this many keys from every accepted one.
-        instruction: an instruction of this many tokens ends the sequence: gap L - instruction is accepted first, counts in n,
-            and later gaps are skipped.
+        instruction: an instruction of this many tokens ends the sequence: gap L - instruction is accepted first, counts
+            in n, and later gaps are skipped.
 
     Returns:
         int32 [C + 1]: 0, the accepted gaps plus 1 in ascending order, L; of the kind of `scores`.
@@ -264,7 +269,7 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Source: arXiv 2510.24606, section 3.1.
+    Source: arXiv 2510.24606, boundary prediction.
     """
     array = to_numpy(scores, "scores")
     if array.dtype.kind not in "fiu":
@@ -326,8 +331,9 @@ def chunk_scores(
         q, k: as in `attention`.
         boundaries: int [B, C + 1] (or [C + 1] for all items), from 0, rising to Lk, padded with Lk.
         query_block: queries in a block, 1 to 65536.
-        score: "block" (the paper's: products of the block's mean query and the chunk's mean key, summed over the heads of a
-            sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head; squares, summed).
+        score: "block" (the paper's: products of the block's mean query and the chunk's mean key, summed over the heads
+            of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head;
+            squares, summed).
         pooling: of the block score: "mean", or "mean_sqrt" (times the square root of the length, for both).
         heads: sharing sets: "all", "group" or "head".
         scale: None: 1 for "block", 1 / sqrt(D) for "rows". softcap: of the logits, "rows" only.
@@ -335,13 +341,14 @@ def chunk_scores(
         window: the layer's sliding window, which bounds a block's candidate keys.
 
     Returns:
-        float32 [B, heads, nq, C] of q's kind. Chunks without a candidate key (past the block's end, under the window, or
-        padding) score -inf. A chunk whose mean key is not finite scores +inf, so that it is always selected.
+        float32 [B, heads, nq, C] of q's kind. Chunks without a candidate key (past the block's end, under the window,
+        or padding) score -inf. A chunk whose mean key is not finite scores +inf, so that it is always selected.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in `attention`, and for boundaries that are unsorted or out of range.
+        TypeError, ValueError, NotImplementedError: as in `attention`, and for boundaries that are unsorted or out of
+        range.
 
-    Source: arXiv 2510.24606, section 3.2 ("block"); "rows" is this project's.
+    Source: arXiv 2510.24606, sparse selection ("block"); "rows" is this project's.
     """
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
@@ -377,7 +384,8 @@ def select(
         q, k: as in `attention`.
         config: a Config; with a budget of None every block takes all its candidates.
         boundaries: int [B, C + 1] to use in place of `config.boundaries`, for example those of an earlier layer.
-        window: the layer's sliding window. scale, softcap: the layer's, for config.score="rows"; None: 1 / sqrt(D), no cap.
+        window: the layer's sliding window. scale, softcap: the layer's, for config.score="rows"; None: 1 / sqrt(D), no
+            cap.
 
     Returns:
         A Selection of shape (B, heads, nq), its arrays NumPy whatever q is.
@@ -385,7 +393,7 @@ def select(
     Raises:
         TypeError, ValueError, NotImplementedError: as in `attention` and `chunk_scores`.
 
-    Source: arXiv 2510.24606, section 3.2.
+    Source: arXiv 2510.24606, sparse selection.
     """
     config = _config(config)
     kind = kind_of(q, "q")
@@ -425,13 +433,13 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
         sliding_window: W of a sliding layer: only the first W rows past the gap's future side count. None: all of them.
 
     Returns:
-        float64 [L] of the kind of `attn`: (max + 1e-6) / (min + 1e-6) of the attention received by the w keys up to gap j and by
-        the w after it; 0 where the gap lacks full windows (valid for 2w - 1 <= j < L - 2w).
+        float64 [L] of the kind of `attn`: (max + 1e-6) / (min + 1e-6) of the attention received by the w keys up to gap
+        j and by the w after it; 0 where the gap lacks full windows (valid for 2w - 1 <= j < L - 2w).
 
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Source: arXiv 2510.24606, section 3.1 (training).
+    Source: arXiv 2510.24606, boundary labels.
     """
     array = to_numpy(attn, "attn")
     if array.dtype.kind != "f":
@@ -447,8 +455,8 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
 
 
 def set_isa(name: str) -> None:
-    """Sets the instruction set tier of the whole process: one that `build_info()` lists as detected, or "auto" for the best
-    (or what the environment variable DHSA_ISA said at the start).
+    """Sets the instruction set tier of the whole process: one that `build_info()` lists as detected, or "auto" for the
+    best (or what the environment variable DHSA_ISA said at the start).
 
     Raises:
         TypeError: not a str. ValueError: unknown, or not usable on this CPU.
@@ -457,7 +465,8 @@ def set_isa(name: str) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled, detected and chosen: `compiler`, `c_standard`, `limited_api` (lowest Python version), `isa_compiled` and
-    `isa_detected` (lists, lowest tier first), `isa` (in use), `cpu_count` (this process's), `num_threads` (of the next call).
+    """What was compiled, detected and chosen: `compiler`, `c_standard`, `limited_api` (lowest Python version),
+    `isa_compiled` and `isa_detected` (lists, lowest tier first), `isa` (in use), `cpu_count` (this process's),
+    `num_threads` (of the next call).
     """
     return {**_core.build_info(), "num_threads": get_num_threads()}

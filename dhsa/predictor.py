@@ -1,7 +1,7 @@
 """BoundaryPredictor: the weights of the paper's boundary network, loaded, checked and saved; computed in C.
 
-Reads safetensors and the authors' PyTorch checkpoints, the latter by `_checkpoint.py` without executing anything in them.
-Not here: training, and picking boundaries from the logits (functional.py).
+Reads safetensors and the authors' PyTorch checkpoints, the latter by `_checkpoint.py` without executing anything in
+them. Not here: training, and picking boundaries from the logits (functional.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ANCHOR = "enc.mha.in_proj_weight"
 
 
 class BoundaryPredictor:
-    """The paper's boundary network (arXiv 2510.24606, section 3.1): is there a topic boundary between keys j and j + 1?
+    """The boundary network of arXiv 2510.24606: is there a topic boundary between keys j and j + 1?
 
     A window of 2w keys around each gap goes through multi-head self-attention and LayerNorm; its two halves are pooled
     (mean, or a softmax-gated sum), compared, and scored by a small MLP. Weights are float32 and immutable.
@@ -89,8 +89,8 @@ class BoundaryPredictor:
             window: keys on each side of a gap.
 
         Raises:
-            TypeError: not a mapping, or no float array. ValueError: a parameter is missing, unknown, not finite or of the
-            wrong shape; the message names it and the shape expected.
+            TypeError: not a mapping, or no float array. ValueError: a parameter is missing, unknown, not finite or of
+            the wrong shape; the message names it and the shape expected.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type_name(state_dict)}")
@@ -145,8 +145,8 @@ class BoundaryPredictor:
             window: keys on each side of a gap. None: what `save` stored, else 4.
 
         Raises:
-            OSError: cannot be read. ValueError: damaged, of an unknown kind, or as in `from_state_dict`. ImportError: no
-            `safetensors`.
+            OSError: cannot be read. ValueError: damaged, of an unknown kind, or as in `from_state_dict`. ImportError:
+            no `safetensors`.
         """
         path = os.fspath(path)
         with open(path, "rb") as file:
@@ -163,14 +163,17 @@ class BoundaryPredictor:
             )
         if heads is None:
             if "heads" not in stored:
-                raise ValueError(f"heads: not stored in {path}; give the number of attention heads (4 or 8 in the paper)")
+                raise ValueError(
+                    f"heads: not stored in {path}; give the number of attention heads (4 or 8 in the paper)"
+                )
             heads = _stored_int(stored, "heads", path)
         if window is None:
             window = _stored_int(stored, "window", path) if "window" in stored else DEFAULT_WINDOW
         return cls.from_state_dict(state_dict, heads=heads, window=window)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes safetensors with the weights and, as metadata, `heads` and `window`. Needs the package `safetensors`."""
+        """Writes safetensors with the weights and, as metadata, `heads` and `window`. Needs the package
+        `safetensors`."""
         metadata = {"heads": str(self.heads), "window": str(self.window)}
         _safetensors().save_file(self._weights, os.fspath(path), metadata=metadata)
 

@@ -17,9 +17,9 @@ MAX_MASK_BYTES = 1 << 28  # 256 MiB: a mask is for looking at and for tests, nev
 class Selection:
     """The keys that each block of queries may attend to. Immutable; may be used for any number of layers.
 
-    Row r = (b * heads + s) * nq + i lists the keys of query block i (queries i * query_block onwards) for sharing set s of
-    batch item b: `indices[indptr[r]:indptr[r + 1]]`, ascending and unique. Causality and the sliding window still apply
-    per token inside a list.
+    Row r = (b * heads + s) * nq + i lists the keys of query block i (queries i * query_block onwards) for sharing set s
+    of batch item b: `indices[indptr[r]:indptr[r + 1]]`, ascending and unique. Causality and the sliding window still
+    apply per token inside a list.
 
     Attributes:
         indptr: int64 [B * heads * nq + 1].
@@ -177,7 +177,8 @@ class Selection:
         i + (Lk - Lq).
 
         Raises:
-            TypeError: not boolean. ValueError: wrong rank, Lq > Lk, or rows of one block that differ (naming the first).
+            TypeError: not boolean. ValueError: wrong rank, Lq > Lk, or rows of one block that differ (naming the
+            first).
         """
         array = to_numpy(mask, "mask")
         if array.dtype != np.bool_:
@@ -205,8 +206,8 @@ class Selection:
                     if different.any():
                         at = first + int(np.argmax(different))
                         raise ValueError(
-                            f"mask: query {at} of [{b}, {s}] sees other keys than the rest of its block of {query_block} "
-                            "queries, beyond what causality and the window explain"
+                            f"mask: query {at} of [{b}, {s}] sees other keys than the rest of its block of "
+                            f"{query_block} queries, beyond what causality and the window explain"
                         )
                     lists.append(np.flatnonzero(keys).astype(np.int32))
         indptr = np.zeros(len(lists) + 1, np.int64)
@@ -229,7 +230,8 @@ class Selection:
         return q_len, max(q_len, int(self.indices.max(initial=-1)) + 1)
 
     def density(self) -> float:
-        """(query, key) pairs attended / pairs visible under causality and the selection's window, over all sharing sets.
+        """(query, key) pairs attended / pairs visible under causality and the selection's window, over all sharing
+        sets.
 
         Without known lengths (from_indices), nq * query_block queries and the fewest keys that fit are assumed.
         """
@@ -251,8 +253,9 @@ class Selection:
     def mask(self, *, causal: bool = False, window: int | None = None) -> np.ndarray:
         """The selection as a boolean mask [B, heads, Lq, Lk], for small sizes.
 
-        By default a block's whole list for each of its queries, as listed. causal=True: only what each query attends to,
-        its own position included, under `window` (None: the selection's own) if there is one; usable as an SDPA mask.
+        By default a block's whole list for each of its queries, as listed. causal=True: only what each query attends
+        to, its own position included, under `window` (None: the selection's own) if there is one; usable as an SDPA
+        mask.
 
         Raises:
             ValueError: the mask would take more than 256 MiB.
@@ -262,8 +265,8 @@ class Selection:
         size = batch * heads * q_len * k_len
         if size > MAX_MASK_BYTES:
             raise ValueError(
-                f"mask: [{batch}, {heads}, {q_len}, {k_len}] would take {size >> 20} MiB, more than {MAX_MASK_BYTES >> 20}; "
-                "use indptr and indices"
+                f"mask: [{batch}, {heads}, {q_len}, {k_len}] would take {size >> 20} MiB, more than "
+                f"{MAX_MASK_BYTES >> 20}; use indptr and indices"
             )
         if window is not None:
             if not causal:
@@ -315,7 +318,9 @@ def check_lengths(q_len: Any, k_len: Any, nq: int, query_block: int) -> tuple[in
     if q_len is not None:
         q_len = check_int(q_len, "q_len", 1, 2**31 - 1)
         if -(-q_len // query_block) != nq:
-            raise ValueError(f"q_len: {q_len} queries are {-(-q_len // query_block)} blocks of {query_block}, not nq = {nq}")
+            raise ValueError(
+                f"q_len: {q_len} queries are {-(-q_len // query_block)} blocks of {query_block}, not nq = {nq}"
+            )
     if k_len is not None:
         k_len = check_int(k_len, "k_len", 1, 2**31 - 1)
         if q_len is None:
