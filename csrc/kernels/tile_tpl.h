@@ -24,8 +24,8 @@
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
-/* `rows` keys against one panel; rows is a constant after inlining, so that the sums stay in registers. */
-K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int dim, float *s, const int rows)
+/* `rows` keys against one panel, set or added; rows is a constant after inlining, so that the sums stay in registers. */
+K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int dim, float *s, int adding, const int rows)
 {
     vf acc[QK_ROWS][V_PER];
 #pragma GCC unroll 16
@@ -46,17 +46,29 @@ K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int di
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) v_store(s + i * K_LANES + u * V_LEN, acc[i][u]);
+        for (int u = 0; u < V_PER; u++) {
+            float *at = s + i * K_LANES + u * V_LEN;
+            v_store(at, adding ? v_add(v_load(at), acc[i][u]) : acc[i][u]);
+        }
 }
+
+/* At most DIM_STEP columns at a time: that part of the panel stays in L1 while all keys pass by, and short sums round less. */
+enum { DIM_STEP = 128 };
 
 static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s)
 {
-    int j = 0;
-    for (; j + QK_ROWS <= n; j += QK_ROWS) qk_tile(q, k + j * k_stride, k_stride, dim, s + (ptrdiff_t)j * K_LANES, QK_ROWS);
+    for (int d = 0; d < dim; d += DIM_STEP, q += DIM_STEP * K_LANES, k += DIM_STEP) {
+        const int part = dim - d < DIM_STEP ? dim - d : DIM_STEP, adding = d > 0;
+        const float *row = k;
+        float *at = s;
+        int j = 0;
+        for (; j + QK_ROWS <= n; j += QK_ROWS, row += QK_ROWS * k_stride, at += QK_ROWS * K_LANES)
+            qk_tile(q, row, k_stride, part, at, adding, QK_ROWS);
 #if QK_ROWS > 4
-    for (; j + 4 <= n; j += 4) qk_tile(q, k + j * k_stride, k_stride, dim, s + (ptrdiff_t)j * K_LANES, 4);
+        for (; j + 4 <= n; j += 4, row += 4 * k_stride, at += 4 * K_LANES) qk_tile(q, row, k_stride, part, at, adding, 4);
 #endif
-    for (; j < n; j++) qk_tile(q, k + j * k_stride, k_stride, dim, s + (ptrdiff_t)j * K_LANES, 1);
+        for (; j < n; j++, row += k_stride, at += K_LANES) qk_tile(q, row, k_stride, part, at, adding, 1);
+    }
 }
 
 /* One strip of value columns, `cols` of which exist. Summed from zero and added to o at the end: short sums round less. */
