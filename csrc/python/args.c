@@ -103,7 +103,8 @@ int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_
 static int open_tensor(const dhsa_py_state *state, PyObject *object, const char *name, const char *axes, int writable,
                        dhsa_py_view *view, dhsa_tensor *tensor)
 {
-    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, writable, tensor) == 0 ? 0 : -1;
+    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, writable, tensor) == 0 ? 0
+                                                                                                                             : -1;
 }
 
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *p)
@@ -124,7 +125,8 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
         }
         problem->lse = p->lse.data;
     }
-    if (dhsa_py_scaling(args[5], args[6], args[7], problem->q.shape[3], &problem->scale, &problem->softcap, &problem->window) != 0) {
+    if (dhsa_py_scaling(args[5], args[6], args[7], problem->q.shape[3], &problem->scale, &problem->softcap, &problem->window) !=
+        0) {
         goto fail;
     }
     causal = PyObject_IsTrue(args[8]);
@@ -178,17 +180,24 @@ int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_
     }
     /* in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, norm_weight, norm_bias, gate_weight | None, mlp0_weight,
      * mlp0_bias, mlp2_weight, mlp2_bias: channels are known after the first, hidden after the eighth, by the -1 below. */
-    static const char *const names[DHSA_PY_PREDICTOR_ARRAYS] = {
-        "enc.mha.in_proj_weight", "enc.mha.in_proj_bias", "enc.mha.out_proj.weight", "enc.mha.out_proj.bias",
-        "enc.norm.weight",        "enc.norm.bias",        "pool.gate.weight",        "mlp.0.weight",
-        "mlp.0.bias",             "mlp.2.weight",         "mlp.2.bias"};
+    static const char *const names[DHSA_PY_PREDICTOR_ARRAYS] = {"enc.mha.in_proj_weight",
+                                                                "enc.mha.in_proj_bias",
+                                                                "enc.mha.out_proj.weight",
+                                                                "enc.mha.out_proj.bias",
+                                                                "enc.norm.weight",
+                                                                "enc.norm.bias",
+                                                                "pool.gate.weight",
+                                                                "mlp.0.weight",
+                                                                "mlp.0.bias",
+                                                                "mlp.2.weight",
+                                                                "mlp.2.bias"};
     for (int i = 0; i < DHSA_PY_PREDICTOR_ARRAYS; i++) {
         PyObject *item = PyTuple_GetItem(tuple, 2 + i);
         if (i == 6 && item == Py_None) {
             continue;
         }
         const int64_t c = w->channels, n = w->hidden;
-        const int64_t shapes[DHSA_PY_PREDICTOR_ARRAYS][2] = {{-1, -1}, {3 * c, 0}, {c, c},          {c, 0}, {c, 0}, {c, 0},
+        const int64_t shapes[DHSA_PY_PREDICTOR_ARRAYS][2] = {{-1, -1}, {3 * c, 0},      {c, c}, {c, 0}, {c, 0}, {c, 0},
                                                              {1, c},   {-1, 4 * c + 1}, {n, 0}, {1, n}, {1, 0}};
         const int ndim = i == 0 || i == 2 || i == 6 || i == 7 || i == 9 ? 2 : 1;
         if (dhsa_py_array_open(state, item, names[i], DL_FLOAT, 32, ndim, shapes[i], 0, &p->arrays[i]) != 0) {
@@ -197,8 +206,8 @@ int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_
         if (i == 0) {
             w->channels = p->arrays[0].shape[1];
             if (w->channels < 1 || w->channels > INT32_MAX || p->arrays[0].shape[0] != 3 * w->channels) {
-                PyErr_Format(PyExc_ValueError, "%s: expected [3C, C], got [%lld, %lld]", names[0],
-                             (long long)p->arrays[0].shape[0], (long long)p->arrays[0].shape[1]);
+                PyErr_Format(PyExc_ValueError, "%s: expected [3C, C], got [%lld, %lld]", names[0], (long long)p->arrays[0].shape[0],
+                             (long long)p->arrays[0].shape[1]);
                 goto fail;
             }
         } else if (i == 7) {
@@ -293,12 +302,23 @@ PyObject *dhsa_py_raise(const dhsa_error *error)
 {
     PyObject *type = PyExc_RuntimeError;
     switch (error->status) {
-    case DHSA_OK: break;
-    case DHSA_ERR_VALUE: type = PyExc_ValueError; break;
-    case DHSA_ERR_TYPE: type = PyExc_TypeError; break;
-    case DHSA_ERR_NOT_IMPLEMENTED: type = PyExc_NotImplementedError; break;
-    case DHSA_ERR_NO_MEMORY: type = PyExc_MemoryError; break;
-    case DHSA_ERR_SYSTEM: type = PyExc_OSError; break;
+    case DHSA_OK:
+        break;
+    case DHSA_ERR_VALUE:
+        type = PyExc_ValueError;
+        break;
+    case DHSA_ERR_TYPE:
+        type = PyExc_TypeError;
+        break;
+    case DHSA_ERR_NOT_IMPLEMENTED:
+        type = PyExc_NotImplementedError;
+        break;
+    case DHSA_ERR_NO_MEMORY:
+        type = PyExc_MemoryError;
+        break;
+    case DHSA_ERR_SYSTEM:
+        type = PyExc_OSError;
+        break;
     }
     PyErr_SetString(type, error->message);
     return NULL;

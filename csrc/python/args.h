@@ -38,7 +38,8 @@ void dhsa_py_predictor_release(dhsa_py_predictor *predictor);
 
 /* (kind, chunk_size, num_chunks, window, theta, nms, predictor tuple | None); *predictor is zeroed, opened if there is one and
  * must be released after use. */
-int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_boundary_config *config, dhsa_py_predictor *predictor);
+int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_boundary_config *config,
+                            dhsa_py_predictor *predictor);
 /* (score, pooling, heads, query_block, rows); scale, softcap and window are set apart. */
 int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config);
 /* (budget, sink, local, dense_tail, score tuple). */

@@ -23,8 +23,7 @@ static void block_release(block *b)
 }
 
 typedef struct {
-    PyObject_HEAD
-    block *memory;
+    PyObject_HEAD block *memory;
     dl_dtype dtype;
     int ndim;
     int64_t shape[DHSA_PY_MAX_NDIM], stride[DHSA_PY_MAX_NDIM];

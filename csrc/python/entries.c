@@ -347,7 +347,8 @@ static int select_args_open(const dhsa_py_state *state, PyObject *const *args, P
     memset(a, 0, sizeof *a);
     if (open_input(state, args[0], "q", &a->q_view, &a->q) == 0 && open_input(state, args[1], "k", &a->k_view, &a->k) == 0) {
         const int64_t shape[2] = {a->k.shape[0], -1};
-        if (boundaries == NULL || dhsa_py_array_open(state, boundaries, "boundaries", DL_INT, 32, 2, shape, 0, &a->boundaries) == 0) {
+        if (boundaries == NULL ||
+            dhsa_py_array_open(state, boundaries, "boundaries", DL_INT, 32, 2, shape, 0, &a->boundaries) == 0) {
             return 0;
         }
     }
@@ -450,8 +451,8 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     dhsa_select_config config;
     int threads = 0;
     PyObject *result = NULL;
-    if (check_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 || get_threads(args[9], &threads) != 0 ||
-        select_args_open(state, args, args[2], &a) != 0) {
+    if (check_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 ||
+        get_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
         return NULL;
     }
     if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 0, &config.score, &a) == 0) {
@@ -461,7 +462,8 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, indptr, a.output.data, threads, &error);
+            status =
+                dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, indptr, a.output.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }

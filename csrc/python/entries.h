@@ -4,26 +4,27 @@
 
 #include <Python.h>
 
-/* X(name, signature): one function of the module, called with positional arguments only. */
+/* X(name, signature): one function of the module, called with positional arguments only; the signature as inspect reads it. */
 #define DHSA_PY_ENTRIES(X)                                                                                                         \
-    X(attend_dense, "q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads")                                  \
-    X(attend_sparse,                                                                                                               \
-      "q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, indptr, indices, shape, query_block")           \
-    X(prefill, "q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, boundary_config, select_config")       \
-    X(similarity_scores, "k, window, scores, num_threads")                                                                         \
-    X(predictor_logits, "predictor, k, logits, num_threads")                                                                       \
-    X(pick_boundaries, "scores, n, theta, nms, instruction, boundaries")                                                           \
-    X(boundaries_capacity, "boundary_config, length")                                                                              \
-    X(boundaries, "k, boundary_config, boundaries, counts, num_threads")                                                           \
-    X(boundary_ratios, "attn, window, sliding_window, ratios, num_threads")                                                        \
-    X(chunk_scores, "q, k, boundaries, score_config, scale, softcap, window, scores, num_threads")                                 \
-    X(select_plan, "q, k, select_config, scale, softcap, window, indptr")                                                          \
-    X(select, "q, k, boundaries, select_config, scale, softcap, window, indptr, indices, num_threads")                             \
-    X(isa_set, "name")                                                                                                             \
-    X(isa_current, "")                                                                                                             \
-    X(build_info, "")                                                                                                              \
-    X(cpu_count, "")                                                                                                               \
-    X(fma_peak, "num_threads")
+    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, /")                      \
+    X(attend_sparse, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, indptr, indices, "      \
+                     "shape, query_block, /")                                                                                      \
+    X(prefill,                                                                                                                     \
+      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, boundary_config, select_config, /")    \
+    X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
+    X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
+    X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
+    X(boundaries_capacity, "$module, boundary_config, length, /")                                                                  \
+    X(boundaries, "$module, k, boundary_config, boundaries, counts, num_threads, /")                                               \
+    X(boundary_ratios, "$module, attn, window, sliding_window, ratios, num_threads, /")                                            \
+    X(chunk_scores, "$module, q, k, boundaries, score_config, scale, softcap, window, scores, num_threads, /")                     \
+    X(select_plan, "$module, q, k, select_config, scale, softcap, window, indptr, /")                                              \
+    X(select, "$module, q, k, boundaries, select_config, scale, softcap, window, indptr, indices, num_threads, /")                 \
+    X(isa_set, "$module, name, /")                                                                                                 \
+    X(isa_current, "$module")                                                                                                      \
+    X(build_info, "$module")                                                                                                       \
+    X(cpu_count, "$module")                                                                                                        \
+    X(fma_peak, "$module, num_threads, /")
 
 #define DHSA_PY_DECLARE(name, signature) PyObject *dhsa_py_##name(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 DHSA_PY_ENTRIES(DHSA_PY_DECLARE)

@@ -6,7 +6,7 @@
 #include "python/tensor.h"
 
 #define METHOD(name, signature)                                                                                                    \
-    {#name, (PyCFunction)(void (*)(void))dhsa_py_##name, METH_FASTCALL, #name "(" signature ", /)\n\nSee csrc/include/dhsa.h."},
+    {#name, (PyCFunction)(void (*)(void))dhsa_py_##name, METH_FASTCALL, #name "(" signature ")\n--\n\nSee csrc/include/dhsa.h."},
 static PyMethodDef methods[] = {DHSA_PY_ENTRIES(METHOD){NULL, NULL, 0, NULL}};
 #undef METHOD
 

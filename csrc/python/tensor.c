@@ -38,7 +38,9 @@ static int parse_format(const char *format, Py_ssize_t itemsize, dl_dtype *dtype
     }
     switch (*format) {
     case '@':
-    case '=': format++; break;
+    case '=':
+        format++;
+        break;
     case '<':
         if (!is_little_endian() && itemsize > 1) return 0;
         format++;
@@ -48,7 +50,8 @@ static int parse_format(const char *format, Py_ssize_t itemsize, dl_dtype *dtype
         if (is_little_endian() && itemsize > 1) return 0;
         format++;
         break;
-    default: break;
+    default:
+        break;
     }
     if (*format == '\0' || format[1] != '\0' || itemsize < 1 || itemsize > 16) {
         return 0;

@@ -10,9 +10,9 @@
 
 /* Per-module state: the names looked up on every call, interned once. */
 typedef struct {
-    PyObject *name_dlpack;     /* "__dlpack__" */
-    PyObject *name_exchange;   /* "__dlpack_c_exchange_api__" */
-    PyObject *no_args;         /* () */
+    PyObject *name_dlpack;      /* "__dlpack__" */
+    PyObject *name_exchange;    /* "__dlpack_c_exchange_api__" */
+    PyObject *no_args;          /* () */
     PyObject *versioned_kwargs; /* {"max_version": (1, 0)} */
 } dhsa_py_state;
 
