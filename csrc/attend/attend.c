@@ -9,7 +9,7 @@
 #include "core/threads.h"
 
 enum {
-    TILE = 64,      /* keys of a tile: its scores, one panel of queries and a strip of values stay in L1 */
+    TILE = 128,     /* keys of a tile: its scores and a strip of values stay in L1, the packed tile and the queries in L2 */
     MAX_ROWS = 512, /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
     MIN_ITEMS = 16  /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
 };
@@ -212,6 +212,18 @@ static int pack_tile(const plan *pl, const item *it, scratch *w, int64_t at, int
     return poison;
 }
 
+/* Asks for part `part` of `parts` of the rows that the next tile will pack: memory works while the products are computed. */
+static void prefetch_part(const plan *pl, const item *it, int64_t at, int64_t end, int part, int parts)
+{
+    const int64_t n = DHSA_MIN(TILE, end - at), bytes = pl->p->q.shape[3] * dhsa_dtype_size(pl->p->q.dtype);
+    const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
+    for (int which = 0; which < 2; which++)
+        for (int64_t j = at + n * part / parts; j < at + n * (part + 1) / parts; j++) {
+            const char *row = dhsa_row(tensors[which], it->b, it->kv_head, it->keys ? it->keys[j] : it->key_start + j);
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+        }
+}
+
 /* One panel against the packed tile of list entries [at, at + n). */
 static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int n, int poison)
 {
@@ -277,7 +289,10 @@ static void attend_item(void *context, int64_t index, int thread)
     for (int64_t at = begin; at < end; at += TILE) {
         const int n = (int)DHSA_MIN(TILE, end - at);
         const int poison = pack_tile(pl, &it, &w, at, n);
-        for (int panel = 0; panel < it.panels; panel++) attend_panel(pl, &w, panel, at, n, poison);
+        for (int panel = 0; panel < it.panels; panel++) {
+            if (at + n < end) prefetch_part(pl, &it, at + n, end, panel, it.panels);
+            attend_panel(pl, &w, panel, at, n, poison);
+        }
     }
     store(pl, &it, &w);
 }
