@@ -61,6 +61,14 @@ static inline void v_to_bf16(vf x, uint16_t *p)
     v_store(line, x);
     for (int i = 0; i < 4; i++) p[i] = dhsa_to_bf16(line[i]);
 }
+static inline void v_transpose(vf *x)
+{
+    const float32x4x2_t a = vtrnq_f32(x[0], x[1]), b = vtrnq_f32(x[2], x[3]);
+    x[0] = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+    x[1] = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+    x[2] = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+    x[3] = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+}
 
 #include "kernels/tile_tpl.h"
 

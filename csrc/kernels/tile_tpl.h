@@ -6,7 +6,7 @@
  *   vf, vm (mask): v_load v_store (aligned or not) v_set1 v_add v_sub v_mul v_fma(a,b,c)=a*b+c v_max (NaN of 2nd wins) v_min
  *   v_exp2 (2^x for x <= about 0; -inf -> 0, NaN -> NaN)  v_rcp (to fp32 rounding) v_sum (horizontal) v_div
  *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b) mask
- *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16 */
+ *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16; v_transpose(vf[V_LEN]): a square of numbers */
 
 #include <float.h>
 #include <math.h>
@@ -317,42 +317,58 @@ static int K_NAME(pack_values)(const void *const *rows, int dtype, int n, int di
     return v_sum(poison) != 0.0f;
 }
 
+/* V_LEN numbers of a row from column d on, zeros past its end. */
+K_INLINE vf row_part(const void *row, int dtype, int d, int dim)
+{
+    if (d + V_LEN <= dim)
+        return dtype == DHSA_F32   ? v_load((const float *)row + d)
+               : dtype == DHSA_F16 ? v_from_f16((const uint16_t *)row + d)
+                                   : v_from_bf16((const uint16_t *)row + d);
+    float line[V_LEN] = {0};
+    for (int i = 0; d + i < dim; i++) line[i] = K_NAME(convert)(row, dtype, d + i);
+    return v_load(line);
+}
+
 static void K_NAME(pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst)
 {
-    float line[256];
-    for (int r = 0; r < K_LANES; r++) {
-        if (r >= n) {
-            for (int d = 0; d < dim; d++) dst[(ptrdiff_t)d * K_LANES + r] = 0.0f;
-            continue;
+    for (int r = 0; r < K_LANES; r += V_LEN)
+        for (int d = 0; d < dim; d += V_LEN) {
+            vf x[V_LEN];
+            for (int i = 0; i < V_LEN; i++) x[i] = r + i < n ? v_mul(row_part(rows[r + i], dtype, d, dim), v_set1(factor)) : v_set1(0.0f);
+            v_transpose(x);
+            for (int i = 0; i < V_LEN && d + i < dim; i++) v_store(dst + (ptrdiff_t)(d + i) * K_LANES + r, x[i]);
         }
-        for (int start = 0; start < dim; start += 256) {
-            const int part = dim - start < 256 ? dim - start : 256;
-            K_NAME(load)((const char *)rows[r] + (ptrdiff_t)start * (dtype == DHSA_F32 ? 4 : 2), dtype, part, line);
-            for (int d = 0; d < part; d++) dst[(ptrdiff_t)(start + d) * K_LANES + r] = line[d] * factor;
+}
+
+K_INLINE void store_part(vf x, void *row, int dtype, int d, int dim)
+{
+    const int n = dim - d < V_LEN ? dim - d : V_LEN;
+    if (dtype == DHSA_F32) {
+        float line[V_LEN];
+        if (n == V_LEN) {
+            v_store((float *)row + d, x);
+        } else {
+            v_store(line, x);
+            memcpy((float *)row + d, line, (size_t)n * sizeof *line);
         }
+    } else {
+        uint16_t half[V_LEN];
+        if (dtype == DHSA_F16) v_to_f16(x, half);
+        else v_to_bf16(x, half);
+        memcpy((uint16_t *)row + d, half, (size_t)n * sizeof *half);
     }
 }
 
 static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows)
 {
-    float line[256 + V_LEN];
-    uint16_t half[V_LEN];
-    for (int r = 0; r < n; r++) {
-        const vf by = v_set1(divisor[r]);
-        for (int d = 0; d < dim; d++) line[d] = o[(ptrdiff_t)d * K_LANES + r];
-        for (int d = dim; d % V_LEN; d++) line[d] = 0.0f;
+    for (int r = 0; r < n; r += V_LEN) {
+        const vf by = v_load(divisor + r);
         for (int d = 0; d < dim; d += V_LEN) {
-            const int part = dim - d < V_LEN ? dim - d : V_LEN;
-            const vf x = v_div(v_load(line + d), by);
-            if (dtype == DHSA_F32) {
-                v_store(line + d, x);
-            } else {
-                if (dtype == DHSA_F16) v_to_f16(x, half);
-                else v_to_bf16(x, half);
-                memcpy((uint16_t *)rows[r] + d, half, (size_t)part * sizeof *half);
-            }
+            vf x[V_LEN];
+            for (int i = 0; i < V_LEN; i++) x[i] = d + i < dim ? v_div(v_load(o + (ptrdiff_t)(d + i) * K_LANES + r), by) : v_set1(0.0f);
+            v_transpose(x);
+            for (int i = 0; i < V_LEN && r + i < n; i++) store_part(x[i], rows[r + i], dtype, d, dim);
         }
-        if (dtype == DHSA_F32) memcpy(rows[r], line, (size_t)dim * sizeof *line);
     }
 }
 
