@@ -1,0 +1,248 @@
+/* boundaries.c: where keys are cut into chunks: fixed sizes, similarity scores, greedy picking with non-maximum suppression.
+ * The paper's network is predictor.c's, its training label ratios.c's. */
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+#include "core/threads.h"
+#include "select/select.h"
+
+enum { GAPS = 64 /* gaps of a task */ };
+
+/* ---- similarity -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const dhsa_kernels *kernels;
+    const dhsa_tensor *k;
+    int64_t window, channels, tasks; /* channels: of all KV heads; tasks: of a batch row */
+    float *scores, *arenas;
+} similarity_job;
+
+/* Sum of keys [from, to), KV heads concatenated. */
+static void sum_keys(const similarity_job *job, int64_t b, int64_t from, int64_t to, float *sum)
+{
+    const int64_t heads = job->k->shape[1], dim = job->k->shape[3];
+    for (int64_t h = 0; h < heads; h++) {
+        float *at = sum + h * dim;
+        job->kernels->load(dhsa_row(job->k, b, h, from), job->k->dtype, dim, at);
+        for (int64_t j = from + 1; j < to; j++) job->kernels->add(dhsa_row(job->k, b, h, j), job->k->dtype, dim, at);
+    }
+}
+
+/* Cosine of the means a / na and b / nb; 0 where one of them is 0. */
+static float cosine(const dhsa_kernels *kernels, const float *a, const float *b, int64_t n, double na, double nb)
+{
+    double ab = kernels->dot(a, b, n), aa = kernels->dot(a, a, n), bb = kernels->dot(b, b, n);
+    /* Squares of very large or small keys leave the range of float. */
+    if (!(aa > 1e-25 && aa < 1e30 && bb > 1e-25 && bb < 1e30)) {
+        ab = aa = bb = 0;
+        for (int64_t i = 0; i < n; i++) {
+            ab += (double)a[i] * b[i];
+            aa += (double)a[i] * a[i];
+            bb += (double)b[i] * b[i];
+        }
+    }
+    return (float)(ab / (na * nb) / fmax(sqrt(aa) / na * (sqrt(bb) / nb), 1e-12));
+}
+
+static void similarity_task(void *context, int64_t index, int thread)
+{
+    const similarity_job *job = context;
+    const int64_t length = job->k->shape[2], b = index / job->tasks, first = index % job->tasks * GAPS;
+    float *left = job->arenas + thread * 2 * job->channels, *right = left + job->channels, *scores = job->scores + b * length;
+    for (int64_t j = first; j < DHSA_MIN(first + GAPS, length - 1); j++) {
+        const int64_t from = DHSA_MAX(j - job->window + 1, 0), to = DHSA_MIN(j + 1 + job->window, length);
+        sum_keys(job, b, from, j + 1, left);
+        sum_keys(job, b, j + 1, to, right);
+        scores[j] = -cosine(job->kernels, left, right, job->channels, (double)(j + 1 - from), (double)(to - j - 1));
+    }
+    if (index % job->tasks == job->tasks - 1) scores[length - 1] = -INFINITY;
+}
+
+dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
+{
+    dhsa_status status;
+    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error))) return status;
+    if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
+    const int64_t channels = k->shape[1] * k->shape[3], length = k->shape[2];
+    similarity_job job = {dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL};
+    job.arenas = dhsa_alloc(channels * 2, num_threads * (int64_t)sizeof *job.arenas);
+    if (!job.arenas)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread", 2 * channels);
+    dhsa_parallel(k->shape[0] * job.tasks, num_threads, similarity_task, &job);
+    dhsa_free(job.arenas);
+    return DHSA_OK;
+}
+
+/* ---- picking ------------------------------------------------------------------------------------------------------ */
+
+/* Sorts by the high 32 bits, rising, equal ones left in order: least significant digit first, 8 bits a pass. Even passes,
+ * so the result is in `items`. */
+static void radix_sort(uint64_t *items, uint64_t *other, int64_t n)
+{
+    for (int shift = 32; shift < 64; shift += 8) {
+        int64_t starts[257] = {0};
+        for (int64_t i = 0; i < n; i++) starts[(items[i] >> shift & 255) + 1]++;
+        for (int d = 0; d < 256; d++) starts[d + 1] += starts[d];
+        for (int64_t i = 0; i < n; i++) other[starts[items[i] >> shift & 255]++] = items[i];
+        uint64_t *swap = items;
+        items = other;
+        other = swap;
+    }
+}
+
+/* Accepts a gap: those nearer than nms are out from now on. state: 0 open, 1 out, 2 accepted. */
+static void accept(unsigned char *state, int64_t length, int64_t gap, int64_t nms)
+{
+    const int64_t from = DHSA_MAX(gap - nms, 0), to = DHSA_MIN(gap + nms + 1, length);
+    /* Accepted gaps lie more than nms apart, so none is overwritten, and all these runs together are O(length). */
+    memset(state + from, 1, (size_t)(to - from));
+    state[gap] = 2;
+}
+
+static dhsa_status pick(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
+                        int32_t *boundaries, int64_t *count, dhsa_error *error)
+{
+    const int64_t last = DHSA_MIN(length - 1, instruction > 0 ? length - instruction : length - 1);
+    uint64_t *items = dhsa_alloc(length, 2 * (int64_t)sizeof *items);
+    unsigned char *state = dhsa_alloc(length, 1);
+    dhsa_status status = DHSA_OK;
+    int64_t eligible = 0, accepted = 0;
+    if (!items || !state) {
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory to sort %" PRId64 " gaps", length);
+        goto cleanup;
+    }
+    memset(state, 0, (size_t)length);
+    nms = DHSA_MIN(nms, length);
+    if (last < length - 1) {
+        accept(state, length, last, nms);
+        accepted = 1;
+    }
+    for (int64_t j = 0; j < last; j++) {
+        const float score = scores[j] + 0.0f; /* one zero */
+        uint32_t u;
+        if (!((double)score > theta)) continue; /* NaN is not above anything */
+        memcpy(&u, &score, sizeof u);
+        u = u & 0x80000000u ? u : ~u & 0x7fffffffu; /* the best first */
+        items[eligible++] = (uint64_t)u << 32 | (uint64_t)j;
+    }
+    radix_sort(items, items + length, eligible);
+    for (int64_t i = 0; i < eligible && accepted < n; i++) {
+        const int64_t gap = (int64_t)(items[i] & 0xffffffffu);
+        if (state[gap] != 0) continue;
+        accept(state, length, gap, nms);
+        accepted++;
+    }
+    int64_t at = 0;
+    boundaries[at++] = 0;
+    for (int64_t j = 0; j < length - 1; j++)
+        if (state[j] == 2) boundaries[at++] = (int32_t)(j + 1);
+    boundaries[at++] = (int32_t)length;
+    *count = at;
+cleanup:
+    dhsa_free(items);
+    dhsa_free(state);
+    return status;
+}
+
+static dhsa_status picking_check(int64_t n, double theta, int64_t nms, dhsa_error *error)
+{
+    if (n < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "num_chunks: got %" PRId64 ", expected at least 0", n);
+    if (isnan(theta)) return dhsa_fail(error, DHSA_ERR_VALUE, "theta: is NaN");
+    if (nms < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "nms: got %" PRId64 ", expected at least 0", nms);
+    return DHSA_OK;
+}
+
+dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
+                                 int32_t *boundaries, int64_t *count, dhsa_error *error)
+{
+    const dhsa_status status = picking_check(n, theta, nms, error);
+    if (status) return status;
+    if (length < 1 || length > INT32_MAX / 2)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
+    if (instruction < 0 || instruction > length)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "instruction: got %" PRId64 ", expected 1 to the length of %" PRId64, instruction, length);
+    return pick(scores, length, n, theta, nms, instruction, boundaries, count, error);
+}
+
+/* ---- a batch -------------------------------------------------------------------------------------------------------- */
+
+int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length)
+{
+    if (config->kind == DHSA_BOUNDARIES_FIXED) return dhsa_ceil_div(length, DHSA_MIN(DHSA_MAX(config->chunk_size, 1), length)) + 1;
+    /* Accepted gaps are more than nms apart, among length - 1. */
+    const int64_t apart = DHSA_MIN(DHSA_MAX(config->nms, 0), length) + 1;
+    return DHSA_MIN(DHSA_MAX(config->num_chunks, 0), dhsa_ceil_div(length - 1, apart)) + 2;
+}
+
+static void fixed_row(int64_t size, int64_t length, int32_t *row, int64_t *count)
+{
+    int64_t at = 0;
+    for (int64_t j = 0; j < length; j += size) row[at++] = (int32_t)j;
+    row[at++] = (int32_t)length;
+    *count = at;
+}
+
+typedef struct {
+    const dhsa_boundary_config *config;
+    float *scores;
+    int64_t length, capacity;
+    int32_t *boundaries;
+    int64_t *counts;
+    dhsa_error *errors; /* [batch] */
+} rows_job;
+
+static void row_task(void *context, int64_t b, int thread)
+{
+    const rows_job *job = context;
+    const dhsa_boundary_config *c = job->config;
+    int32_t *row = job->boundaries + b * job->capacity;
+    (void)thread;
+    job->errors[b].status = DHSA_OK;
+    if (c->kind == DHSA_BOUNDARIES_FIXED) {
+        fixed_row(DHSA_MIN(c->chunk_size, job->length), job->length, row, job->counts + b);
+    } else {
+        float *scores = job->scores + b * job->length;
+        if (c->kind == DHSA_BOUNDARIES_PREDICTOR) /* gaps without a full window never win, whatever theta is */
+            for (int64_t j = 0; j < job->length; j++)
+                if (j < c->predictor->window - 1 || j >= job->length - c->predictor->window) scores[j] = -INFINITY;
+        if (pick(scores, job->length, c->num_chunks, c->theta, c->nms, 0, row, job->counts + b, job->errors + b)) return;
+    }
+    for (int64_t at = job->counts[b]; at < job->capacity; at++) row[at] = (int32_t)job->length;
+}
+
+dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
+                            int64_t *counts, int num_threads, dhsa_error *error)
+{
+    dhsa_status status;
+    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error))) return status;
+    const int64_t batch = k->shape[0], length = k->shape[2];
+    rows_job job = {config, NULL, length, capacity, boundaries, counts, NULL};
+    if (config->kind == DHSA_BOUNDARIES_FIXED) {
+        if (config->chunk_size < 1)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "chunk_size: got %" PRId64 ", expected at least 1", config->chunk_size);
+    } else if (config->kind == DHSA_BOUNDARIES_SIMILARITY || config->kind == DHSA_BOUNDARIES_PREDICTOR) {
+        if ((status = picking_check(config->num_chunks, config->theta, config->nms, error))) return status;
+    } else {
+        return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: unknown kind %d", (int)config->kind);
+    }
+    if (capacity < dhsa_boundaries_capacity(config, length))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "capacity: got %" PRId64 ", expected at least %" PRId64, capacity,
+                         dhsa_boundaries_capacity(config, length));
+    job.errors = dhsa_alloc(batch, sizeof *job.errors);
+    job.scores = config->kind == DHSA_BOUNDARIES_FIXED ? NULL : dhsa_alloc(batch, length * (int64_t)sizeof *job.scores);
+    if (!job.errors || (!job.scores && config->kind != DHSA_BOUNDARIES_FIXED)) {
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", length);
+        goto cleanup;
+    }
+    if (config->kind == DHSA_BOUNDARIES_SIMILARITY) status = dhsa_similarity_scores(k, config->window, job.scores, num_threads, error);
+    if (config->kind == DHSA_BOUNDARIES_PREDICTOR) status = dhsa_predictor_logits(config->predictor, k, job.scores, num_threads, error);
+    if (status) goto cleanup;
+    dhsa_parallel(batch, num_threads, row_task, &job);
+    for (int64_t b = 0; b < batch && !status; b++)
+        if (job.errors[b].status) status = dhsa_fail(error, job.errors[b].status, "%s", job.errors[b].message);
+cleanup:
+    dhsa_free(job.errors);
+    dhsa_free(job.scores);
+    return status;
+}
