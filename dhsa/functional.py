@@ -329,7 +329,8 @@ def chunk_scores(
 
     Args:
         q, k: as in `attention`.
-        boundaries: int [B, C + 1] (or [C + 1] for all items), from 0, rising to Lk, padded with Lk.
+        boundaries: int [B, C + 1] (or [C + 1] for all items), from 0 to Lk, never falling; a repeated entry is an
+            empty chunk, as in padding.
         query_block: queries in a block, 1 to 65536.
         score: "block" (the paper's: products of the block's mean query and the chunk's mean key, summed over the heads
             of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head;

@@ -1,0 +1,37 @@
+"""What all tests share: the process-wide settings are put back after every test, and array makers.
+
+Not here: reference vectors (vectors.py) and anything about models (test_hf.py).
+"""
+
+import numpy as np
+import pytest
+
+import dhsa
+from dhsa import _core
+
+
+@pytest.fixture(autouse=True)
+def restore_settings():
+    """Threads and instruction set are process-wide; a test that changes them must not change the next one's meaning."""
+    isa = _core.isa_current()
+    yield
+    dhsa.set_num_threads(None)
+    if _core.isa_current() != isa:
+        dhsa.set_isa(isa)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="needs the hf extra: torch")
+
+
+@pytest.fixture
+def make_qkv():
+    """make_qkv(b, h, hkv, lq, lk, d, dtype=np.float32, seed=0) -> q, k, v of standard normal numbers."""
+
+    def make(b, h, hkv, lq, lk, d, dtype=np.float32, seed=0):
+        rng = np.random.default_rng(seed)
+        shapes = [(b, h, lq, d), (b, hkv, lk, d), (b, hkv, lk, d)]
+        return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
+
+    return make
