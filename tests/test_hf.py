@@ -349,7 +349,7 @@ def test_given_4d_mask(models, additive):
 
 
 def test_patch_and_unpatch_restore_the_implementation(models):
-    model, ids = build("llama", "sdpa"), tokens(1, 120)
+    model, ids = build("llama", "sdpa"), tokens(1, 200)
     before = model(ids).logits
     assert dhsa.patch(model, EXACT) is model
     assert model.config._attn_implementation == "dhsa"
