@@ -10,7 +10,7 @@ enum {
     GROUP = 64  /* chunks of a task */
 };
 
-static int all_finite(const dhsa_kernels *kernels, const float *x, int64_t n)
+int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n)
 {
     /* The square overflows long before the number does: only then look at each. */
     if (isfinite(kernels->dot(x, x, n))) return 1;
@@ -32,7 +32,7 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
         if (into == sum) kernels->add(sum, DHSA_F32, dim, mean);
     }
     for (int64_t d = 0; d < dim; d++) mean[d] *= factor;
-    if (all_finite(kernels, mean, dim)) return 1;
+    if (dhsa_all_finite(kernels, mean, dim)) return 1;
     memset(mean, 0, (size_t)dim * sizeof *mean);
     return 0;
 }

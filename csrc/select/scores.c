@@ -129,10 +129,13 @@ static void pack_rows(const dhsa_scorer *s, const block_job *job, int64_t kv_hea
         const int64_t from = job->from + (at + r) / s->heads_per_kv * s->step;
         float *row = w->rows + r * dim;
         mean_query(s, head + (at + r) % s->heads_per_kv, from, DHSA_MIN(from + s->step, job->to), row);
+        /* All products of such a row are infinite or NaN. A softcap would make numbers of them: it is to say nothing. */
+        if (!dhsa_all_finite(s->kernels, row, dim)) row[0] = NAN;
         rows[r] = row;
     }
-    /* A negative scale goes into the rows, so that the largest product stays the largest logit. */
-    s->kernels->pack_panel(rows, DHSA_F32, n, (int)dim, s->config->scale < 0 ? -1.0f : 1.0f, panel);
+    /* The sign of the scale goes into the rows: the largest product stays the largest logit, and -inf stays -inf. */
+    const double scale = s->config->scale;
+    s->kernels->pack_panel(rows, DHSA_F32, n, (int)dim, scale < 0 ? -1.0f : scale > 0 ? 1.0f : 0.0f, panel);
 }
 
 /* Adds one KV head's squared probabilities to score [n]. Returns the state of its last chunk as this block sees it. */
@@ -144,6 +147,7 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const block_job *job, i
     const float *means = s->chunks.means + at_chunk * dim;
     const unsigned char *state = s->chunks.state + at_chunk;
     const int64_t rows = dhsa_ceil_div(job->to - job->from, s->step) * s->heads_per_kv;
+    const float scale = s->config->scale == 0 ? 1.0f : (float)fabs(s->config->scale);
     unsigned char last = state[n - 1];
     if (job->cut_end) {
         const int64_t from = s->chunks.edges[job->first + n - 1];
@@ -168,8 +172,7 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const block_job *job, i
             for (int64_t c = 0; c < n; c++)
                 if ((c == n - 1 ? last : state[c]) != DHSA_CHUNK_GOOD)
                     for (int r = 0; r < lanes; r++) products[c * lanes + r] = -INFINITY;
-            kn->row_scores(products, n, (int)DHSA_MIN(lanes, rows - at - p * lanes), (float)fabs(s->config->scale),
-                           (float)s->config->softcap, score);
+            kn->row_scores(products, n, (int)DHSA_MIN(lanes, rows - at - p * lanes), scale, (float)s->config->softcap, score);
         }
     }
     return last;
@@ -179,7 +182,10 @@ static unsigned char score_rows(const dhsa_scorer *s, const block_job *job, int6
 {
     unsigned char last = DHSA_CHUNK_GOOD;
     for (int64_t c = 0; c < job->n; c++) score[c] = 0;
-    for (int64_t h = kv; h < kv + s->kv_per_set; h++) last = DHSA_MAX(last, score_kv_head(s, job, h, w, score));
+    for (int64_t h = kv; h < kv + s->kv_per_set; h++) {
+        const unsigned char state = score_kv_head(s, job, h, w, score);
+        last = DHSA_MAX(last, state);
+    }
     return last;
 }
 

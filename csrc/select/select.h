@@ -39,7 +39,8 @@ typedef struct {
     unsigned char *state; /* [kv_heads, chunks] */
 } dhsa_chunks;
 
-/* Mean of keys [from, to) of one KV head into mean [dim] (sum: scratch [dim]). Not finite: mean is zeroed. */
+int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
+/* Mean of keys [from, to) of one KV head into mean [dim] (sum: scratch [dim]). Returns 0 if it is not finite; mean is zeros then. */
 int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to, float *mean,
                     float *sum);
 /* Fills chunks->means and ->state for batch row b of k. scratch: num_threads times dim floats. */
