@@ -33,8 +33,22 @@ def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
+class _CoreArgs:
+    """What the C core takes, made once from a Config's fields, so that a call costs no Python work beyond num_chunks.
+
+    A class of its own, since annotations in the dataclass would be fields.
+    """
+
+    _kind: int
+    _theta: float
+    _nms: int
+    _predictor_args: tuple[Any, ...] | None
+    _score_args: tuple[int, int, int, int, int]
+    _select_args: tuple[Any, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(_CoreArgs):
     """How the keys that each block of queries attends to are found. Frozen; make variants with `replace`.
 
     The default is what measured best without training: row scores over chunks cut by key similarity.
@@ -125,22 +139,22 @@ class Config:
         if self.boundaries == "predictor" and self.predictor is None:
             raise ValueError("predictor: boundaries='predictor' needs one (dhsa.BoundaryPredictor.load)")
 
-        # What the C core takes, ready made, so that a call costs no Python work beyond num_chunks.
         learned = self.boundaries == "predictor"
         rows = self.rows if self.rows is not None else max(1, self.query_block // 4)
         keep("_kind", kind)
         keep("_theta", self.theta if self.theta is not None else (1.1 if learned else -math.inf))
         keep("_nms", self.nms if self.nms is not None else (8 if learned else 4))
-        keep("_paper_chunks", self.num_chunks == "paper" or (self.num_chunks is None and learned))
-        keep("_predictor_args", self.predictor._core_args if learned else None)
+        keep("_predictor_args", self.predictor._core_args if learned and self.predictor is not None else None)
         keep("_score_args", (score, pooling, heads, self.query_block, rows))
         keep("_select_args", (self.budget, self.sink, self.local, self.dense_tail, self._score_args))
 
     def _num_chunks(self, length: int) -> int:
         """The most gaps to cut at for `length` keys."""
-        if self._paper_chunks:
+        if isinstance(self.num_chunks, int):
+            return self.num_chunks
+        if self.num_chunks == "paper" or self.boundaries == "predictor":
             return length // self.query_block * PAPER_GAPS_PER_BLOCK
-        return self.num_chunks if self.num_chunks is not None else length // 8
+        return length // 8
 
     def _boundary_args(self, length: int) -> tuple:
         """The boundary config of _core for `length` keys."""

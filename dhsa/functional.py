@@ -96,10 +96,10 @@ def run(
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
-        path, density, selecting, attending = _core.prefill(
+        done, density, selecting, attending = _core.prefill(
             *args, config._boundary_args(k.shape[2]), config._select_args
         )
-        stats = RunStats(PATHS[path], density, selecting, attending)
+        stats = RunStats(PATHS[done], density, selecting, attending)
     if type(kind) is DlpackKind:  # its results are Buffers until here
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)

@@ -55,6 +55,14 @@ class BoundaryPredictor:
 
     __slots__ = ("_core_args", "_weights", "channels", "gated", "heads", "hidden", "window")
 
+    channels: int
+    heads: int
+    hidden: int
+    window: int
+    gated: bool
+    _weights: dict[str, np.ndarray]
+    _core_args: tuple[Any, ...]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("use BoundaryPredictor.load or BoundaryPredictor.from_state_dict")
 

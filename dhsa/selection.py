@@ -277,8 +277,7 @@ class Selection:
         blocks = np.zeros((batch * heads * nq, k_len), np.bool_)
         rows = np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
         blocks[rows, self.indices] = True
-        blocks = blocks.reshape(batch, heads, nq, k_len)
-        mask = blocks[:, :, np.arange(q_len) // self.query_block]
+        mask = blocks.reshape(batch, heads, nq, k_len)[:, :, np.arange(q_len) // self.query_block]
         if causal:
             mask &= visible_keys(0, q_len, q_len, k_len, window)
         return mask
