@@ -145,7 +145,7 @@ def read_checkpoint(path: str, anchor: str) -> dict[str, np.ndarray]:
             with archive.open(pickles[0]) as file:
                 contents = _Unpickler(file, archive, root, ">" if big else "<").load()
     except _DAMAGE as error:
-        raise ValueError(f"{path}: refused as a checkpoint: {error}") from None
+        raise ValueError(f"{path}: refused as a checkpoint: {str(error) or type(error).__name__}") from None
     found = find_state_dict(contents, anchor, 3)
     if found is None:
         raise ValueError(f"{path}: holds no state dict with {anchor}")

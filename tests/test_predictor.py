@@ -149,6 +149,28 @@ def test_damaged_checkpoints(torch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "program",
+    [
+        b"\x80\x02ctorch\nFloatStorage\n)R.",  # calls a storage type
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",  # makes a tensor of nothing
+        b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.",  # sets an attribute of a class
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93.",  # asks for os.system, the short way
+        b"\x80\x02cbuiltins\ngetattr\n.",
+        b"\x80\x02X\x01\x00\x00\x00aQ.",  # refers to a storage by a string
+        b"\x80\x02((((.",
+        b"\x80\x02X\xff\xff\xff\x7fabc.",  # claims 2 GiB of text
+        b"not a pickle",
+        b"",
+    ],
+)
+def test_malformed_pickles(tmp_path, program):
+    with zipfile.ZipFile(tmp_path / "p.pt", "w") as archive:
+        archive.writestr("p/data.pkl", program)
+    with pytest.raises(ValueError, match="refused as a checkpoint"):
+        dhsa.BoundaryPredictor.load(tmp_path / "p.pt", heads=2)
+
+
+@pytest.mark.parametrize(
     ("offset", "shape", "stride"),
     [
         (0, (5, 2), (2, 1)),

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import vectors
 
 import dhsa
 from dhsa import reference
@@ -80,3 +81,15 @@ def test_from_mask_is_what_sdpa_does(torch, make_qkv):
     wide = [torch.from_numpy(x) for x in (q, k.repeat(2, axis=1), v.repeat(2, axis=1))]
     want = attend(*wide, attn_mask=torch.from_numpy(mask & np.tri(24, dtype=bool)))
     np.testing.assert_allclose(dhsa.sparse_attention(q, k, v, selection), want.numpy(), atol=3e-6)
+
+
+@pytest.mark.parametrize("case", vectors.params("attend"))
+@pytest.mark.parametrize("isa", dhsa.build_info()["isa_detected"])
+def test_attend_vectors(case, isa):
+    dhsa.set_isa(isa)
+    inputs = dict(case.inputs)
+    options = {name: inputs.pop(name) for name in ("indptr", "indices", "shape", "query_block")}
+    selection = dhsa.Selection.from_indices(**options)
+    out, lse = dhsa.sparse_attention(**inputs, selection=selection, return_lse=True)
+    np.testing.assert_allclose(out, case.expected["out"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(lse, case.expected["lse"], rtol=1e-4)
