@@ -133,7 +133,7 @@ def test_similarity_boundaries_are_picked_from_the_scores(length, options):
         assert (row[len(want) :] == length).all()
 
 
-# ---- predictor and label -----------------------------------------------------------------------------------------------
+# ---- predictor and label ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_boundary_ratios(length, window, sliding):
     np.testing.assert_array_equal(dhsa.boundary_ratios(wide[:, :length], window=window, sliding_window=sliding), got)
 
 
-# ---- chunk scores --------------------------------------------------------------------------------------------------------
+# ---- chunk scores ----------------------------------------------------------------------------------------------------
 
 
 def check_scores(q, k, edges, **options):
@@ -282,7 +282,7 @@ def test_not_finite_keys_and_queries(isa, score, softcap, heads):
     assert np.isposinf(got).any()
 
 
-# ---- lists ----------------------------------------------------------------------------------------------------------------
+# ---- lists -----------------------------------------------------------------------------------------------------------
 
 
 def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=None):
@@ -472,7 +472,7 @@ def test_a_wrong_plan_is_refused():
             _core.select(q, k, cuts, args, None, None, None, plan, np.empty(plan[-1], np.int32), 1)
 
 
-# ---- the pipeline -----------------------------------------------------------------------------------------------------------
+# ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,8 @@ def test_a_wrong_plan_is_refused():
     [
         ({}, None, "sparse"), ({"heads": "head", "score": "block"}, None, "sparse"), ({"heads": "all"}, 60, "sparse"),
         ({}, 40, "window"), ({}, 41, "sparse"), ({}, 1, "window"), ({"budget": 183}, None, "dense"),
-        ({"budget": 182, "dense_tail": 0}, None, "sparse"), ({"budget": 182}, None, "dense"), ({"budget": 183}, 182, "window"), ({"budget": 183}, 183, "dense"),
+        ({"budget": 182, "dense_tail": 0}, None, "sparse"), ({"budget": 182}, None, "dense"),
+        ({"budget": 183}, 182, "window"), ({"budget": 183}, 183, "dense"),
         ({"dense_tail": 150}, None, "dense"), ({"dense_tail": 150}, 90, "window"), ({"dense_tail": 90}, 90, "sparse"),
         ({"score": "block", "query_block": 60}, 50, "sparse"), ({"query_block": 200, "dense_tail": 0}, 50, "sparse"),
     ],

@@ -39,7 +39,8 @@ static double density(const dhsa_problem *p, const dhsa_selection *s)
     double pairs = 0;
     for (int64_t r = 0; r < s->batch * s->heads * s->nq; r++) {
         const int64_t from = r % s->nq * s->query_block, to = DHSA_MIN(from + s->query_block, q_len) - 1;
-        pairs += (double)pairs_listed(s->indices + s->indptr[r], s->indptr[r + 1] - s->indptr[r], offset + from, offset + to, window);
+        pairs +=
+            (double)pairs_listed(s->indices + s->indptr[r], s->indptr[r + 1] - s->indptr[r], offset + from, offset + to, window);
     }
     return pairs / ((double)(s->batch * s->heads) * pairs_visible(offset, offset + q_len - 1, window));
 }
@@ -58,14 +59,19 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
 {
     const double start = dhsa_now();
     const int64_t batch = p->q.shape[0], k_len = p->k.shape[2], capacity = dhsa_boundaries_capacity(config, k_len);
-    dhsa_selection list = {batch, dhsa_score_sets(&select->score, &p->q, &p->k), dhsa_block_count(&select->score, p->q.shape[2]),
-                           select->score.query_block, NULL, NULL};
+    dhsa_selection list = {batch,
+                           dhsa_score_sets(&select->score, &p->q, &p->k),
+                           dhsa_block_count(&select->score, p->q.shape[2]),
+                           select->score.query_block,
+                           NULL,
+                           NULL};
     const int64_t rows = list.batch * list.heads * list.nq;
     int64_t *counts = dhsa_alloc(batch, sizeof *counts), *indptr = dhsa_alloc(rows + 1, sizeof *indptr);
     int32_t *boundaries = dhsa_alloc(batch, capacity * (int64_t)sizeof *boundaries), *indices = NULL;
     dhsa_status status;
     if (!counts || !indptr || !boundaries) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries and %" PRId64 " lists", capacity, rows);
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries and %" PRId64 " lists",
+                           capacity, rows);
         goto cleanup;
     }
     if ((status = dhsa_boundaries(&p->k, config, boundaries, capacity, counts, p->num_threads, error)) ||
@@ -111,7 +117,8 @@ dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boun
     const int64_t blocks = dhsa_block_count(&select.score, p->q.shape[2]);
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
-        if (!dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span)) return run_sparse(p, boundaries, &select, stats, error);
+        if (!dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span))
+            return run_sparse(p, boundaries, &select, stats, error);
     }
     return run_exact(p, stats, error);
 }

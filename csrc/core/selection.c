@@ -17,12 +17,12 @@ static dhsa_status explain_row(const int32_t *row, int64_t n, int64_t at, int64_
 {
     for (int64_t j = 0; j < n; j++) {
         if (row[j] < 0 || row[j] >= k_len)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "indices: entry %" PRId64 " (row %" PRId64 ") is %d, expected 0 to %" PRId64, start + j, at,
-                             row[j], k_len - 1);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "indices: entry %" PRId64 " (row %" PRId64 ") is %d, expected 0 to %" PRId64,
+                             start + j, at, row[j], k_len - 1);
         if (j > 0 && row[j] <= row[j - 1])
             return dhsa_fail(error, DHSA_ERR_VALUE,
-                             "indices: entry %" PRId64 " (row %" PRId64 ") is %d after %d, expected ascending without repeats", start + j, at,
-                             row[j], row[j - 1]);
+                             "indices: entry %" PRId64 " (row %" PRId64 ") is %d after %d, expected ascending without repeats",
+                             start + j, at, row[j], row[j - 1]);
     }
     return DHSA_OK;
 }
@@ -34,15 +34,16 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
     if (s->batch != batch)
         return dhsa_fail(error, DHSA_ERR_VALUE, "selection: made for batch %" PRId64 ", got %" PRId64, s->batch, batch);
     if (s->heads != 1 && s->heads != kv_heads && s->heads != q_heads)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "selection: has lists for %" PRId64 " heads, expected 1, %" PRId64 " or %" PRId64, s->heads,
-                         kv_heads, q_heads);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "selection: has lists for %" PRId64 " heads, expected 1, %" PRId64 " or %" PRId64,
+                         s->heads, kv_heads, q_heads);
     if (s->query_block < 1)
         return dhsa_fail(error, DHSA_ERR_VALUE, "selection: query_block is %" PRId64 ", expected at least 1", s->query_block);
     const int64_t blocks = q_len / s->query_block + (q_len % s->query_block != 0);
     if (s->nq != blocks)
         return dhsa_fail(error, DHSA_ERR_VALUE,
-                         "selection: has %" PRId64 " query blocks, expected %" PRId64 " for %" PRId64 " queries in blocks of %" PRId64, s->nq,
-                         blocks, q_len, s->query_block);
+                         "selection: has %" PRId64 " query blocks, expected %" PRId64 " for %" PRId64
+                         " queries in blocks of %" PRId64,
+                         s->nq, blocks, q_len, s->query_block);
     if (!dhsa_mul(batch, s->heads, &rows) || !dhsa_mul(rows, blocks, &rows) || n_indptr != rows + 1)
         return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has %" PRId64 " entries, expected batch * heads * nq + 1", n_indptr);
     if (!s->indptr) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has no data");
@@ -52,8 +53,8 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
             return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: falls from %" PRId64 " to %" PRId64 " at entry %" PRId64, s->indptr[r],
                              s->indptr[r + 1], r + 1);
     if (s->indptr[rows] != n_indices)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: ends with %" PRId64 ", expected the number of indices, %" PRId64, s->indptr[rows],
-                         n_indices);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: ends with %" PRId64 ", expected the number of indices, %" PRId64,
+                         s->indptr[rows], n_indices);
     if (!s->indices && n_indices > 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indices: has no data");
     for (int64_t r = 0; r < rows; r++) {
         const int64_t start = s->indptr[r], n = s->indptr[r + 1] - start;

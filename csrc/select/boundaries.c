@@ -66,6 +66,7 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
     if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
     const int64_t channels = k->shape[1] * k->shape[3], length = k->shape[2];
     similarity_job job = {dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL};
+    num_threads = (int)DHSA_MIN(num_threads, k->shape[0] * job.tasks);
     job.arenas = dhsa_alloc(channels * 2, num_threads * (int64_t)sizeof *job.arenas);
     if (!job.arenas)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread", 2 * channels);
@@ -161,7 +162,8 @@ dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n,
     if (length < 1 || length > INT32_MAX / 2)
         return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
     if (instruction < 0 || instruction > length)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "instruction: got %" PRId64 ", expected 1 to the length of %" PRId64, instruction, length);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "instruction: got %" PRId64 ", expected 1 to the length of %" PRId64, instruction,
+                         length);
     return pick(scores, length, n, theta, nms, instruction, boundaries, count, error);
 }
 
@@ -235,8 +237,10 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", length);
         goto cleanup;
     }
-    if (config->kind == DHSA_BOUNDARIES_SIMILARITY) status = dhsa_similarity_scores(k, config->window, job.scores, num_threads, error);
-    if (config->kind == DHSA_BOUNDARIES_PREDICTOR) status = dhsa_predictor_logits(config->predictor, k, job.scores, num_threads, error);
+    if (config->kind == DHSA_BOUNDARIES_SIMILARITY)
+        status = dhsa_similarity_scores(k, config->window, job.scores, num_threads, error);
+    if (config->kind == DHSA_BOUNDARIES_PREDICTOR)
+        status = dhsa_predictor_logits(config->predictor, k, job.scores, num_threads, error);
     if (status) goto cleanup;
     dhsa_parallel(batch, num_threads, row_task, &job);
     for (int64_t b = 0; b < batch && !status; b++)

@@ -6,8 +6,8 @@
 #include "select/select.h"
 
 enum {
-    RUN = 128,  /* keys summed on their own before they join the total: long chunks round less */
-    GROUP = 64  /* chunks of a task */
+    RUN = 128, /* keys summed on their own before they join the total: long chunks round less */
+    GROUP = 64 /* chunks of a task */
 };
 
 int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n)
@@ -19,8 +19,8 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n)
     return 1;
 }
 
-int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to, float *mean,
-                    float *sum)
+int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to,
+                    float *mean, float *sum)
 {
     const int64_t dim = k->shape[3];
     const float factor = 1.0f / (float)(to - from);
@@ -65,7 +65,8 @@ static void fill_group(void *context, int64_t index, int thread)
     }
 }
 
-void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, float *scratch, int num_threads)
+void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, float *scratch,
+                      int num_threads)
 {
     fill_job job = {kernels, k, chunks, scratch, b, dhsa_ceil_div(chunks->chunks, GROUP)};
     dhsa_parallel(k->shape[1] * job.groups, num_threads, fill_group, &job);

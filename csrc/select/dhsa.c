@@ -16,8 +16,9 @@ dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
     if (c->dense_tail < 0)
         return dhsa_fail(error, DHSA_ERR_VALUE, "dense_tail: got %" PRId64 ", expected at least 0", c->dense_tail);
     if (c->sink > c->budget || c->local > c->budget - c->sink)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "budget: %" PRId64 " keys do not hold the %" PRId64 " of sink and %" PRId64 " of local",
-                         c->budget, c->sink, c->local);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "budget: %" PRId64 " keys do not hold the %" PRId64 " of sink and %" PRId64 " of local", c->budget,
+                         c->sink, c->local);
     return DHSA_OK;
 }
 
@@ -46,7 +47,8 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
     const int64_t lists = q->shape[0] * dhsa_score_sets(&config->score, q, k);
     int64_t unused;
     if (!dhsa_mul(lists * blocks, k->shape[2], &unused))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: %" PRId64 " makes more lists than can be counted", config->score.query_block);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: %" PRId64 " makes more lists than can be counted",
+                         config->score.query_block);
     indptr[0] = 0;
     for (int64_t list = 0; list < lists; list++)
         for (int64_t i = 0; i < blocks; i++) {
@@ -186,14 +188,16 @@ static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, cons
         *sparse |= !dhsa_span_exact(config, q->shape[2], k->shape[2], i, &span);
         for (int64_t at = i; at < lists * blocks; at += blocks)
             if (indptr[at] < 0 || indptr[at] > INT64_MAX - size || indptr[at + 1] != indptr[at] + size)
-                return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: row %" PRId64 " is [%" PRId64 ", %" PRId64 "), expected %" PRId64 " keys", at,
-                                 indptr[at], indptr[at + 1], size);
+                return dhsa_fail(error, DHSA_ERR_VALUE,
+                                 "indptr: row %" PRId64 " is [%" PRId64 ", %" PRId64 "), expected %" PRId64 " keys", at, indptr[at],
+                                 indptr[at + 1], size);
     }
     return DHSA_OK;
 }
 
 dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
-                        const dhsa_select_config *config, const int64_t *indptr, int32_t *indices, int num_threads, dhsa_error *error)
+                        const dhsa_select_config *config, const int64_t *indptr, int32_t *indices, int num_threads,
+                        dhsa_error *error)
 {
     select_job job = {.config = config, .indptr = indptr, .indices = indices};
     dhsa_status status;
@@ -204,12 +208,14 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
         (status = dhsa_scorer_open(&job.scorer, q, k, &config->score, n_boundaries, num_threads, error)))
         return status;
     job.stride = dhsa_round_up(n_boundaries, DHSA_ALIGN / 4);
-    job.arenas = dhsa_alloc(job.stride * 12, num_threads);
+    job.arenas = dhsa_alloc(job.stride * 12, job.scorer.num_threads);
     if (job.arenas) {
         for (int64_t b = 0; b < q->shape[0]; b++) {
-            if (sparse) dhsa_scorer_begin(&job.scorer, b, boundaries + b * n_boundaries, n_boundaries);
-            else job.scorer.b = b;
-            dhsa_parallel(job.scorer.sets * job.scorer.blocks, num_threads, select_task, &job);
+            if (sparse)
+                dhsa_scorer_begin(&job.scorer, b, boundaries + b * n_boundaries, n_boundaries);
+            else
+                job.scorer.b = b;
+            dhsa_parallel(job.scorer.sets * job.scorer.blocks, job.scorer.num_threads, select_task, &job);
         }
     } else {
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the scores of %" PRId64 " chunks", n_boundaries - 1);

@@ -252,18 +252,20 @@ static dhsa_status predictor_check(const dhsa_predictor *p, const dhsa_tensor *k
         if (!needed[i]) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: weights are missing");
     if (p->channels != k->shape[1] * k->shape[3])
         return dhsa_fail(error, DHSA_ERR_VALUE,
-                         "predictor: made for %" PRId64 " channels, but k has %" PRId64 " (%" PRId64 " heads of %" PRId64 ")", p->channels,
-                         k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
+                         "predictor: made for %" PRId64 " channels, but k has %" PRId64 " (%" PRId64 " heads of %" PRId64 ")",
+                         p->channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
     if (p->channels > 1 << 20 || p->hidden < 1 || p->hidden > 1 << 24)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " channels and %" PRId64 " hidden units are not supported", p->channels,
-                         p->hidden);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " channels and %" PRId64 " hidden units are not supported",
+                         p->channels, p->hidden);
     if (p->heads < 1 || p->channels % p->heads)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " heads do not divide its %" PRId64 " channels", p->heads, p->channels);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " heads do not divide its %" PRId64 " channels", p->heads,
+                         p->channels);
     if (p->window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", p->window);
     return DHSA_OK;
 }
 
-dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *k, float *logits, int num_threads, dhsa_error *error)
+dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *k, float *logits, int num_threads,
+                                  dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
@@ -293,7 +295,8 @@ dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *
     const int threads = (int)DHSA_MIN(tasks, num_threads);
     pl.arenas = dhsa_alloc(pl.arena_size, threads * (int64_t)sizeof *pl.arenas);
     if (!pl.arenas)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " numbers", threads, pl.arena_size);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " numbers", threads,
+                         pl.arena_size);
     dhsa_parallel(tasks, threads, tile_task, &pl);
     dhsa_free(pl.arenas);
     return DHSA_OK;

@@ -44,7 +44,8 @@ static void ratio_task(void *context, int64_t index, int thread)
         }
         const int64_t j = i - w;
         if (j >= last) continue;
-        const double past = column_sum(sums, j - w + 1 - base, j + 1 - base), future = column_sum(sums, j + 1 - base, j + w + 1 - base);
+        const double past = column_sum(sums, j - w + 1 - base, j + 1 - base),
+                     future = column_sum(sums, j + 1 - base, j + w + 1 - base);
         job->ratios[j] = (DHSA_MAX(past, future) + 1e-6) / (DHSA_MIN(past, future) + 1e-6);
     }
 }
@@ -64,6 +65,7 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
     const int64_t gaps = length - 2 * window - (2 * window - 1);
     if (gaps <= 0) return DHSA_OK;
     ratio_job job = {attn, row_stride, length, window, sliding_window, dhsa_ceil_div(gaps, GAPS), ratios, NULL};
+    num_threads = (int)DHSA_MIN(num_threads, job.tasks);
     job.arenas = dhsa_alloc(tile_columns(&job), num_threads * (int64_t)sizeof *job.arenas);
     if (!job.arenas) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundary_ratios: no memory for column sums");
     dhsa_parallel(job.tasks, num_threads, ratio_task, &job);

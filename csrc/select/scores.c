@@ -19,7 +19,8 @@ dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, i
     const int64_t start = k_len - q_len + block * config->query_block, nominal = start + config->query_block;
     dhsa_span span = {0, DHSA_MIN(nominal, k_len)};
     if (config->window) {
-        const int64_t lo = config->score == DHSA_SCORE_ROWS ? start - config->window + 1 : DHSA_MIN(nominal - config->window, start);
+        const int64_t lo =
+            config->score == DHSA_SCORE_ROWS ? start - config->window + 1 : DHSA_MIN(nominal - config->window, start);
         span.lo = DHSA_MAX(lo, 0);
     }
     return span;
@@ -61,14 +62,16 @@ dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int6
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: expected at least the two entries 0 and %" PRId64, length);
     for (int64_t b = 0; b < batch; b++) {
         const int32_t *row = boundaries + b * n;
-        if (row[0] != 0) return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " begins with %d, expected 0", b, row[0]);
+        if (row[0] != 0)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " begins with %d, expected 0", b, row[0]);
         for (int64_t c = 1; c < n; c++)
             if (row[c] < row[c - 1])
-                return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " falls from %d to %d at entry %" PRId64, b, row[c - 1],
-                                 row[c], c);
+                return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " falls from %d to %d at entry %" PRId64, b,
+                                 row[c - 1], row[c], c);
         if (row[n - 1] != length)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " ends with %d, expected the number of keys, %" PRId64, b,
-                             row[n - 1], length);
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "boundaries: row %" PRId64 " ends with %d, expected the number of keys, %" PRId64, b, row[n - 1],
+                             length);
     }
     return DHSA_OK;
 }
@@ -118,7 +121,7 @@ static void mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to
 typedef struct {
     int64_t set, from, to; /* queries [from, to) */
     int64_t first, n;
-    int64_t cut_end;       /* rows: the last chunk is cut here; 0: it is not */
+    int64_t cut_end; /* rows: the last chunk is cut here; 0: it is not */
 } block_job;
 
 static void pack_rows(const dhsa_scorer *s, const block_job *job, int64_t kv_head, int64_t at, int n, scratch *w, float *panel)
@@ -157,7 +160,8 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const block_job *job, i
     for (int64_t at = 0; at < rows; at += (int64_t)s->panels * lanes) {
         const int panels = (int)DHSA_MIN(s->panels, dhsa_ceil_div(rows - at, lanes));
         for (int p = 0; p < panels; p++)
-            pack_rows(s, job, kv_head, at + p * lanes, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, w->panel + p * s->panel_size);
+            pack_rows(s, job, kv_head, at + p * lanes, (int)DHSA_MIN(lanes, rows - at - p * lanes), w,
+                      w->panel + p * s->panel_size);
         for (int64_t c = 0; c < n; c += CHUNK_TILE)
             for (int p = 0; p < panels; p++)
                 kn->qk(w->panel + p * s->panel_size, means + c * dim, dim, (int)DHSA_MIN(CHUNK_TILE, n - c), dim,
@@ -226,8 +230,10 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     int64_t low = 0;
     while (low < n) {
         const int64_t mid = low + (n - low) / 2;
-        if (edges[mid] < x || (above && edges[mid] == x)) low = mid + 1;
-        else n = mid;
+        if (edges[mid] < x || (above && edges[mid] == x))
+            low = mid + 1;
+        else
+            n = mid;
     }
     return low;
 }
@@ -273,7 +279,8 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->config = config;
     s->sets = dhsa_score_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
-    s->num_threads = num_threads;
+    /* No workspaces for threads that would find nothing to do; the means are worth a few in any case. */
+    s->num_threads = (int)DHSA_MIN(num_threads, DHSA_MAX(s->sets * s->blocks, 16));
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
     const int lanes = s->kernels->lanes;
@@ -290,7 +297,7 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     if (!dhsa_mul(Hkv, n_boundaries - 1, &cells)) cells = INT64_MAX;
     s->chunks.means = dhsa_alloc(cells, dim * (int64_t)sizeof *s->chunks.means);
     s->chunks.state = dhsa_alloc(cells, 1);
-    s->arenas = dhsa_alloc(s->arena_size, num_threads * (int64_t)sizeof *s->arenas);
+    s->arenas = dhsa_alloc(s->arena_size, s->num_threads * (int64_t)sizeof *s->arenas);
     if (s->chunks.means && s->chunks.state && s->arenas) return DHSA_OK;
     dhsa_scorer_close(s);
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks", n_boundaries - 1);
@@ -308,7 +315,7 @@ void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int
 {
     s->b = b;
     s->chunks.edges = boundaries;
-    s->chunks.chunks = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
+    s->chunks.chunks = search(boundaries, n_boundaries, s->k->shape[2], 0);       /* the padding is left out */
     dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, s->arenas, s->num_threads); /* arenas hold more than dim each */
 }
 
@@ -341,7 +348,7 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
         return status;
     for (int64_t b = 0; b < q->shape[0]; b++) {
         dhsa_scorer_begin(&job.scorer, b, boundaries + b * n_boundaries, n_boundaries);
-        dhsa_parallel(job.scorer.sets * job.scorer.blocks, num_threads, scores_task, &job);
+        dhsa_parallel(job.scorer.sets * job.scorer.blocks, job.scorer.num_threads, scores_task, &job);
     }
     dhsa_scorer_close(&job.scorer);
     return DHSA_OK;

@@ -40,11 +40,13 @@ typedef struct {
 } dhsa_chunks;
 
 int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
-/* Mean of keys [from, to) of one KV head into mean [dim] (sum: scratch [dim]). Returns 0 if it is not finite; mean is zeros then. */
-int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to, float *mean,
-                    float *sum);
+/* Mean of keys [from, to) of one KV head into mean [dim] (sum: scratch [dim]). Returns 0 if it is not finite; mean is zeros then.
+ */
+int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to,
+                    float *mean, float *sum);
 /* Fills chunks->means and ->state for batch row b of k. scratch: num_threads times dim floats. */
-void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, float *scratch, int num_threads);
+void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, float *scratch,
+                      int num_threads);
 
 /* ---- scoring ------------------------------------------------------------------------------------------------- */
 
@@ -55,10 +57,10 @@ typedef struct {
     int64_t b, sets, blocks;
     int num_threads;
     dhsa_chunks chunks;
-    int64_t step;             /* queries of a mean row */
-    int64_t heads_per_kv;     /* query heads of a set that share a KV head */
+    int64_t step;         /* queries of a mean row */
+    int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
-    int panels;               /* panels of rows worked on at a time */
+    int panels;                                   /* panels of rows worked on at a time */
     int64_t panel_size, product_size, arena_size; /* floats */
     float *arenas;
 } dhsa_scorer;
