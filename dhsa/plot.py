@@ -1,0 +1,213 @@
+"""Pictures of a Selection: which keys each block of queries sees, and how densely the keys were cut into chunks.
+
+Draws with matplotlib (extra `demo`), off screen; decides nothing about what is selected.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dhsa.config import Config
+    from dhsa.selection import Selection
+
+__all__ = ["key_shares", "plot_selection"]
+
+_INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
+_UNSEEN = "#ecebe6"  # keys in the future
+_LEFT_OUT = "#ffffff"  # keys that could have been selected
+_FORCED = (0.64, 0.70, 0.76)  # sink and local keys, there whatever the scores say
+_BINS = 512
+
+
+def key_shares(
+    selection: Selection, *, batch: int = 0, head: int = 0, bins: int = _BINS
+) -> tuple[np.ndarray, np.ndarray]:
+    """What share of each bin of keys every query block's list holds.
+
+    Args:
+        selection: a `dhsa.Selection`.
+        batch, head: which lists; `head` counts sharing sets (KV groups, heads, or the one set for all).
+        bins: the most bins; with fewer keys than that each key is its own.
+
+    Returns: shares: float32 [nq, n], each from 0 to 1. edges: int64 [n + 1], the first key of each bin and the number
+    of keys.
+
+    Raises:
+        IndexError: batch or head out of range. ValueError: bins below 1.
+    """
+    size, sets, blocks = selection.shape
+    if not (0 <= batch < size and 0 <= head < sets):
+        raise IndexError(f"batch {batch}, head {head}: the selection has shape {selection.shape}")
+    if bins < 1:
+        raise ValueError(f"bins: expected at least 1, got {bins}")
+    first = (batch * sets + head) * blocks
+    indptr = selection.indptr[first : first + blocks + 1]
+    keys = selection.indices[indptr[0] : indptr[-1]]
+    length = selection.k_len if selection.k_len is not None else int(selection.indices.max(initial=0)) + 1
+    edges = np.unique(np.linspace(0, length, min(bins, max(length, 1)) + 1).astype(np.int64))
+    block = np.repeat(np.arange(blocks), np.diff(indptr))
+    where = block * (len(edges) - 1) + np.searchsorted(edges, keys, side="right") - 1
+    counts = np.bincount(where, minlength=blocks * (len(edges) - 1)).reshape(blocks, -1)
+    return (counts / np.diff(edges)).astype(np.float32), edges
+
+
+def plot_selection(
+    selection: Selection,
+    path: str | Path | None = None,
+    *,
+    config: Config | None = None,
+    batch: int = 0,
+    head: int = 0,
+    title: str = "Keys selected for each block of queries",
+    subtitle: str | None = None,
+) -> Figure:
+    """Draws the lists of one batch item and sharing set: query blocks downward, keys to the right.
+
+    Above the map, chunks per hundred keys along the sequence (if the selection knows its boundaries): content-cut
+    chunks are short where the text turns. Right of it, the share of the visible keys that each block attends to.
+
+    Args:
+        selection: a `dhsa.Selection`.
+        path: where to write a PNG (or what else the ending says), or None.
+        config: the Config it was made with; sink and local keys are then told apart from those that won by score.
+        batch, head: which lists, as in `key_shares`.
+        title, subtitle: text above the picture; the subtitle defaults to its numbers.
+
+    Returns:
+        the matplotlib Figure.
+
+    Raises: ImportError: matplotlib is not installed. IndexError: batch or head out of range. OSError: `path` cannot be
+    written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("dhsa.plot needs matplotlib: pip install 'dhsa[demo]'") from error
+
+    shares, edges = key_shares(selection, batch=batch, head=head)
+    length = int(edges[-1])
+    blocks = len(shares)
+    offset = length - selection.q_len if selection.q_len is not None else 0
+    ends = np.minimum(offset + (np.arange(blocks) + 1) * selection.query_block, length)
+    attended, visible = _pairs(selection, batch, head, offset, length, ends)
+    density = attended / np.maximum(visible, 1)
+
+    figure = Figure(figsize=(11.5, 8.6), facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        2, 2, height_ratios=[1, 7], width_ratios=[8, 1], left=0.075, right=0.965, top=0.855, bottom=0.135, hspace=0.06,
+        wspace=0.035,
+    )  # fmt: skip
+    chunks, unused = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    unused.axis("off")
+    main = figure.add_subplot(grid[1, 0])
+    side = figure.add_subplot(grid[1, 1], sharey=main)
+
+    main.imshow(
+        _colours(shares, edges, ends, config), aspect="auto", interpolation="nearest", extent=(0, length, blocks, 0)
+    )
+    main.set_xlabel("key position (tokens)", color=_INK)
+    main.set_ylabel(f"query block ({selection.query_block} queries each)", color=_INK)
+
+    side.barh(np.arange(blocks) + 0.5, density, height=1.0, color="#c8553d", alpha=0.85, linewidth=0)
+    side.set_xlim(0, 1)
+    side.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    side.set_xlabel("share attended", color=_INK)
+    side.tick_params(labelleft=False)
+
+    boundaries = selection.boundaries
+    if boundaries is not None:
+        row = np.asarray(boundaries)[batch]
+        cuts = np.unique(row[(row > 0) & (row < length)])
+        coarse = np.linspace(0, length, min(128, max(1, length // 16)) + 1)
+        per_hundred = np.histogram(cuts, coarse)[0] / np.diff(coarse) * 100
+        chunks.fill_between(
+            coarse, np.append(per_hundred, per_hundred[-1]), step="post", color="#3d6b8c", alpha=0.75, lw=0
+        )
+        chunks.set_ylim(0, max(1.0, per_hundred.max() * 1.15))
+        chunks.set_ylabel("chunks per\n100 keys", color=_INK, fontsize=9)
+        count = f"{len(cuts) + 1:,} chunks, "
+    else:
+        chunks.axis("off")
+        count = ""
+    chunks.set_xlim(0, length)
+    chunks.tick_params(labelbottom=False)
+    for axis in (main, side, chunks):
+        axis.set_facecolor(_PAPER)
+        axis.tick_params(colors=_QUIET, labelsize=9)
+        for edge in axis.spines.values():
+            edge.set_color("#c9c6bd")
+
+    whole = attended.sum() / max(1, visible.sum())
+    figure.text(0.075, 0.945, title, fontsize=17, fontweight="bold", color=_INK, va="center")
+    if subtitle is None:
+        budget = "" if config is None or config.budget is None else f", budget {config.budget:,}"
+        subtitle = (
+            f"{length:,} keys in {count}{blocks} query blocks{budget}; {whole:.0%} of the visible keys are attended to"
+        )
+    figure.text(0.075, 0.9, subtitle, fontsize=11, color=_QUIET, va="center")
+    _legend(figure, config)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _pairs(
+    selection: Selection, batch: int, head: int, offset: int, length: int, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per block, the (query, key) pairs that its list makes and those that causality and the window allow."""
+    blocks = len(ends)
+    first = (batch * selection.shape[1] + head) * blocks
+    indptr = selection.indptr[first : first + blocks + 1]
+    keys = selection.indices[indptr[0] : indptr[-1]].astype(np.int64)
+    window = selection.window or length
+    starts = offset + np.arange(blocks) * selection.query_block
+    block = np.repeat(np.arange(blocks), np.diff(indptr))
+    queries = np.minimum(ends[block], keys + window) - np.maximum(starts[block], keys)
+    attended = np.bincount(block, np.maximum(queries, 0), minlength=blocks)
+    seen = np.concatenate([[0], np.cumsum(np.minimum(np.arange(length) + 1, window))])  # pairs of the queries before
+    return attended, seen[ends] - seen[np.minimum(starts, length)]
+
+
+def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Config | None) -> Any:
+    """RGB of the map: the future grey, forced keys in one tone, the keys chosen by score from pale to strong."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
+
+    strength = np.where(shares > 0, 0.25 + 0.65 * shares, 0)
+    image = colormaps["YlOrRd"](strength)[..., :3]
+    image[shares == 0] = to_rgb(_LEFT_OUT)
+    starts, stops = edges[:-1][None, :], edges[1:][None, :]
+    image[np.broadcast_to(starts >= ends[:, None], shares.shape)] = to_rgb(_UNSEEN)
+    if config is not None and config.budget is not None:
+        forced = (stops <= config.sink) | ((starts >= ends[:, None] - config.local) & (starts < ends[:, None]))
+        image[forced & (shares > 0)] = _FORCED
+        # A block that sees everything did not choose: no longer than the budget, or in the dense tail.
+        complete = ((shares == 1) | (stops > ends[:, None])).all(axis=1, keepdims=True)
+        image[complete & (shares > 0)] = _FORCED
+    return image
+
+
+def _legend(figure: Figure, config: Config | None) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=colormaps["YlOrRd"](0.35), label="few of the keys here selected"),
+        Patch(facecolor=colormaps["YlOrRd"](0.9), label="all of them"),
+        Patch(facecolor=_LEFT_OUT, edgecolor="#c9c6bd", label="left out"),
+        Patch(facecolor=_UNSEEN, label="in the future"),
+    ]
+    if config is not None and config.budget is not None:
+        handles.insert(0, Patch(facecolor=_FORCED, label="always in: sinks, local, blocks within budget or dense"))
+    figure.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0.068, 0.02), ncols=len(handles), frameon=False, fontsize=9,
+        labelcolor=_INK, handlelength=1.2, columnspacing=1.6,
+    )  # fmt: skip

