@@ -1,0 +1,72 @@
+# The project's commands. Each makes the virtual environment it needs the first time and is quick after that.
+#
+#   make demo     a real model prefills a long text by several attentions: one table, one picture   (ARGS="--tokens 4096")
+#   make test     the whole test suite                                                              (ARGS="-k hf -x")
+#   make bench    attention alone, timed next to torch                                              (ARGS=...)
+#   make lint     ruff and clang-format, checking only
+#   make clean    removes environments, builds and caches
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+TORCH  ?= torch==2.13.0
+
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
+CORE := setup.py pyproject.toml $(shell find csrc -name '*.[ch]' -o -name '*.inc')
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(PY) -m dhsa demo $(ARGS)
+
+test: $(VENV)/.test
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(PY) benchmarks/bench_attention.py $(ARGS)
+
+lint: $(VENV)/.lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	find csrc -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+# A stamp for each set of packages; the extension is built again whenever its sources changed. Python files are used from
+# the checkout (an editable install), so that editing them needs no make at all. The build uses the environment's own
+# setuptools, so that building again needs no network.
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit("dhsa needs Python 3.11 or later, %s is %s" % (sys.executable, sys.version)) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip 'setuptools>=77' wheel
+	@touch $@
+
+# torch alone and first, so that the version is this one: the extras would take any.
+$(VENV)/.torch: $(VENV)/.python
+	@echo "installing $(TORCH) (about 200 MB)"
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(CORE)
+	@echo "building the extension, installing dhsa[demo]"
+	$(PIP) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(CORE)
+	@echo "building the extension, installing dhsa[test]"
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch $(CORE)
+	@echo "building the extension, installing dhsa[hf]"
+	$(PIP) --no-build-isolation --editable '.[hf]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python
+	$(PIP) 'ruff>=0.6' 'clang-format>=18'
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -f dhsa/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
