@@ -119,7 +119,7 @@ def attention_forward(
         return out, None
 
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
-    parts = segments(ranges)
+    parts = None if q_len == 1 else segments(ranges)
     whole = (
         parts is not None
         and len(parts) == 1
