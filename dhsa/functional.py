@@ -332,8 +332,8 @@ def chunk_scores(
         boundaries: int [B, C + 1] (or [C + 1] for all items), from 0 to Lk, never falling; a repeated entry is an
             empty chunk, as in padding.
         query_block: queries in a block, 1 to 65536.
-        score: "block" (the paper's: products of the block's mean query and the chunk's mean key, summed over the heads
-            of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head;
+        score: "block" (the paper's: product of the block's mean query and the chunk's mean key, each the mean over the
+            heads of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head;
             squares, summed).
         pooling: of the block score: "mean", or "mean_sqrt" (times the square root of the length, for both).
         heads: sharing sets: "all", "group" or "head".

@@ -27,11 +27,12 @@ const dhsa_kernels *dhsa_kernels_find(const char *isa)
     return NULL;
 }
 
-/* The best tier, or the one that DHSA_ISA names where this CPU runs it. */
+/* The tier that DHSA_ISA names, else the best. NULL if it names one that is not to be had. */
 static const dhsa_kernels *choose(void)
 {
     const char *wish = getenv("DHSA_ISA");
-    const dhsa_kernels *best = wish && *wish ? dhsa_kernels_find(wish) : NULL;
+    const dhsa_kernels *best = NULL;
+    if (wish && *wish) return dhsa_kernels_find(wish);
     for (int i = TIERS - 1; !best && i >= 0; i--) best = dhsa_kernels_find(compiled[i]->isa);
     return best;
 }
@@ -40,7 +41,9 @@ const dhsa_kernels *dhsa_kernels_current(void)
 {
     const dhsa_kernels *table = atomic_load_explicit(&current, memory_order_acquire);
     if (!table) {
+        /* A bad DHSA_ISA is an error of dhsa_isa_set("auto"), which Python's import calls; here there is nobody to tell. */
         table = choose();
+        if (!table) table = dhsa_kernels_find("scalar");
         atomic_store_explicit(&current, table, memory_order_release);
     }
     return table;
@@ -59,8 +62,11 @@ const char *dhsa_isa_current(void) { return dhsa_kernels_current()->isa; }
 
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error)
 {
-    const dhsa_kernels *table = strcmp(name, "auto") == 0 ? choose() : dhsa_kernels_find(name);
-    if (!table) return dhsa_fail(error, DHSA_ERR_VALUE, "isa: '%.40s' is not compiled in or this CPU does not run it", name);
+    const int automatic = strcmp(name, "auto") == 0;
+    const dhsa_kernels *table = automatic ? choose() : dhsa_kernels_find(name);
+    if (!table)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: '%.40s' is not a tier that is compiled in and that this CPU runs",
+                         automatic ? "DHSA_ISA" : "isa", automatic ? getenv("DHSA_ISA") : name);
     atomic_store_explicit(&current, table, memory_order_release);
     return DHSA_OK;
 }

@@ -52,13 +52,13 @@ K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int di
         }
 }
 
-/* At most DIM_STEP columns at a time: that part of the panel stays in L1 while all keys pass by, and short sums round less. */
-enum { DIM_STEP = 128 };
-
 static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s)
 {
-    for (int d = 0; d < dim; d += DIM_STEP, q += DIM_STEP * K_LANES, k += DIM_STEP) {
-        const int part = dim - d < DIM_STEP ? dim - d : DIM_STEP, adding = d > 0;
+    /* Half the columns at a time, 128 at most: short sums round less, and that part of the panel stays in L1 while all keys
+     * pass by. */
+    const int step = dim < 32 ? dim : dim < 256 ? (dim + 1) / 2 : 128;
+    for (int d = 0; d < dim; d += step, q += step * K_LANES, k += step) {
+        const int part = dim - d < step ? dim - d : step, adding = d > 0;
         const float *row = k;
         float *at = s;
         int j = 0;
@@ -342,21 +342,20 @@ static void K_NAME(pack_panel)(const void *const *rows, int dtype, int n, int di
 
 K_INLINE void store_part(vf x, void *row, int dtype, int d, int dim)
 {
-    const int n = dim - d < V_LEN ? dim - d : V_LEN;
+    float line[V_LEN];
+    uint16_t half[V_LEN];
     if (dtype == DHSA_F32) {
-        float line[V_LEN];
-        if (n == V_LEN) {
+        if (d + V_LEN <= dim) {
             v_store((float *)row + d, x);
-        } else {
-            v_store(line, x);
-            memcpy((float *)row + d, line, (size_t)n * sizeof *line);
+            return;
         }
-    } else {
-        uint16_t half[V_LEN];
-        if (dtype == DHSA_F16) v_to_f16(x, half);
-        else v_to_bf16(x, half);
-        memcpy((uint16_t *)row + d, half, (size_t)n * sizeof *half);
+        v_store(line, x);
+        for (int i = 0; d + i < dim; i++) ((float *)row)[d + i] = line[i];
+        return;
     }
+    if (dtype == DHSA_F16) v_to_f16(x, half);
+    else v_to_bf16(x, half);
+    for (int i = 0; i < V_LEN && d + i < dim; i++) ((uint16_t *)row)[d + i] = half[i];
 }
 
 static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows)

@@ -20,6 +20,12 @@ static int module_exec(PyObject *module)
     if (!state->name_dlpack || !state->name_exchange || !state->no_args || !state->versioned_kwargs) {
         return -1;
     }
+    /* A DHSA_ISA that cannot be had is an error here and now, not another tier in silence. */
+    dhsa_error error;
+    if (dhsa_isa_set("auto", &error) != DHSA_OK) {
+        PyErr_SetString(PyExc_ImportError, error.message);
+        return -1;
+    }
     PyObject *buffer = dhsa_py_buffer_type(module);
     const int result = buffer == NULL ? -1 : PyModule_AddObjectRef(module, "Buffer", buffer);
     Py_XDECREF(buffer);

@@ -1,0 +1,213 @@
+"""The executor against the float64 reference, on every tier, and its rounding against PyTorch's in the same dtype.
+
+Shapes are odd on purpose: lengths that fill no tile, head_dims that fill no vector, windows that cut tiles.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dhsa
+from dhsa import reference
+
+TIERS = dhsa.build_info()["isa_detected"]
+
+# b, h, hkv, lq, lk, d, options
+CASES = {
+    "one number": (1, 1, 1, 1, 1, 1, {}),
+    "gqa": (2, 4, 2, 65, 65, 64, {}),
+    "tiles": (1, 2, 1, 300, 300, 32, {}),
+    "mqa, continued": (1, 5, 1, 33, 290, 40, {}),
+    "decode": (2, 8, 4, 1, 517, 64, {}),
+    "head_dim 256": (1, 2, 1, 40, 140, 256, {}),
+    "head_dim 129": (1, 2, 2, 20, 150, 129, {}),
+    "head_dim 3": (1, 3, 3, 50, 50, 3, {}),
+    "window 1": (1, 2, 1, 70, 70, 16, {"window": 1}),
+    "window 100": (1, 4, 2, 301, 301, 24, {"window": 100}),
+    "window, continued": (2, 2, 1, 37, 333, 72, {"window": 64}),
+    "window past the keys": (1, 2, 2, 90, 120, 8, {"window": 1000}),
+    "softcap": (1, 4, 2, 150, 150, 48, {"softcap": 3.0}),
+    "softcap, window": (1, 4, 2, 150, 280, 80, {"softcap": 50.0, "window": 77, "scale": 0.7}),
+    "negative scale": (1, 2, 1, 60, 60, 20, {"scale": -0.3}),
+    "zero scale": (1, 2, 1, 60, 60, 20, {"scale": 0.0}),
+    "not causal": (1, 2, 1, 60, 45, 20, {"causal": False}),
+}
+
+
+def reference_of(q, k, v, options):
+    """reference.attention, which wants lengths to agree, also for more queries than keys where nothing is causal."""
+    if options.get("causal", True) or q.shape[2] <= k.shape[2]:
+        return reference.attention(q, k, v, return_lse=True, **options)
+    parts = [reference.attention(q[:, :, i : i + 1], k, v, return_lse=True, **options) for i in range(q.shape[2])]
+    return tuple(np.concatenate([p[n] for p in parts], axis=2) for n in range(2))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
+    *shape, options = CASES[name]
+    q, k, v = make_qkv(*shape)
+    dhsa.set_isa(tier)
+    out, lse = dhsa.attention(q, k, v, return_lse=True, **options)
+    want, want_lse = reference_of(q, k, v, options)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("config", [None, dhsa.Config(budget=64, sink=8, local=24, query_block=32)], ids=["exact", "sparse"])
+def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, tier, dtype, config):
+    """Converted while packing: the same as converting whole tensors first and rounding the output at the end."""
+    dhsa.set_isa(tier)
+    halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 4, 2, 190, 190, 72)]
+    out = dhsa.attention(*halves, config, softcap=30.0)
+    assert out.dtype == getattr(torch, dtype)
+    want = dhsa.attention(*[x.float() for x in halves], config, softcap=30.0).to(out.dtype)
+    assert torch.equal(out, want)
+
+
+def float64_attention(torch, q, k, v):
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = q.double() @ k.mT / math.sqrt(q.shape[3])
+    hidden = torch.ones(s.shape[2:], dtype=torch.bool).triu(1)
+    return s.masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
+def test_fp32_rounds_no_worse_than_torch(torch, dim, kind):
+    generator = torch.Generator().manual_seed(dim)
+    q, k, v = (torch.randn(1, h, 1500, dim, generator=generator) for h in (4, 2, 2))
+    if kind == "large logits":
+        q = q * 10
+    elif kind == "near ties":
+        k = k[:, :, :1] + 1e-3 * k
+    elif kind == "long flat tail":
+        q = q * 1e-3
+    want = float64_attention(torch, q, k, v)
+    ours = dhsa.attention(q, k, v).double() - want
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double() - want
+    assert ours.square().mean() <= theirs.square().mean()
+    # The largest of half a million errors is a matter of luck; it may not be out of line.
+    assert ours.abs().max() <= 1.5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_rounds_no_worse_than_torch(torch, dtype):
+    generator = torch.Generator().manual_seed(1)
+    dtype = getattr(torch, dtype)
+    q, k, v = (torch.randn(1, h, 700, 128, generator=generator).to(dtype) for h in (4, 2, 2))
+    want = float64_attention(torch, q, k, v)
+    ours = dhsa.attention(q, k, v).double() - want
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double() - want
+    assert ours.square().mean() <= theirs.square().mean()
+    assert ours.abs().max() <= 1.1 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("heads", ["all", "group", "head"])
+@pytest.mark.parametrize("window", [None, 90])
+def test_lists_agree_with_the_reference(make_qkv, tier, heads, window):
+    """Random lists, some empty, some with gaps, some runs; a short last block; a window on top."""
+    dhsa.set_isa(tier)
+    b, h, hkv, lq, lk, block = 2, 4, 2, 150, 210, 64
+    q, k, v = make_qkv(b, h, hkv, lq, lk, 40)
+    sets, nq = {"all": 1, "group": hkv, "head": h}[heads], math.ceil(lq / block)
+    rng = np.random.default_rng(3)
+    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.05, 0.5, 1], b * sets * nq)]
+    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    selection = dhsa.Selection.from_indices(indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block)
+    out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
+    want, want_lse = reference.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
+    assert np.isneginf(want_lse).any()
+    np.testing.assert_allclose(out, want, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+    assert (out[np.isneginf(lse)] == 0).all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("window", [None, 50])
+def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(make_qkv, tier, which, bad, window):
+    dhsa.set_isa(tier)
+    tensors = dict(zip("qkv", make_qkv(1, 4, 2, 200, 200, 24), strict=True))
+    tensors[which][0, 1, 77, 5] = bad
+    clean = dhsa.attention(*make_qkv(1, 4, 2, 200, 200, 24), window=window)
+    out = dhsa.attention(*tensors.values(), window=window)
+    sees = np.zeros((4, 200), bool)
+    if which == "q":
+        sees[1, 77] = True
+    else:
+        sees[2:, 77 : (200 if window is None else 77 + window)] = True
+    # Not bit for bit: a tile that holds a value that is no number is added by other instructions.
+    np.testing.assert_allclose(out[0][~sees], clean[0][~sees], atol=1e-6)
+    with np.errstate(all="ignore"):
+        want = reference.attention(*tensors.values(), window=window)
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(want))
+    np.testing.assert_array_equal(np.isinf(out), np.isinf(want))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("config", [None, dhsa.Config(budget=96, sink=16, local=40, query_block=48)], ids=["exact", "sparse"])
+def test_same_bits_for_any_number_of_threads(make_qkv, tier, config):
+    dhsa.set_isa(tier)
+    q, k, v = make_qkv(2, 6, 2, 333, 401, 56)
+    results = []
+    for threads in (1, 2, 3, 5):
+        dhsa.set_num_threads(threads)
+        results.append(dhsa.attention(q, k, v, config, softcap=20.0))
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+FORK = """
+import os, sys, numpy as np, dhsa
+dhsa.set_num_threads(3)
+x = np.random.default_rng(0).standard_normal((1, 4, 300, 32), dtype=np.float32)
+want = dhsa.attention(x, x, x)
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(dhsa.attention(x, x, x), want) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(dhsa.attention(x, x, x), want)
+print("well")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_makes_its_own_threads():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "well", done.stderr
+
+
+MEMORY = """
+import sys, numpy as np, dhsa
+length = int(sys.argv[1])
+dhsa.set_num_threads(2)
+rng = np.random.default_rng(0)
+q, k, v = (rng.standard_normal((1, h, length, 64), dtype=np.float32) for h in (2, 1, 1))
+out = np.ones_like(q)
+config = dhsa.Config(budget=512, sink=64, local=128) if sys.argv[2] == "sparse" else None
+window = 256 if sys.argv[2] == "window" else None
+dhsa.attention(q[:, :, :300], k[:, :, :300], v[:, :, :300])
+open("/proc/self/clear_refs", "w").write("5")
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+dhsa.attention(q, k, v, config, window=window, out=out)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("path", ["dense", "window", "sparse"])
+def test_memory_does_not_grow_with_the_square_of_the_length(path):
+    """At 12,000 tokens one byte a (query, key) pair would be 137 MiB; the whole call stays under 16."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, "12000", path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 16 * 1024
