@@ -49,17 +49,17 @@ $(VENV)/.torch: $(VENV)/.python
 
 $(VENV)/.demo: $(VENV)/.torch $(CORE)
 	@echo "building the extension, installing dhsa[demo]"
-	$(PIP) --no-build-isolation --editable '.[demo]'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(CORE)
 	@echo "building the extension, installing dhsa[test]"
-	$(PIP) --no-build-isolation --editable '.[test]'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.torch $(CORE)
 	@echo "building the extension, installing dhsa[hf]"
-	$(PIP) --no-build-isolation --editable '.[hf]'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[hf]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python
