@@ -42,6 +42,7 @@ class Segment(NamedTuple):
 # ---- the mask function that transformers calls -----------------------------------------------------------------------
 
 
+@torch.compiler.disable  # NumPy, which a compiler would translate, and not always rightly
 def key_range_mask(
     batch_size: int,
     q_length: int,

@@ -316,6 +316,16 @@ def test_bidirectional_gemma3_is_exact():
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
+def test_compiled_model_breaks_its_graph_at_the_attention(models):
+    model = models("gemma2")
+    ids, mask = padded([150, 90], 150, "left")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    with dhsa.patched(model, EXACT):
+        got = torch.compile(model, backend="eager")(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=0, atol=2e-5)
+
+
 def test_packed_sequences_are_kept_apart(models):
     model, lengths = models("gemma2"), [130, 150, 7]
     ids = torch.cat([tokens(1, n, seed=row) for row, n in enumerate(lengths)], 1)
