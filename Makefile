@@ -13,7 +13,7 @@ TORCH  ?= torch==2.13.0
 
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
-CORE := setup.py pyproject.toml $(shell find csrc -name '*.[ch]' -o -name '*.inc')
+CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
@@ -30,7 +30,7 @@ bench: $(VENV)/.bench
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	find csrc -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 # A stamp for each set of packages; the extension is built again whenever its sources changed. Python files are used from
 # the checkout (an editable install), so that editing them needs no make at all. The build uses the environment's own

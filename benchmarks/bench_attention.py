@@ -1,7 +1,7 @@
 """Speed of one attention call against PyTorch, in one process, alternating, medians; run by `make bench`.
 
-Rows: dense causal against scaled_dot_product_attention, window 512 against compiled flex_attention, the whole sparse call
-(selection included) against scaled_dot_product_attention, and the memory that a 32K sparse call needs. Each row states
+Rows: dense causal against scaled_dot_product_attention (sdpa), window 512 against compiled flex_attention, the whole
+sparse call (selection included) against sdpa, and the memory that a 32K sparse call needs. Each row states
 GFLOP/s of visible pairs (4 H D a pair), the share of the FMA peak measured in between, the ratio, and pass or miss.
 It times; correctness is the tests' business.
 """
@@ -42,7 +42,7 @@ def inputs(shape, length):
 
 
 def alternate(calls: dict, repeats: int, threads: int) -> tuple[dict, float]:
-    """Runs every call in turn, `repeats` times; returns the median seconds of each and the median FMA peak (GFLOP/s)."""
+    """Runs every call in turn, `repeats` times; returns median seconds of each and the median FMA peak (GFLOP/s)."""
     seconds = {name: [] for name in calls}
     peaks = []
     for call in calls.values():
@@ -108,7 +108,9 @@ def bench_window(name, shape, length, window, repeats, threads):
             threads,
         )
     flop = 4 * shape[0] * shape[2] * visible_pairs(length, window)
-    return row(f"window {window} at {length // 1024}K, {name}", flop, seconds["dhsa"], seconds["flex"], "flex", peak, 1.5)
+    return row(
+        f"window {window} at {length // 1024}K, {name}", flop, seconds["dhsa"], seconds["flex"], "flex", peak, 1.5
+    )
 
 
 def bench_sparse(name, shape, length, repeats, threads, goal):
@@ -124,7 +126,14 @@ def bench_sparse(name, shape, length, repeats, threads, goal):
     flop = 4 * shape[0] * shape[2] * visible_pairs(length, None)
     attended = flop * stats[-1].density
     result = row(
-        f"sparse {config.budget} at {length // 1024}K, {name}", attended, seconds["dhsa"], seconds["sdpa"], "sdpa", peak, goal, flop
+        f"sparse {config.budget} at {length // 1024}K, {name}",
+        attended,
+        seconds["dhsa"],
+        seconds["sdpa"],
+        "sdpa",
+        peak,
+        goal,
+        flop,
     )
     selection = statistics.median(s.select_seconds for s in stats[1:])
     executor = statistics.median(s.attend_seconds for s in stats[1:])
@@ -160,7 +169,12 @@ print(peak() - before)
 def bench_memory(name, shape, length, threads):
     command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (length, *shape, threads))]
     kib = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {"row": f"extra memory, sparse {length // 1024}K, {name}", "mib": kib / 1024, "goal_mib": 64, "pass": kib <= 64 * 1024}
+    return {
+        "row": f"extra memory, sparse {length // 1024}K, {name}",
+        "mib": kib / 1024,
+        "goal_mib": 64,
+        "pass": kib <= 64 * 1024,
+    }
 
 
 def show(result):
@@ -169,7 +183,8 @@ def show(result):
         print(f"{result['row']:<38} {result['mib']:8.1f} MiB  (goal <= {result['goal_mib']} MiB)  {mark}", flush=True)
         return
     print(
-        f"{result['row']:<38} {result['seconds'] * 1e3:9.1f} ms {result['gflops']:6.0f} GFLOP/s {result['share_of_peak']:6.1%} of peak"
+        f"{result['row']:<38} {result['seconds'] * 1e3:9.1f} ms {result['gflops']:6.0f} GFLOP/s"
+        f" {result['share_of_peak']:6.1%} of peak"
         f" | {result['peer']} {result['peer_seconds'] * 1e3:9.1f} ms {result['peer_gflops']:6.0f} GFLOP/s"
         f" | {result['ratio']:5.2f}x (goal {result['goal']}x) {mark}",
         flush=True,
@@ -192,8 +207,8 @@ def main():
     torch.set_num_threads(args.threads)
     dhsa.set_num_threads(args.threads)
     print(
-        f"dhsa {dhsa.__version__} ({dhsa.build_info()['isa']}), torch {torch.__version__}, {args.threads} threads, fp32,"
-        f" medians of {args.repeats} alternating runs"
+        f"dhsa {dhsa.__version__} ({dhsa.build_info()['isa']}), torch {torch.__version__}, {args.threads} threads,"
+        f" fp32, medians of {args.repeats} alternating runs"
     )
     results = []
 
@@ -216,7 +231,12 @@ def main():
         for name, shape in SHAPES.items():
             add(bench_memory(name, shape, 32768, args.threads))
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"cpu": platform.processor(), "threads": args.threads, "build": dhsa.build_info(), "torch": torch.__version__}
+    machine = {
+        "cpu": platform.processor(),
+        "threads": args.threads,
+        "build": dhsa.build_info(),
+        "torch": torch.__version__,
+    }
     machine["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     args.json.write_text(json.dumps({"machine": machine, "rows": results}, indent=1, default=str))
     print(f"{sum(r['pass'] for r in results)} of {len(results)} rows pass; written to {args.json}")

@@ -60,7 +60,9 @@ def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("config", [None, dhsa.Config(budget=64, sink=8, local=24, query_block=32)], ids=["exact", "sparse"])
+@pytest.mark.parametrize(
+    "config", [None, dhsa.Config(budget=64, sink=8, local=24, query_block=32)], ids=["exact", "sparse"]
+)
 def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, tier, dtype, config):
     """Converted while packing: the same as converting whole tensors first and rounding the output at the end."""
     dhsa.set_isa(tier)
@@ -121,7 +123,9 @@ def test_lists_agree_with_the_reference(make_qkv, tier, heads, window):
     rng = np.random.default_rng(3)
     rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.05, 0.5, 1], b * sets * nq)]
     indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block)
+    selection = dhsa.Selection.from_indices(
+        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block
+    )
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     want, want_lse = reference.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     assert np.isneginf(want_lse).any()
@@ -154,7 +158,9 @@ def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(make_qkv, tier, w
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("config", [None, dhsa.Config(budget=96, sink=16, local=40, query_block=48)], ids=["exact", "sparse"])
+@pytest.mark.parametrize(
+    "config", [None, dhsa.Config(budget=96, sink=16, local=40, query_block=48)], ids=["exact", "sparse"]
+)
 def test_same_bits_for_any_number_of_threads(make_qkv, tier, config):
     dhsa.set_isa(tier)
     q, k, v = make_qkv(2, 6, 2, 333, 401, 56)

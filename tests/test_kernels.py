@@ -10,8 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-pthread"]
-SOURCES = [*sorted((ROOT / "csrc" / "kernels").glob("*.c")), ROOT / "csrc/core/status.c", ROOT / "tests/c/test_kernels.c"]
+FLAGS = [
+    "-std=c11",
+    "-D_GNU_SOURCE",
+    "-O2",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-pthread",
+]
+SOURCES = [
+    *sorted((ROOT / "csrc" / "kernels").glob("*.c")),
+    ROOT / "csrc/core/status.c",
+    ROOT / "tests/c/test_kernels.c",
+]
 
 
 def build(compiler, target, *extra):

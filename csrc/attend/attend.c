@@ -96,8 +96,8 @@ static int64_t lower_bound(const int32_t *list, int64_t n, int64_t key)
 }
 
 /* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
-static void pv_guarded(const dhsa_kernels *kn, const float *p, const float *v, ptrdiff_t v_stride, int n, int base, const int32_t *lo,
-                       const int32_t *hi, int dim, const float *alpha, float *o)
+static void pv_guarded(const dhsa_kernels *kn, const float *p, const float *v, ptrdiff_t v_stride, int n, int base,
+                       const int32_t *lo, const int32_t *hi, int dim, const float *alpha, float *o)
 {
     const int lanes = kn->lanes, step = kn->value_step;
     for (int d = 0; d < dim; d++)
@@ -206,8 +206,10 @@ static int pack_tile(const plan *pl, const item *it, scratch *w, int64_t at, int
         const char *base = dhsa_row(t, it->b, it->kv_head, 0);
         const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
         for (int j = 0; j < n; j++) w->rows[j] = base + (it->keys ? it->keys[at + j] : it->key_start + at + j) * step;
-        if (which == 0) pl->kernels->pack_rows(w->rows, t->dtype, n, dim, w->k);
-        else poison = pl->kernels->pack_values(w->rows, t->dtype, n, dim, w->v);
+        if (which == 0)
+            pl->kernels->pack_rows(w->rows, t->dtype, n, dim, w->k);
+        else
+            poison = pl->kernels->pack_values(w->rows, t->dtype, n, dim, w->v);
     }
     return poison;
 }
@@ -245,9 +247,12 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     const ptrdiff_t v_stride = (ptrdiff_t)n * kn->value_step, first = (ptrdiff_t)panel * lanes;
     float *o = w->o + first * dim;
     kn->qk(w->q + first * dim, w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s);
-    kn->softmax(w->s, count, (int)from, masked ? lo : NULL, hi, pl->factor, (float)pl->p->softcap, w->m + first, w->l + first, w->alpha);
-    if (poison && masked) pv_guarded(kn, w->s, values, v_stride, count, (int)from, lo, hi, dim, w->alpha, o);
-    else kn->pv(w->s, values, v_stride, count, dim, w->alpha, o);
+    kn->softmax(w->s, count, (int)from, masked ? lo : NULL, hi, pl->factor, (float)pl->p->softcap, w->m + first, w->l + first,
+                w->alpha);
+    if (poison && masked)
+        pv_guarded(kn, w->s, values, v_stride, count, (int)from, lo, hi, dim, w->alpha, o);
+    else
+        kn->pv(w->s, values, v_stride, count, dim, w->alpha, o);
 }
 
 static void store(const plan *pl, const item *it, scratch *w)
@@ -265,7 +270,8 @@ static void store(const plan *pl, const item *it, scratch *w)
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &p->out, at * lanes + r);
-        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * dim, w->l + at * lanes, n, dim, p->out.dtype, (void *const *)w->rows);
+        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * dim, w->l + at * lanes, n, dim, p->out.dtype,
+                                 (void *const *)w->rows);
     }
 }
 
@@ -300,7 +306,8 @@ static void attend_item(void *context, int64_t index, int thread)
 static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
     plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current()};
-    const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3], Hkv = p->k.shape[1], G = H / Hkv;
+    const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3], Hkv = p->k.shape[1],
+                  G = H / Hkv;
     scratch unused;
     /* A list for each head leaves nothing to share between heads. (With Hkv == H a group is one head anyway.) */
     pl.heads = list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : G;
@@ -322,7 +329,8 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.arena_size = lay_out(&pl, NULL, &unused);
     pl.arenas = dhsa_alloc(pl.arena_size, threads);
     if (!pl.arenas)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for %d workspaces of %lld bytes", threads, (long long)pl.arena_size);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for %d workspaces of %lld bytes", threads,
+                         (long long)pl.arena_size);
     dhsa_parallel(items, threads, attend_item, &pl);
     dhsa_free(pl.arenas);
     return DHSA_OK;

@@ -33,10 +33,12 @@ dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error
     if (!t->data) return dhsa_fail(error, DHSA_ERR_VALUE, "%s: has no data", name);
     for (int i = 0; i < 4; i++)
         if (t->shape[i] < 1)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "%s: dimension %d has size %" PRId64 ", expected at least 1", name, i, t->shape[i]);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "%s: dimension %d has size %" PRId64 ", expected at least 1", name, i,
+                             t->shape[i]);
     /* Key indices are 32 bits wide, and a few sums of lengths must fit as well. */
     if (t->shape[2] > INT32_MAX / 2)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: length %" PRId64 " is more than the supported %d", name, t->shape[2], INT32_MAX / 2);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: length %" PRId64 " is more than the supported %d", name, t->shape[2],
+                         INT32_MAX / 2);
     if (t->shape[3] > 1 && t->stride[3] != 1)
         return dhsa_fail(error, DHSA_ERR_VALUE, "%s: last dimension has stride %" PRId64 ", expected 1 (make it contiguous)", name,
                          t->stride[3]);
@@ -44,7 +46,8 @@ dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error
     for (int i = 1; i < 4; i++)
         if (!dhsa_mul(n, t->shape[i], &n) || n > INT64_MAX / 64)
             return dhsa_fail(error, DHSA_ERR_VALUE, "%s: its shape has more elements than can be addressed", name);
-    if (!extent(t, &low, &high)) return dhsa_fail(error, DHSA_ERR_VALUE, "%s: its strides reach further than can be addressed", name);
+    if (!extent(t, &low, &high))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: its strides reach further than can be addressed", name);
     return DHSA_OK;
 }
 
@@ -57,7 +60,8 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
     if (k->shape[0] != q->shape[0])
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: batch is %" PRId64 ", expected %" PRId64 " as q", k->shape[0], q->shape[0]);
     if (q->shape[1] % k->shape[1] != 0)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " heads do not divide the %" PRId64 " heads of q", k->shape[1], q->shape[1]);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " heads do not divide the %" PRId64 " heads of q", k->shape[1],
+                         q->shape[1]);
     if (k->shape[3] != q->shape[3])
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: head_dim is %" PRId64 ", expected %" PRId64 " as q", k->shape[3], q->shape[3]);
     if (q->shape[3] > 256)
@@ -108,11 +112,12 @@ static dhsa_status out_check(const dhsa_problem *p, dhsa_error *error)
     dhsa_status status;
     if ((status = dhsa_tensor_check(out, "out", error))) return status;
     if (out->dtype != q->dtype)
-        return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q", dtype_names[out->dtype], dtype_names[q->dtype]);
+        return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q", dtype_names[out->dtype],
+                         dtype_names[q->dtype]);
     for (int i = 0; i < 4; i++)
         if (out->shape[i] != q->shape[i])
-            return dhsa_fail(error, DHSA_ERR_VALUE, "out: dimension %d has size %" PRId64 ", expected %" PRId64 " as q", i, out->shape[i],
-                             q->shape[i]);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "out: dimension %d has size %" PRId64 ", expected %" PRId64 " as q", i,
+                             out->shape[i], q->shape[i]);
     if (overlaps_itself(out)) return dhsa_fail(error, DHSA_ERR_VALUE, "out: its elements overlap in memory");
     for (int i = 0; i < 3; i++)
         if (share_memory(out, inputs[i])) return dhsa_fail(error, DHSA_ERR_VALUE, "out: shares memory with %s", names[i]);
@@ -128,12 +133,13 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
         return dhsa_fail(error, DHSA_ERR_TYPE, "v: dtype is %s, expected %s as q", dtype_names[v->dtype], dtype_names[q->dtype]);
     for (int i = 0; i < 4; i++)
         if (v->shape[i] != k->shape[i])
-            return dhsa_fail(error, DHSA_ERR_VALUE, "v: dimension %d has size %" PRId64 ", expected %" PRId64 " as k", i, v->shape[i],
-                             k->shape[i]);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "v: dimension %d has size %" PRId64 ", expected %" PRId64 " as k", i,
+                             v->shape[i], k->shape[i]);
     if ((status = out_check(p, error))) return status;
     if (p->causal && !p->key_ranges && q->shape[2] > k->shape[2])
-        return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal",
-                         q->shape[2], k->shape[2]);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal", q->shape[2],
+                         k->shape[2]);
     if (!isfinite(p->scale)) return dhsa_fail(error, DHSA_ERR_VALUE, "scale: got %g, expected a finite number", p->scale);
     if (!(isfinite(p->softcap) && p->softcap >= 0))
         return dhsa_fail(error, DHSA_ERR_VALUE, "softcap: got %g, expected a positive finite number", p->softcap);

@@ -10,18 +10,20 @@
 #include "core/internal.h"
 
 static struct {
-    pthread_mutex_t owner;  /* held by the caller whose job runs; others find it taken and work alone */
-    pthread_mutex_t lock;   /* guards the rest but `next` */
+    pthread_mutex_t owner; /* held by the caller whose job runs; others find it taken and work alone */
+    pthread_mutex_t lock;  /* guards the rest but `next` */
     pthread_cond_t start, finish;
-    uint64_t job;           /* number of the job last posted */
-    int wanted;             /* workers the job takes, threads 1..wanted */
-    int active;             /* of those, not yet done */
-    int alive;              /* workers made so far */
+    uint64_t job; /* number of the job last posted */
+    int wanted;   /* workers the job takes, threads 1..wanted */
+    int active;   /* of those, not yet done */
+    int alive;    /* workers made so far */
     dhsa_task task;
     void *context;
     int64_t count;
     _Atomic int64_t next;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .start = PTHREAD_COND_INITIALIZER,
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
+          .lock = PTHREAD_MUTEX_INITIALIZER,
+          .start = PTHREAD_COND_INITIALIZER,
           .finish = PTHREAD_COND_INITIALIZER};
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;

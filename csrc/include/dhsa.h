@@ -14,11 +14,11 @@ extern "C" {
 
 typedef enum {
     DHSA_OK = 0,
-    DHSA_ERR_VALUE,          /* a bad argument value       -> ValueError */
-    DHSA_ERR_TYPE,           /* a bad dtype                -> TypeError */
+    DHSA_ERR_VALUE, /* a bad argument value       -> ValueError */
+    DHSA_ERR_TYPE,  /* a bad dtype                -> TypeError */
     DHSA_ERR_NOT_IMPLEMENTED /* not there (yet)            -> NotImplementedError */,
-    DHSA_ERR_NO_MEMORY,      /* an allocation failed       -> MemoryError */
-    DHSA_ERR_SYSTEM          /* a thread could not be made -> OSError */
+    DHSA_ERR_NO_MEMORY, /* an allocation failed       -> MemoryError */
+    DHSA_ERR_SYSTEM     /* a thread could not be made -> OSError */
 } dhsa_status;
 
 typedef struct {
@@ -40,13 +40,13 @@ typedef struct {
 
 typedef struct {
     dhsa_tensor q, k, v, out; /* one dtype for all four; out [B, H, Lq, D] must overlap none of the inputs */
-    float *lse;               /* NULL, or contiguous [B, H, Lq]: log-sum-exp of the logits, natural log, -inf where no key is seen */
-    double scale;             /* any finite number */
-    double softcap;           /* 0: none; else s = softcap * tanh(s / softcap) after scaling */
-    int64_t window;           /* 0: none; else key j is visible to position p only if j > p - window */
-    int causal;               /* 0: every key is visible (window must then be 0) */
+    float *lse;     /* NULL, or contiguous [B, H, Lq]: log-sum-exp of the logits, natural log, -inf where no key is seen */
+    double scale;   /* any finite number */
+    double softcap; /* 0: none; else s = softcap * tanh(s / softcap) after scaling */
+    int64_t window; /* 0: none; else key j is visible to position p only if j > p - window */
+    int causal;     /* 0: every key is visible (window must then be 0) */
     const int32_t *key_ranges; /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop), in place of causal and window */
-    int num_threads;          /* >= 1 */
+    int num_threads;           /* >= 1 */
 } dhsa_problem;
 
 /* Which keys each block of `query_block` queries may attend to: CSR over (b, s, i), b-major, s < heads, i < nq.
@@ -72,17 +72,17 @@ dhsa_status dhsa_selection_check(const dhsa_selection *selection, int64_t n_indp
 
 /* The paper's boundary network (BoundarySimilarityAttn), weights borrowed, fp32, contiguous, torch layouts. */
 typedef struct {
-    int64_t channels, heads, hidden; /* C = Hkv * D */
-    int64_t window;                  /* w: a gap sees 2w tokens */
-    const float *in_proj_weight;     /* [3C, C] */
-    const float *in_proj_bias;       /* [3C] */
-    const float *out_proj_weight;    /* [C, C] */
-    const float *out_proj_bias;      /* [C] */
+    int64_t channels, heads, hidden;      /* C = Hkv * D */
+    int64_t window;                       /* w: a gap sees 2w tokens */
+    const float *in_proj_weight;          /* [3C, C] */
+    const float *in_proj_bias;            /* [3C] */
+    const float *out_proj_weight;         /* [C, C] */
+    const float *out_proj_bias;           /* [C] */
     const float *norm_weight, *norm_bias; /* [C] */
-    const float *gate_weight;        /* [C], or NULL: mean pooling */
-    const float *mlp0_weight;        /* [hidden, 4C + 1] */
-    const float *mlp0_bias;          /* [hidden] */
-    const float *mlp2_weight;        /* [hidden] */
+    const float *gate_weight;             /* [C], or NULL: mean pooling */
+    const float *mlp0_weight;             /* [hidden, 4C + 1] */
+    const float *mlp0_bias;               /* [hidden] */
+    const float *mlp2_weight;             /* [hidden] */
     float mlp2_bias;
 } dhsa_predictor;
 
@@ -129,15 +129,16 @@ typedef struct {
     dhsa_pooling pooling; /* block score only */
     dhsa_heads heads;
     int64_t query_block;
-    int64_t rows;         /* rows score: mean rows a full block is reduced to, 1..query_block */
-    double scale;         /* rows: of the logits; block: of the products (1: the paper's) */
-    double softcap;       /* rows only; 0: none */
-    int64_t window;       /* 0: none */
+    int64_t rows;   /* rows score: mean rows a full block is reduced to, 1..query_block */
+    double scale;   /* rows: of the logits; block: of the products (1: the paper's) */
+    double softcap; /* rows only; 0: none */
+    int64_t window; /* 0: none */
 } dhsa_score_config;
 
 /* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
  * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
- * block: the mean query of the sharing set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows and heads of it. */
+ * block: the mean query of the sharing set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows
+ * and heads of it. */
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
 

@@ -17,8 +17,8 @@ static uint64_t saved_by_os(void)
 
 int dhsa_cpu_runs(const char *isa)
 {
-    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };              /* leaf 1, ecx */
-    enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 };     /* leaf 7, ebx */
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };          /* leaf 1, ecx */
+    enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 }; /* leaf 7, ebx */
     const uint32_t avx512vl = UINT32_C(1) << 31, ymm_state = 0x06, zmm_state = 0xe6;
     uint32_t a, b, c, d;
     if (strcmp(isa, "scalar") == 0) return 1;

@@ -48,8 +48,8 @@ typedef struct dhsa_kernels {
     void (*row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score);
 
     /* Vectors of n fp32 numbers, any alignment. */
-    void (*load)(const void *src, int dtype, int64_t n, float *dst);                 /* dst = src, converted */
-    void (*add)(const void *src, int dtype, int64_t n, float *dst);                  /* dst += src, converted */
+    void (*load)(const void *src, int dtype, int64_t n, float *dst); /* dst = src, converted */
+    void (*add)(const void *src, int dtype, int64_t n, float *dst);  /* dst += src, converted */
     float (*dot)(const float *a, const float *b, int64_t n);
 
     double (*fma_peak)(void); /* GFLOP/s of one thread over a few milliseconds of nothing but independent FMAs */

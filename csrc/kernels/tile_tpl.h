@@ -185,11 +185,15 @@ static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const 
                             float *l, float *alpha)
 {
     if (softcap > 0) {
-        if (lo) softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1);
-        else softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1);
+        if (lo)
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1);
+        else
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1);
     } else {
-        if (lo) softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0);
-        else softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0);
+        if (lo)
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0);
+        else
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0);
     }
 }
 
@@ -200,8 +204,10 @@ static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float
     vm keep[V_PER];
     float lane[K_LANES];
     int32_t zero[K_LANES] = {0}, used[K_LANES];
-    if (softcap > 0) softmax_max(s, n, 0, NULL, NULL, scale / softcap, softcap * K_LOG2E, top, 0, 1, 1);
-    else softmax_max(s, n, 0, NULL, NULL, 0.0f, 0.0f, top, 0, 0, 0);
+    if (softcap > 0)
+        softmax_max(s, n, 0, NULL, NULL, scale / softcap, softcap * K_LOG2E, top, 0, 1, 1);
+    else
+        softmax_max(s, n, 0, NULL, NULL, 0.0f, 0.0f, top, 0, 0, 0);
     for (int u = 0; u < V_PER; u++) {
         /* A lane with nothing but -inf: every probability is 0, and so its sum. */
         shift[u] = v_pick(v_eq(top[u], v_set1(-INFINITY)), v_set1(0.0f), v_sub(v_set1(0.0f), v_mul(top[u], v_set1(factor))));
@@ -261,16 +267,22 @@ K_INLINE void load_as(const void *src, int64_t n, float *dst, const int dtype, c
 
 static void K_NAME(load)(const void *src, int dtype, int64_t n, float *dst)
 {
-    if (dtype == DHSA_F32) memcpy(dst, src, (size_t)n * sizeof *dst);
-    else if (dtype == DHSA_F16) load_as(src, n, dst, DHSA_F16, 0);
-    else load_as(src, n, dst, DHSA_BF16, 0);
+    if (dtype == DHSA_F32)
+        memcpy(dst, src, (size_t)n * sizeof *dst);
+    else if (dtype == DHSA_F16)
+        load_as(src, n, dst, DHSA_F16, 0);
+    else
+        load_as(src, n, dst, DHSA_BF16, 0);
 }
 
 static void K_NAME(add)(const void *src, int dtype, int64_t n, float *dst)
 {
-    if (dtype == DHSA_F32) load_as(src, n, dst, DHSA_F32, 1);
-    else if (dtype == DHSA_F16) load_as(src, n, dst, DHSA_F16, 1);
-    else load_as(src, n, dst, DHSA_BF16, 1);
+    if (dtype == DHSA_F32)
+        load_as(src, n, dst, DHSA_F32, 1);
+    else if (dtype == DHSA_F16)
+        load_as(src, n, dst, DHSA_F16, 1);
+    else
+        load_as(src, n, dst, DHSA_BF16, 1);
 }
 
 static float K_NAME(dot)(const float *a, const float *b, int64_t n)
@@ -334,7 +346,8 @@ static void K_NAME(pack_panel)(const void *const *rows, int dtype, int n, int di
     for (int r = 0; r < K_LANES; r += V_LEN)
         for (int d = 0; d < dim; d += V_LEN) {
             vf x[V_LEN];
-            for (int i = 0; i < V_LEN; i++) x[i] = r + i < n ? v_mul(row_part(rows[r + i], dtype, d, dim), v_set1(factor)) : v_set1(0.0f);
+            for (int i = 0; i < V_LEN; i++)
+                x[i] = r + i < n ? v_mul(row_part(rows[r + i], dtype, d, dim), v_set1(factor)) : v_set1(0.0f);
             v_transpose(x);
             for (int i = 0; i < V_LEN && d + i < dim; i++) v_store(dst + (ptrdiff_t)(d + i) * K_LANES + r, x[i]);
         }
@@ -353,8 +366,10 @@ K_INLINE void store_part(vf x, void *row, int dtype, int d, int dim)
         for (int i = 0; d + i < dim; i++) ((float *)row)[d + i] = line[i];
         return;
     }
-    if (dtype == DHSA_F16) v_to_f16(x, half);
-    else v_to_bf16(x, half);
+    if (dtype == DHSA_F16)
+        v_to_f16(x, half);
+    else
+        v_to_bf16(x, half);
     for (int i = 0; i < V_LEN && d + i < dim; i++) ((uint16_t *)row)[d + i] = half[i];
 }
 
@@ -364,7 +379,8 @@ static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int
         const vf by = v_load(divisor + r);
         for (int d = 0; d < dim; d += V_LEN) {
             vf x[V_LEN];
-            for (int i = 0; i < V_LEN; i++) x[i] = d + i < dim ? v_div(v_load(o + (ptrdiff_t)(d + i) * K_LANES + r), by) : v_set1(0.0f);
+            for (int i = 0; i < V_LEN; i++)
+                x[i] = d + i < dim ? v_div(v_load(o + (ptrdiff_t)(d + i) * K_LANES + r), by) : v_set1(0.0f);
             v_transpose(x);
             for (int i = 0; i < V_LEN && r + i < n; i++) store_part(x[i], rows[r + i], dtype, d, dim);
         }

@@ -85,7 +85,8 @@ static void test_products(int n, int dim)
         ref->qk(q_part, k, dim, n, dim, s_part);
         for (int j = 0; j < n; j++)
             for (int r = 0; r < small; r++)
-                near("qk", j, part * small + r, s[(ptrdiff_t)j * lanes + part * small + r], s_part[j * small + r], 1e-6f * (float)dim);
+                near("qk", j, part * small + r, s[(ptrdiff_t)j * lanes + part * small + r], s_part[j * small + r],
+                     1e-6f * (float)dim);
     }
     /* values: the same rows packed by each tier, with the first key left out as attend does at a window's edge */
     const void **rows = random_rows(n, dim, DHSA_F32);
@@ -94,7 +95,8 @@ static void test_products(int n, int dim)
     float *o = random_floats((size_t)dim * lanes), *o_part = floats((size_t)dim * small), *alpha = random_floats((size_t)lanes);
     float *alpha_part = floats((size_t)small), *before = floats((size_t)dim * lanes);
     memcpy(before, o, sizeof(float) * (size_t)dim * lanes);
-    if (kn->pack_values(rows, DHSA_F32, n, dim, v) | ref->pack_values(rows, DHSA_F32, n, dim, v_ref)) near("finite values", n, dim, 1, 0, 0);
+    if (kn->pack_values(rows, DHSA_F32, n, dim, v) | ref->pack_values(rows, DHSA_F32, n, dim, v_ref))
+        near("finite values", n, dim, 1, 0, 0);
     const int skip = n > 1;
     kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, alpha, o);
     for (int part = 0; part < lanes / small; part++) {
@@ -104,7 +106,8 @@ static void test_products(int n, int dim)
         ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, alpha_part, o_part);
         for (int d = 0; d < dim; d++)
             for (int r = 0; r < small; r++)
-                near("pv", d, part * small + r, o[(ptrdiff_t)d * lanes + part * small + r], o_part[d * small + r], 3e-5f * (float)n);
+                near("pv", d, part * small + r, o[(ptrdiff_t)d * lanes + part * small + r], o_part[d * small + r],
+                     3e-5f * (float)n);
     }
 }
 
@@ -112,7 +115,8 @@ static void test_softmax(int n, int masked, float softcap)
 {
     const int lanes = kn->lanes, small = ref->lanes;
     float *s = floats((size_t)n * lanes), *m = floats((size_t)lanes), *l = floats((size_t)lanes), *alpha = floats((size_t)lanes);
-    float *s2 = floats((size_t)n * small), *m2 = floats((size_t)small), *l2 = floats((size_t)small), *alpha2 = floats((size_t)small);
+    float *s2 = floats((size_t)n * small), *m2 = floats((size_t)small), *l2 = floats((size_t)small),
+          *alpha2 = floats((size_t)small);
     float *s0 = floats((size_t)n * lanes), *m0 = floats((size_t)lanes), *l0 = floats((size_t)lanes);
     int32_t *lo = guarded((size_t)lanes * 4), *hi = guarded((size_t)lanes * 4), *lo2 = guarded((size_t)small * 4),
             *hi2 = guarded((size_t)small * 4);
@@ -201,7 +205,8 @@ static void test_moves(int n, int dim, int dtype)
     kn->pack_panel(rows, dtype, used, dim, -2.0f, panel);
     for (int r = 0; r < lanes; r++) {
         divisor[r] = 1.0f + (float)r;
-        for (int d = 0; d < dim; d++) near("pack_panel", r, d, panel[(ptrdiff_t)d * lanes + r], r < used ? -2.0f * b[r * dim + d] : 0, 0);
+        for (int d = 0; d < dim; d++)
+            near("pack_panel", r, d, panel[(ptrdiff_t)d * lanes + r], r < used ? -2.0f * b[r * dim + d] : 0, 0);
     }
     void **out = guarded((size_t)used * sizeof *out);
     for (int r = 0; r < used; r++) out[r] = guarded((size_t)dim * (size_t)dhsa_dtype_size(dtype));
@@ -209,8 +214,10 @@ static void test_moves(int n, int dim, int dtype)
     for (int r = 0; r < used; r++)
         for (int d = 0; d < dim; d++) {
             const float want = panel[(ptrdiff_t)d * lanes + r] / divisor[r];
-            if (dtype == DHSA_F32) near("store_panel", r, d, ((float *)out[r])[d], want, 0);
-            else near("store_panel", r, d, ((uint16_t *)out[r])[d], dtype == DHSA_F16 ? dhsa_to_f16(want) : dhsa_to_bf16(want), 0);
+            if (dtype == DHSA_F32)
+                near("store_panel", r, d, ((float *)out[r])[d], want, 0);
+            else
+                near("store_panel", r, d, ((uint16_t *)out[r])[d], dtype == DHSA_F16 ? dhsa_to_f16(want) : dhsa_to_bf16(want), 0);
         }
     float *sum = random_floats((size_t)dim), *copy = floats((size_t)dim);
     memcpy(copy, sum, sizeof(float) * (size_t)dim);
@@ -226,7 +233,8 @@ static void test_conversions(int dtype)
     float *got = floats(65536);
     for (int i = 0; i < 65536; i++) half[i] = (uint16_t)i;
     kn->load(half, dtype, 65536, got);
-    for (int i = 0; i < 65536; i++) near("widen", i, dtype, got[i], dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i), 0);
+    for (int i = 0; i < 65536; i++)
+        near("widen", i, dtype, got[i], dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i), 0);
     const int lanes = kn->lanes;
     float *panel = floats((size_t)lanes), *one = floats((size_t)lanes);
     uint16_t back[DHSA_MAX_LANES];
@@ -238,14 +246,17 @@ static void test_conversions(int dtype)
     for (int i = 0; i < 65536; i++) {
         /* the number itself, half way to the next, and either side of it */
         const float x = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i);
-        const float y = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)(i + 1)) : dhsa_from_bf16((uint16_t)(i + 1)), mid = x / 2 + y / 2;
+        const float y = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)(i + 1)) : dhsa_from_bf16((uint16_t)(i + 1)),
+                    mid = x / 2 + y / 2;
         const float tries[4] = {x, mid, nextafterf(mid, x), nextafterf(mid, y)};
         for (int r = 0; r < 4; r++) panel[r] = tries[r];
         kn->store_panel(panel, one, 4, 1, dtype, rows);
         for (int r = 0; r < 4; r++) {
             const uint16_t want = dtype == DHSA_F16 ? dhsa_to_f16(tries[r]) : dhsa_to_bf16(tries[r]);
-            if (isnan(tries[r])) near("narrow NaN", i, r, isnan(dtype == DHSA_F16 ? dhsa_from_f16(back[r]) : dhsa_from_bf16(back[r])), 1, 0);
-            else near("narrow", i, r, back[r], want, 0);
+            if (isnan(tries[r]))
+                near("narrow NaN", i, r, isnan(dtype == DHSA_F16 ? dhsa_from_f16(back[r]) : dhsa_from_bf16(back[r])), 1, 0);
+            else
+                near("narrow", i, r, back[r], want, 0);
         }
     }
 }
