@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ __all__ = ["DemoError", "add_arguments", "run"]
 
 NEW_TOKENS = 16
 _LOGIT_ROWS = 128  # rows of [vocabulary] logits formed at once: 128 MiB at Gemma's 262,144 words
+_NEEDED = ("torch", "transformers", "rich", "matplotlib", "psutil")
 _INSTALL = "pip install 'dhsa[demo]'"
 
 
@@ -82,10 +84,11 @@ def run(args: argparse.Namespace) -> int:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pool's threads would outlive their use
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise DemoError(f"{error}; the demo needs its extra: {_INSTALL}") from error
+    # Asked before the minutes of work, not after them.
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise DemoError(f"not installed: {', '.join(missing)}; the demo needs its extra: {_INSTALL}")
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 132)
     args.out.mkdir(parents=True, exist_ok=True)
     text = _read_text(args.text)
@@ -182,12 +185,10 @@ def _packaged_model() -> Path:
 def _load(source: Path) -> tuple[Any, Any]:
     if not source.exists():
         raise DemoError(f"--model: {source} does not exist")
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise DemoError(f"{error}; the demo needs its extra: {_INSTALL}") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})

@@ -149,6 +149,12 @@ def test_bad_command_lines(args, status, message, tmp_path, monkeypatch, capsys)
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_missing_packages_are_named_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_NEEDED", ("rich", "no_such_package"))
+    assert command_line.main(["demo", "--text", "not even looked at"]) == 2
+    assert re.search(r"not installed: no_such_package; .*dhsa\[demo\]", capsys.readouterr().err)
+
+
 def test_a_text_that_is_too_short(tiny_model, tmp_path, capsys):
     model, _ = tiny_model
     (tmp_path / "short.txt").write_text("abc")
