@@ -15,6 +15,7 @@ import dhsa
 from dhsa import reference
 
 TIERS = dhsa.build_info()["isa_detected"]
+BF16_TIERS = {"avx512bf16", "amx"}  # multiply bf16 numbers as they are; the others convert them to fp32 while packing
 
 # b, h, hkv, lq, lk, d, options
 CASES = {
@@ -64,13 +65,18 @@ def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
     "config", [None, dhsa.Config(budget=64, sink=8, local=24, query_block=32)], ids=["exact", "sparse"]
 )
 def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, tier, dtype, config):
-    """Converted while packing: the same as converting whole tensors first and rounding the output at the end."""
+    """Converted while packing: the same as converting whole tensors first and rounding the output at the end. With bf16
+    products the probabilities are rounded too, as in PyTorch."""
     dhsa.set_isa(tier)
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 4, 2, 190, 190, 72)]
     out = dhsa.attention(*halves, config, softcap=30.0)
     assert out.dtype == getattr(torch, dtype)
     want = dhsa.attention(*[x.float() for x in halves], config, softcap=30.0).to(out.dtype)
-    assert torch.equal(out, want)
+    if dtype == "bfloat16" and tier in BF16_TIERS:
+        assert (out.float() - want.float()).abs().max() < 2e-2
+        assert (out.float() - want.float()).square().mean().sqrt() < 1e-3
+    else:
+        assert torch.equal(out, want)
 
 
 def float64_attention(torch, q, k, v):
@@ -99,16 +105,60 @@ def test_fp32_rounds_no_worse_than_torch(torch, dim, kind):
     assert ours.abs().max() <= 1.5 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_rounds_no_worse_than_torch(torch, dtype):
+@pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
+def test_half_precision_rounds_no_worse_than_torch(torch, dtype, kind, tier):
     generator = torch.Generator().manual_seed(1)
     dtype = getattr(torch, dtype)
-    q, k, v = (torch.randn(1, h, 700, 128, generator=generator).to(dtype) for h in (4, 2, 2))
+    dhsa.set_isa(tier)
+    q, k, v = (torch.randn(1, h, 700, 128, generator=generator) for h in (4, 2, 2))
+    if kind == "large logits":
+        q = q * 8
+    elif kind == "near ties":
+        k = k[:, :, :1] + 2e-2 * k
+    elif kind == "long flat tail":
+        q = q * 1e-3
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     want = float64_attention(torch, q, k, v)
     ours = dhsa.attention(q, k, v).double() - want
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double() - want
-    assert ours.square().mean() <= theirs.square().mean()
+    assert ours.square().mean() <= 1.1 * theirs.square().mean()
     assert ours.abs().max() <= 1.1 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_of_every_shape(torch, make_qkv, name, tier):
+    """The fp32 cases again in bf16, against float64 attention of the rounded inputs: tails, clipped tiles, windows."""
+    *shape, options = CASES[name]
+    halves = [torch.from_numpy(x).bfloat16() for x in make_qkv(*shape)]
+    dhsa.set_isa(tier)
+    out, lse = dhsa.attention(*halves, return_lse=True, **options)
+    want, want_lse = reference_of(*[x.float().numpy() for x in halves], options)
+    np.testing.assert_allclose(out.float().numpy(), want, atol=2e-2, rtol=1e-2)
+    np.testing.assert_allclose(lse.numpy(), want_lse, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("window", [None, 50])
+def test_bad_numbers_in_bf16(torch, make_qkv, tier, which, bad, window):
+    """As for fp32 below: values past the end of a clipped tile are read in pairs, but must not be seen."""
+    dhsa.set_isa(tier)
+    tensors = {n: torch.from_numpy(x).bfloat16() for n, x in zip("qkv", make_qkv(1, 4, 2, 200, 200, 24), strict=True)}
+    clean = dhsa.attention(*tensors.values(), window=window).float().numpy()
+    tensors[which][0, 1, 77, 5] = bad
+    out = dhsa.attention(*tensors.values(), window=window).float().numpy()
+    sees = np.zeros((4, 200), bool)
+    if which == "q":
+        sees[1, 77] = True
+    else:
+        sees[2:, 77 : (200 if window is None else 77 + window)] = True
+    np.testing.assert_allclose(out[0][~sees], clean[0][~sees], atol=1e-2)
+    # A logit of -inf is no harm; everything else such a number touches is lost.
+    assert bad == math.inf and which == "k" or not np.isfinite(out[0][sees]).all(axis=-1).any()
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -7,6 +7,7 @@
 
 #include "core/internal.h"
 #include "core/threads.h"
+#include "kernels/half.h"
 
 enum {
     TILE = 128,     /* keys of a tile: its scores and a strip of values stay in L1, the packed tile and the queries in L2 */
@@ -23,7 +24,9 @@ typedef struct {
     int64_t run;         /* queries of an item at most */
     int64_t block, runs; /* queries of a block; runs that a block is cut into */
     int64_t blocks;
-    int panels, value_dim; /* panels of a full item; head_dim rounded up to whole strips */
+    int panels;
+    const dhsa_bf16_kernels *bf16; /* NULL: products are fp32, whatever the dtype */
+    int64_t dim, padded;           /* head_dim; rounded up to what the kernels pack */
     float factor, sign;
     char *arenas;
     int64_t arena_size;
@@ -31,7 +34,9 @@ typedef struct {
 
 /* What one thread works in; offsets of one arena. Sizes are those of a full item. */
 typedef struct {
-    float *q, *o, *s, *k, *v, *m, *l, *alpha;
+    float *o, *s, *m, *l, *alpha;
+    void *q, *k, *v;  /* fp32 or bf16, as the kernels pack them */
+    uint16_t *p;      /* the probabilities in bf16 */
     int32_t *lo, *hi; /* [panels * lanes]: the entries of the key list that a row sees */
     const void **rows;
 } scratch;
@@ -46,13 +51,16 @@ static int64_t take(int64_t *used, int64_t bytes)
 /* Lays the scratch out in an arena; with base NULL only its size is of use. */
 static int64_t lay_out(const plan *pl, char *base, scratch *w)
 {
-    const int64_t lanes = pl->kernels->lanes, dim = pl->p->q.shape[3], rows = pl->panels * lanes;
+    const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->bf16 ? 2 : 4;
+    /* A clipped tile starts anywhere and ends on a whole step of pairs: that much past the end is read, and not used. */
+    const int64_t spare = pl->bf16 ? DHSA_PAIR_STEP : 0;
     int64_t used = 0;
-    w->q = (float *)(base + take(&used, rows * dim * 4));
-    w->o = (float *)(base + take(&used, rows * dim * 4));
+    w->q = base + take(&used, rows * pl->padded * size);
+    w->o = (float *)(base + take(&used, rows * pl->padded * 4));
     w->s = (float *)(base + take(&used, TILE * lanes * 4));
-    w->k = (float *)(base + take(&used, TILE * dim * 4));
-    w->v = (float *)(base + take(&used, TILE * pl->value_dim * 4));
+    w->k = base + take(&used, (TILE + spare) * pl->padded * size);
+    w->v = base + take(&used, TILE * pl->padded * size + spare * size);
+    w->p = (uint16_t *)(base + take(&used, pl->bf16 ? TILE * lanes * 2 : 0));
     w->m = (float *)(base + take(&used, rows * 4));
     w->l = (float *)(base + take(&used, rows * 4));
     w->alpha = (float *)(base + take(&used, lanes * 4));
@@ -96,16 +104,21 @@ static int64_t lower_bound(const int32_t *list, int64_t n, int64_t key)
 }
 
 /* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
-static void pv_guarded(const dhsa_kernels *kn, const float *p, const float *v, ptrdiff_t v_stride, int n, int base,
-                       const int32_t *lo, const int32_t *hi, int dim, const float *alpha, float *o)
+static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int count, int base, const int32_t *lo, const int32_t *hi,
+                       float *o)
 {
-    const int lanes = kn->lanes, step = kn->value_step;
-    for (int d = 0; d < dim; d++)
+    const int lanes = pl->kernels->lanes, step = pl->kernels->value_step;
+    for (int d = 0; d < pl->dim; d++)
         for (int r = 0; r < lanes; r++) {
             float sum = 0;
-            for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(n, hi[r] - base); j++)
-                sum += p[(ptrdiff_t)j * lanes + r] * v[d / step * v_stride + (ptrdiff_t)j * step + d % step];
-            o[(ptrdiff_t)d * lanes + r] = o[(ptrdiff_t)d * lanes + r] * alpha[r] + sum;
+            for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
+                const float p = w->s[(ptrdiff_t)j * lanes + r];
+                if (pl->bf16)
+                    sum += p * dhsa_from_bf16(((const uint16_t *)w->v)[d * dhsa_round_up(n, DHSA_PAIR_STEP) + skip + j]);
+                else
+                    sum += p * ((const float *)w->v)[((ptrdiff_t)(d / step) * n + skip + j) * step + d % step];
+            }
+            o[(ptrdiff_t)d * lanes + r] = o[(ptrdiff_t)d * lanes + r] * w->alpha[r] + sum;
         }
 }
 
@@ -187,11 +200,15 @@ static void find_ranges(const plan *pl, const item *it, scratch *w, int64_t *beg
 
 static void pack_queries(const plan *pl, const item *it, scratch *w)
 {
-    const int lanes = pl->kernels->lanes, dim = (int)pl->p->q.shape[3];
+    const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
+        const ptrdiff_t first = (ptrdiff_t)at * lanes * pl->padded;
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &pl->p->q, at * lanes + r);
-        pl->kernels->pack_panel(w->rows, pl->p->q.dtype, n, dim, pl->sign, w->q + (ptrdiff_t)at * lanes * dim);
+        if (pl->bf16)
+            pl->bf16->pack_panel(w->rows, n, dim, pl->sign < 0, (uint16_t *)w->q + first);
+        else
+            pl->kernels->pack_panel(w->rows, pl->p->q.dtype, n, dim, pl->sign, (float *)w->q + first);
     }
 }
 
@@ -199,17 +216,20 @@ static void pack_queries(const plan *pl, const item *it, scratch *w)
 static int pack_tile(const plan *pl, const item *it, scratch *w, int64_t at, int n)
 {
     const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
-    const int dim = (int)pl->p->q.shape[3];
+    const int dim = (int)pl->dim;
     int poison = 0;
     for (int which = 0; which < 2; which++) {
         const dhsa_tensor *t = tensors[which];
         const char *base = dhsa_row(t, it->b, it->kv_head, 0);
         const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
         for (int j = 0; j < n; j++) w->rows[j] = base + (it->keys ? it->keys[at + j] : it->key_start + at + j) * step;
-        if (which == 0)
+        if (which == 0 && pl->bf16)
+            pl->bf16->pack_keys(w->rows, n, dim, w->k);
+        else if (which == 0)
             pl->kernels->pack_rows(w->rows, t->dtype, n, dim, w->k);
         else
-            poison = pl->kernels->pack_values(w->rows, t->dtype, n, dim, w->v);
+            poison =
+                pl->bf16 ? pl->bf16->pack_values(w->rows, n, dim, w->v) : pl->kernels->pack_values(w->rows, t->dtype, n, dim, w->v);
     }
     return poison;
 }
@@ -230,7 +250,7 @@ static void prefetch_part(const plan *pl, const item *it, int64_t at, int64_t en
 static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int n, int poison)
 {
     const dhsa_kernels *kn = pl->kernels;
-    const int lanes = kn->lanes, dim = (int)pl->p->q.shape[3];
+    const int lanes = kn->lanes, dim = (int)pl->dim;
     const int32_t *lo = w->lo + panel * lanes, *hi = w->hi + panel * lanes;
     int32_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
     for (int r = 0; r < lanes; r++) {
@@ -243,22 +263,30 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     const int64_t from = DHSA_MAX(at, lo_min), to = DHSA_MIN(at + n, hi_max);
     if (from >= to) return;
     const int skip = (int)(from - at), count = (int)(to - from), masked = lo_max > from || hi_min < to;
-    const float *values = w->v + (ptrdiff_t)skip * kn->value_step;
-    const ptrdiff_t v_stride = (ptrdiff_t)n * kn->value_step, first = (ptrdiff_t)panel * lanes;
-    float *o = w->o + first * dim;
-    kn->qk(w->q + first * dim, w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s);
+    const ptrdiff_t first = (ptrdiff_t)panel * lanes;
+    float *o = w->o + first * pl->padded;
+    if (pl->bf16)
+        pl->bf16->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s);
+    else
+        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s);
     kn->softmax(w->s, count, (int)from, masked ? lo : NULL, hi, pl->factor, (float)pl->p->softcap, w->m + first, w->l + first,
                 w->alpha);
-    if (poison && masked)
-        pv_guarded(kn, w->s, values, v_stride, count, (int)from, lo, hi, dim, w->alpha, o);
-    else
-        kn->pv(w->s, values, v_stride, count, dim, w->alpha, o);
+    /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
+    if (poison && (masked || (pl->bf16 && count < n))) {
+        pv_guarded(pl, w, skip, n, count, (int)from, lo, hi, o);
+    } else if (pl->bf16) {
+        pl->bf16->narrow(w->s, count, w->p);
+        pl->bf16->pv(w->p, (uint16_t *)w->v + skip, dhsa_round_up(n, DHSA_PAIR_STEP), count, dim, w->alpha, o);
+    } else {
+        const float *values = (float *)w->v + (ptrdiff_t)skip * kn->value_step;
+        kn->pv(w->s, values, (ptrdiff_t)n * kn->value_step, count, dim, w->alpha, o);
+    }
 }
 
 static void store(const plan *pl, const item *it, scratch *w)
 {
     const dhsa_problem *p = pl->p;
-    const int lanes = pl->kernels->lanes, dim = (int)p->q.shape[3];
+    const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
     for (int r = 0; p->lse && r < it->rows; r++) {
         const int64_t head = it->head + r % pl->heads, i = it->first + r / pl->heads;
@@ -270,7 +298,7 @@ static void store(const plan *pl, const item *it, scratch *w)
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &p->out, at * lanes + r);
-        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * dim, w->l + at * lanes, n, dim, p->out.dtype,
+        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * pl->padded, w->l + at * lanes, n, dim, p->out.dtype,
                                  (void *const *)w->rows);
     }
 }
@@ -285,11 +313,12 @@ static void attend_item(void *context, int64_t index, int thread)
     if (it.queries <= 0) return; /* a short last block has fewer runs */
     lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
     const int64_t rows = (int64_t)it.panels * pl->kernels->lanes;
-    memset(w.o, 0, (size_t)(rows * pl->p->q.shape[3]) * sizeof *w.o);
+    memset(w.o, 0, (size_t)(rows * pl->padded) * sizeof *w.o);
     for (int64_t r = 0; r < rows; r++) {
         w.m[r] = -INFINITY;
         w.l[r] = 0;
     }
+    if (pl->bf16) pl->bf16->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
     for (int64_t at = begin; at < end; at += TILE) {
@@ -300,6 +329,7 @@ static void attend_item(void *context, int64_t index, int thread)
             attend_panel(pl, &w, panel, at, n, poison);
         }
     }
+    if (pl->bf16) pl->bf16->end();
     store(pl, &it, &w);
 }
 
@@ -320,7 +350,9 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
     pl.runs = dhsa_ceil_div(pl.block, pl.run);
     pl.panels = (int)dhsa_ceil_div(pl.run * pl.heads, pl.kernels->lanes);
-    pl.value_dim = (int)dhsa_round_up(dim, pl.kernels->value_step);
+    pl.bf16 = p->q.dtype == DHSA_BF16 ? pl.kernels->bf16 : NULL;
+    pl.dim = dim;
+    pl.padded = dhsa_round_up(dim, pl.bf16 ? DHSA_PAIR_STEP : pl.kernels->value_step);
     /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
     pl.factor = (float)fabs(p->scale);
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;

@@ -10,6 +10,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "kernels/transpose512.h"
+
 #define K_ISA avx512
 #define K_TEXT "avx512"
 #define V_LEN 16
@@ -78,32 +80,7 @@ static inline void v_to_bf16(vf x, uint16_t *p)
     r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(r));
 }
-/* Interleave neighbours, then pairs; then quarters of vectors four and eight apart. */
-static inline void v_transpose(vf *x)
-{
-    vf a[16], b[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        a[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-            b[i + 2 * h] = _mm512_shuffle_ps(a[i + h], a[i + 2 + h], 0x44);
-            b[i + 2 * h + 1] = _mm512_shuffle_ps(a[i + h], a[i + 2 + h], 0xee);
-        }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const vf even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
-        const vf even2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88), odd2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
-        x[i] = _mm512_shuffle_f32x4(even, even2, 0x88);
-        x[i + 8] = _mm512_shuffle_f32x4(even, even2, 0xdd);
-        x[i + 4] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
-        x[i + 12] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
-    }
-}
+static inline void v_transpose(vf *x) { dhsa_transpose512(x); }
 
 #include "kernels/tile_tpl.h"
 

@@ -15,12 +15,28 @@ static uint64_t saved_by_os(void)
     return (uint64_t)high << 32 | low;
 }
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Linux keeps the tile registers from a process until it asks: a larger area to save on every context switch. */
+static int tiles_granted(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+}
+#else
+static int tiles_granted(void) { return 0; }
+#endif
+
 int dhsa_cpu_runs(const char *isa)
 {
     enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };          /* leaf 1, ecx */
     enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 }; /* leaf 7, ebx */
-    const uint32_t avx512vl = UINT32_C(1) << 31, ymm_state = 0x06, zmm_state = 0xe6;
-    uint32_t a, b, c, d;
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };                                   /* leaf 7, edx */
+    enum { AVX512_BF16 = 1 << 5 };                                                     /* leaf 7.1, eax */
+    const uint32_t avx512vl = UINT32_C(1) << 31, ymm_state = 0x06, zmm_state = 0xe6, tile_state = 0x60000;
+    uint32_t a, b, c, d, a1, b1, c1, d1;
     if (strcmp(isa, "scalar") == 0) return 1;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     const uint32_t base = FMA | OSXSAVE | AVX | F16C;
@@ -29,7 +45,12 @@ int dhsa_cpu_runs(const char *isa)
     const int avx2 = (b & AVX2) && (os & ymm_state) == ymm_state;
     if (strcmp(isa, "avx2") == 0) return avx2;
     const uint32_t wide = (uint32_t)AVX512F | AVX512DQ | AVX512BW | avx512vl;
-    if (strcmp(isa, "avx512") == 0) return avx2 && (b & wide) == wide && (os & zmm_state) == zmm_state;
+    const int avx512 = avx2 && (b & wide) == wide && (os & zmm_state) == zmm_state;
+    if (strcmp(isa, "avx512") == 0) return avx512;
+    const int bf16 = avx512 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & AVX512_BF16);
+    if (strcmp(isa, "avx512bf16") == 0) return bf16;
+    const uint32_t tiles = AMX_BF16 | AMX_TILE;
+    if (strcmp(isa, "amx") == 0) return bf16 && (d & tiles) == tiles && (os & tile_state) == tile_state && tiles_granted();
     return 0;
 }
 

@@ -13,6 +13,29 @@
 #define DHSA_MAX_LANES 64
 #define DHSA_ALIGN 64
 
+/* Products of bf16 numbers with fp32 sums, where the CPU has instructions for them. One layout serves them all: the two
+ * neighbours that an instruction multiplies and adds lie in one 32-bit word. `lanes` is the table's; K stands for dim
+ * rounded up to DHSA_PAIR_STEP, N for n rounded up to it; what is rounded up to is zeros in queries, values and
+ * probabilities, so that it adds nothing. */
+#define DHSA_PAIR_STEP 32
+typedef struct dhsa_bf16_kernels {
+    /* Around the work of one thread: sets up and gives back the tile registers. */
+    void (*begin)(void);
+    void (*end)(void);
+    /* n <= lanes rows to q[(d / 2 * lanes + r) * 2 + d % 2], d < K; negate flips the sign. */
+    void (*pack_panel)(const void *const *rows, int n, int dim, int negate, uint16_t *dst);
+    /* k[j * K + d]. */
+    void (*pack_keys)(const void *const *rows, int n, int dim, uint16_t *dst);
+    /* v[d * N + j], d < K: transposed. Returns 1 if any number is not finite. */
+    int (*pack_values)(const void *const *rows, int n, int dim, uint16_t *dst);
+    /* s[j * lanes + r], j < N: what lies past n has no meaning. Reads N rows of k. */
+    void (*qk)(const uint16_t *q, const uint16_t *k, int n, int dim, float *s);
+    /* p[(j / 2 * lanes + r) * 2 + j % 2] = s[j * lanes + r] rounded, j < N. */
+    void (*narrow)(const float *s, int n, uint16_t *p);
+    /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v[d * v_stride + j], d < K. */
+    void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o);
+} dhsa_bf16_kernels;
+
 typedef struct dhsa_kernels {
     const char *isa;
     int lanes;      /* rows of a panel */
@@ -51,6 +74,8 @@ typedef struct dhsa_kernels {
     void (*load)(const void *src, int dtype, int64_t n, float *dst); /* dst = src, converted */
     void (*add)(const void *src, int dtype, int64_t n, float *dst);  /* dst += src, converted */
     float (*dot)(const float *a, const float *b, int64_t n);
+
+    const dhsa_bf16_kernels *bf16; /* NULL: bf16 is converted to fp32 while packing */
 
     double (*fma_peak)(void); /* GFLOP/s of one thread over a few milliseconds of nothing but independent FMAs */
 } dhsa_kernels;

@@ -1,4 +1,5 @@
 /* table.c: dispatch. The tier in use is one pointer to a const table, chosen at first use and published atomically. */
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,24 +7,47 @@
 #include "core/internal.h"
 #include "kernels/cpu.h"
 #include "kernels/kernels.h"
+#include "kernels/tiers.h"
 
 #define DHSA_TIER(name) extern const dhsa_kernels dhsa_kernels_##name;
+#define DHSA_BF16_TIER(name, base) extern const dhsa_bf16_kernels dhsa_bf16_##name;
 #include "kernels/kernels.inc"
 #undef DHSA_TIER
+#undef DHSA_BF16_TIER
 
-static const dhsa_kernels *const compiled[] = {
-#define DHSA_TIER(name) &dhsa_kernels_##name,
+/* A tier is a table, or that of another tier with something put in its place. */
+static const struct {
+    const char *name;
+    const dhsa_kernels *base;
+    const dhsa_bf16_kernels *bf16;
+} tiers[] = {
+#define DHSA_TIER(name) {#name, &dhsa_kernels_##name, NULL},
+#define DHSA_BF16_TIER(name, base) {#name, &dhsa_kernels_##base, &dhsa_bf16_##name},
 #include "kernels/kernels.inc"
 #undef DHSA_TIER
+#undef DHSA_BF16_TIER
 };
-enum { TIERS = sizeof compiled / sizeof *compiled };
+enum { TIERS = sizeof tiers / sizeof *tiers };
+
+static dhsa_kernels tables[TIERS];
+static pthread_once_t built = PTHREAD_ONCE_INIT;
+
+static void build(void)
+{
+    for (int i = 0; i < TIERS; i++) {
+        tables[i] = *tiers[i].base;
+        tables[i].isa = tiers[i].name;
+        tables[i].bf16 = tiers[i].bf16;
+    }
+}
 
 static _Atomic(const dhsa_kernels *) current;
 
 const dhsa_kernels *dhsa_kernels_find(const char *isa)
 {
+    pthread_once(&built, build);
     for (int i = 0; i < TIERS; i++)
-        if (strcmp(compiled[i]->isa, isa) == 0) return dhsa_cpu_runs(isa) ? compiled[i] : NULL;
+        if (strcmp(tiers[i].name, isa) == 0) return dhsa_cpu_runs(isa) ? &tables[i] : NULL;
     return NULL;
 }
 
@@ -33,7 +57,7 @@ static const dhsa_kernels *choose(void)
     const char *wish = getenv("DHSA_ISA");
     const dhsa_kernels *best = NULL;
     if (wish && *wish) return dhsa_kernels_find(wish);
-    for (int i = TIERS - 1; !best && i >= 0; i--) best = dhsa_kernels_find(compiled[i]->isa);
+    for (int i = TIERS - 1; !best && i >= 0; i--) best = dhsa_kernels_find(tiers[i].name);
     return best;
 }
 
@@ -49,12 +73,12 @@ const dhsa_kernels *dhsa_kernels_current(void)
     return table;
 }
 
-const char *dhsa_isa_compiled(int i) { return i >= 0 && i < TIERS ? compiled[i]->isa : NULL; }
+const char *dhsa_isa_compiled(int i) { return i >= 0 && i < TIERS ? tiers[i].name : NULL; }
 
 const char *dhsa_isa_detected(int i)
 {
     for (int at = 0; i >= 0 && at < TIERS; at++)
-        if (dhsa_cpu_runs(compiled[at]->isa) && i-- == 0) return compiled[at]->isa;
+        if (dhsa_cpu_runs(tiers[at].name) && i-- == 0) return tiers[at].name;
     return NULL;
 }
 

@@ -261,6 +261,67 @@ static void test_conversions(int dtype)
     }
 }
 
+/* bf16 products: packing exactly, products against the same numbers multiplied in fp32 (a product of two is exact there). */
+static void test_bf16(int n, int dim)
+{
+    const dhsa_bf16_kernels *half = kn->bf16;
+    const int lanes = kn->lanes, K = (int)dhsa_round_up(dim, DHSA_PAIR_STEP), N = (int)dhsa_round_up(n, DHSA_PAIR_STEP);
+    const int used = DHSA_MIN(n, lanes);
+    const void **keys = random_rows(n, dim, DHSA_BF16), **queries = random_rows(used, dim, DHSA_BF16);
+    uint16_t *q = guarded((size_t)K * lanes * 2), *k = guarded((size_t)N * K * 2), *v = guarded((size_t)K * N * 2);
+    uint16_t *p = guarded((size_t)N * lanes * 2);
+    float *s = floats((size_t)N * lanes), *o = random_floats((size_t)K * lanes), *before = floats((size_t)K * lanes);
+    float *alpha = random_floats((size_t)lanes);
+    half->begin();
+    half->pack_panel(queries, used, dim, n % 2, q);
+    half->pack_keys(keys, n, dim, k);
+    near("bf16 finite", n, dim, (float)half->pack_values(keys, n, dim, v), 0, 0);
+    for (int d = 0; d < K; d++) {
+        for (int r = 0; r < lanes; r++) {
+            const uint16_t want = r < used && d < dim ? ((const uint16_t *)queries[r])[d] ^ (n % 2 ? 0x8000 : 0) : 0;
+            near("bf16 pack_panel", d, r, q[((ptrdiff_t)(d / 2) * lanes + r) * 2 + d % 2] & (want ? 0xffff : 0x7fff), want, 0);
+        }
+        for (int j = 0; j < n; j++)
+            near("bf16 pack_keys", j, d, k[(ptrdiff_t)j * K + d], d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+        for (int j = 0; j < N; j++)
+            near("bf16 pack_values", j, d, v[(ptrdiff_t)d * N + j], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+    }
+    half->qk(q, k, n, dim, s);
+    for (int j = 0; j < n; j++)
+        for (int r = 0; r < used; r++) {
+            double sum = 0;
+            for (int d = 0; d < dim; d++)
+                sum += (double)dhsa_from_bf16(((const uint16_t *)queries[r])[d]) * dhsa_from_bf16(((const uint16_t *)keys[j])[d]);
+            near("bf16 qk", j, r, s[(ptrdiff_t)j * lanes + r], (float)(n % 2 ? -sum : sum), 1e-6f * (float)dim);
+        }
+    for (int j = 0; j < N * lanes; j++) s[j] = uniform();
+    half->narrow(s, n, p);
+    for (int j = 0; j < N; j++)
+        for (int r = 0; r < lanes; r++)
+            near("bf16 narrow", j, r, p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2],
+                 j < n ? dhsa_to_bf16(s[(ptrdiff_t)j * lanes + r]) : 0, 0);
+    for (int scaled = 0; scaled < 2; scaled++) {
+        for (int r = 0; r < lanes && !scaled; r++) alpha[r] = 1; /* the way without scaling, then the other */
+        for (int r = 0; r < lanes && scaled; r++) alpha[r] = uniform();
+        memcpy(before, o, sizeof(float) * (size_t)K * lanes);
+        half->pv(p, v, N, n, dim, alpha, o);
+        for (int d = 0; d < dim; d++)
+            for (int r = 0; r < lanes; r++) {
+                double sum = (double)before[(ptrdiff_t)d * lanes + r] * alpha[r];
+                for (int j = 0; j < n; j++)
+                    sum += (double)dhsa_from_bf16(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]) *
+                           dhsa_from_bf16(v[(ptrdiff_t)d * N + j]);
+                near("bf16 pv", d, r, o[(ptrdiff_t)d * lanes + r], (float)sum, 1e-6f * (float)(n + 4));
+            }
+    }
+    uint16_t *last = (uint16_t *)keys[n - 1], bad[] = {0x7f80, 0xff80, 0x7fc1};
+    for (int i = 0; i < 3; i++) {
+        last[dim - 1] = bad[i];
+        near("bf16 not finite", n, i, (float)(half->pack_values(keys, n, dim, v) != 0), 1, 0);
+    }
+    half->end();
+}
+
 int main(void)
 {
     static const int dims[] = {1, 3, 8, 20, 64, 80, 256}, counts[] = {1, 2, 7, 13, 64};
@@ -273,6 +334,7 @@ int main(void)
             for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
                 test_products(n, dims[d]);
                 for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++) test_moves(n, dims[d], dtype);
+                if (kn->bf16) test_bf16(n, dims[d]);
             }
             for (int masked = 0; masked < 2; masked++)
                 for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);

@@ -1,0 +1,82 @@
+/* avx512bf16.c: bf16 products by vdpbf16ps: 16 lanes, two neighbours of each multiplied and added to an fp32 sum. */
+#include "kernels/tiers.h"
+#if DHSA_X86 && DHSA_HAVE_AVX512BF16
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+#include "kernels/bf16_tpl.h"
+
+enum { ROWS = 8 };
+
+/* One word, two numbers, to all lanes. */
+static inline __m512bh pair(const uint16_t *at)
+{
+    int word;
+    memcpy(&word, at, sizeof word);
+    return (__m512bh)_mm512_set1_epi32(word);
+}
+
+static inline __m512bh words(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
+
+/* acc[i][u] = sum over pairs of x[pair][16 u ..] * y[i * stride + 2 * pair]: keys against a panel, or values against
+ * probabilities. */
+static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, ptrdiff_t stride, int pairs,
+                                                           __m512 acc[ROWS][2])
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    for (int t = 0; t < pairs; t++, x += 2 * LANES) {
+        const __m512bh x0 = words(x), x1 = words(x + LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            const __m512bh b = pair(y + i * stride + 2 * t);
+            acc[i][0] = _mm512_dpbf16_ps(acc[i][0], x0, b);
+            acc[i][1] = _mm512_dpbf16_ps(acc[i][1], x1, b);
+        }
+    }
+}
+
+static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s)
+{
+    const int padded = round_step(dim);
+    for (int j = 0; j < n; j += ROWS) {
+        __m512 acc[ROWS][2];
+        products(q, k + (ptrdiff_t)j * padded, padded, padded / 2, acc);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            _mm512_storeu_ps(s + (ptrdiff_t)(j + i) * LANES, acc[i][0]);
+            _mm512_storeu_ps(s + (ptrdiff_t)(j + i) * LANES + 16, acc[i][1]);
+        }
+    }
+}
+
+static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o)
+{
+    const __m512 a0 = _mm512_loadu_ps(alpha), a1 = _mm512_loadu_ps(alpha + 16);
+    for (int d = 0; d < dim; d += ROWS) {
+        __m512 acc[ROWS][2];
+        products(p, v + d * v_stride, v_stride, (n + 1) / 2, acc);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            float *at = o + (ptrdiff_t)(d + i) * LANES;
+            _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_loadu_ps(at), a0, acc[i][0]));
+            _mm512_storeu_ps(at + 16, _mm512_fmadd_ps(_mm512_loadu_ps(at + 16), a1, acc[i][1]));
+        }
+    }
+}
+
+static void nothing(void) {}
+
+const dhsa_bf16_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, narrow, pv};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+typedef int dhsa_avx512bf16_not_here; /* an empty translation unit is not ISO C */
+#endif

@@ -1,0 +1,33 @@
+/* tiers.h: which tiers this compiler and target can build. */
+#ifndef DHSA_TIERS_H
+#define DHSA_TIERS_H
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define DHSA_X86 1
+#else
+#define DHSA_X86 0
+#endif
+#if defined(__aarch64__)
+#define DHSA_ARM64 1
+#else
+#define DHSA_ARM64 0
+#endif
+
+/* GCC 10 and Clang 9 know AVX512-BF16, GCC 11 and Clang 12 the tile registers; only Linux hands those out on request. */
+#if defined(__clang__)
+#define DHSA_HAVE_AVX512BF16 (__clang_major__ >= 9)
+#define DHSA_HAVE_AMX_COMPILER (__clang_major__ >= 12)
+#elif defined(__GNUC__)
+#define DHSA_HAVE_AVX512BF16 (__GNUC__ >= 10)
+#define DHSA_HAVE_AMX_COMPILER (__GNUC__ >= 11)
+#else
+#define DHSA_HAVE_AVX512BF16 0
+#define DHSA_HAVE_AMX_COMPILER 0
+#endif
+#if DHSA_HAVE_AMX_COMPILER && defined(__linux__)
+#define DHSA_HAVE_AMX 1
+#else
+#define DHSA_HAVE_AMX 0
+#endif
+
+#endif
