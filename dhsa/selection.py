@@ -237,9 +237,11 @@ class Selection:
         """
         q_len, k_len = self._lengths()
         offset = k_len - q_len
-        position = np.arange(q_len, dtype=np.int64) + offset
-        per_query = position + 1 if self.window is None else np.minimum(position + 1, self.window)
-        visible = int(per_query.sum()) * self.shape[0] * self.shape[1]
+        # Query positions 0, 1, ... see 1, 2, ... keys until the window is full, and then its width.
+        width = k_len if self.window is None else min(self.window, k_len)
+        rising = min(max(0, width - offset), q_len)
+        visible = rising * (2 * offset + rising + 1) // 2 + (q_len - rising) * width
+        visible *= self.shape[0] * self.shape[1]
         rows = np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
         first = rows % self.shape[2] * self.query_block
         last = np.minimum(first + self.query_block, q_len) - 1 + offset

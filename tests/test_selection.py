@@ -67,6 +67,11 @@ def test_mask_round_trip_and_density(make_qkv, window):
     np.testing.assert_array_equal(from_seen.mask(causal=True), seen)
 
 
+def test_density_of_many_queries_costs_no_memory_for_each():
+    lists = dhsa.Selection.from_indices([0] * 16384 + [1], [5], shape=(1, 1, 16384), query_block=65536)
+    assert lists.density() == pytest.approx(65536 / (2.0**30 * (2**30 + 1) / 2))
+
+
 def test_from_mask_is_what_sdpa_does(torch, make_qkv):
     q, k, v = make_qkv(1, 4, 2, 24, 24, 8)
     rng = np.random.default_rng(2)
