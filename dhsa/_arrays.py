@@ -74,6 +74,9 @@ class TorchKind:
             raise TypeError(f"{name}: expected a torch tensor like the other arguments, got {type_name(x)}")
         if not x.is_cpu:
             raise ValueError(f"{name}: expected a tensor on the CPU, got one on device '{x.device}'")
+        if x.layout is not torch.strided or x.is_quantized:
+            kind = "quantized" if x.is_quantized else str(x.layout)
+            raise ValueError(f"{name}: expected a dense tensor, got a {kind} one")
         if x.requires_grad:
             if torch.is_grad_enabled():
                 raise NotImplementedError(
@@ -150,6 +153,14 @@ def allocate(make: Any, like: Array) -> Array:
         raise MemoryError(f"out: cannot allocate a result for q of shape {list(like.shape)}: {error}") from None
 
 
+def empty(shape: tuple[int, ...], dtype: Any, name: str) -> np.ndarray:
+    """np.empty, with a failed allocation blamed on the argument whose size asked for it."""
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        raise MemoryError(f"{name}: cannot allocate an array of shape {list(shape)}: {error}") from None
+
+
 def to_numpy(x: Array, name: str) -> np.ndarray:
     """Any array or nested sequence as a NumPy array, without a copy where possible."""
     if isinstance(x, np.ndarray):
@@ -160,11 +171,14 @@ def to_numpy(x: Array, name: str) -> np.ndarray:
             return TorchKind.accept(x, name).numpy()
         if hasattr(x, "__dlpack__"):
             return np.from_dlpack(x)
-        return np.asarray(x)
     except (ValueError, NotImplementedError):
         raise
     except (TypeError, RuntimeError, BufferError) as error:
         raise TypeError(f"{name}: cannot be read as an array: {error}") from None
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists among them
+        raise type(error)(f"{name}: cannot be read as an array: {error}") from None
 
 
 def int_array(x: Array, name: str, dtype: Any, *, copy: bool = False) -> np.ndarray:

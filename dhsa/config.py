@@ -124,6 +124,8 @@ class Config(_CoreArgs):
                 keep("theta", float(self.theta))
             except TypeError:
                 raise TypeError(f"theta: expected a number, got {type_name(self.theta)}") from None
+            except OverflowError:
+                raise ValueError("theta: expected a finite number or -inf, got an int beyond every float") from None
             if not (math.isfinite(self.theta) or self.theta == -math.inf):
                 raise ValueError(f"theta: expected a finite number or -inf, got {self.theta}")
         if self.nms is not None:
@@ -146,7 +148,8 @@ class Config(_CoreArgs):
         keep("_nms", self.nms if self.nms is not None else (8 if learned else 4))
         keep("_predictor_args", self.predictor._core_args if learned and self.predictor is not None else None)
         keep("_score_args", (score, pooling, heads, self.query_block, rows))
-        keep("_select_args", (self.budget, self.sink, self.local, self.dense_tail, self._score_args))
+        budget = self.budget if self.budget is None else min(self.budget, 2**63 - 1)  # more than any length is all keys
+        keep("_select_args", (budget, self.sink, self.local, self.dense_tail, self._score_args))
 
     def _num_chunks(self, length: int) -> int:
         """The most gaps to cut at for `length` keys."""

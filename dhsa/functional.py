@@ -14,7 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dhsa import _core
-from dhsa._arrays import Array, DlpackKind, NumpyKind, allocate, check_int, int_array, kind_of, to_numpy, type_name
+from dhsa._arrays import (
+    Array,
+    DlpackKind,
+    NumpyKind,
+    TorchKind,
+    allocate,
+    check_int,
+    empty,
+    int_array,
+    kind_of,
+    to_numpy,
+    type_name,
+)
 from dhsa._threads import get_num_threads, set_num_threads
 from dhsa.config import HEADS, MAX_QUERY_BLOCK, POOLINGS, SCORES, Config, check_choice
 from dhsa.selection import Selection
@@ -36,6 +48,7 @@ __all__ = [
 ]
 
 PATHS = ("dense", "window", "sparse")
+MAX_LENGTH = 2**30 - 1  # key indices are 32 bits wide, and a few sums of lengths must fit as well
 
 
 class RunStats(NamedTuple):
@@ -58,7 +71,10 @@ def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array
     q, k, v = kind.accept(q, "q"), kind.accept(k, "k"), kind.accept(v, "v")
     if out is None:
         return kind, q, k, v, allocate(kind.empty_like, q), False
-    return kind, q, k, v, kind.accept(out, "out"), True
+    target = kind.accept(out, "out")
+    if kind is TorchKind and out.is_neg():
+        raise ValueError("out: has its lazy minus sign set; results would not reach its memory")
+    return kind, q, k, v, target, True
 
 
 def run(
@@ -82,7 +98,8 @@ def run(
     kind, q, k, v, target, given = _inputs(q, k, v, out)
     lse = allocate(kind.empty_lse, q) if return_lse else None
     if key_ranges is not None:
-        key_ranges = int_array(key_ranges, "key_ranges", np.int32)
+        # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
+        key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads())
     if config is None or config.budget is None:
         start = perf_counter()
@@ -223,10 +240,10 @@ def _boundaries(k: Array, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
-    check_int(length, "k: its length", 1, 2**30)
+    check_int(length, "k: its length", 1, MAX_LENGTH)
     args = config._boundary_args(length)
-    result = np.empty((batch, _core.boundaries_capacity(args, length)), np.int32)
-    counts = np.empty(batch, np.int64)
+    result = empty((batch, _core.boundaries_capacity(args, length)), np.int32, "k")
+    counts = empty((batch,), np.int64, "k")
     _core.boundaries(k, args, result, counts, get_num_threads())
     most = int(counts.max(initial=2))
     return result if most == result.shape[1] else np.ascontiguousarray(result[:, :most])
@@ -255,8 +272,8 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
     """Picks boundaries from gap scores: best first (equal scores: lower index first), spaced out.
 
     Args:
-        scores: [L], entry j scores the gap between keys j and j + 1; the last entry, no gap, is ignored. Compared as
-            float32; NaN never wins.
+        scores: [L], entry j scores the gap between keys j and j + 1; the last entry, no gap, is ignored. NaN never
+            wins.
         n: the most gaps to accept, at least 0 (so n + 1 chunks).
         theta: a gap's score must exceed it; -inf: any finite score.
         nms: a gap must lie more than this many keys from every accepted one.
@@ -279,11 +296,26 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
     if not 1 <= array.size <= 2**30:
         raise ValueError(f"scores: expected 1 to 2**30 entries, got {array.size}")
     n = check_int(n, "n", 0)
+    if (array.dtype.itemsize > 4 or array.dtype.kind != "f") and isinstance(theta, (int, float, np.number)):
+        array, theta = _ranked(array, theta)
     array = np.ascontiguousarray(array, np.float32)
     result = np.empty(min(n, array.size) + 3, np.int32)
     count = _core.pick_boundaries(array, n, theta, nms, instruction, result)
     kind = kind_of(scores, "scores") if hasattr(scores, "__dlpack__") else NumpyKind
     return kind.result(result[:count].copy())
+
+
+def _ranked(scores: np.ndarray, theta: float) -> tuple[np.ndarray, float]:
+    """float32 scores and threshold that order as wider ones do, which float32 may round together or over theta."""
+    with np.errstate(over="ignore"):
+        narrow = scores.astype(np.float32)
+    if np.array_equal(narrow, scores) or isinstance(theta, bool) or theta != theta:  # the core refuses the latter two
+        return narrow, theta
+    # The bits of positive float32 numbers ascend with them; from the smallest normal one on, ranks never reach inf.
+    rank = np.unique(scores, return_inverse=True)[1].reshape(-1).astype(np.int32) + 0x00800000
+    ranked = rank.view(np.float32)
+    ranked[~(scores > theta)] = -np.inf
+    return ranked, -np.inf
 
 
 def _boundary_array(value: Array, batch: int) -> np.ndarray:
@@ -296,17 +328,26 @@ def _boundary_array(value: Array, batch: int) -> np.ndarray:
     if array.shape[1] < 2:
         raise ValueError(f"boundaries: expected at least the two entries 0 and Lk, got {array.shape[1]}")
     if array.shape[0] == 1 and batch > 1:
-        array = np.repeat(array, batch, axis=0)
+        array = np.broadcast_to(array, (batch, array.shape[1]))
     if array.shape[0] != batch:
         raise ValueError(f"boundaries: expected {batch} rows, one a batch item, got {array.shape[0]}")
-    return np.ascontiguousarray(array)
+    # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
+    result = empty(array.shape, np.int32, "boundaries")
+    result[...] = array
+    return result
 
 
 def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int, int, int]:
-    """(B, sharing sets, nq) of q and k, whose ranks are checked here and sizes by the core."""
+    """(B, sharing sets, nq) of q and k, checked as far as results of this shape need it; the rest is the core's."""
     for x, name, axes in ((q, "q", "[B, H, Lq, D]"), (k, "k", "[B, Hkv, Lk, D]")):
         if len(x.shape) != 4:
             raise ValueError(f"{name}: expected 4 dimensions {axes}, got {len(x.shape)}")
+        for axis, size in enumerate(x.shape):
+            if size < 1:  # before results of that size are made
+                raise ValueError(f"{name}: dimension {axis} has size {size}, expected at least 1")
+        check_int(x.shape[2], f"{name}: its length", 1, MAX_LENGTH)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: batch is {k.shape[0]}, expected {q.shape[0]} as q")
     sets = (k.shape[1], 1, q.shape[1])[heads]  # in the order of HEADS
     return q.shape[0], sets, -(-q.shape[2] // query_block)
 
@@ -360,10 +401,7 @@ def chunk_scores(
     rows = max(1, query_block // 4) if rows is None else check_int(rows, "rows", 1, query_block)
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = _boundary_array(boundaries, k.shape[0])
-    try:
-        result = np.empty((*shape, cuts.shape[1] - 1), np.float32)
-    except (MemoryError, ValueError) as error:
-        raise MemoryError(f"q: cannot allocate scores of shape {[*shape, cuts.shape[1] - 1]}: {error}") from None
+    result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")
     score_args = (score_index, pooling_index, heads_index, query_block, rows)
     _core.chunk_scores(q, k, cuts, score_args, scale, softcap, window, result, get_num_threads())
     return kind.result(result)
@@ -405,20 +443,17 @@ def select(
         scale = softcap = None  # its products are only compared with each other
     if config.budget is None:
         select_args = (max(k.shape[2], config.sink + config.local, 1), *select_args[1:])
-    indptr = np.empty(shape[0] * shape[1] * shape[2] + 1, np.int64)
+    indptr = empty((shape[0] * shape[1] * shape[2] + 1,), np.int64, "q")
     _core.select_plan(q, k, select_args, scale, softcap, window, indptr)
     cuts = _boundaries(k, config) if boundaries is None else _boundary_array(boundaries, k.shape[0])
-    try:
-        indices = np.empty(int(indptr[-1]), np.int32)
-    except (MemoryError, ValueError) as error:
-        raise MemoryError(f"config: cannot allocate {indptr[-1]} indices: {error}") from None
+    indices = empty((int(indptr[-1]),), np.int32, "config")
     _core.select(q, k, cuts, select_args, scale, softcap, window, indptr, indices, get_num_threads())
     return Selection._trusted(
         indptr,
         indices,
         shape=shape,
         query_block=config.query_block,
-        boundaries=cuts.copy() if boundaries is not None else cuts,
+        boundaries=cuts,
         q_len=q.shape[2],
         k_len=k.shape[2],
         window=None if window is None else check_int(window, "window", 1),
@@ -448,8 +483,12 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
     if array.ndim != 2 or array.shape[0] != array.shape[1] or array.size == 0:
         raise ValueError(f"attn: expected one square matrix [L, L], got shape {list(array.shape)}")
     if array.dtype != np.float32 or (array.shape[1] > 1 and array.strides[1] != array.itemsize):
-        array = np.ascontiguousarray(array, np.float32)
-    result = np.empty(array.shape[0], np.float64)
+        try:
+            array = np.ascontiguousarray(array, np.float32)
+        except (MemoryError, ValueError) as error:
+            raise MemoryError(f"attn: cannot be copied, its shape is {list(array.shape)}: {error}") from None
+    check_int(array.shape[0], "attn: its length", 1, MAX_LENGTH)
+    result = empty((array.shape[0],), np.float64, "attn")
     _core.boundary_ratios(array, window, sliding_window, result, get_num_threads())
     kind = kind_of(attn, "attn") if hasattr(attn, "__dlpack__") else NumpyKind
     return kind.result(result)

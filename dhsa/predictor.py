@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dhsa import _core
-from dhsa._arrays import Array, check_int, kind_of, to_numpy, type_name
+from dhsa._arrays import Array, check_int, empty, kind_of, to_numpy, type_name
 from dhsa._checkpoint import read_checkpoint
 from dhsa._threads import get_num_threads
 
@@ -206,7 +206,7 @@ class BoundaryPredictor:
         k = kind.accept(k, "k")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, L, D], got {len(k.shape)}")
-        out = np.empty((k.shape[0], k.shape[2]), np.float32)
+        out = empty((k.shape[0], k.shape[2]), np.float32, "k")
         _core.predictor_logits(self._core_args, k, out, get_num_threads())
         return kind.result(out)
 

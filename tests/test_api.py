@@ -486,6 +486,19 @@ def test_pick_boundaries():
         np.testing.assert_array_equal(dhsa.pick_boundaries(scores, n, **options), want)
 
 
+def test_wide_scores_are_not_rounded():
+    # In float32 these would round to one number, above theta.
+    assert dhsa.pick_boundaries([1.1, 1.1 + 1e-9, 1.1 - 1e-9, 0.0], 4, theta=1.1, nms=0).tolist() == [0, 2, 4]
+    assert dhsa.pick_boundaries([2**40, 2**40 + 1, 5, 0], 1, theta=-math.inf, nms=0).tolist() == [0, 2, 4]
+    assert dhsa.pick_boundaries([1e300, 1e301, -1e300, math.nan], 2, theta=0, nms=0).tolist() == [0, 1, 2, 4]
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        scores = 1 + rng.integers(0, 9, 60) * 1e-12
+        options = {"theta": 1 + 3e-12, "nms": int(rng.integers(0, 6))}
+        want = reference.pick_boundaries(scores, 10, **options)
+        np.testing.assert_array_equal(dhsa.pick_boundaries(scores, 10, **options), want)
+
+
 @pytest.mark.parametrize("case", vectors.params("label"))
 def test_label_vectors(case):
     ratios = dhsa.boundary_ratios(**case.inputs)
@@ -527,6 +540,13 @@ def test_budget_none_selects_everything(make_qkv):
     selection = dhsa.select(q, k, dhsa.Config(budget=None, query_block=16))
     assert selection.density() == 1.0
     assert selection.mask(causal=True).all(axis=1).sum() == sum(range(11, 51))
+
+
+def test_a_budget_beyond_every_length_is_exact(make_qkv):
+    q, k, v = make_qkv(1, 2, 1, 30, 30, 8)
+    config = dhsa.Config(budget=2**70)
+    np.testing.assert_array_equal(dhsa.attention(q, k, v, config), dhsa.attention(q, k, v))
+    assert dhsa.select(q, k, config).density() == 1
 
 
 def test_run_reports(make_qkv):

@@ -86,6 +86,27 @@ CALLS = {
         lambda: dhsa.select(q, np.broadcast_to(np.float32(0), (1, 2, 2**40, 8)), SPARSE), ValueError, r"^k: "),
     "huge length, boundaries": (
         lambda: dhsa.boundaries(np.broadcast_to(np.float32(0), (1, 2, 2**40, 8)), SPARSE), ValueError, r"^k: "),
+    "huge queries, selection": (
+        lambda: dhsa.select(np.broadcast_to(np.float32(0), (1, 4, 2**40, 8)), k, SPARSE),
+        ValueError, r"^q: its length"),
+    "huge batch, selection": (
+        lambda: dhsa.select(*[np.broadcast_to(np.float32(0), (2**50, 2, 10, 8))] * 2, SPARSE),
+        MemoryError, r"^q: cannot"),
+    "huge batch, boundaries": (
+        lambda: dhsa.boundaries(np.broadcast_to(np.float32(0), (2**50, 2, 10, 8)), SPARSE), MemoryError, r"^k: cannot"),
+    "huge batch, scores": (
+        lambda: dhsa.chunk_scores(
+            *[np.broadcast_to(np.float32(0), (2**50, 2, 10, 8))] * 2, np.array([[0, 10]]), query_block=5),
+        MemoryError, r"^boundaries: cannot"),
+    "empty Lq, selection": (lambda: dhsa.select(q[:, :, :0], k, SPARSE), ValueError, r"^q: dimension 2 has size 0"),
+    "empty batch, selection": (lambda: dhsa.select(q[:0], k[:0], SPARSE), ValueError, r"^q: dimension 0 has size 0"),
+    "empty heads, selection": (lambda: dhsa.select(q, k[:, :0], SPARSE), ValueError, r"^k: dimension 1 has size 0"),
+    "empty batch, scores": (
+        lambda: dhsa.chunk_scores(q[:0], k[:0], np.array([[0, 12]]), query_block=5),
+        ValueError, r"^q: dimension 0 has size 0"),
+    "batch, scores": (
+        lambda: dhsa.chunk_scores(q, k.repeat(2, 0), np.array([[0, 12]]), query_block=5),
+        ValueError, r"^k: batch is 2, expected 1 as q"),
     "head_dim 257": (
         lambda: dhsa.attention(*[np.zeros((1, 1, 2, 257), np.float32)] * 3), NotImplementedError, r"^q: head_dim 257"),
     # dtypes, kinds
@@ -249,6 +270,13 @@ SELECTION_CALLS = {
         lambda: dhsa.pick_boundaries([[1.0, 2.0]], 1, theta=0, nms=0),
         ValueError, r"^scores: expected 1 dim"),
     "pick empty": (lambda: dhsa.pick_boundaries(np.empty(0), 1, theta=0, nms=0), ValueError, r"^scores: "),
+    "pick theta, wide scores": (
+        lambda: dhsa.pick_boundaries([0.1, 0.2], 1, theta="x", nms=0),
+        TypeError, r"^theta: expected a number, got str"),
+    "pick theta nan, wide scores": (
+        lambda: dhsa.pick_boundaries([0.1, 0.2], 1, theta=math.nan, nms=0), ValueError, r"^theta: "),
+    "pick theta bool, wide scores": (
+        lambda: dhsa.pick_boundaries([0.1, 0.2], 1, theta=True, nms=0), TypeError, r"^theta: "),
     "pick dtype": (lambda: dhsa.pick_boundaries(["a"], 1, theta=0, nms=0), TypeError, r"^scores: expected real"),
     "ratios square": (lambda: dhsa.boundary_ratios(normal(4, 5), window=2), ValueError, r"^attn: expected one square"),
     "ratios dtype": (lambda: dhsa.boundary_ratios(np.eye(4, dtype=int), window=2), TypeError, r"^attn: expected float"),
@@ -263,6 +291,7 @@ SELECTION_CALLS = {
         lambda: from_indices([0, 3, 1, 2], [0, 1], shape=(1, 1, 3)), ValueError, r"^indptr: falls from 3 to 1"),
     "indptr end": (lambda: from_indices([0, 1, 3], [0, 1]), ValueError, r"^indptr: ends with 3, but there are 2"),
     "indptr floats": (lambda: from_indices([0.0, 1.0, 2.0], [0, 1]), TypeError, r"^indptr: expected integers"),
+    "indptr ragged": (lambda: from_indices([[0], [1, 2]], [0, 1]), ValueError, r"^indptr: cannot be read as an array"),
     "indptr rank": (lambda: from_indices([[0, 1, 2]], [0, 1]), ValueError, r"^indptr: expected 1 dimension"),
     "indices unsorted": (lambda: from_indices([0, 2, 4], [3, 4, 2, 1]), ValueError, r"^indices: must ascend.*in row 1"),
     "indices repeat": (
@@ -338,6 +367,7 @@ OTHER_CALLS = {
     "boundary_window": (lambda: dhsa.Config(boundary_window=0), ValueError, r"^boundary_window: "),
     "theta nan": (lambda: dhsa.Config(theta=math.nan), ValueError, r"^theta: "),
     "theta inf": (lambda: dhsa.Config(theta=math.inf), ValueError, r"^theta: "),
+    "theta overflow": (lambda: dhsa.Config(theta=10**400), ValueError, r"^theta: "),
     "theta type": (lambda: dhsa.Config(theta="low"), TypeError, r"^theta: "),
     "nms": (lambda: dhsa.Config(nms=-1), ValueError, r"^nms: "),
     "predictor type": (
@@ -413,8 +443,12 @@ def test_torch_arguments(torch):
         dhsa.attention(q, k, tv)
     with pytest.raises(ValueError, match=r"^k: expected a tensor on the CPU, got one on device 'meta'"):
         dhsa.attention(tq, tk.to("meta"), tv)
-    with pytest.raises(ValueError, match=r"^v: cannot be read through DLPack"):
+    with pytest.raises(ValueError, match=r"^v: expected a dense tensor, got a torch.sparse_coo one"):
         dhsa.attention(tq, tk, tv.to_sparse())
+    with pytest.raises(ValueError, match=r"^q: expected a dense tensor, got a torch.sparse_coo one"):
+        dhsa.attention(tq.to_sparse(), tk, tv)
+    with pytest.raises(ValueError, match=r"^out: has its lazy minus sign set"):
+        dhsa.attention(tq, tk, tv, out=torch._neg_view(torch.empty(1, 4, 10, 8)))
     with pytest.raises(TypeError, match=r"^q: expected .*got float64"):
         dhsa.attention(tq.double(), tk, tv)
     with pytest.raises(TypeError, match=r"^k: dtype is bfloat16, expected float32"):
