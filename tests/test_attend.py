@@ -158,7 +158,7 @@ def test_bad_numbers_in_bf16(torch, make_qkv, tier, which, bad, window):
         sees[2:, 77 : (200 if window is None else 77 + window)] = True
     np.testing.assert_allclose(out[0][~sees], clean[0][~sees], atol=1e-2)
     # A logit of -inf is no harm; everything else such a number touches is lost.
-    assert bad == math.inf and which == "k" or not np.isfinite(out[0][sees]).all(axis=-1).any()
+    assert (bad == math.inf and which == "k") or not np.isfinite(out[0][sees]).all(axis=-1).any()
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -10,9 +10,10 @@
 #include "kernels/half.h"
 
 enum {
-    TILE = 128,     /* keys of a tile: its scores and a strip of values stay in L1, the packed tile and the queries in L2 */
-    MAX_ROWS = 512, /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
-    MIN_ITEMS = 16  /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
+    TILE = 128,      /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
+    TILE_BF16 = 256, /* bf16 products are done so soon that loading and storing the sums counts: longer tiles */
+    MAX_ROWS = 512,  /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
+    MIN_ITEMS = 16   /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
 };
 
 typedef struct {
@@ -24,7 +25,7 @@ typedef struct {
     int64_t run;         /* queries of an item at most */
     int64_t block, runs; /* queries of a block; runs that a block is cut into */
     int64_t blocks;
-    int panels;
+    int panels, tile;
     const dhsa_bf16_kernels *bf16; /* NULL: products are fp32, whatever the dtype */
     int64_t dim, padded;           /* head_dim; rounded up to what the kernels pack */
     float factor, sign;
@@ -57,16 +58,16 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     int64_t used = 0;
     w->q = base + take(&used, rows * pl->padded * size);
     w->o = (float *)(base + take(&used, rows * pl->padded * 4));
-    w->s = (float *)(base + take(&used, TILE * lanes * 4));
-    w->k = base + take(&used, (TILE + spare) * pl->padded * size);
-    w->v = base + take(&used, TILE * pl->padded * size + spare * size);
-    w->p = (uint16_t *)(base + take(&used, pl->bf16 ? TILE * lanes * 2 : 0));
+    w->s = (float *)(base + take(&used, pl->tile * lanes * 4));
+    w->k = base + take(&used, (pl->tile + spare) * pl->padded * size);
+    w->v = base + take(&used, pl->tile * pl->padded * size + spare * size);
+    w->p = (uint16_t *)(base + take(&used, pl->bf16 ? pl->tile * lanes * 2 : 0));
     w->m = (float *)(base + take(&used, rows * 4));
     w->l = (float *)(base + take(&used, rows * 4));
     w->alpha = (float *)(base + take(&used, lanes * 4));
     w->lo = (int32_t *)(base + take(&used, rows * 4));
     w->hi = (int32_t *)(base + take(&used, rows * 4));
-    w->rows = (const void **)(base + take(&used, DHSA_MAX(TILE, lanes) * (int64_t)sizeof(void *)));
+    w->rows = (const void **)(base + take(&used, DHSA_MAX(pl->tile, lanes) * (int64_t)sizeof(void *)));
     return used;
 }
 
@@ -237,7 +238,7 @@ static int pack_tile(const plan *pl, const item *it, scratch *w, int64_t at, int
 /* Asks for part `part` of `parts` of the rows that the next tile will pack: memory works while the products are computed. */
 static void prefetch_part(const plan *pl, const item *it, int64_t at, int64_t end, int part, int parts)
 {
-    const int64_t n = DHSA_MIN(TILE, end - at), bytes = pl->p->q.shape[3] * dhsa_dtype_size(pl->p->q.dtype);
+    const int64_t n = DHSA_MIN(pl->tile, end - at), bytes = pl->p->q.shape[3] * dhsa_dtype_size(pl->p->q.dtype);
     const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
     for (int which = 0; which < 2; which++)
         for (int64_t j = at + n * part / parts; j < at + n * (part + 1) / parts; j++) {
@@ -321,8 +322,8 @@ static void attend_item(void *context, int64_t index, int thread)
     if (pl->bf16) pl->bf16->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
-    for (int64_t at = begin; at < end; at += TILE) {
-        const int n = (int)DHSA_MIN(TILE, end - at);
+    for (int64_t at = begin; at < end; at += pl->tile) {
+        const int n = (int)DHSA_MIN(pl->tile, end - at);
         const int poison = pack_tile(pl, &it, &w, at, n);
         for (int panel = 0; panel < it.panels; panel++) {
             if (at + n < end) prefetch_part(pl, &it, at + n, end, panel, it.panels);
@@ -352,6 +353,7 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.panels = (int)dhsa_ceil_div(pl.run * pl.heads, pl.kernels->lanes);
     pl.bf16 = p->q.dtype == DHSA_BF16 ? pl.kernels->bf16 : NULL;
     pl.dim = dim;
+    pl.tile = pl.bf16 ? TILE_BF16 : TILE;
     pl.padded = dhsa_round_up(dim, pl.bf16 ? DHSA_PAIR_STEP : pl.kernels->value_step);
     /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
     pl.factor = (float)fabs(p->scale);
