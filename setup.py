@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 core = Extension(
     "dhsa._core",
     sources=sorted(glob("csrc/*/*.c")),
-    depends=sorted(glob("csrc/**/*.h", recursive=True)),
+    depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True)),
     include_dirs=["csrc", "csrc/include"],
     define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],
     # No -ffast-math: infinities and NaN have a meaning here. Contraction into FMA is written by hand where wanted.
