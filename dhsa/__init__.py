@@ -59,12 +59,27 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name in _FROM_HF:
-        value = getattr(importlib.import_module("dhsa.hf"), name)
+        try:
+            value = getattr(importlib.import_module("dhsa.hf"), name)
+        except ImportError as error:
+            return _refusal(name, error)
         globals()[name] = value
         return value
     if name in ("hf", "reference"):
         return importlib.import_module(f"dhsa.{name}")
     raise AttributeError(f"module 'dhsa' has no attribute {name!r}")
+
+
+def _refusal(name: str, error: ImportError) -> Any:
+    """A stand-in for a function of dhsa.hf that cannot be imported: asking for it must not fail, or a star import and
+    `help(dhsa)` would need torch, but calling it says what is missing."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError(str(error), name=error.name, path=error.path) from error
+
+    refuse.__name__ = refuse.__qualname__ = name
+    refuse.__doc__ = f"Not available: {error}"
+    return refuse
 
 
 def __dir__() -> list[str]:

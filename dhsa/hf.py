@@ -5,13 +5,19 @@ Prefill goes through a `dhsa.Config`, sparse where it says so; decode steps are 
 hf_masks.py, what is computed in functional.py and the C core; nothing numeric happens here.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+try:
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+except ImportError as error:
+    raise ImportError(
+        f"{error}; dhsa's transformers integration needs its extra: pip install 'dhsa[hf]'", name=error.name
+    ) from error
 
 from . import functional
 from .config import Config
@@ -232,7 +238,8 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
     config and layers.
 
     The config lives on the model, so that `generate` and pipelines need no extra arguments. `unpatch` undoes it, and
-    `with patched(model, config):` does both.
+    `with patched(model, config):` does both. transformers notes the implementation in `model.config`, an object that
+    models built from one config share: `model` gets its own copy of it, for good, so that no other model is switched.
 
     Raises TypeError if `model` is no transformers model or `config` no Config, ValueError if a layer index does not
     exist or the model cannot change its attention implementation (it is left as it was).
@@ -245,6 +252,8 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
     present = {m.layer_idx for m in _attention_modules(model) if isinstance(getattr(m, "layer_idx", None), int)}
     chosen = None
     if layers is not None:
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected layer indices or None, got {layers!r}")
         chosen = frozenset(_index(layer) for layer in layers)
         if missing := sorted(chosen - present):
             raise ValueError(f"layers: {missing} not in this model, whose layers are {_span(present)}")
@@ -254,7 +263,9 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
         )
 
     current: _State | None = model.__dict__.get(_STATE)
-    former = tuple((c, c._attn_implementation) for c in _configs(model)) if current is None else current.former
+    if current is None:
+        _own_configs(model)
+    former = _implementations(model) if current is None else current.former
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         # transformers may refuse by a logged warning only.
@@ -271,14 +282,15 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Gives `model` back the attention implementation that it had before `patch`, and returns the model.
 
-    What `last_run` tells stays. Raises ValueError if the model is not patched.
+    What `last_run` tells stays. Raises TypeError if `model` is no transformers model, ValueError if it is not patched.
     """
-    state: _State | None = getattr(model, "__dict__", {}).get(_STATE)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    state: _State | None = model.__dict__.get(_STATE)
     if state is None:
         raise ValueError("model: not patched")
     _restore(state.former)
-    for module in model.modules():
-        module.__dict__.pop(_STATE, None)
+    _uninstall(model)
     return model
 
 
@@ -289,13 +301,16 @@ def patched(
     """`patch` for the length of a with statement; afterwards the model is as it was, patched by an outer one or not at
     all."""
     outer: _State | None = getattr(model, "__dict__", {}).get(_STATE)
+    before = _implementations(model) if outer is not None else None
     patch(model, config, layers)
+    if before is None:
+        before = model.__dict__[_STATE].former
     try:
         yield model
-    finally:
-        if outer is None:
-            unpatch(model)
-        else:
+    finally:  # whatever happened to the model inside, be it unpatched or switched to another implementation
+        _restore(before)
+        _uninstall(model)
+        if outer is not None:
             _install(model, outer)
 
 
@@ -305,6 +320,8 @@ def last_run(model: torch.nn.Module, step: Literal["prefill", "decode"] | None =
     `step`: only the last prefill, or only the last decode step (after `generate`, the last call was a decode step);
     None: whichever came last. Layers that did not run through this package are left out, so the list may be empty.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     if step not in (None, "prefill", "decode"):
         raise ValueError(f'step: expected "prefill", "decode" or None, got {step!r}')
     found = []
@@ -324,6 +341,25 @@ def _attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _install(model: torch.nn.Module, state: _State) -> None:
     for module in (model, *_attention_modules(model)):
         module.__dict__[_STATE] = state
+
+
+def _uninstall(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop(_STATE, None)
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Gives `model` config objects that no other model holds, alike among its modules as they were."""
+    old = _configs(model)
+    own = {id(a): b for a, b in zip(old, copy.deepcopy(old), strict=True)}  # one call, so that shared parts stay shared
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if id(value) in own:
+                module.__dict__[name] = own[id(value)]
+
+
+def _implementations(model: PreTrainedModel) -> tuple[tuple[Any, str | None], ...]:
+    return tuple((c, c._attn_implementation) for c in _configs(model))
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -5,6 +5,7 @@ which dropping any of them would show.
 """
 
 import copy
+import threading
 
 import pytest
 
@@ -388,6 +389,70 @@ def test_patched_nests_and_survives_exceptions(models):
     assert model.config._attn_implementation == "eager"
 
 
+def test_patched_leaves_the_model_as_it_was_whatever_happened_inside(models):
+    model, ids = models("gemma2"), tokens(1, 200)
+    with dhsa.patched(model, SPARSE):
+        dhsa.unpatch(model)
+    assert model.config._attn_implementation == "eager"
+    with dhsa.patched(model, EXACT):
+        with dhsa.patched(model, SPARSE):
+            model.set_attn_implementation("eager")
+        assert model.config._attn_implementation == "dhsa"
+        model(ids)
+        assert dhsa.last_run(model)[1].path == "dense"
+        with dhsa.patched(model, SPARSE):
+            dhsa.unpatch(model)
+        model(ids)
+        assert dhsa.last_run(model)[1].path == "dense"
+    assert model.config._attn_implementation == "eager"
+
+
+def test_models_built_from_one_config_are_patched_apart(models):
+    """transformers keeps the implementation in the config, and hands one config object to both."""
+    ids, config = tokens(1, 300), models("gemma2").config
+    torch.manual_seed(3)
+    first, second, third = (transformers.Gemma2ForCausalLM(copy.deepcopy(config)).eval() for _ in range(3))
+    for model in (second, third):
+        for part in model.modules():
+            if hasattr(part, "config"):
+                part.config = first.config
+    expected = third(ids).logits
+    dhsa.patch(first, SPARSE)
+    dhsa.patch(second, EXACT)
+    assert torch.equal(third(ids).logits, expected)
+    assert dhsa.last_run(third) == []
+    dhsa.unpatch(first)
+    assert first.config._attn_implementation == "eager"
+    second(ids)
+    assert [r.path for r in dhsa.last_run(second)] == ["window", "dense"] * 2
+    dhsa.unpatch(second)
+    assert second.config._attn_implementation == "eager"
+    # One object a model, still: an edit of it must reach the modules.
+    assert len({id(m.config) for m in first.modules() if hasattr(m, "config")}) == 1
+
+
+def test_two_models_with_two_configs_in_two_threads(models):
+    wide = dhsa.Config(budget=160, sink=8, local=32, query_block=32, dense_tail=16)
+    pairs = [(build("gemma2"), SPARSE), (build("llama"), wide)]
+    ids = tokens(1, 500)
+    expected = [dhsa.patch(model, config)(ids).logits for model, config in pairs]
+    assert {r.path for model, _ in pairs for r in dhsa.last_run(model) if r.kind == "full"} == {"sparse"}
+    got = [[], []]
+
+    def work(which):
+        with torch.no_grad():  # is set for each thread
+            got[which].extend(pairs[which][0](ids).logits for _ in range(4))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for logits, first in zip(got, expected, strict=True):
+        assert len(logits) == 4
+        assert all(torch.equal(one, first) for one in logits)
+
+
 def test_patched_model_can_be_copied(models):
     model, ids = models("gemma2"), tokens(1, 200)
     with dhsa.patched(model, SPARSE):
@@ -409,6 +474,14 @@ def test_patch_rejects(models, monkeypatch):
         dhsa.patch(model, SPARSE, layers=[1, 4, 9])
     with pytest.raises(TypeError, match="layers: expected layer indices"):
         dhsa.patch(model, SPARSE, layers=["1"])
+    with pytest.raises(TypeError, match="layers: expected layer indices or None, got 3"):
+        dhsa.patch(model, SPARSE, layers=3)
+    with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got int"):
+        dhsa.unpatch(3)
+    with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got Linear"):
+        dhsa.patched(torch.nn.Linear(2, 2)).__enter__()
+    with pytest.raises(TypeError, match="model: expected a torch module, got int"):
+        dhsa.last_run(3)
     # transformers refuses by a logged warning only
     monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
     with pytest.raises(ValueError, match="does not support changing its attention implementation"):

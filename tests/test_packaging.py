@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import dhsa
-
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"csrc": {".c", ".h", ".inc"}, "dhsa": {".py", ".pyi", "py.typed"}, "tests": {".py", ".c"}}
 
@@ -77,8 +75,7 @@ def test_everything_that_c_files_include_makes_the_extension_build_again():
     assert not [suffix for suffix in included if f"*{suffix}" not in depends]
 
 
-def test_version_is_the_same_everywhere():
+def test_extras_and_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == dhsa.__version__
     assert {"hf", "demo", "test"} <= set(project["optional-dependencies"])
     assert [re.split(r"[<>=]", name)[0] for name in project["dependencies"]] == ["numpy"]
