@@ -194,7 +194,7 @@ def show(result):
         return
     print(
         f"{result['row']:<38} {result['seconds'] * 1e3:9.1f} ms {result['gflops']:6.0f} GFLOP/s"
-        f" {result['share_of_peak']:6.1%} of peak"
+        f" {result['share_of_peak']:6.1%} of fp32 peak"
         f" | {result['peer']} {result['peer_seconds'] * 1e3:9.1f} ms {result['peer_gflops']:6.0f} GFLOP/s"
         f" | {result['ratio']:5.2f}x" + (f" (goal {result['goal']}x) {mark}" if mark else ""),
         flush=True,
