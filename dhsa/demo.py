@@ -90,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 132)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out: {error}") from error
     text = _read_text(args.text)
 
     started = time.perf_counter()
@@ -193,8 +196,11 @@ def _load(source: Path) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
     with _gguf_read_once() if source.is_file() else nullcontext():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:  # how transformers says that this is no model, or not all of one
+            raise DemoError(f"--model: transformers cannot load {source}: {error}") from error
     return tokenizer, model.eval()
 
 

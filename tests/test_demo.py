@@ -135,12 +135,17 @@ def test_demo_leaves_transformers_as_it_was(tiny_model, tmp_path, capsys):
         (["demo", "--budget", "many"], 2, "invalid int value: 'many'"),
         (["demo", "--text", "no/such/file"], 2, "--text: .*No such file"),
         (["demo", "--model", "no/such/model"], 2, "--model: no/such/model does not exist"),
+        (["demo", "--model", "a_folder"], 2, "--model: transformers cannot load a_folder"),
+        (["demo", "--model", "a_file.gguf"], 2, "--model: transformers cannot load a_file.gguf.*GGUF"),
+        (["demo", "--out", "a_file.gguf"], 2, "--out: .*a_file.gguf"),
         (["denmo"], 2, "invalid choice"),
         ([], 2, "COMMAND"),
     ],
 )
 def test_bad_command_lines(args, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_file.gguf").write_text("something else")
     try:
         code = command_line.main(args)
     except SystemExit as stop:  # argparse's own way out
