@@ -146,8 +146,8 @@ def attention(
         q: [B, H, Lq, D]; float32, float16 or bfloat16. Any strides but the last, which must be 1. D at most 256.
         k, v: [B, Hkv, Lk, D], H a multiple of Hkv (heads h * G .. h * G + G - 1 use KV head h, G = H / Hkv).
         config: a Config. Sparse attention is causal; a sequence no longer than the budget is exact anyway.
-        scale: factor of the logits; None: 1 / sqrt(D).
-        softcap: caps the logits smoothly at +-softcap, above 0; None: no cap.
+        scale: factor of the logits, at most 1e38; None: 1 / sqrt(D).
+        softcap: caps the logits smoothly at +-softcap, 1e-30 to 1e38; None: no cap.
         window: sliding window: the query at position p sees keys p - window < j <= p; None: all up to p.
         causal: False: every query sees every key (exact attention only, without a window).
         key_ranges: int32 [B, Lq, 2]: query i of batch item b sees keys start <= j < stop, in place of causality and

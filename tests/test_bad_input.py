@@ -162,6 +162,14 @@ CALLS = {
     "scale inf": (
         lambda: dhsa.attention(q, k, v, SPARSE, scale=math.inf),
         ValueError, r"^scale: expected a finite number"),
+    "scale beyond float32": (lambda: dhsa.attention(q, k, v, scale=1e39), ValueError, r"^scale: .*at most 1e38"),
+    "softcap beyond float32": (lambda: dhsa.attention(q, k, v, softcap=1e40), ValueError, r"^softcap: .*1e-30 to 1e38"),
+    "softcap below float32": (lambda: dhsa.attention(q, k, v, SPARSE, softcap=1e-46), ValueError, r"^softcap: "),
+    "softcap far below scale": (
+        lambda: dhsa.attention(q, k, v, scale=1e20, softcap=1e-20), ValueError, r"^softcap: .*of the scale"),
+    "scale beyond float32, scores": (
+        lambda: dhsa.chunk_scores(q, k, np.array([[0, 12]]), query_block=5, score="rows", scale=-1e39),
+        ValueError, r"^scale: "),
     "softcap 0": (
         lambda: dhsa.attention(q, k, v, softcap=0),
         ValueError, r"^softcap: expected None or a number above 0"),

@@ -43,6 +43,8 @@ static inline void *dhsa_row(const dhsa_tensor *t, int64_t b, int64_t h, int64_t
 dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error *error);
 /* Checks q and k against each other (batch, head counts, lengths, head_dim, dtype). problem.c */
 dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error *error);
+/* scale and softcap (0: none) within what fp32 arithmetic can use. problem.c */
+dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error);
 /* num_threads in 1 .. DHSA_MAX_THREADS. problem.c */
 dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
 /* Seconds on a monotonic clock. status.c */

@@ -76,6 +76,18 @@ dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error)
     return DHSA_OK;
 }
 
+dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error)
+{
+    /* Kernels compute in fp32, with both times log2(e) and with their quotient. */
+    if (!(fabs(scale) <= 1e38))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "scale: got %g, expected a finite number of at most 1e38", scale);
+    if (softcap == 0) return DHSA_OK;
+    if (!(softcap >= 1e-30 && softcap <= 1e38 && fabs(scale) / softcap <= 1e38))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "softcap: got %g, expected 1e-30 to 1e38, and at least 1e-38 of the scale",
+                         softcap);
+    return DHSA_OK;
+}
+
 /* No two elements of a tensor at one address: sorted by stride, each dimension steps over all inner ones. */
 static int overlaps_itself(const dhsa_tensor *t)
 {
@@ -140,9 +152,7 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
         return dhsa_fail(error, DHSA_ERR_VALUE,
                          "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal", q->shape[2],
                          k->shape[2]);
-    if (!isfinite(p->scale)) return dhsa_fail(error, DHSA_ERR_VALUE, "scale: got %g, expected a finite number", p->scale);
-    if (!(isfinite(p->softcap) && p->softcap >= 0))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "softcap: got %g, expected a positive finite number", p->softcap);
+    if ((status = dhsa_scaling_check(p->scale, p->softcap, error))) return status;
     if (p->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", p->window);
     if (p->window && (!p->causal || p->key_ranges))
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: a sliding window is supported with causal attention only");

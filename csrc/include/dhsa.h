@@ -41,8 +41,8 @@ typedef struct {
 typedef struct {
     dhsa_tensor q, k, v, out; /* one dtype for all four; out [B, H, Lq, D] must overlap none of the inputs */
     float *lse;     /* NULL, or contiguous [B, H, Lq]: log-sum-exp of the logits, natural log, -inf where no key is seen */
-    double scale;   /* any finite number */
-    double softcap; /* 0: none; else s = softcap * tanh(s / softcap) after scaling */
+    double scale;   /* at most 1e38, of either sign */
+    double softcap; /* 0: none; else s = softcap * tanh(s / softcap) after scaling; 1e-30 to 1e38 */
     int64_t window; /* 0: none; else key j is visible to position p only if j > p - window */
     int causal;     /* 0: every key is visible (window must then be 0) */
     const int32_t *key_ranges; /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop), in place of causal and window */

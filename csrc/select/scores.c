@@ -33,7 +33,7 @@ int64_t dhsa_score_sets(const dhsa_score_config *config, const dhsa_tensor *q, c
 
 dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *c, dhsa_error *error)
 {
-    const dhsa_status status = dhsa_qk_check(q, k, error);
+    dhsa_status status = dhsa_qk_check(q, k, error);
     if (status) return status;
     if (q->shape[2] > k->shape[2])
         return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk",
@@ -49,9 +49,7 @@ dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const d
     if (c->score == DHSA_SCORE_ROWS && (c->rows < 1 || c->rows > c->query_block))
         return dhsa_fail(error, DHSA_ERR_VALUE, "rows: got %" PRId64 ", expected 1 to the query_block of %" PRId64, c->rows,
                          c->query_block);
-    if (!isfinite(c->scale)) return dhsa_fail(error, DHSA_ERR_VALUE, "scale: got %g, expected a finite number", c->scale);
-    if (!(isfinite(c->softcap) && c->softcap >= 0))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "softcap: got %g, expected a positive finite number", c->softcap);
+    if ((status = dhsa_scaling_check(c->scale, c->softcap, error))) return status;
     if (c->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", c->window);
     return DHSA_OK;
 }
