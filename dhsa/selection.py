@@ -238,7 +238,7 @@ class Selection:
         q_len, k_len = self._lengths()
         offset = k_len - q_len
         # Query positions 0, 1, ... see 1, 2, ... keys until the window is full, and then its width.
-        width = k_len if self.window is None else min(self.window, k_len)
+        width = k_len if self.window is None else min(self.window, k_len)  # sums with a wider one could overflow
         rising = min(max(0, width - offset), q_len)
         visible = rising * (2 * offset + rising + 1) // 2 + (q_len - rising) * width
         visible *= self.shape[0] * self.shape[1]
@@ -247,8 +247,7 @@ class Selection:
         last = np.minimum(first + self.query_block, q_len) - 1 + offset
         first += offset
         keys = self.indices.astype(np.int64)
-        if self.window is not None:
-            np.minimum(last, keys + self.window - 1, out=last)
+        np.minimum(last, keys + width - 1, out=last)
         attended = int(np.maximum(last - np.maximum(first, keys) + 1, 0).sum())
         return attended / visible
 
@@ -342,5 +341,5 @@ def visible_keys(first: int, last: int, q_len: int, k_len: int, window: int | No
     keys = np.arange(k_len)
     visible = keys <= position
     if window is not None:
-        visible &= keys > position - window
+        visible &= keys > position - min(window, k_len)  # the difference from a wider one could overflow
     return visible

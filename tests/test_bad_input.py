@@ -180,7 +180,8 @@ CALLS = {
     "window 0": (lambda: dhsa.attention(q, k, v, window=0), ValueError, r"^window: expected at least 1, got 0"),
     "window float": (lambda: dhsa.attention(q, k, v, window=2.0), TypeError, r"^window: expected an int, got float"),
     "window bool": (lambda: dhsa.attention(q, k, v, window=True), TypeError, r"^window: expected an int, got bool"),
-    "window overflow": (lambda: dhsa.attention(q, k, v, window=2**70), ValueError, r"^window: "),
+    "window overflow": (
+        lambda: dhsa.attention(q, k, v, window=2**70), ValueError, r"^window: expected 1 to 9223372036854775807, got"),
     "window without causal": (
         lambda: dhsa.attention(q, k, v, window=4, causal=False),
         NotImplementedError, r"^window: "),

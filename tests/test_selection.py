@@ -72,6 +72,19 @@ def test_density_of_many_queries_costs_no_memory_for_each():
     assert lists.density() == pytest.approx(65536 / (2.0**30 * (2**30 + 1) / 2))
 
 
+@pytest.mark.parametrize("window", [90, 2**62, 2**63 - 1])
+def test_a_window_wider_than_the_keys_is_none(make_qkv, window):
+    q, k, v = make_qkv(1, 4, 2, 60, 90, 8)
+    config = dhsa.Config(budget=24, query_block=16, sink=2, local=4, dense_tail=0)
+    want, selection = dhsa.select(q, k, config), dhsa.select(q, k, config, window=window)
+    assert selection == want
+    assert selection.density() == want.density()
+    np.testing.assert_array_equal(selection.mask(causal=True), want.mask(causal=True))
+    assert dhsa.Selection.from_mask(want.mask(), query_block=16, window=window) == want
+    out = dhsa.sparse_attention(q, k, v, selection, window=window)
+    np.testing.assert_array_equal(out, dhsa.attention(q, k, v, config))
+
+
 def test_from_mask_is_what_sdpa_does(torch, make_qkv):
     q, k, v = make_qkv(1, 4, 2, 24, 24, 8)
     rng = np.random.default_rng(2)

@@ -32,7 +32,7 @@ int dhsa_py_int(PyObject *object, const char *name, int64_t min, int64_t max, in
     if (number == -1 && !overflow && PyErr_Occurred()) {
         result = -1;
     } else if (overflow || number < min || number > max) {
-        if (max == INT64_MAX) {
+        if (max == INT64_MAX && overflow <= 0) {
             PyErr_Format(PyExc_ValueError, "%s: expected at least %lld, got %S", name, (long long)min, integer);
         } else {
             PyErr_Format(PyExc_ValueError, "%s: expected %lld to %lld, got %S", name, (long long)min, (long long)max, integer);
