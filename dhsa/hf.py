@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 try:
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -92,10 +94,10 @@ def attention_forward(
     full if the module or `is_causal` says it is not causal), a range table of this package's mask function, a 2-D
     padding mask, or a complete 4-D mask; see `hf_masks.ranges_of`. Queries that see no key give zeros. Stretches of
     plain causal or sliding attention inside a mask (padded, packed or static-cache prompts) go through the model's
-    config like an unmasked prompt; anything else is exact.
+    config like an unmasked prompt; anything else is exact, also over keys with gaps between them.
 
     Raises NotImplementedError for what has no counterpart here: gradients, dropout, attention weights as output, sinks
-    (s_aux), position biases, paged caches, cross-attention, masks whose rows are not intervals.
+    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals.
     """
     _refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
     batch, heads, q_len, dim = query.shape
@@ -125,6 +127,11 @@ def attention_forward(
         return out, None
 
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
+    if ranges.shape[1] > 1:
+        done = _attend_to_intervals(query, key, value, ranges, view, options)
+        _record(module, layer, sliding_window, query, key, done)
+        return out, None
+    ranges = ranges[:, 0]
     parts = None if q_len == 1 else segments(ranges)
     whole = (
         parts is not None
@@ -154,6 +161,34 @@ def attention_forward(
         done.append((stats, pairs * (batch if row is None else 1)))
     _record(module, layer, sliding_window, query, key, done)
     return out, None
+
+
+def _attend_to_intervals(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ranges: np.ndarray,
+    out: torch.Tensor,
+    options: dict[str, float | None],
+) -> list[tuple[functional.RunStats, int]]:
+    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: one call for
+    each, its result weighted by its share of the softmax's sum."""
+    total = lse = None
+    done = []
+    for j in range(ranges.shape[1]):
+        table = np.ascontiguousarray(ranges[:, j])
+        part, part_lse, stats = functional.run(query, key, value, _EXACT, key_ranges=table, return_lse=True, **options)
+        done.append((stats, 1))
+        if total is None:
+            total, lse = part.float(), part_lse
+            continue
+        both = torch.logaddexp(lse, part_lse)
+        nothing = both == -torch.inf  # neither interval has a key: the difference of the two would be NaN
+        old, new = ((one - both).exp_().masked_fill_(nothing, 0)[..., None] for one in (lse, part_lse))
+        total = total * old + part * new
+        lse = both
+    out.copy_(total)
+    return done
 
 
 def _refuse_unsupported(

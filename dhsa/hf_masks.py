@@ -1,8 +1,9 @@
-"""Attention masks of transformers as key ranges: for every query, the one interval [start, stop) of keys that it sees.
+"""Attention masks of transformers as key ranges: for every query, the intervals [start, stop) of keys that it sees.
 
-A range table is [B, 1, Lq, 2] int32 (four dimensions, because transformers passes 4-D masks on untouched), linear in
-the prompt where a mask tensor is quadratic, and says the same. This module makes one from whatever transformers or the
-user hands over, and finds the stretches of it that are plain causal or sliding-window attention, which may then run
+A range table is [B, m, Lq, 2] int32 (four dimensions, because transformers passes 4-D masks on untouched), linear in
+the prompt where a mask tensor is quadratic, and says the same. Nearly always m is 1; a query with fewer than m
+intervals has empty ones, (0, 0), in place of the missing. This module makes one from whatever transformers or the user
+hands over, and finds the stretches of it that are plain causal or sliding-window attention, which may then run
 sparse. It computes no attention and knows nothing of models.
 """
 
@@ -15,7 +16,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-__all__ = ["Segment", "key_range_mask", "ranges_of", "segments"]
+__all__ = ["MAX_INTERVALS", "Segment", "key_range_mask", "ranges_of", "segments"]
+
+# Each interval is an attention call of its own. Padding between turns of a conversation makes a few; a mask that needs
+# more than this is of another kind (strided, random), for which ranges are the wrong form.
+MAX_INTERVALS = 16
 
 # Masks given as [.., Lq, Lk] tensors are read in slices of about this many elements.
 _SLICE_ELEMENTS = 1 << 22
@@ -59,11 +64,12 @@ def key_range_mask(
     """The mask for attention implementation "dhsa", in the signature of transformers' AttentionMaskInterface.
 
     Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded and no window
-    cuts anything off; else a range table, int32 [batch_size, 1, q_length, 2]. Never a [q_length, kv_length] tensor.
+    cuts anything off; else a range table, int32 [batch_size, m, q_length, 2]. Never a [q_length, kv_length] tensor.
 
-    A query that is itself padding (its own entry of `attention_mask` is False) sees nothing: its output is zeros.
+    A query that is itself padding (its own entry of `attention_mask` is False) sees nothing: its output is zeros. Only
+    the last query sees what transformers says in any case: `generate` reads its logits, also of a right-padded row.
 
-    Raises NotImplementedError if some query would see a set of keys that is not one interval.
+    Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
     q_offset = int(q_offset)  # static caches count in a tensor
     # Positions below count from the first key that the attention function will be given.
@@ -95,7 +101,7 @@ def key_range_mask(
                 use_vmap=use_vmap,
             )
             parts.append(_intervals(piece[:, 0].cpu().numpy(), start))
-        return torch.from_numpy(np.concatenate(parts, axis=1)[:, None].copy())
+        return torch.from_numpy(_joined(parts, axis=2))
 
     position = np.arange(first, first + q_length, dtype=np.int64)
     aligned = first + q_length == kv_length
@@ -106,13 +112,16 @@ def key_range_mask(
     ranges[:, :, 0] = np.maximum(position - local_size + 1, 0) if cut else 0
     ranges[:, :, 1] = np.minimum(position + 1, kv_length)
     if padding is not None:
-        real = _intervals(padding[:, None, :], what="attention_mask")[:, 0]
-        np.maximum(ranges[:, :, 0], real[:, :1], out=ranges[:, :, 0])
-        np.minimum(ranges[:, :, 1], real[:, 1:], out=ranges[:, :, 1])
+        real = _intervals(padding[:, None, :], what="attention_mask")  # [B, m, 1, 2]
+        start = np.maximum(ranges[:, None, :, 0], real[..., 0])
+        stop = np.minimum(ranges[:, None, :, 1], real[..., 1])
+        table = np.stack([start, stop], axis=-1)
         # Queries that are padding. Those past the mask's end are not: transformers only calls their keys hidden.
         known = (position >= 0) & (position < padding.shape[1])
-        ranges[:, known] *= padding[:, position[known], None]
-        ranges[ranges[:, :, 0] >= ranges[:, :, 1]] = 0
+        known[-1] = False
+        table[:, :, known] *= padding[:, None, position[known], None]
+        table[table[..., 0] >= table[..., 1]] = 0
+        return torch.from_numpy(table)
     return torch.from_numpy(ranges[:, None])
 
 
@@ -148,27 +157,27 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: int | None) -> np.ndarray:
-    """The ranges int32 [batch, q_len, 2] (contiguous, not to be written to) of a mask of one of these kinds:
+    """The ranges int32 [batch, m, q_len, 2] (contiguous, not to be written to) of a mask of one of these kinds:
 
-    - int32 [B or 1, 1, Lq, 2]: a range table already;
+    - int32 [B or 1, m, Lq, 2]: a range table already;
     - [B, Lk] bool or integer, True or 1 for a real token: key padding over plain attention, the last query at the last
       key, within `window` if given;
     - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
       equal in all heads. It is complete: causality and window come from it alone, as in transformers.
 
     Raises ValueError on a shape that does not fit, TypeError on a dtype that is none of these, NotImplementedError if
-    some query's keys are not one interval, if heads differ, or if the additive mask carries other values (a position
-    bias).
+    some query's keys are more than MAX_INTERVALS intervals, if heads differ, or if the additive mask carries other
+    values (a position bias).
     """
-    if mask.ndim == 4 and mask.dtype == torch.int32 and mask.shape[1] == 1 and mask.shape[3] == 2:
-        ranges = mask[:, 0].cpu().numpy()
-        if ranges.shape[0] not in (1, batch) or ranges.shape[1] != q_len:
+    if mask.ndim == 4 and mask.dtype == torch.int32 and 1 <= mask.shape[1] <= MAX_INTERVALS and mask.shape[3] == 2:
+        ranges = mask.cpu().numpy()
+        if ranges.shape[0] not in (1, batch) or ranges.shape[2] != q_len:
             raise ValueError(
-                f"attention_mask: expected key ranges of shape [{batch}, 1, {q_len}, 2], got {tuple(mask.shape)}"
+                f"attention_mask: expected key ranges of shape [{batch}, m, {q_len}, 2], got {tuple(mask.shape)}"
             )
         if ranges.size and (ranges.min() < 0 or ranges[..., 1].max() > k_len):
             raise ValueError(f"attention_mask: key ranges reach beyond the {k_len} keys")
-        return np.ascontiguousarray(np.broadcast_to(ranges, (batch, q_len, 2)))
+        return _spread(ranges, batch, q_len)
     if mask.ndim == 2:
         if mask.shape[0] != batch or mask.shape[1] < k_len:
             raise ValueError(f"attention_mask: expected shape [{batch}, {k_len}], got {tuple(mask.shape)}")
@@ -179,8 +188,8 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
         if table is None:
             position = np.arange(k_len - q_len, k_len, dtype=np.int32)
             row = np.stack([np.zeros_like(position), position + 1], axis=-1)
-            return np.ascontiguousarray(np.broadcast_to(row, (batch, q_len, 2)))
-        return table[:, 0].numpy()
+            return _spread(row[None, None], batch, q_len)
+        return table.numpy()
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
@@ -194,7 +203,11 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
         ranges = _read_4d(mask, k_len)
         if version is not None:  # an inference tensor does not say when it changes
             _known[mask] = (version, k_len, ranges)
-    return np.ascontiguousarray(np.broadcast_to(ranges, (batch, q_len, 2)))
+    return _spread(ranges, batch, q_len)
+
+
+def _spread(ranges: np.ndarray, batch: int, q_len: int) -> np.ndarray:
+    return np.ascontiguousarray(np.broadcast_to(ranges, (batch, ranges.shape[1], q_len, 2)))
 
 
 def _trusted(window: int | None) -> Callable:
@@ -206,14 +219,15 @@ def _trusted(window: int | None) -> Callable:
 
 
 def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
-    """Ranges [B', Lq', 2] of a 4-D mask, its sizes 1 kept as they are; read in slices."""
+    """Ranges [B', m, Lq', 2] of a 4-D mask, its sizes 1 kept as they are; read in slices."""
     mask = mask.detach()[..., :k_len]
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"attention_mask: a 4-D mask must be bool or additive floating point, got {mask.dtype}")
     heads = 1 if mask.stride(1) == 0 else mask.shape[1]
     step = max(1, _SLICE_ELEMENTS // max(1, k_len))
-    table = np.empty((mask.shape[0], mask.shape[2], 2), np.int32)
+    rows = []
     for b in range(mask.shape[0]):
+        parts: list[np.ndarray] = []
         for start in range(0, mask.shape[2], step):
             stop = min(start + step, mask.shape[2])
             for h in range(heads):
@@ -226,44 +240,67 @@ def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
                             'this one carries other values, a position bias, which "dhsa" does not add'
                         )
                     piece = visible
-                found = _intervals(piece.cpu().numpy()[None], start)[0]
+                found = _intervals(piece.cpu().numpy()[None], start, first_batch=b)
                 if h == 0:
-                    table[b, start:stop] = found
-                elif not np.array_equal(table[b, start:stop], found):
+                    parts.append(found)
+                elif not np.array_equal(parts[-1], found):
                     raise NotImplementedError(
                         'attention_mask: the heads have different masks, "dhsa" takes one for all heads'
                     )
-    return table
+        rows.append(_joined(parts, axis=2))
+    return _joined(rows, axis=0)
 
 
-def _intervals(visible: np.ndarray, first_row: int = 0, what: str = "attention mask") -> np.ndarray:
-    """int32 [B, n, 2] of bool [B, n, Lk]; (0, 0) where nothing is visible. NotImplementedError if a row has a gap."""
+def _joined(tables: list[np.ndarray], axis: int) -> np.ndarray:
+    """Range tables [B, m, n, 2] put together, with empty intervals where one has fewer than another."""
+    most = max(t.shape[1] for t in tables)
+    padded = [np.pad(t, ((0, 0), (0, most - t.shape[1]), (0, 0), (0, 0))) if t.shape[1] < most else t for t in tables]
+    return np.concatenate(padded, axis=axis)
+
+
+def _intervals(
+    visible: np.ndarray, first_row: int = 0, first_batch: int = 0, what: str = "attention mask"
+) -> np.ndarray:
+    """int32 [B, m, n, 2] of bool [B, n, Lk], m the most intervals that a row has. NotImplementedError if they are too
+    many."""
     count = visible.sum(axis=-1, dtype=np.int32)
     start = visible.argmax(axis=-1).astype(np.int32)
     stop = (visible.shape[-1] - visible[..., ::-1].argmax(axis=-1)).astype(np.int32)
     empty = count == 0
     start[empty] = stop[empty] = 0
-    if not np.array_equal(stop - start, count):
-        b, row = np.argwhere(stop - start != count)[0]
-        where = f"batch row {b}" if what == "attention_mask" else f"batch row {b}, query {row + first_row}"
+    if np.array_equal(stop - start, count):
+        return np.stack([start, stop], axis=-1)[:, None]
+    edge = np.zeros((*visible.shape[:-1], 1), bool)
+    before, after = np.concatenate([edge, visible[..., :-1]], -1), np.concatenate([visible[..., 1:], edge], -1)
+    begins, ends = visible & ~before, visible & ~after
+    number = begins.sum(axis=-1)
+    most = int(number.max())
+    if most > MAX_INTERVALS:
+        b, row = np.argwhere(number == most)[0]
+        where = f"batch row {b + first_batch}" + ("" if what == "attention_mask" else f", query {row + first_row}")
         raise NotImplementedError(
-            f"{what}: {where} sees keys that are not one interval ({count[b, row]} of the keys {start[b, row]}.."
-            f'{stop[b, row] - 1}), which "dhsa" cannot serve; use attn_implementation="eager" for such masks'
+            f'{what}: {where} sees keys in {most} separate intervals, "dhsa" serves at most {MAX_INTERVALS}; '
+            'use attn_implementation="eager" for such masks'
         )
-    return np.stack([start, stop], axis=-1)
+    table = np.zeros((*number.shape, most, 2), np.int32)
+    b, row, key = np.nonzero(begins)  # in order, and so are the ends: the two belong together pair by pair
+    slot = (begins.cumsum(axis=-1, dtype=np.int32) - 1)[b, row, key]
+    table[b, row, slot, 0] = key
+    table[b, row, slot, 1] = np.nonzero(ends)[2] + 1
+    return np.ascontiguousarray(table.transpose(0, 2, 1, 3))
 
 
 # ---- what of it is plain ---------------------------------------------------------------------------------------------
 
 
 def segments(ranges: np.ndarray, limit: int = 64) -> list[Segment] | None:
-    """Cuts a range table into stretches of plain causal or sliding-window attention; queries that see nothing are left
-    out.
+    """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention; queries
+    that see nothing are left out.
 
     Padded, packed and static-cache prompts come out as one stretch a sequence: either the only one of its batch row, or
-    beginning with a query that sees one key. Returns None for any other table (prefixes seen from both sides,
-    bidirectional spans) and for rows of more than `limit` sequences: those are served by exact attention with the table
-    itself.
+    beginning with a query that sees one key, or the last query alone (of a right-padded row). Returns None for any
+    other table (prefixes seen from both sides, bidirectional spans) and for rows of more than `limit` sequences: those
+    are served by exact attention with the table itself.
     """
     if len(ranges) > 1 and (ranges[1:] == ranges[:1]).all():
         same = segments(ranges[:1], limit)
@@ -288,7 +325,7 @@ def segments(ranges: np.ndarray, limit: int = 64) -> list[Segment] | None:
             window = width if s[-1] > s[0] else None
             if window is not None and not np.array_equal(s, np.maximum(s[0], e - window)):
                 return None
-            if len(edges) > 2 and e[0] - s[0] != 1:
+            if len(edges) > 2 and e[0] - s[0] != 1 and q_start < len(table) - 1:
                 return None
             found.append(Segment(row, q_start, q_stop, int(s[0]), int(e[-1]), window, int((e - s).sum())))
     return found

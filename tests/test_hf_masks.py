@@ -55,7 +55,9 @@ def test_mask_function_says_what_sdpas_says(seed):
     assert table.shape == (batch, 1, q_length, 2)
     assert table.dtype == torch.int32
     if mask is not None:
-        expected = expected & mask[:, q_offset:, None].numpy()
+        real = mask[:, q_offset:, None].clone()
+        real[:, -1] = True  # the last query sees its keys, padding or not
+        expected = expected & real.numpy()
     assert (visible_of(table[:, 0].numpy(), kv_length) == expected).all()
     if mask is None or mask.all():
         assert kv_length > q_offset + q_length - kv_offset or window is not None  # else None would have done
@@ -68,10 +70,39 @@ def test_other_patterns_are_evaluated_not_assumed():
     expected = sdpa_mask(**common, mask_function=chunked, allow_is_causal_skip=False)[:, 0].numpy()
     got = key_range_mask(**common, mask_function=chunked)[:, 0].numpy()
     assert (visible_of(got, 50) == expected).all()
-    with pytest.raises(NotImplementedError, match=r"query 30 .* not one interval"):
+    with pytest.raises(NotImplementedError, match=r"query 49 .* 25 separate intervals"):
         key_range_mask(
-            1, 50, 50, mask_function=lambda b, h, q, k: (k <= q) & ((q < 30) | (k != 4)), allow_is_causal_skip=False
+            1, 50, 50, mask_function=lambda b, h, q, k: (k <= q) & ((q < 49) | (k % 2 == 0)), allow_is_causal_skip=False
         )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gaps_become_more_intervals(seed):
+    """Padding anywhere, and masks of any shape; a query that is padding sees nothing, as in every padded batch."""
+    rng = np.random.default_rng(seed)
+    batch, length, window = 3, int(rng.integers(20, 60)), [None, 9][seed % 2]
+    padding = torch.ones(batch, length, dtype=torch.bool)
+    for row in range(1, batch):
+        for _ in range(row):
+            lo = int(rng.integers(0, length - 3))
+            padding[row, lo : lo + 3] = False
+    q, k = torch.arange(length)[:, None], torch.arange(length)
+    plain = (k <= q) & (k > q - (window or length))
+    real = padding[:, :, None].clone()
+    real[:, -1] = True  # the last query sees its keys, padding or not
+    expected = plain & padding[:, None, :] & real
+
+    def union(table):
+        return np.any([visible_of(table[:, j], length) for j in range(table.shape[1])], axis=0)
+
+    got = ranges_of(padding, batch, length, length, window)
+    assert got.shape[1] > 1
+    assert (union(got) == expected.numpy()).all()
+    got = ranges_of(expected[:, None], batch, length, length, window)
+    assert (union(got) == expected.numpy()).all()
+    assert (got[..., 1] - got[..., 0]).sum() == expected.sum()  # no key twice
+    again = ranges_of(torch.from_numpy(got.copy()), batch, length, length, window)
+    assert np.array_equal(again, got)
 
 
 def test_plain_masks_cost_nothing():
@@ -100,10 +131,10 @@ def test_segments_rebuild_the_table():
         for row in range(3):
             lo, hi = sorted(rng.integers(0, 61, 2))
             mask[row, lo:hi] = True
-        table = ranges_of(mask, 4, 60, 60, window)
+        table = ranges_of(mask, 4, 60, 60, window)[:, 0]
         parts = segments(table)
         assert (rebuilt(parts, table.shape) == table).all()
-        assert len(parts) <= 3
+        assert len(parts) <= 6  # a stretch and the last query of three rows
     packed = np.concatenate(
         [np.stack([np.full(n, a), np.arange(a, a + n) + 1], -1) for a, n in [(0, 9), (9, 30), (39, 4)]]
     )
