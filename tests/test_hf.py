@@ -4,55 +4,27 @@ Every model has windows smaller than its prompts, grouped heads and, where its f
 which dropping any of them would show.
 """
 
-import copy
-import threading
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 
+from tiny import (  # noqa: E402
+    EXACT,
+    FAMILIES,
+    SPARSE,
+    WINDOW,
+    Layer,
+    build,
+    masked_softmax,
+    padded,
+    qkv,
+    tokens,
+)
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import dhsa  # noqa: E402
 import dhsa.hf  # noqa: E402
-
-EXACT = dhsa.Config(budget=None)
-SPARSE = dhsa.Config(budget=96, sink=8, local=32, query_block=32, dense_tail=16)
-WINDOW = 64
-FAMILIES = ["gemma2", "gemma3", "llama", "qwen2", "qwen3"]
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-
-
-def build(family, implementation="eager", **changes):
-    layer_types = ["sliding_attention", "full_attention"] * 2
-    gemma = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "layer_types": layer_types}
-    qwen = {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": layer_types}
-    config = {
-        "gemma2": lambda: transformers.Gemma2Config(
-            **{**SIZES, **gemma, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0, **changes}
-        ),
-        "gemma3": lambda: transformers.Gemma3TextConfig(**{**SIZES, **gemma, **changes}),
-        "llama": lambda: transformers.LlamaConfig(**{**SIZES, **changes}),
-        "qwen2": lambda: transformers.Qwen2Config(**{**SIZES, **qwen, **changes}),
-        "qwen3": lambda: transformers.Qwen3Config(**{**SIZES, **qwen, "head_dim": 32, **changes}),
-    }[family]()
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,36 +45,6 @@ def models():
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def tokens(batch, length, seed=0):
-    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def qkv(batch=1, heads=4, kv_heads=2, q_len=96, k_len=None, dim=16, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    k_len = q_len if k_len is None else k_len
-    q = torch.randn(batch, heads, q_len, dim, generator=g)
-    k, v = (torch.randn(batch, kv_heads, k_len, dim, generator=g) for _ in range(2))
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-class Layer(torch.nn.Module):
-    """The little of an attention module that the attention function looks at."""
-
-    def __init__(self, layer_idx=0, is_causal=True):
-        super().__init__()
-        self.layer_idx, self.is_causal = layer_idx, is_causal
-
-
-def masked_softmax(q, k, v, visible, scale=None, softcap=None):
-    """Attention in float64 from a [.., Lq, Lk] bool mask; zeros where a query sees nothing."""
-    q, k, v = (t.double() for t in (q, k, v))
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    s = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-    return s.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num() @ v
 
 
 # ---- whole models --------------------------------------------------------------------------------------------------
@@ -174,14 +116,6 @@ def test_padded_batch_agrees_with_eager(models, family, side):
         got = model(ids, attention_mask=mask, position_ids=positions).logits
     real = mask.bool()
     torch.testing.assert_close(got[real], expected[real], rtol=0, atol=2e-5)
-
-
-def padded(lengths, size, side):
-    ids, mask = torch.zeros(len(lengths), size, dtype=torch.long), torch.zeros(len(lengths), size, dtype=torch.long)
-    for row, n in enumerate(lengths):
-        where = slice(size - n, size) if side == "left" else slice(0, n)
-        ids[row, where], mask[row, where] = tokens(1, n, seed=row)[0], 1
-    return ids, mask
 
 
 def test_generate_on_a_left_padded_batch(models):
@@ -356,145 +290,6 @@ def test_given_4d_mask(models, additive):
     assert (expected - model(ids).logits).abs().max() > 1e-3
 
 
-# ---- patching ------------------------------------------------------------------------------------------------------
-
-
-def test_patch_and_unpatch_restore_the_implementation(models):
-    model, ids = build("llama", "sdpa"), tokens(1, 200)
-    before = model(ids).logits
-    assert dhsa.patch(model, EXACT) is model
-    assert model.config._attn_implementation == "dhsa"
-    dhsa.patch(model, SPARSE)  # replaces the config, keeps what was there before the first
-    model(ids)
-    assert dhsa.last_run(model)[0].path == "sparse"
-    assert dhsa.unpatch(model) is model
-    assert model.config._attn_implementation == "sdpa"
-    assert torch.equal(model(ids).logits, before)
-    with pytest.raises(ValueError, match="not patched"):
-        dhsa.unpatch(model)
-
-
-def test_patched_nests_and_survives_exceptions(models):
-    model, ids = models("gemma2"), tokens(1, 200)
-    with dhsa.patched(model, EXACT):
-        with dhsa.patched(model, SPARSE):
-            model(ids)
-            assert dhsa.last_run(model)[1].path == "sparse"
-        model(ids)
-        assert dhsa.last_run(model)[1].path == "dense"
-        with pytest.raises(IndexError), dhsa.patched(model, SPARSE):
-            model(torch.full((1, 9), SIZES["vocab_size"]))
-        model(ids)
-        assert dhsa.last_run(model)[1].path == "dense"
-    assert model.config._attn_implementation == "eager"
-
-
-def test_patched_leaves_the_model_as_it_was_whatever_happened_inside(models):
-    model, ids = models("gemma2"), tokens(1, 200)
-    with dhsa.patched(model, SPARSE):
-        dhsa.unpatch(model)
-    assert model.config._attn_implementation == "eager"
-    with dhsa.patched(model, EXACT):
-        with dhsa.patched(model, SPARSE):
-            model.set_attn_implementation("eager")
-        assert model.config._attn_implementation == "dhsa"
-        model(ids)
-        assert dhsa.last_run(model)[1].path == "dense"
-        with dhsa.patched(model, SPARSE):
-            dhsa.unpatch(model)
-        model(ids)
-        assert dhsa.last_run(model)[1].path == "dense"
-    assert model.config._attn_implementation == "eager"
-
-
-def test_models_built_from_one_config_are_patched_apart(models):
-    """transformers keeps the implementation in the config, and hands one config object to both."""
-    ids, config = tokens(1, 300), models("gemma2").config
-    torch.manual_seed(3)
-    first, second, third = (transformers.Gemma2ForCausalLM(copy.deepcopy(config)).eval() for _ in range(3))
-    for model in (second, third):
-        for part in model.modules():
-            if hasattr(part, "config"):
-                part.config = first.config
-    expected = third(ids).logits
-    dhsa.patch(first, SPARSE)
-    dhsa.patch(second, EXACT)
-    assert torch.equal(third(ids).logits, expected)
-    assert dhsa.last_run(third) == []
-    dhsa.unpatch(first)
-    assert first.config._attn_implementation == "eager"
-    second(ids)
-    assert [r.path for r in dhsa.last_run(second)] == ["window", "dense"] * 2
-    dhsa.unpatch(second)
-    assert second.config._attn_implementation == "eager"
-    # One object a model, still: an edit of it must reach the modules.
-    assert len({id(m.config) for m in first.modules() if hasattr(m, "config")}) == 1
-
-
-def test_two_models_with_two_configs_in_two_threads(models):
-    wide = dhsa.Config(budget=160, sink=8, local=32, query_block=32, dense_tail=16)
-    pairs = [(build("gemma2"), SPARSE), (build("llama"), wide)]
-    ids = tokens(1, 500)
-    expected = [dhsa.patch(model, config)(ids).logits for model, config in pairs]
-    assert {r.path for model, _ in pairs for r in dhsa.last_run(model) if r.kind == "full"} == {"sparse"}
-    got = [[], []]
-
-    def work(which):
-        with torch.no_grad():  # is set for each thread
-            got[which].extend(pairs[which][0](ids).logits for _ in range(4))
-
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for logits, first in zip(got, expected, strict=True):
-        assert len(logits) == 4
-        assert all(torch.equal(one, first) for one in logits)
-
-
-def test_patched_model_can_be_copied(models):
-    model, ids = models("gemma2"), tokens(1, 200)
-    with dhsa.patched(model, SPARSE):
-        twin = copy.deepcopy(model)
-        expected = model(ids).logits
-    assert twin.config._attn_implementation == "dhsa"
-    assert torch.equal(twin(ids).logits, expected)
-    dhsa.unpatch(twin)
-    assert twin.config._attn_implementation == "eager"
-
-
-def test_patch_rejects(models, monkeypatch):
-    model = models("gemma2")
-    with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got Linear"):
-        dhsa.patch(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"config: expected a dhsa\.Config or None, got dict"):
-        dhsa.patch(model, {"budget": 3})
-    with pytest.raises(ValueError, match=r"layers: \[4, 9\] not in this model, whose layers are 0\.\.3"):
-        dhsa.patch(model, SPARSE, layers=[1, 4, 9])
-    with pytest.raises(TypeError, match="layers: expected layer indices"):
-        dhsa.patch(model, SPARSE, layers=["1"])
-    with pytest.raises(TypeError, match="layers: expected layer indices or None, got 3"):
-        dhsa.patch(model, SPARSE, layers=3)
-    with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got int"):
-        dhsa.unpatch(3)
-    with pytest.raises(TypeError, match="model: expected a transformers PreTrainedModel, got Linear"):
-        dhsa.patched(torch.nn.Linear(2, 2)).__enter__()
-    with pytest.raises(TypeError, match="model: expected a torch module, got int"):
-        dhsa.last_run(3)
-    # transformers refuses by a logged warning only
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(ValueError, match="does not support changing its attention implementation"):
-        dhsa.patch(model, SPARSE)
-    assert model.config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="step: expected"):
-        dhsa.last_run(model, "both")
-
-
-def test_last_run_of_a_model_that_never_ran():
-    assert dhsa.last_run(build("llama")) == []
-
-
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -596,7 +391,7 @@ def test_padding_with_holes_in_a_model(models):
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generate_on_a_right_padded_batch(models, family, cache):
     """transformers warns of it and goes on: the new tokens' keys follow after the padding's. Less padding than a window
-    is wide, or the last query would see no key, for which eager has the mean of all values and "dhsa" zeros."""
+    is wide, or the last query would see no key, for which eager has the mean of all values, "dhsa" (as sdpa) zeros."""
     model = models(family)
     ids, mask = padded([200, 170, 150], 200, "right")
     options = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": False, "cache_implementation": cache}
