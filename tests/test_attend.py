@@ -162,6 +162,27 @@ def test_bad_numbers_in_bf16(torch, make_qkv, tier, which, bad, window):
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("power", [2, 7, 8, 9, 12, 20, 36])
+def test_logits_of_any_size(make_qkv, tier, power):
+    dhsa.set_isa(tier)
+    q, k, v = make_qkv(1, 2, 1, 90, 90, 16, seed=power)
+    q[0, :, 0], k[0, :, ::7] = q[0, :, 1], k[0, :, :1]  # exact ties share the weight
+    q, k = (x * np.float32(10.0 ** (power / 2)) for x in (q, k))
+    out, lse = dhsa.attention(q, k, v, return_lse=True)
+    want, want_lse = reference.attention(q, k, v, return_lse=True)
+    np.testing.assert_allclose(out, want, atol=1e-4)
+    np.testing.assert_allclose(lse, want_lse, rtol=3e-6)
+    sparse = dhsa.Config(budget=24, query_block=8, sink=2, local=8, dense_tail=0)
+    selection = dhsa.select(q, k, sparse)
+    np.testing.assert_allclose(
+        dhsa.attention(q, k, v, sparse), reference.sparse_attention(q, k, v, selection), atol=1e-4
+    )
+    scores = dhsa.chunk_scores(q, k, selection.boundaries, query_block=8, score="rows")
+    want = reference.chunk_scores(q, k, selection.boundaries, query_block=8, score="rows")
+    np.testing.assert_allclose(scores, want, atol=3e-4)
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("window", [None, 90])
 def test_lists_agree_with_the_reference(make_qkv, tier, heads, window):

@@ -148,11 +148,25 @@ K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, cons
         }
 }
 
+/* 1 where a maximum is so large that its rounding, which a fused product does not share, is no longer small. */
+K_INLINE vf is_far(vf top)
+{
+    const vf near = v_max(v_set1(-0x1p26f), v_min(v_set1(0x1p26f), top));
+    return v_pick(v_eq(near, top), v_set1(0.0f), v_set1(1.0f));
+}
+
+/* x * factor + shift, where -shift is the largest product, rounded. Fused it is exact but for that; rounded twice it is 0
+ * for the largest whatever its size. */
+K_INLINE vf exponent(vf x, vf factor, vf shift, const int rounded)
+{
+    return rounded ? v_add(v_mul(x, factor), shift) : v_fma(x, factor, shift);
+}
+
 K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
                            float *l, float *alpha, const int masked, const int capped)
 {
     const float factor = capped ? 1.0f : scale * K_LOG2E;
-    vf top[V_PER], sum[V_PER], shift[V_PER];
+    vf top[V_PER], sum[V_PER], shift[V_PER], far = v_set1(0.0f);
     softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, 0);
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) {
@@ -164,12 +178,14 @@ K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const i
         v_store(alpha + u * V_LEN, v_exp2(v_sub(old, use)));
         shift[u] = v_sub(v_set1(0.0f), use);
         sum[u] = v_set1(0.0f);
+        far = v_add(far, is_far(use));
     }
+    const int rounded = v_sum(far) > 0;
     for (int j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int u = 0; u < V_PER; u++) {
             float *at = s + (ptrdiff_t)j * K_LANES + u * V_LEN;
-            vf p = v_exp2(v_fma(v_load(at), v_set1(factor), shift[u]));
+            vf p = v_exp2(exponent(v_load(at), v_set1(factor), shift[u], rounded));
             if (masked) p = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j), p, v_set1(0.0f));
             v_store(at, p);
             sum[u] = v_add(sum[u], p);
@@ -200,7 +216,7 @@ static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const 
 static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score)
 {
     const float factor = softcap > 0 ? 1.0f : scale * K_LOG2E;
-    vf top[V_PER], sum[V_PER], shift[V_PER], inverse[V_PER];
+    vf top[V_PER], sum[V_PER], shift[V_PER], inverse[V_PER], far = v_set1(0.0f);
     vm keep[V_PER];
     float lane[K_LANES];
     int32_t zero[K_LANES] = {0}, used[K_LANES];
@@ -212,12 +228,14 @@ static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float
         /* A lane with nothing but -inf: every probability is 0, and so its sum. */
         shift[u] = v_pick(v_eq(top[u], v_set1(-INFINITY)), v_set1(0.0f), v_sub(v_set1(0.0f), v_mul(top[u], v_set1(factor))));
         sum[u] = v_set1(0.0f);
+        far = v_add(far, is_far(shift[u]));
     }
+    const int rounded = v_sum(far) > 0;
     for (int64_t j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int u = 0; u < V_PER; u++) {
             float *at = s + j * K_LANES + u * V_LEN;
-            const vf p = v_exp2(v_fma(v_max(v_set1(-FLT_MAX), v_load(at)), v_set1(factor), shift[u]));
+            const vf p = v_exp2(exponent(v_max(v_set1(-FLT_MAX), v_load(at)), v_set1(factor), shift[u], rounded));
             v_store(at, p);
             sum[u] = v_add(sum[u], p);
         }
