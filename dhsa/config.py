@@ -39,6 +39,7 @@ class _CoreArgs:
     A class of its own, since annotations in the dataclass would be fields.
     """
 
+    _asked: frozenset[str]  # the fields that were given, not defaulted
     _kind: int
     _theta: float
     _nms: int
@@ -57,7 +58,8 @@ class Config(_CoreArgs):
         budget: keys a block of queries may see, forced ones (`sink`, `local`) counted; None: exact attention.
         query_block: queries that share one selection, 1 to 65536.
         sink: the first keys of the sequence, always selected.
-        local: the most recent candidate keys, always selected. `sink + local` must not exceed the budget.
+        local: the most recent candidate keys, always selected. `sink + local` must not exceed the budget. Where the
+            defaults would, a quarter and a half of the budget take their place, at most what the other leaves.
         dense_tail: blocks that hold one of the last `dense_tail` queries see every key (0: none). The paper computes an
             instruction at the prompt's end densely.
         heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none).
@@ -173,8 +175,7 @@ class Config(_CoreArgs):
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, validated again. Unknown names raise TypeError."""
-        _check_names(changes)
-        return dataclasses.replace(self, **changes)
+        return Config(**{name: getattr(self, name) for name in self._asked} | changes)
 
     @classmethod
     def paper(cls, **overrides: Any) -> Config:
@@ -193,6 +194,9 @@ class Config(_CoreArgs):
             "num_chunks": "paper",
             "nms": 8,
         }
+        budget = overrides.get("budget", cls.budget)
+        if isinstance(budget, int) and budget < 2 * values["local"]:
+            values["local"] = max(budget // 2, 0)
         if overrides.get("predictor") is not None:
             values["boundaries"] = "predictor"
         values.update(overrides)
@@ -213,9 +217,26 @@ def _check_names(names: Any) -> None:
 _generated_init = Config.__init__
 
 
+def _fit_defaults(values: dict[str, Any]) -> None:
+    """Shrinks a default `sink` and `local` into a budget that is smaller than both; what was asked for stays."""
+    budget = values.get("budget", Config.budget)
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        return  # none, or an error that validation names
+    forced = {name: values.get(name, getattr(Config, name)) for name in ("sink", "local")}
+    if not all(isinstance(n, int) for n in forced.values()) or sum(forced.values()) <= budget:
+        return
+    for name, other, part in (("local", "sink", 2), ("sink", "local", 4)):
+        if name not in values:
+            left = budget - values[other] if other in values else budget
+            values[name] = max(0, min(forced[name], budget // part, left))
+
+
 @functools.wraps(_generated_init)
 def _init(self: Config, **values: Any) -> None:
     _check_names(values)
+    asked = frozenset(values)
+    _fit_defaults(values)
+    object.__setattr__(self, "_asked", asked)
     _generated_init(self, **values)
 
 

@@ -378,7 +378,8 @@ def chunk_scores(
             squares, summed).
         pooling: of the block score: "mean", or "mean_sqrt" (times the square root of the length, for both).
         heads: sharing sets: "all", "group" or "head".
-        scale: None: 1 for "block", 1 / sqrt(D) for "rows". softcap: of the logits, "rows" only.
+        scale: None: 1 for "block", 1 / sqrt(D) for "rows". softcap: caps the logits, or the block's products; None: no
+            cap.
         rows: mean queries of a full block for "rows"; None: query_block // 4.
         window: the layer's sliding window, which bounds a block's candidate keys.
 

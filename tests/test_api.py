@@ -401,6 +401,15 @@ def test_config_defaults():
     assert config._select_args == (2048, 128, 256, 64, (0, 0, 0, 128, 32))
 
 
+def test_config_fits_default_forced_keys_into_a_small_budget():
+    assert (dhsa.Config(budget=384).sink, dhsa.Config(budget=384).local) == (128, 256)
+    assert (dhsa.Config(budget=128).sink, dhsa.Config(budget=128).local) == (32, 64)
+    assert (dhsa.Config(budget=128, local=120).sink, dhsa.Config(budget=128, local=120).local) == (8, 120)
+    assert dhsa.Config(budget=128, local=120).replace(budget=2048) == dhsa.Config(local=120)
+    assert dhsa.Config().replace(budget=1).local == 0
+    assert (dhsa.Config.paper(budget=64).sink, dhsa.Config.paper(budget=64).local) == (16, 32)
+
+
 def test_config_paper():
     paper = dhsa.Config.paper()
     assert (paper.query_block, paper.local, paper.heads, paper.score, paper.pooling) == (

@@ -359,7 +359,10 @@ OTHER_CALLS = {
     "budget 0": (lambda: dhsa.Config(budget=0), ValueError, r"^budget: expected at least 1, got 0"),
     "budget float": (lambda: dhsa.Config(budget=8.0), TypeError, r"^budget: expected an int, got float"),
     "budget bool": (lambda: dhsa.Config(budget=True), TypeError, r"^budget: expected an int, got bool"),
-    "budget below forced": (lambda: dhsa.Config(budget=383), ValueError, r"^budget: sink \+ local = 128 \+ 256 exceed"),
+    "budget below forced": (lambda: dhsa.Config(budget=383, sink=128, local=256), ValueError,
+                            r"^budget: sink \+ local = 128 \+ 256 exceed"),
+    "budget below local": (
+        lambda: dhsa.Config(budget=100, local=101), ValueError, r"^budget: sink \+ local = 0 \+ 101"),
     "query_block": (lambda: dhsa.Config(query_block=65537), ValueError, r"^query_block: expected 1 to 65536"),
     "sink": (lambda: dhsa.Config(sink=-1), ValueError, r"^sink: "),
     "local": (lambda: dhsa.Config(local=-1), ValueError, r"^local: "),

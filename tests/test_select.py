@@ -268,7 +268,7 @@ def test_long_chunks_round_little(chunk):
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-4)
 
 
-@pytest.mark.parametrize(("score", "softcap"), [("rows", None), ("rows", 2.0), ("block", None)])
+@pytest.mark.parametrize(("score", "softcap"), [("rows", None), ("rows", 2.0), ("block", None), ("block", 1.5)])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 def test_not_finite_keys_and_queries(isa, score, softcap, heads):
     q, k = normal(1, 4, 64, 8), normal(1, 2, 64, 8, seed=1)

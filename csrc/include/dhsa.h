@@ -131,7 +131,7 @@ typedef struct {
     int64_t query_block;
     int64_t rows;   /* rows score: mean rows a full block is reduced to, 1..query_block */
     double scale;   /* rows: of the logits; block: of the products (1: the paper's) */
-    double softcap; /* rows only; 0: none */
+    double softcap; /* of the logits, or of the block's products; 0: none */
     int64_t window; /* 0: none */
 } dhsa_score_config;
 

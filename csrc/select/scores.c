@@ -215,8 +215,13 @@ static unsigned char score_block(const dhsa_scorer *s, const block_job *job, int
         finite &= !good || isfinite(score[c]);
     }
     /* A block of queries that are not finite has no opinion. */
-    if (!finite)
-        for (int64_t c = 0; c < job->n; c++) score[c] = 0;
+    const double cap = s->config->softcap;
+    for (int64_t c = 0; c < job->n; c++) {
+        if (!finite)
+            score[c] = 0;
+        else if (cap > 0)
+            score[c] = (float)(cap * tanh(score[c] / cap));
+    }
     unsigned char last = DHSA_CHUNK_GOOD;
     for (int64_t h = kv; h < kv + s->kv_per_set; h++) last = DHSA_MAX(last, s->chunks.state[h * chunks + job->first + job->n - 1]);
     return last;

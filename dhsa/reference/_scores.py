@@ -116,7 +116,7 @@ def chunk_scores(
 
     score "block" (the paper): ``scale * mean_h(rq_h) . mean_h(rk_h)`` over the heads h of the set, with rq the mean
     query of the block and rk the mean key of the whole chunk; pooling "mean_sqrt" multiplies them by the square root
-    of the number of queries and of keys. scale None means 1.
+    of the number of queries and of keys. scale None means 1; a softcap caps the products.
 
     score "rows" (ours): the block's queries are averaged in groups of ``ceil(query_block / rows)`` neighbours (the
     last group of a short block may be smaller), each such row and head takes a softmax of
@@ -158,6 +158,8 @@ def chunk_scores(
                     if score == "block":
                         value, finite = _block_scores(queries, means[:, live], lengths[live], pooling, members, group)
                         value = scale * value
+                        if softcap is not None:
+                            value = softcap * np.tanh(value / softcap)
                     else:
                         value, finite = _row_scores(
                             queries, means[:, live], rows, query_block, scale, softcap, members, group
