@@ -1,6 +1,7 @@
-"""What all tests share: the process-wide settings are put back after every test, and array makers.
+"""What all tests share: the process-wide settings are put back after every test, and makers of arrays and
+of tiny models.
 
-Not here: reference vectors (vectors.py) and anything about models (test_hf.py).
+Not here: reference vectors (vectors.py) and what the models are (tiny.py).
 """
 
 import numpy as np
@@ -35,3 +36,19 @@ def make_qkv():
         return tuple(rng.standard_normal(shape).astype(dtype) for shape in shapes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def models():
+    """models(family): a tiny model of tiny.py, built when first asked for; tests leave it unpatched."""
+    from tiny import build
+
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = build(family)
+        assert made[family].config._attn_implementation == "eager"
+        return made[family]
+
+    return get

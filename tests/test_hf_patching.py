@@ -13,20 +13,6 @@ from tiny import EXACT, SIZES, SPARSE, build, tokens  # noqa: E402
 import dhsa  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def models():
-    """One model a family, built when first asked for; tests leave them unpatched."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = build(family)
-        assert made[family].config._attn_implementation == "eager"
-        return made[family]
-
-    return get
-
-
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
