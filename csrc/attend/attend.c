@@ -36,10 +36,11 @@ typedef struct {
 /* What one thread works in; offsets of one arena. Sizes are those of a full item. */
 typedef struct {
     float *o, *s, *m, *l, *alpha;
-    void *q, *k, *v;  /* fp32 or bf16, as the kernels pack them */
-    uint16_t *p;      /* the probabilities in bf16 */
-    int32_t *lo, *hi; /* [panels * lanes]: the entries of the key list that a row sees */
-    const void **rows;
+    void *q, *k, *v;   /* fp32 or bf16, as the kernels pack them */
+    uint16_t *p;       /* the probabilities in bf16 */
+    int32_t *lo, *hi;  /* [panels * lanes]: the entries of the key list that a row sees */
+    const void **rows; /* of the tile: keys, then values; of the next tile likewise, after these */
+    dhsa_ahead ahead;
 } scratch;
 
 static int64_t take(int64_t *used, int64_t bytes)
@@ -53,21 +54,19 @@ static int64_t take(int64_t *used, int64_t bytes)
 static int64_t lay_out(const plan *pl, char *base, scratch *w)
 {
     const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->bf16 ? 2 : 4;
-    /* A clipped tile starts anywhere and ends on a whole step of pairs: that much past the end is read, and not used. */
-    const int64_t spare = pl->bf16 ? DHSA_PAIR_STEP : 0;
     int64_t used = 0;
     w->q = base + take(&used, rows * pl->padded * size);
     w->o = (float *)(base + take(&used, rows * pl->padded * 4));
     w->s = (float *)(base + take(&used, pl->tile * lanes * 4));
-    w->k = base + take(&used, (pl->tile + spare) * pl->padded * size);
-    w->v = base + take(&used, pl->tile * pl->padded * size + spare * size);
+    w->k = base + take(&used, pl->tile * pl->padded * size);
+    w->v = base + take(&used, pl->tile * pl->padded * size);
     w->p = (uint16_t *)(base + take(&used, pl->bf16 ? pl->tile * lanes * 2 : 0));
     w->m = (float *)(base + take(&used, rows * 4));
     w->l = (float *)(base + take(&used, rows * 4));
     w->alpha = (float *)(base + take(&used, lanes * 4));
     w->lo = (int32_t *)(base + take(&used, rows * 4));
     w->hi = (int32_t *)(base + take(&used, rows * 4));
-    w->rows = (const void **)(base + take(&used, DHSA_MAX(pl->tile, lanes) * (int64_t)sizeof(void *)));
+    w->rows = (const void **)(base + take(&used, DHSA_MAX(4 * pl->tile, lanes) * (int64_t)sizeof(void *)));
     return used;
 }
 
@@ -115,7 +114,7 @@ static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int co
             for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
                 const float p = w->s[(ptrdiff_t)j * lanes + r];
                 if (pl->bf16)
-                    sum += p * dhsa_from_bf16(((const uint16_t *)w->v)[d * dhsa_round_up(n, DHSA_PAIR_STEP) + skip + j]);
+                    sum += p * dhsa_from_bf16(((const uint16_t *)w->v)[dhsa_square(d, skip + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
                 else
                     sum += p * ((const float *)w->v)[((ptrdiff_t)(d / step) * n + skip + j) * step + d % step];
             }
@@ -213,38 +212,37 @@ static void pack_queries(const plan *pl, const item *it, scratch *w)
     }
 }
 
-/* Gathers keys and values of list entries [at, at + n). Returns whether a value is not finite. */
-static int pack_tile(const plan *pl, const item *it, scratch *w, int64_t at, int n)
+/* Where list entries [at, at + n) lie: n keys, then n values. */
+static void find_rows(const plan *pl, const item *it, int64_t at, int n, const void **rows)
 {
     const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
-    const int dim = (int)pl->dim;
-    int poison = 0;
-    for (int which = 0; which < 2; which++) {
+    for (int which = 0; which < 2; which++, rows += n) {
         const dhsa_tensor *t = tensors[which];
         const char *base = dhsa_row(t, it->b, it->kv_head, 0);
         const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
-        for (int j = 0; j < n; j++) w->rows[j] = base + (it->keys ? it->keys[at + j] : it->key_start + at + j) * step;
-        if (which == 0 && pl->bf16)
-            pl->bf16->pack_keys(w->rows, n, dim, w->k);
-        else if (which == 0)
-            pl->kernels->pack_rows(w->rows, t->dtype, n, dim, w->k);
-        else
-            poison =
-                pl->bf16 ? pl->bf16->pack_values(w->rows, n, dim, w->v) : pl->kernels->pack_values(w->rows, t->dtype, n, dim, w->v);
+        for (int j = 0; j < n; j++) rows[j] = base + (it->keys ? it->keys[at + j] : it->key_start + at + j) * step;
     }
-    return poison;
 }
 
-/* Asks for part `part` of `parts` of the rows that the next tile will pack: memory works while the products are computed. */
-static void prefetch_part(const plan *pl, const item *it, int64_t at, int64_t end, int part, int parts)
+/* Gathers the keys and values of n rows each. Returns whether a value is not finite. */
+static int pack_tile(const plan *pl, scratch *w, const void *const *rows, int n)
 {
-    const int64_t n = DHSA_MIN(pl->tile, end - at), bytes = pl->p->q.shape[3] * dhsa_dtype_size(pl->p->q.dtype);
-    const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
-    for (int which = 0; which < 2; which++)
-        for (int64_t j = at + n * part / parts; j < at + n * (part + 1) / parts; j++) {
-            const char *row = dhsa_row(tensors[which], it->b, it->kv_head, it->keys ? it->keys[j] : it->key_start + j);
-            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-        }
+    const int dim = (int)pl->dim, dtype = pl->p->k.dtype;
+    if (pl->bf16) {
+        pl->bf16->pack_keys(rows, n, dim, w->k);
+        return pl->bf16->pack_values(rows + n, n, dim, w->v);
+    }
+    pl->kernels->pack_rows(rows, dtype, n, dim, w->k);
+    return pl->kernels->pack_values(rows + n, dtype, n, dim, w->v);
+}
+
+/* The products of this tile, of n keys, are to ask for the rows of the next, of `next` keys. */
+static void look_ahead(const plan *pl, const item *it, scratch *w, const void *const *rows, int n, int next)
+{
+    const int64_t bytes = pl->dim * dhsa_dtype_size(pl->p->q.dtype), lines = 2 * next * dhsa_ceil_div(bytes, 64);
+    const int64_t products = 2 * it->panels * n * pl->dim;
+    w->ahead = (dhsa_ahead){(const char *const *)rows, (const char *const *)rows + 2 * next, (int)bytes, 0, 0, 0};
+    w->ahead.rate = dhsa_ceil_div(lines << 20, products);
 }
 
 /* One panel against the packed tile of list entries [at, at + n). */
@@ -261,27 +259,36 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
         hi_max = DHSA_MAX(hi_max, hi[r]);
     }
     /* Ranges are clipped rather than masked: only where rows of one panel differ is there a mask at all. */
-    const int64_t from = DHSA_MAX(at, lo_min), to = DHSA_MIN(at + n, hi_max);
+    int64_t from = DHSA_MAX(at, lo_min);
+    const int64_t to = DHSA_MIN(at + n, hi_max);
     if (from >= to) return;
+    if (pl->bf16) from -= (from - at) % DHSA_PAIR_STEP; /* whole squares */
     const int skip = (int)(from - at), count = (int)(to - from), masked = lo_max > from || hi_min < to;
     const ptrdiff_t first = (ptrdiff_t)panel * lanes;
     float *o = w->o + first * pl->padded;
-    if (pl->bf16)
-        pl->bf16->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s);
-    else
-        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s);
-    kn->softmax(w->s, count, (int)from, masked ? lo : NULL, hi, pl->factor, (float)pl->p->softcap, w->m + first, w->l + first,
-                w->alpha);
+    const float factor = pl->factor, softcap = (float)pl->p->softcap;
+    float *m = w->m + first, *l = w->l + first;
+    if (!masked) lo = NULL;
     /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
-    if (poison && (masked || (pl->bf16 && count < n))) {
-        pv_guarded(pl, w, skip, n, count, (int)from, lo, hi, o);
-    } else if (pl->bf16) {
-        pl->bf16->narrow(w->s, count, w->p);
-        pl->bf16->pv(w->p, (uint16_t *)w->v + skip, dhsa_round_up(n, DHSA_PAIR_STEP), count, dim, w->alpha, o);
+    const int guarded = poison && (masked || (pl->bf16 && count < n));
+    if (pl->bf16) {
+        const ptrdiff_t v_stride = dhsa_round_up(n, DHSA_PAIR_STEP) * 16;
+        const uint16_t *v = (uint16_t *)w->v + dhsa_square(0, skip, dhsa_round_up(n, DHSA_PAIR_STEP));
+        pl->bf16->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
+                     &w->ahead);
+        if (guarded) {
+            kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
+        } else {
+            pl->bf16->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha, w->p);
+            pl->bf16->pv(w->p, v, v_stride, count, dim, w->alpha, o, &w->ahead);
+        }
     } else {
-        const float *values = (float *)w->v + (ptrdiff_t)skip * kn->value_step;
-        kn->pv(w->s, values, (ptrdiff_t)n * kn->value_step, count, dim, w->alpha, o);
+        const float *v = (float *)w->v + (ptrdiff_t)skip * kn->value_step;
+        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s, &w->ahead);
+        kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
+        if (!guarded) kn->pv(w->s, v, (ptrdiff_t)n * kn->value_step, count, dim, w->alpha, o, &w->ahead);
     }
+    if (guarded) pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
 }
 
 static void store(const plan *pl, const item *it, scratch *w)
@@ -322,13 +329,17 @@ static void attend_item(void *context, int64_t index, int thread)
     if (pl->bf16) pl->bf16->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
+    const void **now = w.rows, **next_rows = w.rows + 2 * pl->tile;
+    if (begin < end) find_rows(pl, &it, begin, (int)DHSA_MIN(pl->tile, end - begin), now);
     for (int64_t at = begin; at < end; at += pl->tile) {
-        const int n = (int)DHSA_MIN(pl->tile, end - at);
-        const int poison = pack_tile(pl, &it, &w, at, n);
-        for (int panel = 0; panel < it.panels; panel++) {
-            if (at + n < end) prefetch_part(pl, &it, at + n, end, panel, it.panels);
-            attend_panel(pl, &w, panel, at, n, poison);
-        }
+        const int n = (int)DHSA_MIN(pl->tile, end - at), next = (int)DHSA_MAX(DHSA_MIN(pl->tile, end - at - n), 0);
+        const int poison = pack_tile(pl, &w, now, n);
+        find_rows(pl, &it, at + n, next, next_rows);
+        look_ahead(pl, &it, &w, next_rows, n, next);
+        for (int panel = 0; panel < it.panels; panel++) attend_panel(pl, &w, panel, at, n, poison);
+        const void **swap = now;
+        now = next_rows;
+        next_rows = swap;
     }
     if (pl->bf16) pl->bf16->end();
     store(pl, &it, &w);

@@ -25,22 +25,39 @@ static void begin(void) { _tile_loadconfig(&shape); }
 
 static void end(void) { _tile_release(); }
 
-enum { ROW = LANES * 4 }; /* bytes from one row of s, o, or of word pairs of q and p, to the next */
+enum { SQUARE = 16 * STEP, ROW = LANES * 4 }; /* bytes from one row of s, o, or of word pairs of q and p, to the next */
 
-/* Sums 0 1 / 2 3 += [32 rows of y] x [panel halves of x], over `pairs` word rows; y_stride in bytes. */
-static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, ptrdiff_t y_stride, int numbers)
+/* Old sums that the next products start from, to be brought to a new maximum while these are under way. */
+typedef struct {
+    float *at;
+    int rows; /* left to do */
+    __m512 a0, a1;
+} rescale;
+
+static inline __attribute__((always_inline)) void rescale_rows(rescale *next, int rows)
 {
-    const char *low = (const char *)y, *high = low + 16 * y_stride;
+    for (; rows > 0 && next->rows > 0; rows--, next->rows--, next->at += LANES) {
+        _mm512_storeu_ps(next->at, _mm512_mul_ps(_mm512_loadu_ps(next->at), next->a0));
+        _mm512_storeu_ps(next->at + 16, _mm512_mul_ps(_mm512_loadu_ps(next->at + 16), next->a1));
+    }
+}
+
+/* Sums 0 1 / 2 3 += [32 rows of low and high] x [panel halves of x], over `squares` squares. */
+static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *low, const uint16_t *high,
+                                                           int squares, dhsa_ahead *ahead, rescale *next, int rows)
+{
     settle();
-    for (int t = 0; t < numbers; t += STEP, x += STEP * LANES, low += STEP * 2, high += STEP * 2) {
+    for (; squares > 0; squares--, x += STEP * LANES, low += SQUARE, high += SQUARE) {
         _tile_loadd(6, x, ROW);
-        _tile_loadd(7, x + LANES, ROW);
-        _tile_loadd(4, low, y_stride);
-        _tile_loadd(5, high, y_stride);
+        _tile_loadd(4, low, STEP * 2);
         _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, x + LANES, ROW);
         _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, high, STEP * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+        if (next) rescale_rows(next, rows);
+        dhsa_ask(ahead, STEP * STEP);
     }
 }
 
@@ -61,39 +78,37 @@ static inline void store(float *to)
     settle();
 }
 
-static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s)
+static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, dhsa_ahead *ahead)
 {
-    const int padded = round_step(dim);
-    for (int j = 0; j < n; j += STEP) {
+    const int squares = round_step(dim) / STEP;
+    for (int j = 0; j < n; j += STEP, k += 2 * squares * SQUARE) {
         zero();
-        products(q, k + (ptrdiff_t)j * padded, (ptrdiff_t)padded * 2, padded);
+        products(q, k, k + squares * SQUARE, squares, ahead, NULL, 0);
         store(s + (ptrdiff_t)j * LANES);
     }
 }
 
-static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o)
+static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
+               dhsa_ahead *ahead)
 {
-    const __m512 a0 = _mm512_loadu_ps(alpha), a1 = _mm512_loadu_ps(alpha + 16), one = _mm512_set1_ps(1.0f);
-    /* After the first few tiles maxima hardly rise: then the sums start from the output as it is. */
-    const int same = (_mm512_cmp_ps_mask(a0, one, _CMP_EQ_OQ) & _mm512_cmp_ps_mask(a1, one, _CMP_EQ_OQ)) == 0xffff;
-    for (int d = 0; d < dim; d += STEP) {
+    const int squares = round_step(n) / STEP;
+    const __m512 one = _mm512_set1_ps(1.0f);
+    rescale next = {o, round_step(dim), _mm512_loadu_ps(alpha), _mm512_loadu_ps(alpha + 16)};
+    if ((_mm512_cmp_ps_mask(next.a0, one, _CMP_EQ_OQ) & _mm512_cmp_ps_mask(next.a1, one, _CMP_EQ_OQ)) == 0xffff) next.rows = 0;
+    rescale_rows(&next, STEP);
+    for (int d = 0; d < dim; d += STEP, v += 2 * v_stride) {
         float *at = o + (ptrdiff_t)d * LANES;
-        if (!same)
-            for (int i = 0; i < STEP; i++) {
-                _mm512_storeu_ps(at + i * LANES, _mm512_mul_ps(_mm512_loadu_ps(at + i * LANES), a0));
-                _mm512_storeu_ps(at + i * LANES + 16, _mm512_mul_ps(_mm512_loadu_ps(at + i * LANES + 16), a1));
-            }
         settle();
         _tile_loadd(0, at, ROW);
         _tile_loadd(1, at + 16, ROW);
         _tile_loadd(2, at + 16 * LANES, ROW);
         _tile_loadd(3, at + 16 * LANES + 16, ROW);
-        products(p, v + d * v_stride, v_stride * 2, n);
+        products(p, v, v + v_stride, squares, ahead, &next, (STEP + squares - 1) / squares);
         store(at);
     }
 }
 
-const dhsa_bf16_kernels dhsa_bf16_amx = {begin, end, pack_panel, pack_keys, pack_values, qk, narrow, pv};
+const dhsa_bf16_kernels dhsa_bf16_amx = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, pv};
 
 #if defined(__clang__)
 #pragma clang attribute pop

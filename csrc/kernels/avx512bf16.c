@@ -21,30 +21,31 @@ static inline __m512bh pair(const uint16_t *at)
 
 static inline __m512bh words(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
-/* acc[i][u] = sum over pairs of x[pair][16 u ..] * y[i * stride + 2 * pair]: keys against a panel, or values against
- * probabilities. */
-static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, ptrdiff_t stride, int pairs,
-                                                           __m512 acc[ROWS][2])
+/* acc[i][u] = sum over `squares` squares, one after another, of row i (of 16) of y by x[pair][16 u ..]: keys by a panel, or
+ * value columns by probabilities. */
+static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, int squares, __m512 acc[ROWS][2])
 {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-    for (int t = 0; t < pairs; t++, x += 2 * LANES) {
-        const __m512bh x0 = words(x), x1 = words(x + LANES);
+    for (; squares > 0; squares--, y += 15 * STEP)
+        for (int t = 0; t < STEP / 2; t++, x += 2 * LANES, y += 2) {
+            const __m512bh x0 = words(x), x1 = words(x + LANES);
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            const __m512bh b = pair(y + i * stride + 2 * t);
-            acc[i][0] = _mm512_dpbf16_ps(acc[i][0], x0, b);
-            acc[i][1] = _mm512_dpbf16_ps(acc[i][1], x1, b);
+            for (int i = 0; i < ROWS; i++) {
+                const __m512bh b = pair(y + i * STEP);
+                acc[i][0] = _mm512_dpbf16_ps(acc[i][0], x0, b);
+                acc[i][1] = _mm512_dpbf16_ps(acc[i][1], x1, b);
+            }
         }
-    }
 }
 
-static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s)
+static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, dhsa_ahead *ahead)
 {
     const int padded = round_step(dim);
     for (int j = 0; j < n; j += ROWS) {
         __m512 acc[ROWS][2];
-        products(q, k + (ptrdiff_t)j * padded, padded, padded / 2, acc);
+        products(q, k + dhsa_square(j, 0, padded), padded / STEP, acc);
+        dhsa_ask(ahead, ROWS * padded);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             _mm512_storeu_ps(s + (ptrdiff_t)(j + i) * LANES, acc[i][0]);
@@ -53,12 +54,14 @@ static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s)
     }
 }
 
-static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o)
+static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
+               dhsa_ahead *ahead)
 {
     const __m512 a0 = _mm512_loadu_ps(alpha), a1 = _mm512_loadu_ps(alpha + 16);
     for (int d = 0; d < dim; d += ROWS) {
         __m512 acc[ROWS][2];
-        products(p, v + d * v_stride, v_stride, (n + 1) / 2, acc);
+        products(p, v + d / 16 * v_stride + d % 16 * STEP, round_step(n) / STEP, acc);
+        dhsa_ask(ahead, ROWS * n);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
             float *at = o + (ptrdiff_t)(d + i) * LANES;
@@ -70,7 +73,7 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
 
 static void nothing(void) {}
 
-const dhsa_bf16_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, narrow, pv};
+const dhsa_bf16_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, pv};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -13,10 +13,33 @@
 #define DHSA_MAX_LANES 64
 #define DHSA_ALIGN 64
 
+/* Rows that will be packed soon. The products ask for their cache lines a few at a time, so that memory works while they
+ * compute; a burst of requests between products would wait for memory itself. */
+typedef struct dhsa_ahead {
+    const char *const *row, *const *end;
+    int bytes, at;      /* of a row; where in the first one to go on */
+    int64_t rate, owed; /* lines for each 2^20 multiplications of a lane; those done but not yet paid for, times rate */
+} dhsa_ahead;
+
+/* Called by products after each `done` multiplications of a lane; ahead may be NULL. */
+static inline void dhsa_ask(dhsa_ahead *ahead, int done)
+{
+    if (!ahead) return;
+    for (ahead->owed += done * ahead->rate; ahead->owed >= 1 << 20; ahead->owed -= 1 << 20) {
+        if (ahead->row == ahead->end) return;
+        __builtin_prefetch(*ahead->row + ahead->at, 0, 2);
+        ahead->at += 64;
+        if (ahead->at >= ahead->bytes) {
+            ahead->at = 0;
+            ahead->row++;
+        }
+    }
+}
+
 /* Products of bf16 numbers with fp32 sums, where the CPU has instructions for them. One layout serves them all: the two
- * neighbours that an instruction multiplies and adds lie in one 32-bit word. `lanes` is the table's; K stands for dim
- * rounded up to DHSA_PAIR_STEP, N for n rounded up to it; what is rounded up to is zeros in queries, values and
- * probabilities, so that it adds nothing. */
+ * neighbours that an instruction multiplies and adds lie in one 32-bit word, and 16 rows of 32 numbers in one kilobyte, a
+ * *square*, that is read from end to end. `lanes` is the table's; K stands for dim rounded up to DHSA_PAIR_STEP, N for n rounded
+ * up to it; what is rounded up to is zeros in queries, values and probabilities, so that it adds nothing. */
 #define DHSA_PAIR_STEP 32
 typedef struct dhsa_bf16_kernels {
     /* Around the work of one thread: sets up and gives back the tile registers. */
@@ -24,17 +47,24 @@ typedef struct dhsa_bf16_kernels {
     void (*end)(void);
     /* n <= lanes rows to q[(d / 2 * lanes + r) * 2 + d % 2], d < K; negate flips the sign. */
     void (*pack_panel)(const void *const *rows, int n, int dim, int negate, uint16_t *dst);
-    /* k[j * K + d]. */
+    /* Keys j, d < K: number dhsa_square(j, d, K). */
     void (*pack_keys)(const void *const *rows, int n, int dim, uint16_t *dst);
-    /* v[d * N + j], d < K: transposed. Returns 1 if any number is not finite. */
+    /* Transposed: columns d < K, keys j < N: number dhsa_square(d, j, N). Returns 1 if any number is not finite. */
     int (*pack_values)(const void *const *rows, int n, int dim, uint16_t *dst);
-    /* s[j * lanes + r], j < N: what lies past n has no meaning. Reads N rows of k. */
-    void (*qk)(const uint16_t *q, const uint16_t *k, int n, int dim, float *s);
-    /* p[(j / 2 * lanes + r) * 2 + j % 2] = s[j * lanes + r] rounded, j < N. */
-    void (*narrow)(const float *s, int n, uint16_t *p);
-    /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v[d * v_stride + j], d < K. */
-    void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o);
+    /* s[j * lanes + r], j < N: what lies past n has no meaning. k: a whole number of squares, read up to key N. */
+    void (*qk)(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, dhsa_ahead *ahead);
+    /* As below, but the probabilities are rounded to p[(j / 2 * lanes + r) * 2 + j % 2], j < N; s is scratch. */
+    void (*softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
+                    float *alpha, uint16_t *p);
+    /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v(d, j), d < K. v_stride: 16 columns further, in numbers. */
+    void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
+               dhsa_ahead *ahead);
 } dhsa_bf16_kernels;
+
+static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t length)
+{
+    return ((row / 16 * (length / 32) + at / 32) * 16 + row % 16) * 32 + at % 32;
+}
 
 typedef struct dhsa_kernels {
     const char *isa;
@@ -42,8 +72,8 @@ typedef struct dhsa_kernels {
     int value_step; /* value columns of one packed strip, see pack_values */
 
     /* s[j * lanes + r] = sum_d q[d * lanes + r] * k[j * k_stride + d] for j < n, d < dim. Any n >= 0, dim >= 1.
-     * q and s aligned to DHSA_ALIGN. A general matrix product: also used for chunk scores and the predictor. */
-    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s);
+     * q and s aligned to DHSA_ALIGN. ahead may be NULL. A general matrix product: also used for chunk scores and the predictor. */
+    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s, dhsa_ahead *ahead);
 
     /* One online-softmax step of a panel over n keys. Row r sees key j if lo[r] <= base + j < hi[r]; lo NULL: all see all.
      * s in: raw products; out: probabilities relative to the new maximum. scale >= 0; softcap 0: none.
@@ -54,7 +84,7 @@ typedef struct dhsa_kernels {
 
     /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), v packed by pack_values; v_stride is the
      * length of one packed strip, value_step times the n it was packed with. */
-    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o);
+    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o, dhsa_ahead *ahead);
 
     /* Copies n rows (pointers to fp32 / fp16 / bf16 numbers) into dst[j * dim + d], converting to fp32. */
     void (*pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst);

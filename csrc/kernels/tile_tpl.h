@@ -14,13 +14,7 @@
 
 #include "dhsa.h"
 #include "kernels/kernels.h"
-
-#define K_GLUE2(a, b) a##_##b
-#define K_GLUE(a, b) K_GLUE2(a, b)
-#define K_NAME(op) K_GLUE(op, K_ISA)
-#define K_LANES (V_LEN * V_PER)
-#define K_INLINE static inline __attribute__((always_inline))
-#define K_LOG2E 1.44269504088896340736f
+#include "kernels/softmax_tpl.h"
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
@@ -52,7 +46,7 @@ K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int di
         }
 }
 
-static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s)
+static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s, dhsa_ahead *ahead)
 {
     /* Half the columns at a time, 128 at most: short sums round less, and that part of the panel stays in L1 while all keys
      * pass by. */
@@ -62,8 +56,10 @@ static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n
         const float *row = k;
         float *at = s;
         int j = 0;
-        for (; j + QK_ROWS <= n; j += QK_ROWS, row += QK_ROWS * k_stride, at += QK_ROWS * K_LANES)
+        for (; j + QK_ROWS <= n; j += QK_ROWS, row += QK_ROWS * k_stride, at += QK_ROWS * K_LANES) {
             qk_tile(q, row, k_stride, part, at, adding, QK_ROWS);
+            dhsa_ask(ahead, QK_ROWS * part);
+        }
 #if QK_ROWS > 4
         for (; j + 4 <= n; j += 4, row += 4 * k_stride, at += 4 * K_LANES) qk_tile(q, row, k_stride, part, at, adding, 4);
 #endif
@@ -101,116 +97,23 @@ K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha,
     }
 }
 
-static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o)
+static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
+                       dhsa_ahead *ahead)
 {
     int d = 0;
-    for (; d + PV_ROWS <= dim; d += PV_ROWS, v += v_stride) pv_tile(p, v, n, alpha, o + (ptrdiff_t)d * K_LANES, PV_ROWS);
+    for (; d + PV_ROWS <= dim; d += PV_ROWS, v += v_stride) {
+        pv_tile(p, v, n, alpha, o + (ptrdiff_t)d * K_LANES, PV_ROWS);
+        dhsa_ask(ahead, PV_ROWS * n);
+    }
     for (int i = 0; d < dim; d++, i++) pv_tile(p, v + i, n, alpha, o + (ptrdiff_t)d * K_LANES, 1);
 }
 
 /* ---- softmax -------------------------------------------------------------------------------------------------- */
 
-/* tanh as an odd rational, fitted for least relative error (2e-8) on |x| <= 9, where fp32 tanh has become 1. */
-K_INLINE vf tanh_vf(vf x)
-{
-    x = v_max(v_set1(-9.0f), v_min(v_set1(9.0f), x));
-    const vf y = v_mul(x, x);
-    vf p = v_fma(v_set1(1.335463117868585e-08f), y, v_set1(2.0609058992704377e-05f));
-    vf q = v_fma(v_set1(7.776545203341811e-07f), y, v_set1(0.00032856324105523527f));
-    p = v_fma(p, y, v_set1(0.003495586570352316f));
-    q = v_fma(q, y, v_set1(0.025876976549625397f));
-    p = v_fma(p, y, v_set1(0.13381023705005646f));
-    q = v_fma(q, y, v_set1(0.46714338660240173f));
-    p = v_fma(p, y, v_set1(1.0f));
-    q = v_fma(q, y, v_set1(1.0f));
-    return v_mul(v_mul(x, p), v_rcp(q));
-}
-
-/* Pass 1 of a softmax: the maximum, and with a softcap the capped logits in units of log2. omit: a product of -inf marks
- * something left out and stays -inf under the softcap. Constant flags fold away. */
-K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, float inner, float outer, vf *top,
-                          const int masked, const int capped, const int omit)
-{
-#pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) top[u] = v_set1(-INFINITY);
-    for (int64_t j = 0; j < n; j++)
-#pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
-            float *at = s + j * K_LANES + u * V_LEN;
-            vf x = v_load(at);
-            if (capped) {
-                const vf y = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
-                x = omit ? v_pick(v_eq(x, v_set1(-INFINITY)), x, y) : y;
-                v_store(at, x);
-            }
-            if (masked) x = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + (int)j), x, v_set1(-INFINITY));
-            top[u] = v_max(top[u], x);
-        }
-}
-
-/* 1 where a maximum is so large that its rounding, which a fused product does not share, is no longer small. */
-K_INLINE vf is_far(vf top)
-{
-    const vf near = v_max(v_set1(-0x1p26f), v_min(v_set1(0x1p26f), top));
-    return v_pick(v_eq(near, top), v_set1(0.0f), v_set1(1.0f));
-}
-
-/* x * factor + shift, where -shift is the largest product, rounded. Fused it is exact but for that; rounded twice it is 0
- * for the largest whatever its size. */
-K_INLINE vf exponent(vf x, vf factor, vf shift, const int rounded)
-{
-    return rounded ? v_add(v_mul(x, factor), shift) : v_fma(x, factor, shift);
-}
-
-K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                           float *l, float *alpha, const int masked, const int capped)
-{
-    const float factor = capped ? 1.0f : scale * K_LOG2E;
-    vf top[V_PER], sum[V_PER], shift[V_PER], far = v_set1(0.0f);
-    softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, 0);
-#pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) {
-        const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
-        /* -inf times a zero scale would be NaN: no key seen stays no key seen. */
-        const vf now = v_max(v_pick(v_eq(top[u], none), none, v_mul(top[u], v_set1(factor))), old);
-        const vf use = v_pick(v_eq(now, none), v_set1(0.0f), now);
-        v_store(m + u * V_LEN, now);
-        v_store(alpha + u * V_LEN, v_exp2(v_sub(old, use)));
-        shift[u] = v_sub(v_set1(0.0f), use);
-        sum[u] = v_set1(0.0f);
-        far = v_add(far, is_far(use));
-    }
-    const int rounded = v_sum(far) > 0;
-    for (int j = 0; j < n; j++)
-#pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
-            float *at = s + (ptrdiff_t)j * K_LANES + u * V_LEN;
-            vf p = v_exp2(exponent(v_load(at), v_set1(factor), shift[u], rounded));
-            if (masked) p = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j), p, v_set1(0.0f));
-            v_store(at, p);
-            sum[u] = v_add(sum[u], p);
-        }
-#pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) {
-        float *at = l + u * V_LEN;
-        v_store(at, v_fma(v_load(at), v_load(alpha + u * V_LEN), sum[u]));
-    }
-}
-
 static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
                             float *l, float *alpha)
 {
-    if (softcap > 0) {
-        if (lo)
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1);
-        else
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1);
-    } else {
-        if (lo)
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0);
-        else
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0);
-    }
+    softmax_step(s, n, base, lo, hi, scale, softcap, m, l, alpha, NULL);
 }
 
 static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score)

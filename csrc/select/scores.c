@@ -163,11 +163,11 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const block_job *job, i
         for (int64_t c = 0; c < n; c += CHUNK_TILE)
             for (int p = 0; p < panels; p++)
                 kn->qk(w->panel + p * s->panel_size, means + c * dim, dim, (int)DHSA_MIN(CHUNK_TILE, n - c), dim,
-                       w->products + p * s->product_size + c * lanes);
+                       w->products + p * s->product_size + c * lanes, NULL);
         for (int p = 0; p < panels; p++) {
             float *products = w->products + p * s->product_size;
             if (job->cut_end) {
-                kn->qk(w->panel + p * s->panel_size, w->cut, dim, 1, dim, w->last);
+                kn->qk(w->panel + p * s->panel_size, w->cut, dim, 1, dim, w->last, NULL);
                 memcpy(products + (n - 1) * lanes, w->last, (size_t)lanes * sizeof *products);
             }
             /* Empty chunks and those without a finite mean take no part in the softmax. */

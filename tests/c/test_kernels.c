@@ -79,10 +79,10 @@ static void test_products(int n, int dim)
     const int lanes = kn->lanes, small = ref->lanes;
     float *q = random_floats((size_t)dim * lanes), *k = random_floats((size_t)n * dim), *s = floats((size_t)n * lanes);
     float *q_part = floats((size_t)dim * small), *s_part = floats((size_t)n * small);
-    kn->qk(q, k, dim, n, dim, s);
+    kn->qk(q, k, dim, n, dim, s, NULL);
     for (int part = 0; part < lanes / small; part++) {
         split(q, part, dim, q_part);
-        ref->qk(q_part, k, dim, n, dim, s_part);
+        ref->qk(q_part, k, dim, n, dim, s_part, NULL);
         for (int j = 0; j < n; j++)
             for (int r = 0; r < small; r++)
                 near("qk", j, part * small + r, s[(ptrdiff_t)j * lanes + part * small + r], s_part[j * small + r],
@@ -98,12 +98,12 @@ static void test_products(int n, int dim)
     if (kn->pack_values(rows, DHSA_F32, n, dim, v) | ref->pack_values(rows, DHSA_F32, n, dim, v_ref))
         near("finite values", n, dim, 1, 0, 0);
     const int skip = n > 1;
-    kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, alpha, o);
+    kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, alpha, o, NULL);
     for (int part = 0; part < lanes / small; part++) {
         split(before, part, dim, o_part);
         split(s, part, n, s_part);
         split(alpha, part, 1, alpha_part);
-        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, alpha_part, o_part);
+        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, alpha_part, o_part, NULL);
         for (int d = 0; d < dim; d++)
             for (int r = 0; r < small; r++)
                 near("pv", d, part * small + r, o[(ptrdiff_t)d * lanes + part * small + r], o_part[d * small + r],
@@ -282,11 +282,11 @@ static void test_bf16(int n, int dim)
             near("bf16 pack_panel", d, r, q[((ptrdiff_t)(d / 2) * lanes + r) * 2 + d % 2] & (want ? 0xffff : 0x7fff), want, 0);
         }
         for (int j = 0; j < n; j++)
-            near("bf16 pack_keys", j, d, k[(ptrdiff_t)j * K + d], d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+            near("bf16 pack_keys", j, d, k[dhsa_square(j, d, K)], d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
         for (int j = 0; j < N; j++)
-            near("bf16 pack_values", j, d, v[(ptrdiff_t)d * N + j], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+            near("bf16 pack_values", j, d, v[dhsa_square(d, j, N)], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
     }
-    half->qk(q, k, n, dim, s);
+    half->qk(q, k, n, dim, s, NULL);
     for (int j = 0; j < n; j++)
         for (int r = 0; r < used; r++) {
             double sum = 0;
@@ -294,23 +294,40 @@ static void test_bf16(int n, int dim)
                 sum += (double)dhsa_from_bf16(((const uint16_t *)queries[r])[d]) * dhsa_from_bf16(((const uint16_t *)keys[j])[d]);
             near("bf16 qk", j, r, s[(ptrdiff_t)j * lanes + r], (float)(n % 2 ? -sum : sum), 1e-6f * (float)dim);
         }
-    for (int j = 0; j < N * lanes; j++) s[j] = uniform();
-    half->narrow(s, n, p);
-    for (int j = 0; j < N; j++)
-        for (int r = 0; r < lanes; r++)
-            near("bf16 narrow", j, r, p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2],
-                 j < n ? dhsa_to_bf16(s[(ptrdiff_t)j * lanes + r]) : 0, 0);
+    /* The softmax is the fp32 one with its probabilities rounded. */
+    for (int masked = 0; masked < 2; masked++) {
+        const size_t room = (size_t)lanes;
+        float *m = floats(room), *l = floats(room), *m_want = floats(room), *l_want = floats(room),
+              *want = floats((size_t)N * lanes);
+        int32_t *lo = guarded(room * 4), *hi = guarded(room * 4);
+        for (int r = 0; r < lanes; r++) {
+            m[r] = m_want[r] = -INFINITY;
+            l[r] = l_want[r] = 0;
+            lo[r] = 5 + r % 3;
+            hi[r] = 5 + n - r % 2;
+        }
+        for (int j = 0; j < N * lanes; j++) want[j] = s[j] = uniform();
+        half->softmax(s, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m, l, alpha, p);
+        kn->softmax(want, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m_want, l_want, alpha);
+        for (int r = 0; r < lanes; r++) {
+            near("bf16 softmax m", n, r, m[r], m_want[r], 0);
+            near("bf16 softmax l", n, r, l[r], l_want[r], 4e-6f * l_want[r]);
+            for (int j = 0; j < N; j++)
+                near("bf16 softmax p", j, r, dhsa_from_bf16(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]),
+                     j < n ? want[(ptrdiff_t)j * lanes + r] : 0, 0x1p-9f + 3e-6f);
+        }
+    }
     for (int scaled = 0; scaled < 2; scaled++) {
         for (int r = 0; r < lanes && !scaled; r++) alpha[r] = 1; /* the way without scaling, then the other */
         for (int r = 0; r < lanes && scaled; r++) alpha[r] = uniform();
         memcpy(before, o, sizeof(float) * (size_t)K * lanes);
-        half->pv(p, v, N, n, dim, alpha, o);
+        half->pv(p, v, (ptrdiff_t)N * 16, n, dim, alpha, o, NULL);
         for (int d = 0; d < dim; d++)
             for (int r = 0; r < lanes; r++) {
                 double sum = (double)before[(ptrdiff_t)d * lanes + r] * alpha[r];
                 for (int j = 0; j < n; j++)
                     sum += (double)dhsa_from_bf16(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]) *
-                           dhsa_from_bf16(v[(ptrdiff_t)d * N + j]);
+                           dhsa_from_bf16(v[dhsa_square(d, j, N)]);
                 near("bf16 pv", d, r, o[(ptrdiff_t)d * lanes + r], (float)sum, 1e-6f * (float)(n + 4));
             }
     }
