@@ -35,12 +35,19 @@ typedef struct {
 
 /* What one thread works in; offsets of one arena. Sizes are those of a full item. */
 typedef struct {
-    float *o, *s, *m, *l, *alpha;
+    float *o, *s, *m, *l, *alpha, *top;
     void *q, *k, *v;   /* fp32 or bf16, as the kernels pack them */
     uint16_t *p;       /* the probabilities in bf16 */
     int32_t *lo, *hi;  /* [panels * lanes]: the entries of the key list that a row sees */
     const void **rows; /* of the tile: keys, then values; of the next tile likewise, after these */
     dhsa_ahead ahead;
+    dhsa_exp_job job;
+    struct {
+        int count; /* 0: none */
+        const uint16_t *p, *v;
+        const float *alpha;
+        float *o;
+    } due; /* the panel whose values are still to be added; bf16 only */
 } scratch;
 
 static int64_t take(int64_t *used, int64_t bytes)
@@ -60,10 +67,11 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     w->s = (float *)(base + take(&used, pl->tile * lanes * 4));
     w->k = base + take(&used, pl->tile * pl->padded * size);
     w->v = base + take(&used, pl->tile * pl->padded * size);
-    w->p = (uint16_t *)(base + take(&used, pl->bf16 ? pl->tile * lanes * 2 : 0));
+    w->p = (uint16_t *)(base + take(&used, pl->bf16 ? pl->tile * lanes * 4 : 0));
     w->m = (float *)(base + take(&used, rows * 4));
     w->l = (float *)(base + take(&used, rows * 4));
-    w->alpha = (float *)(base + take(&used, lanes * 4));
+    w->alpha = (float *)(base + take(&used, 2 * lanes * 4));
+    w->top = (float *)(base + take(&used, lanes * 4));
     w->lo = (int32_t *)(base + take(&used, rows * 4));
     w->hi = (int32_t *)(base + take(&used, rows * 4));
     w->rows = (const void **)(base + take(&used, DHSA_MAX(4 * pl->tile, lanes) * (int64_t)sizeof(void *)));
@@ -245,6 +253,15 @@ static void look_ahead(const plan *pl, const item *it, scratch *w, const void *c
     w->ahead.rate = dhsa_ceil_div(lines << 20, products);
 }
 
+/* Adds the values of the panel before this one, while this one's exponentials are computed on the side. */
+static void add_due(const plan *pl, scratch *w, int n, dhsa_exp_job *meanwhile)
+{
+    if (w->due.count)
+        pl->bf16->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->dim, w->due.alpha, w->due.o,
+                     &w->ahead, meanwhile);
+    w->due.count = 0;
+}
+
 /* One panel against the packed tile of list entries [at, at + n). */
 static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int n, int poison)
 {
@@ -272,23 +289,32 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
     const int guarded = poison && (masked || (pl->bf16 && count < n));
     if (pl->bf16) {
-        const ptrdiff_t v_stride = dhsa_round_up(n, DHSA_PAIR_STEP) * 16;
-        const uint16_t *v = (uint16_t *)w->v + dhsa_square(0, skip, dhsa_round_up(n, DHSA_PAIR_STEP));
+        const int odd = panel % 2;
+        float *alpha = w->alpha + odd * lanes;
+        uint16_t *p = w->p + odd * pl->tile * lanes;
         pl->bf16->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
-                     &w->ahead);
-        if (guarded) {
-            kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
-        } else {
-            pl->bf16->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha, w->p);
-            pl->bf16->pv(w->p, v, v_stride, count, dim, w->alpha, o, &w->ahead);
+                     w->top, &w->ahead);
+        if (!guarded) {
+            pl->bf16->softmax(w->s, w->top, count, (int)from, lo, hi, factor, softcap, m, l, alpha, p, &w->job);
+            add_due(pl, w, n, &w->job);
+            pl->bf16->exp(&w->job);
+            w->due.count = count;
+            w->due.p = p;
+            w->due.v = (uint16_t *)w->v + dhsa_square(0, skip, dhsa_round_up(n, DHSA_PAIR_STEP));
+            w->due.alpha = alpha;
+            w->due.o = o;
+            return;
         }
     } else {
-        const float *v = (float *)w->v + (ptrdiff_t)skip * kn->value_step;
         kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s, &w->ahead);
-        kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
-        if (!guarded) kn->pv(w->s, v, (ptrdiff_t)n * kn->value_step, count, dim, w->alpha, o, &w->ahead);
     }
-    if (guarded) pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
+    if (pl->bf16) add_due(pl, w, n, NULL); /* its alpha may be in the way */
+    kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
+    if (guarded)
+        pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
+    else
+        kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, (ptrdiff_t)n * kn->value_step, count, dim, w->alpha, o,
+               &w->ahead);
 }
 
 static void store(const plan *pl, const item *it, scratch *w)
@@ -326,6 +352,7 @@ static void attend_item(void *context, int64_t index, int thread)
         w.m[r] = -INFINITY;
         w.l[r] = 0;
     }
+    w.due.count = 0;
     if (pl->bf16) pl->bf16->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
@@ -337,6 +364,7 @@ static void attend_item(void *context, int64_t index, int thread)
         find_rows(pl, &it, at + n, next, next_rows);
         look_ahead(pl, &it, &w, next_rows, n, next);
         for (int panel = 0; panel < it.panels; panel++) attend_panel(pl, &w, panel, at, n, poison);
+        if (pl->bf16) add_due(pl, &w, n, NULL);
         const void **swap = now;
         now = next_rows;
         next_rows = swap;

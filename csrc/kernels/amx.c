@@ -27,24 +27,40 @@ static void end(void) { _tile_release(); }
 
 enum { SQUARE = 16 * STEP, ROW = LANES * 4 }; /* bytes from one row of s, o, or of word pairs of q and p, to the next */
 
-/* Old sums that the next products start from, to be brought to a new maximum while these are under way. */
+/* Vector work on the side: what needs no tile register and costs next to nothing while these compute. A few rows each step. */
 typedef struct {
-    float *at;
-    int rows; /* left to do */
-    __m512 a0, a1;
-} rescale;
+    /* qk: the largest product so far of rows already stored */
+    const float *done;
+    int stored;
+    __m512 top0, top1;
+    /* pv: old sums to be brought to a new maximum before they are loaded */
+    float *old;
+    int stale, stale_step;
+    __m512 alpha0, alpha1;
+    /* pv: another panel's exponentials */
+    dhsa_exp_job *job;
+    int pairs_step;
+} side;
 
-static inline __attribute__((always_inline)) void rescale_rows(rescale *next, int rows)
+static inline __attribute__((always_inline)) void find_top(side *w, int rows)
 {
-    for (; rows > 0 && next->rows > 0; rows--, next->rows--, next->at += LANES) {
-        _mm512_storeu_ps(next->at, _mm512_mul_ps(_mm512_loadu_ps(next->at), next->a0));
-        _mm512_storeu_ps(next->at + 16, _mm512_mul_ps(_mm512_loadu_ps(next->at + 16), next->a1));
+    for (; rows > 0 && w->stored > 0; rows--, w->stored--, w->done += LANES) {
+        w->top0 = _mm512_max_ps(w->top0, _mm512_loadu_ps(w->done));
+        w->top1 = _mm512_max_ps(w->top1, _mm512_loadu_ps(w->done + 16));
+    }
+}
+
+static inline __attribute__((always_inline)) void rescale(side *w, int rows)
+{
+    for (; rows > 0 && w->stale > 0; rows--, w->stale--, w->old += LANES) {
+        _mm512_storeu_ps(w->old, _mm512_mul_ps(_mm512_loadu_ps(w->old), w->alpha0));
+        _mm512_storeu_ps(w->old + 16, _mm512_mul_ps(_mm512_loadu_ps(w->old + 16), w->alpha1));
     }
 }
 
 /* Sums 0 1 / 2 3 += [32 rows of low and high] x [panel halves of x], over `squares` squares. */
 static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *low, const uint16_t *high,
-                                                           int squares, dhsa_ahead *ahead, rescale *next, int rows)
+                                                           int squares, dhsa_ahead *ahead, side *w, const int values)
 {
     settle();
     for (; squares > 0; squares--, x += STEP * LANES, low += SQUARE, high += SQUARE) {
@@ -56,7 +72,12 @@ static inline __attribute__((always_inline)) void products(const uint16_t *x, co
         _tile_loadd(5, high, STEP * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        if (next) rescale_rows(next, rows);
+        if (values) {
+            rescale(w, w->stale_step);
+            exp_some(w->job, w->pairs_step);
+        } else {
+            find_top(w, 4);
+        }
         dhsa_ask(ahead, STEP * STEP);
     }
 }
@@ -69,6 +90,15 @@ static inline void zero(void)
     _tile_zero(3);
 }
 
+static inline void load(const float *from)
+{
+    settle();
+    _tile_loadd(0, from, ROW);
+    _tile_loadd(1, from + 16, ROW);
+    _tile_loadd(2, from + 16 * LANES, ROW);
+    _tile_loadd(3, from + 16 * LANES + 16, ROW);
+}
+
 static inline void store(float *to)
 {
     _tile_stored(0, to, ROW);
@@ -78,37 +108,39 @@ static inline void store(float *to)
     settle();
 }
 
-static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, dhsa_ahead *ahead)
+static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, float *top, dhsa_ahead *ahead)
 {
     const int squares = round_step(dim) / STEP;
+    side w = {.done = s, .top0 = _mm512_set1_ps(-INFINITY), .top1 = _mm512_set1_ps(-INFINITY)};
     for (int j = 0; j < n; j += STEP, k += 2 * squares * SQUARE) {
         zero();
-        products(q, k, k + squares * SQUARE, squares, ahead, NULL, 0);
+        products(q, k, k + squares * SQUARE, squares, ahead, &w, 0);
         store(s + (ptrdiff_t)j * LANES);
+        w.stored += n - j < STEP ? n - j : STEP;
     }
+    find_top(&w, n);
+    _mm512_storeu_ps(top, w.top0);
+    _mm512_storeu_ps(top + 16, w.top1);
 }
 
 static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
-               dhsa_ahead *ahead)
+               dhsa_ahead *ahead, dhsa_exp_job *meanwhile)
 {
-    const int squares = round_step(n) / STEP;
-    const __m512 one = _mm512_set1_ps(1.0f);
-    rescale next = {o, round_step(dim), _mm512_loadu_ps(alpha), _mm512_loadu_ps(alpha + 16)};
-    if ((_mm512_cmp_ps_mask(next.a0, one, _CMP_EQ_OQ) & _mm512_cmp_ps_mask(next.a1, one, _CMP_EQ_OQ)) == 0xffff) next.rows = 0;
-    rescale_rows(&next, STEP);
-    for (int d = 0; d < dim; d += STEP, v += 2 * v_stride) {
-        float *at = o + (ptrdiff_t)d * LANES;
-        settle();
-        _tile_loadd(0, at, ROW);
-        _tile_loadd(1, at + 16, ROW);
-        _tile_loadd(2, at + 16 * LANES, ROW);
-        _tile_loadd(3, at + 16 * LANES + 16, ROW);
-        products(p, v, v + v_stride, squares, ahead, &next, (STEP + squares - 1) / squares);
-        store(at);
+    const int squares = round_step(n) / STEP, steps = squares * (round_step(dim) / STEP);
+    const __m512 one = _mm512_set1_ps(1.0f), a0 = _mm512_loadu_ps(alpha), a1 = _mm512_loadu_ps(alpha + 16);
+    const int same = (_mm512_cmp_ps_mask(a0, one, _CMP_EQ_OQ) & _mm512_cmp_ps_mask(a1, one, _CMP_EQ_OQ)) == 0xffff;
+    side w = {.old = o, .stale = same ? 0 : round_step(dim), .alpha0 = a0, .alpha1 = a1, .job = meanwhile};
+    w.stale_step = (STEP + squares - 1) / squares;
+    w.pairs_step = meanwhile ? (meanwhile->n / 2 + steps - 1) / steps : 0;
+    rescale(&w, STEP);
+    for (int d = 0; d < dim; d += STEP, v += 2 * v_stride, o += STEP * LANES) {
+        load(o);
+        products(p, v, v + v_stride, squares, ahead, &w, 1);
+        store(o);
     }
 }
 
-const dhsa_bf16_kernels dhsa_bf16_amx = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, pv};
+const dhsa_bf16_kernels dhsa_bf16_amx = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -39,24 +39,32 @@ static inline __attribute__((always_inline)) void products(const uint16_t *x, co
         }
 }
 
-static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, dhsa_ahead *ahead)
+static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, float *top, dhsa_ahead *ahead)
 {
     const int padded = round_step(dim);
+    __m512 top0 = _mm512_set1_ps(-INFINITY), top1 = top0;
     for (int j = 0; j < n; j += ROWS) {
         __m512 acc[ROWS][2];
         products(q, k + dhsa_square(j, 0, padded), padded / STEP, acc);
         dhsa_ask(ahead, ROWS * padded);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++) {
+            if (j + i < n) {
+                top0 = _mm512_max_ps(top0, acc[i][0]);
+                top1 = _mm512_max_ps(top1, acc[i][1]);
+            }
             _mm512_storeu_ps(s + (ptrdiff_t)(j + i) * LANES, acc[i][0]);
             _mm512_storeu_ps(s + (ptrdiff_t)(j + i) * LANES + 16, acc[i][1]);
         }
     }
+    _mm512_storeu_ps(top, top0);
+    _mm512_storeu_ps(top + 16, top1);
 }
 
 static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
-               dhsa_ahead *ahead)
+               dhsa_ahead *ahead, dhsa_exp_job *meanwhile)
 {
+    (void)meanwhile; /* products and exponentials would share the same units */
     const __m512 a0 = _mm512_loadu_ps(alpha), a1 = _mm512_loadu_ps(alpha + 16);
     for (int d = 0; d < dim; d += ROWS) {
         __m512 acc[ROWS][2];
@@ -73,7 +81,7 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
 
 static void nothing(void) {}
 
-const dhsa_bf16_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, pv};
+const dhsa_bf16_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -4,6 +4,7 @@
 
 #include "kernels/kernels.h"
 #include "kernels/ops512.h"
+#include "kernels/softmax_tpl.h"
 
 /* Two keys' probabilities of the same rows. */
 static inline void v_pairs(vf a, vf b, uint16_t *to)
@@ -23,8 +24,6 @@ static inline vf v_exp2_half(vf x)
     p = v_fma(p, f, v_set1(0x1.00002cp+0f));
     return _mm512_scalef_ps(p, x);
 }
-#define K_PAIRS
-#include "kernels/softmax_tpl.h"
 
 enum { LANES = K_LANES, STEP = DHSA_PAIR_STEP };
 
@@ -59,43 +58,124 @@ static void pack_keys(const void *const *rows, int n, int dim, uint16_t *dst)
         for (int d = 0; d < padded; d += STEP) _mm512_storeu_si512(dst + dhsa_square(j, d, padded), row_words(rows[j], d, dim));
 }
 
+/* The rows of two keys are woven first, so that turning 32-bit words does the rest. */
 static int pack_values(const void *const *rows, int n, int dim, uint16_t *dst)
 {
-    const __m512i exponent = _mm512_set1_epi16(0x7f80);
-    __m512i even, odd; /* word 2i (2i + 1) of the first source for i < 16, of the second after that */
-    uint16_t pick[2][32];
-    __mmask32 bad = 0;
-    for (int i = 0; i < 32; i++) {
-        pick[0][i] = (uint16_t)(i < 16 ? 2 * i : 32 + 2 * (i - 16));
-        pick[1][i] = (uint16_t)(pick[0][i] + 1);
-    }
-    even = _mm512_loadu_si512(pick[0]);
-    odd = _mm512_loadu_si512(pick[1]);
     const int padded = round_step(n);
+    __m512i largest = _mm512_setzero_si512();
     for (int j = 0; j < n; j += STEP)
         for (int d = 0; d < dim; d += STEP) {
-            __m512 x[2][16];
-            for (int half = 0; half < 2; half++) {
-                for (int i = 0; i < 16; i++) {
-                    const int key = j + half * 16 + i;
-                    const __m512i row = key < n ? row_words(rows[key], d, dim) : _mm512_setzero_si512();
-                    bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(row, exponent), exponent);
-                    x[half][i] = _mm512_castsi512_ps(row);
-                }
-                v_transpose(x[half]);
-            }
+            __m512 even[16], odd[16]; /* columns */
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
-                const __m512i a = _mm512_castps_si512(x[0][i]), b = _mm512_castps_si512(x[1][i]);
+                const int key = j + 2 * i;
+                const __m512i a = key < n ? row_words(rows[key], d, dim) : _mm512_setzero_si512();
+                const __m512i b = key + 1 < n ? row_words(rows[key + 1], d, dim) : _mm512_setzero_si512();
+                const __m512i size = _mm512_set1_epi16(0x7fff);
+                largest = _mm512_max_epu16(largest, _mm512_and_si512(a, size));
+                largest = _mm512_max_epu16(largest, _mm512_and_si512(b, size));
+                even[i] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+                odd[i] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+            }
+            v_transpose(even);
+            v_transpose(odd);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
                 uint16_t *at = dst + dhsa_square(d + 2 * i, j, padded);
-                _mm512_storeu_si512(at, _mm512_permutex2var_epi16(a, even, b));
-                _mm512_storeu_si512(at + STEP, _mm512_permutex2var_epi16(a, odd, b));
+                _mm512_storeu_ps(at, even[i]);
+                _mm512_storeu_ps(at + STEP, odd[i]);
             }
         }
-    return bad != 0;
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) != 0;
 }
 
-static void softmax(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
-                    float *alpha, uint16_t *p)
+static inline __attribute__((always_inline)) int begin_softmax(float *s, const float *top, int n, int base, const int32_t *lo,
+                                                               const int32_t *hi, float scale, float softcap, float *m,
+                                                               float *alpha, dhsa_exp_job *job, const int masked, const int capped)
 {
-    softmax_step(s, n, base, lo, hi, scale, softcap, m, l, alpha, p);
+    vf factor, shift[V_PER];
+    const int rounded =
+        softmax_begin(s, masked || capped ? NULL : top, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift, masked, capped);
+    for (int u = 0; u < V_PER; u++) v_store(job->shift + u * V_LEN, shift[u]);
+    job->factor = capped ? 1.0f : scale * K_LOG2E;
+    return rounded;
+}
+
+static void softmax(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
+                    float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job)
+{
+    job->s = s;
+    job->alpha = alpha;
+    job->lo = lo;
+    job->hi = hi;
+    job->p = p;
+    job->l = l;
+    job->n = n;
+    job->base = base;
+    job->at = 0;
+    for (int r = 0; r < LANES; r++) job->sum[r] = 0;
+    if (softcap > 0)
+        job->rounded = lo ? begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 1, 1)
+                          : begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 0, 1);
+    else
+        job->rounded = lo ? begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 1, 0)
+                          : begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 0, 0);
+}
+
+/* At most `pairs` pairs of keys of a job; one key is left if n is odd. */
+static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked, const int rounded)
+{
+    const vf factor = v_set1(job->factor), zero = v_set1(0.0f);
+    vf shift[V_PER], sum[V_PER];
+    int j = job->at;
+    for (int u = 0; u < V_PER; u++) {
+        shift[u] = v_load(job->shift + u * V_LEN);
+        sum[u] = v_load(job->sum + u * V_LEN);
+    }
+    for (; pairs > 0 && j + 2 <= job->n; pairs--, j += 2)
+#pragma GCC unroll 2
+        for (int u = 0; u < V_PER; u++) {
+            const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
+            const int32_t *lo = job->lo + u * V_LEN, *hi = job->hi + u * V_LEN;
+            vf a = v_exp2_half(exponent(v_load(at), factor, shift[u], rounded));
+            vf b = v_exp2_half(exponent(v_load(at + LANES), factor, shift[u], rounded));
+            if (masked) a = v_pick(v_range(lo, hi, job->base + j), a, zero);
+            if (masked) b = v_pick(v_range(lo, hi, job->base + j + 1), b, zero);
+            sum[u] = v_add(sum[u], v_add(a, b));
+            v_pairs(a, b, job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);
+        }
+    for (int u = 0; u < V_PER; u++) v_store(job->sum + u * V_LEN, sum[u]);
+    job->at = j;
+}
+
+/* The same, only where nothing is in the way: what products of another panel may do on the side. */
+static inline __attribute__((always_inline)) void exp_some(dhsa_exp_job *job, int pairs)
+{
+    if (job && !job->lo && !job->rounded) exp_pairs(job, pairs, 0, 0);
+}
+
+/* The rest of a job: the pairs, a last key, the zeros up to a whole step, and the sum. */
+static void finish_exp(dhsa_exp_job *job)
+{
+    if (job->lo && job->rounded)
+        exp_pairs(job, job->n, 1, 1);
+    else if (job->lo)
+        exp_pairs(job, job->n, 1, 0);
+    else if (job->rounded)
+        exp_pairs(job, job->n, 0, 1);
+    else
+        exp_pairs(job, job->n, 0, 0);
+    vf sum[V_PER];
+    for (int u = 0; u < V_PER; u++) {
+        sum[u] = v_load(job->sum + u * V_LEN);
+        if (job->at == job->n) continue;
+        const int j = job->n - 1;
+        const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
+        vf a = v_exp2_half(exponent(v_load(at), v_set1(job->factor), v_load(job->shift + u * V_LEN), job->rounded));
+        if (job->lo) a = v_pick(v_range(job->lo + u * V_LEN, job->hi + u * V_LEN, job->base + j), a, v_set1(0.0f));
+        sum[u] = v_add(sum[u], a);
+        v_pairs(a, v_set1(0.0f), job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);
+    }
+    for (int j = (job->n + 1) / 2; j % (STEP / 2); j++) memset(job->p + (ptrdiff_t)j * LANES * 2, 0, LANES * 4);
+    softmax_end(job->l, job->alpha, sum);
 }

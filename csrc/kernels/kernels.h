@@ -41,6 +41,18 @@ static inline void dhsa_ask(dhsa_ahead *ahead, int done)
  * *square*, that is read from end to end. `lanes` is the table's; K stands for dim rounded up to DHSA_PAIR_STEP, N for n rounded
  * up to it; what is rounded up to is zeros in queries, values and probabilities, so that it adds nothing. */
 #define DHSA_PAIR_STEP 32
+
+/* A softmax whose maxima are known and whose exponentials are not. */
+typedef struct dhsa_exp_job {
+    const float *s, *alpha;
+    const int32_t *lo, *hi; /* lo NULL: no mask */
+    uint16_t *p;
+    float *l;
+    int n, base, at; /* keys; the first one's number; those done */
+    int rounded;     /* as in exponent(), softmax_tpl.h */
+    float factor, shift[DHSA_MAX_LANES], sum[DHSA_MAX_LANES];
+} dhsa_exp_job;
+
 typedef struct dhsa_bf16_kernels {
     /* Around the work of one thread: sets up and gives back the tile registers. */
     void (*begin)(void);
@@ -51,14 +63,18 @@ typedef struct dhsa_bf16_kernels {
     void (*pack_keys)(const void *const *rows, int n, int dim, uint16_t *dst);
     /* Transposed: columns d < K, keys j < N: number dhsa_square(d, j, N). Returns 1 if any number is not finite. */
     int (*pack_values)(const void *const *rows, int n, int dim, uint16_t *dst);
-    /* s[j * lanes + r], j < N: what lies past n has no meaning. k: a whole number of squares, read up to key N. */
-    void (*qk)(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, dhsa_ahead *ahead);
-    /* As below, but the probabilities are rounded to p[(j / 2 * lanes + r) * 2 + j % 2], j < N; s is scratch. */
-    void (*softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
-                    float *alpha, uint16_t *p);
-    /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v(d, j), d < K. v_stride: 16 columns further, in numbers. */
+    /* s[j * lanes + r], j < N: what lies past n has no meaning. k: a whole number of squares, read up to key N. top[r]: the largest
+     * product over j < n. */
+    void (*qk)(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, float *top, dhsa_ahead *ahead);
+    /* The softmax of below in two parts: the first finds maxima and alpha and notes in *job what is left, the second does it.
+     * Probabilities are rounded to p[(j / 2 * lanes + r) * 2 + j % 2], j < N; s is scratch; top as qk gave it. */
+    void (*softmax)(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
+                    float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job);
+    void (*exp)(dhsa_exp_job *job);
+    /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v(d, j), d < K. v_stride: 16 columns further, in numbers.
+     * meanwhile: another panel's job that may be worked on while the tile registers compute; NULL: none. */
     void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
-               dhsa_ahead *ahead);
+               dhsa_ahead *ahead, dhsa_exp_job *meanwhile);
 } dhsa_bf16_kernels;
 
 static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t length)

@@ -1,6 +1,5 @@
-/* softmax_tpl.h: one online-softmax step of a panel, for the fp32 kernels (tile_tpl.h) and those of bf16 pairs (bf16_tpl.h).
- * Needs the vector type and operations that tile_tpl.h lists; with K_PAIRS defined also
- * v_pairs(a, b, to): a and b rounded to bf16, interleaved; v_exp2_half: v_exp2 to well below the rounding of bf16. */
+/* softmax_tpl.h: one online-softmax step of a panel and its parts, for the fp32 kernels (tile_tpl.h) and those of bf16 pairs
+ * (bf16_tpl.h). Needs the vector type and operations that tile_tpl.h lists. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -81,56 +80,34 @@ K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const in
         }
 }
 
-#ifdef K_PAIRS
-/* Pass 2 with the probabilities rounded to bf16: pairs[(j / 2 * lanes + r) * 2 + j % 2], zeros up to the next whole step. */
-K_INLINE void softmax_exp_pairs(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, vf factor, const vf *shift,
-                                int rounded, vf *sum, uint16_t *pairs, const int masked)
+/* Pass 1: the new maximum into m, alpha, and what pass 2 needs: factor, shift. known: the largest products, if all count as they
+ * are; else NULL. Returns `rounded` of exponent(). */
+K_INLINE int softmax_begin(float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
+                           float softcap, float *m, float *alpha, vf *factor, vf *shift, const int masked, const int capped)
 {
-    int j = 0;
-    for (; j < n; j += 2)
-#pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
-            const float *at = s + (ptrdiff_t)j * K_LANES + u * V_LEN;
-            vf a = v_exp2_half(exponent(v_load(at), factor, shift[u], rounded));
-            vf b = v_exp2_half(exponent(v_load(at + K_LANES), factor, shift[u], rounded));
-            if (masked) a = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j), a, v_set1(0.0f));
-            if (masked) b = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j + 1), b, v_set1(0.0f));
-            if (j + 1 == n) b = v_set1(0.0f);
-            sum[u] = v_add(sum[u], v_add(a, b));
-            v_pairs(a, b, pairs + ((ptrdiff_t)(j / 2) * K_LANES + u * V_LEN) * 2);
-        }
-    for (; j % DHSA_PAIR_STEP; j += 2) memset(pairs + (ptrdiff_t)(j / 2) * K_LANES * 2, 0, K_LANES * 4);
-}
-#endif
-
-K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                           float *l, float *alpha, uint16_t *pairs, const int masked, const int capped)
-{
-    const vf factor = v_set1(capped ? 1.0f : scale * K_LOG2E);
-    vf top[V_PER], sum[V_PER], shift[V_PER], far = v_set1(0.0f);
-    softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, 0);
+    vf top[V_PER], far = v_set1(0.0f);
+    *factor = v_set1(capped ? 1.0f : scale * K_LOG2E);
+    if (known)
+        for (int u = 0; u < V_PER; u++) top[u] = v_load(known + u * V_LEN);
+    else
+        softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, 0);
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) {
         const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
         /* -inf times a zero scale would be NaN: no key seen stays no key seen. */
-        const vf now = v_max(v_pick(v_eq(top[u], none), none, v_mul(top[u], factor)), old);
+        const vf now = v_max(v_pick(v_eq(top[u], none), none, v_mul(top[u], *factor)), old);
         const vf use = v_pick(v_eq(now, none), v_set1(0.0f), now);
         v_store(m + u * V_LEN, now);
         v_store(alpha + u * V_LEN, v_exp2(v_sub(old, use)));
         shift[u] = v_sub(v_set1(0.0f), use);
-        sum[u] = v_set1(0.0f);
         far = v_add(far, is_far(use));
     }
-    const int rounded = v_sum(far) > 0;
-#ifdef K_PAIRS
-    if (rounded)
-        softmax_exp_pairs(s, n, base, lo, hi, factor, shift, 1, sum, pairs, masked);
-    else
-        softmax_exp_pairs(s, n, base, lo, hi, factor, shift, 0, sum, pairs, masked);
-#else
-    (void)pairs;
-    softmax_exp(s, n, base, lo, hi, factor, shift, rounded, sum, masked);
-#endif
+    return v_sum(far) > 0;
+}
+
+/* What a row has seen so far, brought to the new maximum, and what it has seen now. */
+K_INLINE void softmax_end(float *l, const float *alpha, const vf *sum)
+{
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) {
         float *at = l + u * V_LEN;
@@ -138,19 +115,13 @@ K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const i
     }
 }
 
-/* pairs: where probabilities go with K_PAIRS; else NULL, and they go back into s. */
-K_INLINE void softmax_step(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                           float *l, float *alpha, uint16_t *pairs)
+K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
+                           float *l, float *alpha, const int masked, const int capped)
 {
-    if (softcap > 0) {
-        if (lo)
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, pairs, 1, 1);
-        else
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, pairs, 0, 1);
-    } else {
-        if (lo)
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, pairs, 1, 0);
-        else
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, pairs, 0, 0);
-    }
+    vf factor, shift[V_PER], sum[V_PER];
+    const int rounded = softmax_begin(s, NULL, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift, masked, capped);
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) sum[u] = v_set1(0.0f);
+    softmax_exp(s, n, base, lo, hi, factor, shift, rounded, sum, masked);
+    softmax_end(l, alpha, sum);
 }

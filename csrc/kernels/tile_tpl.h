@@ -113,7 +113,17 @@ static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n
 static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
                             float *l, float *alpha)
 {
-    softmax_step(s, n, base, lo, hi, scale, softcap, m, l, alpha, NULL);
+    if (softcap > 0) {
+        if (lo)
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1);
+        else
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1);
+    } else {
+        if (lo)
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0);
+        else
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0);
+    }
 }
 
 static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score)
@@ -276,22 +286,19 @@ static void K_NAME(pack_panel)(const void *const *rows, int dtype, int n, int di
 
 K_INLINE void store_part(vf x, void *row, int dtype, int d, int dim)
 {
-    float line[V_LEN];
-    uint16_t half[V_LEN];
+    uint16_t *half = (uint16_t *)row + d, half_line[V_LEN];
+    float *whole = (float *)row + d, line[V_LEN];
+    const int all = d + V_LEN <= dim;
     if (dtype == DHSA_F32) {
-        if (d + V_LEN <= dim) {
-            v_store((float *)row + d, x);
-            return;
-        }
-        v_store(line, x);
-        for (int i = 0; d + i < dim; i++) ((float *)row)[d + i] = line[i];
+        v_store(all ? whole : line, x);
+        for (int i = 0; !all && d + i < dim; i++) whole[i] = line[i];
         return;
     }
     if (dtype == DHSA_F16)
-        v_to_f16(x, half);
+        v_to_f16(x, all ? half : half_line);
     else
-        v_to_bf16(x, half);
-    for (int i = 0; i < V_LEN && d + i < dim; i++) ((uint16_t *)row)[d + i] = half[i];
+        v_to_bf16(x, all ? half : half_line);
+    for (int i = 0; !all && d + i < dim; i++) half[i] = half_line[i];
 }
 
 static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows)

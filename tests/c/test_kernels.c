@@ -271,7 +271,7 @@ static void test_bf16(int n, int dim)
     uint16_t *q = guarded((size_t)K * lanes * 2), *k = guarded((size_t)N * K * 2), *v = guarded((size_t)K * N * 2);
     uint16_t *p = guarded((size_t)N * lanes * 2);
     float *s = floats((size_t)N * lanes), *o = random_floats((size_t)K * lanes), *before = floats((size_t)K * lanes);
-    float *alpha = random_floats((size_t)lanes);
+    float *alpha = random_floats((size_t)lanes), *top = floats((size_t)lanes);
     half->begin();
     half->pack_panel(queries, used, dim, n % 2, q);
     half->pack_keys(keys, n, dim, k);
@@ -286,7 +286,7 @@ static void test_bf16(int n, int dim)
         for (int j = 0; j < N; j++)
             near("bf16 pack_values", j, d, v[dhsa_square(d, j, N)], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
     }
-    half->qk(q, k, n, dim, s, NULL);
+    half->qk(q, k, n, dim, s, top, NULL);
     for (int j = 0; j < n; j++)
         for (int r = 0; r < used; r++) {
             double sum = 0;
@@ -294,20 +294,31 @@ static void test_bf16(int n, int dim)
                 sum += (double)dhsa_from_bf16(((const uint16_t *)queries[r])[d]) * dhsa_from_bf16(((const uint16_t *)keys[j])[d]);
             near("bf16 qk", j, r, s[(ptrdiff_t)j * lanes + r], (float)(n % 2 ? -sum : sum), 1e-6f * (float)dim);
         }
+    for (int r = 0; r < used; r++) {
+        float most = -INFINITY;
+        for (int j = 0; j < n; j++) most = fmaxf(most, s[(ptrdiff_t)j * lanes + r]);
+        near("bf16 qk top", n, r, top[r], most, 0);
+    }
     /* The softmax is the fp32 one with its probabilities rounded. */
     for (int masked = 0; masked < 2; masked++) {
         const size_t room = (size_t)lanes;
         float *m = floats(room), *l = floats(room), *m_want = floats(room), *l_want = floats(room),
               *want = floats((size_t)N * lanes);
         int32_t *lo = guarded(room * 4), *hi = guarded(room * 4);
+        dhsa_exp_job job;
         for (int r = 0; r < lanes; r++) {
             m[r] = m_want[r] = -INFINITY;
             l[r] = l_want[r] = 0;
             lo[r] = 5 + r % 3;
             hi[r] = 5 + n - r % 2;
         }
-        for (int j = 0; j < N * lanes; j++) want[j] = s[j] = uniform();
-        half->softmax(s, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m, l, alpha, p);
+        for (int r = 0; r < lanes; r++) top[r] = -INFINITY;
+        for (int j = 0; j < N * lanes; j++) {
+            want[j] = s[j] = uniform();
+            if (j / lanes < n) top[j % lanes] = fmaxf(top[j % lanes], s[j]);
+        }
+        half->softmax(s, top, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m, l, alpha, p, &job);
+        half->exp(&job);
         kn->softmax(want, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m_want, l_want, alpha);
         for (int r = 0; r < lanes; r++) {
             near("bf16 softmax m", n, r, m[r], m_want[r], 0);
@@ -321,7 +332,7 @@ static void test_bf16(int n, int dim)
         for (int r = 0; r < lanes && !scaled; r++) alpha[r] = 1; /* the way without scaling, then the other */
         for (int r = 0; r < lanes && scaled; r++) alpha[r] = uniform();
         memcpy(before, o, sizeof(float) * (size_t)K * lanes);
-        half->pv(p, v, (ptrdiff_t)N * 16, n, dim, alpha, o, NULL);
+        half->pv(p, v, (ptrdiff_t)N * 16, n, dim, alpha, o, NULL, NULL);
         for (int d = 0; d < dim; d++)
             for (int r = 0; r < lanes; r++) {
                 double sum = (double)before[(ptrdiff_t)d * lanes + r] * alpha[r];
