@@ -28,6 +28,7 @@ typedef struct {
     int panels, tile;
     const dhsa_bf16_kernels *bf16; /* NULL: products are fp32, whatever the dtype */
     int64_t dim, padded;           /* head_dim; rounded up to what the kernels pack */
+    int64_t v_stride;              /* numbers of a strip of values (bf16: see kernels.h) */
     float factor, sign;
     char *arenas;
     int64_t arena_size;
@@ -66,7 +67,7 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     w->o = (float *)(base + take(&used, rows * pl->padded * 4));
     w->s = (float *)(base + take(&used, pl->tile * lanes * 4));
     w->k = base + take(&used, pl->tile * pl->padded * size);
-    w->v = base + take(&used, pl->tile * pl->padded * size);
+    w->v = base + take(&used, pl->bf16 ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
     w->p = (uint16_t *)(base + take(&used, pl->bf16 ? pl->tile * lanes * 4 : 0));
     w->m = (float *)(base + take(&used, rows * 4));
     w->l = (float *)(base + take(&used, rows * 4));
@@ -124,7 +125,7 @@ static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int co
                 if (pl->bf16)
                     sum += p * dhsa_from_bf16(((const uint16_t *)w->v)[dhsa_square(d, skip + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
                 else
-                    sum += p * ((const float *)w->v)[((ptrdiff_t)(d / step) * n + skip + j) * step + d % step];
+                    sum += p * ((const float *)w->v)[d / step * pl->v_stride + (skip + j) * step + d % step];
             }
             o[(ptrdiff_t)d * lanes + r] = o[(ptrdiff_t)d * lanes + r] * w->alpha[r] + sum;
         }
@@ -241,7 +242,7 @@ static int pack_tile(const plan *pl, scratch *w, const void *const *rows, int n)
         return pl->bf16->pack_values(rows + n, n, dim, w->v);
     }
     pl->kernels->pack_rows(rows, dtype, n, dim, w->k);
-    return pl->kernels->pack_values(rows + n, dtype, n, dim, w->v);
+    return pl->kernels->pack_values(rows + n, dtype, n, dim, pl->v_stride, w->v);
 }
 
 /* The products of this tile, of n keys, are to ask for the rows of the next, of `next` keys. */
@@ -313,8 +314,7 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     if (guarded)
         pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
     else
-        kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, (ptrdiff_t)n * kn->value_step, count, dim, w->alpha, o,
-               &w->ahead);
+        kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, pl->v_stride, count, dim, w->alpha, o, &w->ahead);
 }
 
 static void store(const plan *pl, const item *it, scratch *w)
@@ -394,6 +394,8 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.dim = dim;
     pl.tile = pl.bf16 ? TILE_BF16 : TILE;
     pl.padded = dhsa_round_up(dim, pl.bf16 ? DHSA_PAIR_STEP : pl.kernels->value_step);
+    /* Not a power of two, or what a row writes to all strips would share a few lines of the cache. */
+    pl.v_stride = (pl.tile + 2) * pl.kernels->value_step;
     /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
     pl.factor = (float)fabs(p->scale);
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;

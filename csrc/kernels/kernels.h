@@ -98,15 +98,15 @@ typedef struct dhsa_kernels {
     void (*softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
                     float *alpha);
 
-    /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), v packed by pack_values; v_stride is the
-     * length of one packed strip, value_step times the n it was packed with. */
+    /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), v packed by pack_values with the
+     * same v_stride. */
     void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o, dhsa_ahead *ahead);
 
     /* Copies n rows (pointers to fp32 / fp16 / bf16 numbers) into dst[j * dim + d], converting to fp32. */
     void (*pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst);
-    /* The same into strips of value_step columns: dst[(d / value_step * n + j) * value_step + d % value_step], last strip
-     * padded with zeros. Returns 1 if any number is not finite. */
-    int (*pack_values)(const void *const *rows, int dtype, int n, int dim, float *dst);
+    /* The same into strips of value_step columns, v_stride >= n * value_step numbers each: dst[d / value_step * v_stride +
+     * j * value_step + d % value_step], last strip padded with zeros. Returns 1 if any number is not finite. */
+    int (*pack_values)(const void *const *rows, int dtype, int n, int dim, ptrdiff_t v_stride, float *dst);
     /* n <= lanes rows to a panel q[d * lanes + r], the rest zeros. */
     void (*pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst);
     /* rows[r][d] = o[d * lanes + r] / divisor[r], rounded to dtype, for r < n. */

@@ -243,23 +243,6 @@ static void K_NAME(pack_rows)(const void *const *rows, int dtype, int n, int dim
     }
 }
 
-static int K_NAME(pack_values)(const void *const *rows, int dtype, int n, int dim, float *dst)
-{
-    float line[256 + V_LEN];
-    vf poison = v_set1(0.0f);
-    const int strips = (dim + PV_ROWS - 1) / PV_ROWS, padded = strips * PV_ROWS;
-    for (int d = dim; d < padded || d % V_LEN; d++) line[d] = 0.0f;
-    for (int j = 0; j < n; j++) {
-        if (j + 4 < n) prefetch_row(rows[j + 4], dim, dtype);
-        K_NAME(load)(rows[j], dtype, dim, line);
-        /* x * 0 is 0 unless x is inf or NaN. */
-        for (int d = 0; d < dim; d += V_LEN) poison = v_fma(v_load(line + d), v_set1(0.0f), poison);
-        float *at = dst + (ptrdiff_t)j * PV_ROWS;
-        for (int s = 0; s < strips; s++, at += (ptrdiff_t)n * PV_ROWS) memcpy(at, line + s * PV_ROWS, PV_ROWS * sizeof *at);
-    }
-    return v_sum(poison) != 0.0f;
-}
-
 /* V_LEN numbers of a row from column d on, zeros past its end. */
 K_INLINE vf row_part(const void *row, int dtype, int d, int dim)
 {
@@ -270,6 +253,27 @@ K_INLINE vf row_part(const void *row, int dtype, int d, int dim)
     float line[V_LEN] = {0};
     for (int i = 0; d + i < dim; i++) line[i] = K_NAME(convert)(row, dtype, d + i);
     return v_load(line);
+}
+
+static int K_NAME(pack_values)(const void *const *rows, int dtype, int n, int dim, ptrdiff_t v_stride, float *dst)
+{
+    enum { PART = V_LEN > PV_ROWS ? V_LEN : PV_ROWS }; /* whole vectors and whole strips */
+    vf poison = v_set1(0.0f);
+    for (int j = 0; j < n; j++) {
+        if (j + 4 < n) prefetch_row(rows[j + 4], dim, dtype);
+        float *at = dst + (ptrdiff_t)j * PV_ROWS;
+        for (int d = 0; d < dim; d += PART) {
+            float part[PART];
+            for (int i = 0; i < PART; i += V_LEN) {
+                const vf x = d + i < dim ? row_part(rows[j], dtype, d + i, dim) : v_set1(0.0f);
+                /* x * 0 is 0 unless x is inf or NaN. */
+                poison = v_fma(x, v_set1(0.0f), poison);
+                v_store(part + i, x);
+            }
+            for (int i = 0; i < PART && d + i < dim; i += PV_ROWS, at += v_stride) memcpy(at, part + i, PV_ROWS * sizeof *at);
+        }
+    }
+    return v_sum(poison) != 0.0f;
 }
 
 static void K_NAME(pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst)

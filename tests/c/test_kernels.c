@@ -95,7 +95,8 @@ static void test_products(int n, int dim)
     float *o = random_floats((size_t)dim * lanes), *o_part = floats((size_t)dim * small), *alpha = random_floats((size_t)lanes);
     float *alpha_part = floats((size_t)small), *before = floats((size_t)dim * lanes);
     memcpy(before, o, sizeof(float) * (size_t)dim * lanes);
-    if (kn->pack_values(rows, DHSA_F32, n, dim, v) | ref->pack_values(rows, DHSA_F32, n, dim, v_ref))
+    if (kn->pack_values(rows, DHSA_F32, n, dim, (ptrdiff_t)n * step, v) |
+        ref->pack_values(rows, DHSA_F32, n, dim, (ptrdiff_t)n * ref_step, v_ref))
         near("finite values", n, dim, 1, 0, 0);
     const int skip = n > 1;
     kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, alpha, o, NULL);
@@ -180,15 +181,16 @@ static void test_moves(int n, int dim, int dtype)
 {
     const int lanes = kn->lanes, step = kn->value_step, padded = (int)dhsa_round_up(dim, step);
     const void **rows = random_rows(n, dim, dtype);
-    float *a = floats((size_t)n * dim), *b = floats((size_t)n * dim), *v = floats((size_t)n * padded);
+    float *a = floats((size_t)n * dim), *b = floats((size_t)n * dim), *v = floats((size_t)(n + 1) * padded);
+    const ptrdiff_t v_stride = (ptrdiff_t)(n + 1) * step; /* a strip may be longer than what is in it */
     kn->pack_rows(rows, dtype, n, dim, a);
     ref->pack_rows(rows, dtype, n, dim, b);
-    near("finite", n, dim, (float)kn->pack_values(rows, dtype, n, dim, v), 0, 0);
+    near("finite", n, dim, (float)kn->pack_values(rows, dtype, n, dim, v_stride, v), 0, 0);
     for (int j = 0; j < n; j++)
         for (int d = 0; d < padded; d++) {
             const float want = d < dim ? b[j * dim + d] : 0;
             if (d < dim) near("pack_rows", j, d, a[j * dim + d], want, 0);
-            near("pack_values", j, d, v[((ptrdiff_t)(d / step) * n + j) * step + d % step], want, 0);
+            near("pack_values", j, d, v[d / step * v_stride + j * step + d % step], want, 0);
         }
     if (dtype == DHSA_F32) {
         float *row = (float *)rows[n - 1];
@@ -196,7 +198,7 @@ static void test_moves(int n, int dim, int dtype)
         const float bad[] = {NAN, INFINITY, -INFINITY};
         for (int i = 0; i < 3; i++) {
             row[dim - 1] = bad[i];
-            near("not finite", n, i, (float)(kn->pack_values(rows, dtype, n, dim, v) != 0), 1, 0);
+            near("not finite", n, i, (float)(kn->pack_values(rows, dtype, n, dim, v_stride, v) != 0), 1, 0);
         }
         row[dim - 1] = kept;
     }
