@@ -15,7 +15,6 @@ import dhsa
 from dhsa import reference
 
 TIERS = dhsa.build_info()["isa_detected"]
-BF16_TIERS = {"avx512bf16", "amx"}  # multiply bf16 numbers as they are; the others convert them to fp32 while packing
 
 # b, h, hkv, lq, lk, d, options
 CASES = {
@@ -65,14 +64,14 @@ def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
     "config", [None, dhsa.Config(budget=64, sink=8, local=24, query_block=32)], ids=["exact", "sparse"]
 )
 def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, tier, dtype, config):
-    """Converted while packing: the same as converting whole tensors first and rounding the output at the end. With bf16
-    products the probabilities are rounded too, as in PyTorch."""
+    """Converted while packing: the same as converting whole tensors first and rounding the output at the end. With
+    products of its own the probabilities are rounded too, as in PyTorch."""
     dhsa.set_isa(tier)
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 4, 2, 190, 190, 72)]
     out = dhsa.attention(*halves, config, softcap=30.0)
     assert out.dtype == getattr(torch, dtype)
     want = dhsa.attention(*[x.float() for x in halves], config, softcap=30.0).to(out.dtype)
-    if dtype == "bfloat16" and tier in BF16_TIERS:
+    if dtype in dhsa.build_info()["products"]:
         assert (out.float() - want.float()).abs().max() < 2e-2
         assert (out.float() - want.float()).square().mean().sqrt() < 1e-3
     else:
@@ -128,11 +127,12 @@ def test_half_precision_rounds_no_worse_than_torch(torch, dtype, kind, tier):
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_bf16_of_every_shape(torch, make_qkv, name, tier):
-    """The fp32 cases again in bf16, against float64 attention of the rounded inputs: tails, clipped tiles, windows."""
+def test_half_precision_of_every_shape(torch, make_qkv, name, dtype, tier):
+    """The fp32 cases again, against float64 attention of the rounded inputs: tails, clipped tiles, windows."""
     *shape, options = CASES[name]
-    halves = [torch.from_numpy(x).bfloat16() for x in make_qkv(*shape)]
+    halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(*shape)]
     dhsa.set_isa(tier)
     out, lse = dhsa.attention(*halves, return_lse=True, **options)
     want, want_lse = reference_of(*[x.float().numpy() for x in halves], options)
@@ -144,10 +144,12 @@ def test_bf16_of_every_shape(torch, make_qkv, name, tier):
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("window", [None, 50])
-def test_bad_numbers_in_bf16(torch, make_qkv, tier, which, bad, window):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_bad_numbers_in_half_precision(torch, make_qkv, tier, which, bad, window, dtype):
     """As for fp32 below: values past the end of a clipped tile are read in pairs, but must not be seen."""
     dhsa.set_isa(tier)
-    tensors = {n: torch.from_numpy(x).bfloat16() for n, x in zip("qkv", make_qkv(1, 4, 2, 200, 200, 24), strict=True)}
+    rows = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 4, 2, 200, 200, 24)]
+    tensors = dict(zip("qkv", rows, strict=True))
     clean = dhsa.attention(*tensors.values(), window=window).float().numpy()
     tensors[which][0, 1, 77, 5] = bad
     out = dhsa.attention(*tensors.values(), window=window).float().numpy()
@@ -288,3 +290,11 @@ def test_memory_does_not_grow_with_the_square_of_the_length(path):
     done = subprocess.run([sys.executable, "-c", MEMORY, "12000", path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 16 * 1024
+
+
+def test_build_info_names_the_dtypes_with_products_of_their_own():
+    dhsa.set_isa("scalar")
+    assert dhsa.build_info()["products"] == ["float32"]
+    if "avx512bf16" in TIERS:
+        dhsa.set_isa("avx512bf16")
+        assert dhsa.build_info()["products"] == ["float32", "bfloat16"]

@@ -10,10 +10,10 @@
 #include "kernels/half.h"
 
 enum {
-    TILE = 128,      /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
-    TILE_BF16 = 256, /* bf16 products are done so soon that loading and storing the sums counts: longer tiles */
-    MAX_ROWS = 512,  /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
-    MIN_ITEMS = 16   /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
+    TILE = 128,       /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
+    TILE_PAIRS = 256, /* 16-bit products are done so soon that loading and storing the sums counts: longer tiles */
+    MAX_ROWS = 512,   /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
+    MIN_ITEMS = 16    /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
 };
 
 typedef struct {
@@ -26,9 +26,9 @@ typedef struct {
     int64_t block, runs; /* queries of a block; runs that a block is cut into */
     int64_t blocks;
     int panels, tile;
-    const dhsa_bf16_kernels *bf16; /* NULL: products are fp32, whatever the dtype */
+    const dhsa_pair_kernels *pair; /* NULL: products are fp32, whatever the dtype */
     int64_t dim, padded;           /* head_dim; rounded up to what the kernels pack */
-    int64_t v_stride;              /* numbers of a strip of values (bf16: see kernels.h) */
+    int64_t v_stride;              /* numbers of a strip of values (pairs: see kernels.h) */
     float factor, sign;
     char *arenas;
     int64_t arena_size;
@@ -37,7 +37,7 @@ typedef struct {
 /* What one thread works in; offsets of one arena. Sizes are those of a full item. */
 typedef struct {
     float *o, *s, *m, *l, *alpha, *top;
-    void *q, *k, *v;   /* fp32 or bf16, as the kernels pack them */
+    void *q, *k, *v;   /* fp32 or 16-bit numbers, as the kernels pack them */
     uint16_t *p;       /* the probabilities in bf16 */
     int32_t *lo, *hi;  /* [panels * lanes]: the entries of the key list that a row sees */
     const void **rows; /* of the tile: keys, then values; of the next tile likewise, after these */
@@ -48,7 +48,7 @@ typedef struct {
         const uint16_t *p, *v;
         const float *alpha;
         float *o;
-    } due; /* the panel whose values are still to be added; bf16 only */
+    } due; /* the panel whose values are still to be added; pairs only */
 } scratch;
 
 static int64_t take(int64_t *used, int64_t bytes)
@@ -61,14 +61,14 @@ static int64_t take(int64_t *used, int64_t bytes)
 /* Lays the scratch out in an arena; with base NULL only its size is of use. */
 static int64_t lay_out(const plan *pl, char *base, scratch *w)
 {
-    const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->bf16 ? 2 : 4;
+    const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->pair ? 2 : 4;
     int64_t used = 0;
     w->q = base + take(&used, rows * pl->padded * size);
     w->o = (float *)(base + take(&used, rows * pl->padded * 4));
     w->s = (float *)(base + take(&used, pl->tile * lanes * 4));
     w->k = base + take(&used, pl->tile * pl->padded * size);
-    w->v = base + take(&used, pl->bf16 ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
-    w->p = (uint16_t *)(base + take(&used, pl->bf16 ? pl->tile * lanes * 4 : 0));
+    w->v = base + take(&used, pl->pair ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
+    w->p = (uint16_t *)(base + take(&used, pl->pair ? pl->tile * lanes * 4 : 0));
     w->m = (float *)(base + take(&used, rows * 4));
     w->l = (float *)(base + take(&used, rows * 4));
     w->alpha = (float *)(base + take(&used, 2 * lanes * 4));
@@ -112,6 +112,8 @@ static int64_t lower_bound(const int32_t *list, int64_t n, int64_t key)
     return low;
 }
 
+static float narrow_value(const plan *pl, uint16_t x) { return pl->p->v.dtype == DHSA_F16 ? dhsa_from_f16(x) : dhsa_from_bf16(x); }
+
 /* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
 static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int count, int base, const int32_t *lo, const int32_t *hi,
                        float *o)
@@ -122,8 +124,9 @@ static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int co
             float sum = 0;
             for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
                 const float p = w->s[(ptrdiff_t)j * lanes + r];
-                if (pl->bf16)
-                    sum += p * dhsa_from_bf16(((const uint16_t *)w->v)[dhsa_square(d, skip + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
+                if (pl->pair)
+                    sum +=
+                        p * narrow_value(pl, ((const uint16_t *)w->v)[dhsa_square(d, skip + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
                 else
                     sum += p * ((const float *)w->v)[d / step * pl->v_stride + (skip + j) * step + d % step];
             }
@@ -214,8 +217,8 @@ static void pack_queries(const plan *pl, const item *it, scratch *w)
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         const ptrdiff_t first = (ptrdiff_t)at * lanes * pl->padded;
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &pl->p->q, at * lanes + r);
-        if (pl->bf16)
-            pl->bf16->pack_panel(w->rows, n, dim, pl->sign < 0, (uint16_t *)w->q + first);
+        if (pl->pair)
+            pl->pair->pack_panel(w->rows, n, dim, pl->sign < 0, (uint16_t *)w->q + first);
         else
             pl->kernels->pack_panel(w->rows, pl->p->q.dtype, n, dim, pl->sign, (float *)w->q + first);
     }
@@ -237,9 +240,9 @@ static void find_rows(const plan *pl, const item *it, int64_t at, int n, const v
 static int pack_tile(const plan *pl, scratch *w, const void *const *rows, int n)
 {
     const int dim = (int)pl->dim, dtype = pl->p->k.dtype;
-    if (pl->bf16) {
-        pl->bf16->pack_keys(rows, n, dim, w->k);
-        return pl->bf16->pack_values(rows + n, n, dim, w->v);
+    if (pl->pair) {
+        pl->pair->pack_keys(rows, n, dim, w->k);
+        return pl->pair->pack_values(rows + n, n, dim, w->v);
     }
     pl->kernels->pack_rows(rows, dtype, n, dim, w->k);
     return pl->kernels->pack_values(rows + n, dtype, n, dim, pl->v_stride, w->v);
@@ -258,7 +261,7 @@ static void look_ahead(const plan *pl, const item *it, scratch *w, const void *c
 static void add_due(const plan *pl, scratch *w, int n, dhsa_exp_job *meanwhile)
 {
     if (w->due.count)
-        pl->bf16->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->dim, w->due.alpha, w->due.o,
+        pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->dim, w->due.alpha, w->due.o,
                      &w->ahead, meanwhile);
     w->due.count = 0;
 }
@@ -280,7 +283,7 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     int64_t from = DHSA_MAX(at, lo_min);
     const int64_t to = DHSA_MIN(at + n, hi_max);
     if (from >= to) return;
-    if (pl->bf16) from -= (from - at) % DHSA_PAIR_STEP; /* whole squares */
+    if (pl->pair) from -= (from - at) % DHSA_PAIR_STEP; /* whole squares */
     const int skip = (int)(from - at), count = (int)(to - from), masked = lo_max > from || hi_min < to;
     const ptrdiff_t first = (ptrdiff_t)panel * lanes;
     float *o = w->o + first * pl->padded;
@@ -288,17 +291,17 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     float *m = w->m + first, *l = w->l + first;
     if (!masked) lo = NULL;
     /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
-    const int guarded = poison && (masked || (pl->bf16 && count < n));
-    if (pl->bf16) {
+    const int guarded = poison && (masked || (pl->pair && count < n));
+    if (pl->pair) {
         const int odd = panel % 2;
         float *alpha = w->alpha + odd * lanes;
         uint16_t *p = w->p + odd * pl->tile * lanes;
-        pl->bf16->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
+        pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
                      w->top, &w->ahead);
         if (!guarded) {
-            pl->bf16->softmax(w->s, w->top, count, (int)from, lo, hi, factor, softcap, m, l, alpha, p, &w->job);
+            pl->pair->softmax(w->s, w->top, count, (int)from, lo, hi, factor, softcap, m, l, alpha, p, &w->job);
             add_due(pl, w, n, &w->job);
-            pl->bf16->exp(&w->job);
+            pl->pair->exp(&w->job);
             w->due.count = count;
             w->due.p = p;
             w->due.v = (uint16_t *)w->v + dhsa_square(0, skip, dhsa_round_up(n, DHSA_PAIR_STEP));
@@ -309,7 +312,7 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
     } else {
         kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s, &w->ahead);
     }
-    if (pl->bf16) add_due(pl, w, n, NULL); /* its alpha may be in the way */
+    if (pl->pair) add_due(pl, w, n, NULL); /* its alpha may be in the way */
     kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
     if (guarded)
         pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
@@ -353,7 +356,7 @@ static void attend_item(void *context, int64_t index, int thread)
         w.l[r] = 0;
     }
     w.due.count = 0;
-    if (pl->bf16) pl->bf16->begin();
+    if (pl->pair) pl->pair->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
     const void **now = w.rows, **next_rows = w.rows + 2 * pl->tile;
@@ -364,12 +367,12 @@ static void attend_item(void *context, int64_t index, int thread)
         find_rows(pl, &it, at + n, next, next_rows);
         look_ahead(pl, &it, &w, next_rows, n, next);
         for (int panel = 0; panel < it.panels; panel++) attend_panel(pl, &w, panel, at, n, poison);
-        if (pl->bf16) add_due(pl, &w, n, NULL);
+        if (pl->pair) add_due(pl, &w, n, NULL);
         const void **swap = now;
         now = next_rows;
         next_rows = swap;
     }
-    if (pl->bf16) pl->bf16->end();
+    if (pl->pair) pl->pair->end();
     store(pl, &it, &w);
 }
 
@@ -390,10 +393,10 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
     pl.runs = dhsa_ceil_div(pl.block, pl.run);
     pl.panels = (int)dhsa_ceil_div(pl.run * pl.heads, pl.kernels->lanes);
-    pl.bf16 = p->q.dtype == DHSA_BF16 ? pl.kernels->bf16 : NULL;
+    pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
     pl.dim = dim;
-    pl.tile = pl.bf16 ? TILE_BF16 : TILE;
-    pl.padded = dhsa_round_up(dim, pl.bf16 ? DHSA_PAIR_STEP : pl.kernels->value_step);
+    pl.tile = pl.pair ? TILE_PAIRS : TILE;
+    pl.padded = dhsa_round_up(dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
     /* Not a power of two, or what a row writes to all strips would share a few lines of the cache. */
     pl.v_stride = (pl.tile + 2) * pl.kernels->value_step;
     /* A negative scale goes into the queries, so that the largest product stays the largest logit. */

@@ -181,6 +181,8 @@ int dhsa_cpu_count(void);
 const char *dhsa_isa_compiled(int i);
 const char *dhsa_isa_detected(int i);
 const char *dhsa_isa_current(void);
+/* dtypes that the tier in use multiplies as they are (1 << dhsa_dtype each): fp32, and what it does not convert to it. */
+int dhsa_isa_products(void);
 /* Lowers (or raises back) the tier for the whole process; fails if the name is unknown or this CPU cannot run it.
  * name "auto": the best detected, or what DHSA_ISA says. */
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error);

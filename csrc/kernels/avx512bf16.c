@@ -7,7 +7,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
-#include "kernels/bf16_tpl.h"
+#define PAIR_FP16 0
+#include "kernels/pairs_tpl.h"
 
 enum { ROWS = 8 };
 
@@ -81,7 +82,7 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
 
 static void nothing(void) {}
 
-const dhsa_bf16_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
+const dhsa_pair_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
 
 #if defined(__clang__)
 #pragma clang attribute pop

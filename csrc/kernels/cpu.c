@@ -54,7 +54,22 @@ int dhsa_cpu_runs(const char *isa)
     return 0;
 }
 
+int dhsa_cpu_has_amx_fp16(void)
+{
+    uint32_t a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 21 & 1);
+}
+
+int dhsa_cpu_has_amx(void)
+{
+    uint32_t a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);
+}
+
 #else
+
+int dhsa_cpu_has_amx_fp16(void) { return 0; }
+int dhsa_cpu_has_amx(void) { return 0; }
 
 int dhsa_cpu_runs(const char *isa)
 {

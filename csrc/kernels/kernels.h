@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "dhsa.h"
+
 #define DHSA_MAX_LANES 64
 #define DHSA_ALIGN 64
 
@@ -36,7 +38,7 @@ static inline void dhsa_ask(dhsa_ahead *ahead, int done)
     }
 }
 
-/* Products of bf16 numbers with fp32 sums, where the CPU has instructions for them. One layout serves them all: the two
+/* Products of bf16 or fp16 numbers with fp32 sums, where the CPU has instructions for them. One layout serves them all: the two
  * neighbours that an instruction multiplies and adds lie in one 32-bit word, and 16 rows of 32 numbers in one kilobyte, a
  * *square*, that is read from end to end. `lanes` is the table's; K stands for dim rounded up to DHSA_PAIR_STEP, N for n rounded
  * up to it; what is rounded up to is zeros in queries, values and probabilities, so that it adds nothing. */
@@ -53,7 +55,7 @@ typedef struct dhsa_exp_job {
     float factor, shift[DHSA_MAX_LANES], sum[DHSA_MAX_LANES];
 } dhsa_exp_job;
 
-typedef struct dhsa_bf16_kernels {
+typedef struct dhsa_pair_kernels {
     /* Around the work of one thread: sets up and gives back the tile registers. */
     void (*begin)(void);
     void (*end)(void);
@@ -75,7 +77,7 @@ typedef struct dhsa_bf16_kernels {
      * meanwhile: another panel's job that may be worked on while the tile registers compute; NULL: none. */
     void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
                dhsa_ahead *ahead, dhsa_exp_job *meanwhile);
-} dhsa_bf16_kernels;
+} dhsa_pair_kernels;
 
 static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t length)
 {
@@ -121,10 +123,16 @@ typedef struct dhsa_kernels {
     void (*add)(const void *src, int dtype, int64_t n, float *dst);  /* dst += src, converted */
     float (*dot)(const float *a, const float *b, int64_t n);
 
-    const dhsa_bf16_kernels *bf16; /* NULL: bf16 is converted to fp32 while packing */
+    const dhsa_pair_kernels *bf16, *f16; /* NULL: such numbers are converted to fp32 while packing */
 
     double (*fma_peak)(void); /* GFLOP/s of one thread over a few milliseconds of nothing but independent FMAs */
 } dhsa_kernels;
+
+/* The products of a dtype's own, or NULL. */
+static inline const dhsa_pair_kernels *dhsa_pair_products(const dhsa_kernels *kernels, int dtype)
+{
+    return dtype == DHSA_BF16 ? kernels->bf16 : dtype == DHSA_F16 ? kernels->f16 : NULL;
+}
 
 /* The table in use; safe to call from any thread, never NULL. */
 const dhsa_kernels *dhsa_kernels_current(void);

@@ -1,5 +1,5 @@
 /* softmax_tpl.h: one online-softmax step of a panel and its parts, for the fp32 kernels (tile_tpl.h) and those of bf16 pairs
- * (bf16_tpl.h). Needs the vector type and operations that tile_tpl.h lists. */
+ * (pairs_tpl.h). Needs the vector type and operations that tile_tpl.h lists. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -10,16 +10,17 @@
 #include "kernels/tiers.h"
 
 #define DHSA_TIER(name) extern const dhsa_kernels dhsa_kernels_##name;
-#define DHSA_BF16_TIER(name, base) extern const dhsa_bf16_kernels dhsa_bf16_##name;
+#define DHSA_BF16_TIER(name, base) extern const dhsa_pair_kernels dhsa_bf16_##name;
 #include "kernels/kernels.inc"
 #undef DHSA_TIER
 #undef DHSA_BF16_TIER
+extern const dhsa_pair_kernels dhsa_f16_amx; /* not a tier: part of amx where the CPU has it */
 
 /* A tier is a table, or that of another tier with something put in its place. */
 static const struct {
     const char *name;
     const dhsa_kernels *base;
-    const dhsa_bf16_kernels *bf16;
+    const dhsa_pair_kernels *bf16;
 } tiers[] = {
 #define DHSA_TIER(name) {#name, &dhsa_kernels_##name, NULL},
 #define DHSA_BF16_TIER(name, base) {#name, &dhsa_kernels_##base, &dhsa_bf16_##name},
@@ -38,6 +39,9 @@ static void build(void)
         tables[i] = *tiers[i].base;
         tables[i].isa = tiers[i].name;
         tables[i].bf16 = tiers[i].bf16;
+#if DHSA_X86 && DHSA_HAVE_AMX
+        if (tiers[i].bf16 == &dhsa_bf16_amx && dhsa_cpu_has_amx_fp16()) tables[i].f16 = &dhsa_f16_amx;
+#endif
     }
 }
 
@@ -57,7 +61,11 @@ static const dhsa_kernels *choose(void)
     const char *wish = getenv("DHSA_ISA");
     const dhsa_kernels *best = NULL;
     if (wish && *wish) return dhsa_kernels_find(wish);
-    for (int i = TIERS - 1; !best && i >= 0; i--) best = dhsa_kernels_find(tiers[i].name);
+    for (int i = TIERS - 1; !best && i >= 0; i--) {
+        /* CPUs with tile registers do vdpbf16ps at half the rate of fp32: where the system keeps the tiles, fp32 is better. */
+        if (strcmp(tiers[i].name, "avx512bf16") == 0 && dhsa_cpu_has_amx()) continue;
+        best = dhsa_kernels_find(tiers[i].name);
+    }
     return best;
 }
 
@@ -80,6 +88,12 @@ const char *dhsa_isa_detected(int i)
     for (int at = 0; i >= 0 && at < TIERS; at++)
         if (dhsa_cpu_runs(tiers[at].name) && i-- == 0) return tiers[at].name;
     return NULL;
+}
+
+int dhsa_isa_products(void)
+{
+    const dhsa_kernels *kernels = dhsa_kernels_current();
+    return 1 << DHSA_F32 | (kernels->f16 ? 1 << DHSA_F16 : 0) | (kernels->bf16 ? 1 << DHSA_BF16 : 0);
 }
 
 const char *dhsa_isa_current(void) { return dhsa_kernels_current()->isa; }

@@ -527,14 +527,24 @@ PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t
     if (check_count("build_info", nargs, 0) != 0) {
         return NULL;
     }
-    PyObject *compiled = name_list(dhsa_isa_compiled), *detected = name_list(dhsa_isa_detected), *result = NULL;
-    if (compiled != NULL && detected != NULL) {
-        result = Py_BuildValue("{s:s,s:l,s:s,s:O,s:O,s:s,s:i}", "compiler", COMPILER, "c_standard", (long)__STDC_VERSION__,
+    static const char *const dtypes[] = {[DHSA_F32] = "float32", [DHSA_F16] = "float16", [DHSA_BF16] = "bfloat16"};
+    PyObject *compiled = name_list(dhsa_isa_compiled), *detected = name_list(dhsa_isa_detected), *products = PyList_New(0);
+    PyObject *result = NULL;
+    for (int i = 0; products != NULL && i < 3; i++) {
+        PyObject *name = dhsa_isa_products() >> i & 1 ? PyUnicode_FromString(dtypes[i]) : NULL;
+        if (PyErr_Occurred() || (name != NULL && PyList_Append(products, name) != 0)) {
+            Py_CLEAR(products);
+        }
+        Py_XDECREF(name);
+    }
+    if (compiled != NULL && detected != NULL && products != NULL) {
+        result = Py_BuildValue("{s:s,s:l,s:s,s:O,s:O,s:s,s:O,s:i}", "compiler", COMPILER, "c_standard", (long)__STDC_VERSION__,
                                "limited_api", "3.11", "isa_compiled", compiled, "isa_detected", detected, "isa", dhsa_isa_current(),
-                               "cpu_count", dhsa_cpu_count());
+                               "products", products, "cpu_count", dhsa_cpu_count());
     }
     Py_XDECREF(compiled);
     Py_XDECREF(detected);
+    Py_XDECREF(products);
     return result;
 }
 

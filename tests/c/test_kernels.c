@@ -263,13 +263,15 @@ static void test_conversions(int dtype)
     }
 }
 
-/* bf16 products: packing exactly, products against the same numbers multiplied in fp32 (a product of two is exact there). */
-static void test_bf16(int n, int dim)
+/* Products of 16-bit numbers: packing exactly, products against the same numbers multiplied in fp32 (a product of two is exact
+ * there). */
+static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
 {
-    const dhsa_bf16_kernels *half = kn->bf16;
+    const int fp16 = dtype == DHSA_F16;
+    float (*number)(uint16_t) = fp16 ? dhsa_from_f16 : dhsa_from_bf16;
     const int lanes = kn->lanes, K = (int)dhsa_round_up(dim, DHSA_PAIR_STEP), N = (int)dhsa_round_up(n, DHSA_PAIR_STEP);
     const int used = DHSA_MIN(n, lanes);
-    const void **keys = random_rows(n, dim, DHSA_BF16), **queries = random_rows(used, dim, DHSA_BF16);
+    const void **keys = random_rows(n, dim, dtype), **queries = random_rows(used, dim, dtype);
     uint16_t *q = guarded((size_t)K * lanes * 2), *k = guarded((size_t)N * K * 2), *v = guarded((size_t)K * N * 2);
     uint16_t *p = guarded((size_t)N * lanes * 2);
     float *s = floats((size_t)N * lanes), *o = random_floats((size_t)K * lanes), *before = floats((size_t)K * lanes);
@@ -277,29 +279,29 @@ static void test_bf16(int n, int dim)
     half->begin();
     half->pack_panel(queries, used, dim, n % 2, q);
     half->pack_keys(keys, n, dim, k);
-    near("bf16 finite", n, dim, (float)half->pack_values(keys, n, dim, v), 0, 0);
+    near("pairs finite", n, dim, (float)half->pack_values(keys, n, dim, v), 0, 0);
     for (int d = 0; d < K; d++) {
         for (int r = 0; r < lanes; r++) {
             const uint16_t want = r < used && d < dim ? ((const uint16_t *)queries[r])[d] ^ (n % 2 ? 0x8000 : 0) : 0;
-            near("bf16 pack_panel", d, r, q[((ptrdiff_t)(d / 2) * lanes + r) * 2 + d % 2] & (want ? 0xffff : 0x7fff), want, 0);
+            near("pairs pack_panel", d, r, q[((ptrdiff_t)(d / 2) * lanes + r) * 2 + d % 2] & (want ? 0xffff : 0x7fff), want, 0);
         }
         for (int j = 0; j < n; j++)
-            near("bf16 pack_keys", j, d, k[dhsa_square(j, d, K)], d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+            near("pairs pack_keys", j, d, k[dhsa_square(j, d, K)], d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
         for (int j = 0; j < N; j++)
-            near("bf16 pack_values", j, d, v[dhsa_square(d, j, N)], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+            near("pairs pack_values", j, d, v[dhsa_square(d, j, N)], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
     }
     half->qk(q, k, n, dim, s, top, NULL);
     for (int j = 0; j < n; j++)
         for (int r = 0; r < used; r++) {
             double sum = 0;
             for (int d = 0; d < dim; d++)
-                sum += (double)dhsa_from_bf16(((const uint16_t *)queries[r])[d]) * dhsa_from_bf16(((const uint16_t *)keys[j])[d]);
-            near("bf16 qk", j, r, s[(ptrdiff_t)j * lanes + r], (float)(n % 2 ? -sum : sum), 1e-6f * (float)dim);
+                sum += (double)number(((const uint16_t *)queries[r])[d]) * number(((const uint16_t *)keys[j])[d]);
+            near("pairs qk", j, r, s[(ptrdiff_t)j * lanes + r], (float)(n % 2 ? -sum : sum), 1e-6f * (float)dim);
         }
     for (int r = 0; r < used; r++) {
         float most = -INFINITY;
         for (int j = 0; j < n; j++) most = fmaxf(most, s[(ptrdiff_t)j * lanes + r]);
-        near("bf16 qk top", n, r, top[r], most, 0);
+        near("pairs qk top", n, r, top[r], most, 0);
     }
     /* The softmax is the fp32 one with its probabilities rounded. */
     for (int masked = 0; masked < 2; masked++) {
@@ -323,11 +325,11 @@ static void test_bf16(int n, int dim)
         half->exp(&job);
         kn->softmax(want, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m_want, l_want, alpha);
         for (int r = 0; r < lanes; r++) {
-            near("bf16 softmax m", n, r, m[r], m_want[r], 0);
-            near("bf16 softmax l", n, r, l[r], l_want[r], 4e-6f * l_want[r]);
+            near("pairs softmax m", n, r, m[r], m_want[r], 0);
+            near("pairs softmax l", n, r, l[r], l_want[r], 4e-6f * l_want[r]);
             for (int j = 0; j < N; j++)
-                near("bf16 softmax p", j, r, dhsa_from_bf16(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]),
-                     j < n ? want[(ptrdiff_t)j * lanes + r] : 0, 0x1p-9f + 3e-6f);
+                near("pairs softmax p", j, r, number(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]),
+                     j < n ? want[(ptrdiff_t)j * lanes + r] : 0, (fp16 ? 0x1p-12f : 0x1p-9f) + 3e-6f);
         }
     }
     for (int scaled = 0; scaled < 2; scaled++) {
@@ -339,15 +341,14 @@ static void test_bf16(int n, int dim)
             for (int r = 0; r < lanes; r++) {
                 double sum = (double)before[(ptrdiff_t)d * lanes + r] * alpha[r];
                 for (int j = 0; j < n; j++)
-                    sum += (double)dhsa_from_bf16(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]) *
-                           dhsa_from_bf16(v[dhsa_square(d, j, N)]);
-                near("bf16 pv", d, r, o[(ptrdiff_t)d * lanes + r], (float)sum, 1e-6f * (float)(n + 4));
+                    sum += (double)number(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]) * number(v[dhsa_square(d, j, N)]);
+                near("pairs pv", d, r, o[(ptrdiff_t)d * lanes + r], (float)sum, 1e-6f * (float)(n + 4));
             }
     }
-    uint16_t *last = (uint16_t *)keys[n - 1], bad[] = {0x7f80, 0xff80, 0x7fc1};
+    uint16_t *last = (uint16_t *)keys[n - 1], bad[] = {fp16 ? 0x7c00 : 0x7f80, fp16 ? 0xfc00 : 0xff80, fp16 ? 0x7e01 : 0x7fc1};
     for (int i = 0; i < 3; i++) {
         last[dim - 1] = bad[i];
-        near("bf16 not finite", n, i, (float)(half->pack_values(keys, n, dim, v) != 0), 1, 0);
+        near("pairs not finite", n, i, (float)(half->pack_values(keys, n, dim, v) != 0), 1, 0);
     }
     half->end();
 }
@@ -364,7 +365,8 @@ int main(void)
             for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
                 test_products(n, dims[d]);
                 for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++) test_moves(n, dims[d], dtype);
-                if (kn->bf16) test_bf16(n, dims[d]);
+                if (kn->bf16) test_pairs(kn->bf16, n, dims[d], DHSA_BF16);
+                if (kn->f16) test_pairs(kn->f16, n, dims[d], DHSA_F16);
             }
             for (int masked = 0; masked < 2; masked++)
                 for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);

@@ -1,5 +1,5 @@
-/* bf16_tpl.h: packing and softmax for the tiers that multiply bf16 pairs, shared by avx512bf16.c and amx.c; both have AVX-512
- * and its BF16 instructions. */
+/* pairs_tpl.h: packing and softmax for the tiers that multiply pairs of bf16 or (PAIR_FP16) fp16 numbers: avx512bf16.c, amx.c and
+ * amxfp16.c. All have AVX-512 and its BF16 instructions. */
 #include <string.h>
 
 #include "kernels/kernels.h"
@@ -11,10 +11,16 @@ static inline void v_pairs(vf a, vf b, uint16_t *to)
 {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
                                            19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+#if PAIR_FP16
+    const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+#endif
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }
 
-/* v_exp2 with a fit of degree 4, off by 3e-6 at most: bf16 rounds by up to 2e-3. */
+/* v_exp2 with a fit of degree 4, off by 3e-6 at most: bf16 rounds by up to 2e-3, fp16 by 5e-4. */
 static inline vf v_exp2_half(vf x)
 {
     const vf f = _mm512_reduce_ps(x, 0x09);
@@ -86,7 +92,7 @@ static int pack_values(const void *const *rows, int n, int dim, uint16_t *dst)
                 _mm512_storeu_ps(at + STEP, odd[i]);
             }
         }
-    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) != 0;
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(PAIR_FP16 ? 0x7c00 : 0x7f80)) != 0;
 }
 
 static inline __attribute__((always_inline)) int begin_softmax(float *s, const float *top, int n, int base, const int32_t *lo,
