@@ -507,8 +507,8 @@ def set_isa(name: str) -> None:
 
 def build_info() -> dict[str, Any]:
     """What was compiled, detected and chosen: `compiler`, `c_standard`, `limited_api` (lowest Python version),
-    `isa_compiled` and `isa_detected` (lists, lowest tier first), `isa` (in use), `products` (the dtypes that it multiplies
-    as they are; the others are converted to float32 while packing), `cpu_count` (this process's), `num_threads` (of the
-    next call).
+    `isa_compiled` and `isa_detected` (lists, lowest tier first), `isa` (in use), `products` (the dtypes that it
+    multiplies as they are; the others are converted to float32 while packing), `cpu_count` (this process's),
+    `num_threads` (of the next call).
     """
     return {**_core.build_info(), "num_threads": get_num_threads()}
