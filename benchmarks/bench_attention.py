@@ -1,258 +1,371 @@
-"""Speed of one attention call against PyTorch, in one process, alternating, medians; run by `make bench`.
+"""Speed and memory of one attention call, held against PyTorch and against the machine; run by `make bench`.
 
-Rows: dense causal against scaled_dot_product_attention (sdpa), window 512 against compiled flex_attention, the whole
-sparse call (selection included) against sdpa, and the memory that a 32K sparse call needs. Each row states
-GFLOP/s of visible pairs (4 H D a pair), the share of the FMA peak measured in between, the ratio, and pass or miss.
+Rows are the goals of this project: each states seconds, GFLOP/s of visible pairs (4 H D a pair), the share of the
+multiply-add peak measured around that very call, the ratio to a peer that took turns with us, and pass or MISS.
 It times; correctness is the tests' business.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import math
-import platform
-import resource
 import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from growth import growth_rows, memory_rows
+from harness import DTYPES, RESULTS, Job, check, interleave, machine, row, run_jobs
+from peers import GEMMA2, GEMMA3, Shape, at, flex, flop, inputs, sdpa, tokens
 
 import dhsa
 
-SHAPES = {"Gemma 2 2B": (8, 4, 256), "Gemma 3 270M": (4, 1, 256)}  # H, Hkv, D
-SPARSE_GOALS = {8192: 1.8, 16384: 3.3, 32768: 6.0}
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SOFTCAP = 50.0
+WHOLE_GOALS = {  # the whole sparse call against SDPA of the same dtype
+    FP32: {8192: 2.0, 16384: 4.0, 32768: 7.5, 65536: 14.0},
+    BF16: {8192: 3.0, 16384: 6.0, 32768: 11.0, 65536: 20.0},
+}
+CHART_LENGTHS = (1024, 2048, 4096)  # the chart's points below those of WHOLE_GOALS
+Rows = Iterator[dict[str, Any]]
 
 
-def visible_pairs(length: int, window: int | None) -> int:
-    w = min(window or length, length)
-    return w * (w + 1) // 2 + (length - w) * w
-
-
-def inputs(shape, length, dtype):
-    heads, kv_heads, dim = shape
-    generator = torch.Generator().manual_seed(length + heads)
-    return [torch.randn(1, h, length, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads)]
-
-
-def goal_of(dtype, goal):
-    """Goals are stated for fp32; the other dtypes are measured only."""
-    return goal if dtype == torch.float32 else None
-
-
-def alternate(calls: dict, repeats: int, threads: int) -> tuple[dict, float]:
-    """Runs every call in turn, `repeats` times; returns median seconds of each and the median FMA peak (GFLOP/s)."""
-    seconds = {name: [] for name in calls}
-    peaks = []
-    for call in calls.values():
-        call()  # compile, first touch of memory, thread start
-    for _ in range(repeats):
-        peaks.append(statistics.median(dhsa._core.fma_peak(threads) for _ in range(5)))
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s) for name, s in seconds.items()}, statistics.median(peaks)
-
-
-def row(name, flop, ours, theirs, peer, peak, goal, theirs_flop=None):
-    ratio = theirs / ours
-    return {
-        "row": name,
-        "seconds": ours,
-        "gflops": flop / ours / 1e9,
-        "share_of_peak": flop / ours / 1e9 / peak,
-        "peak_gflops": peak,
-        "peer": peer,
-        "peer_seconds": theirs,
-        "peer_gflops": (theirs_flop or flop) / theirs / 1e9,
-        "ratio": ratio,
-        "goal": goal,
-        "pass": None if goal is None else ratio >= goal,
-    }
-
-
-def sdpa(q, k, v):
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def bench_dense(name, shape, length, repeats, threads, dtype):
+def dense(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
     q, k, v = inputs(shape, length, dtype)
     out = torch.empty_like(q)
-    seconds, peak = alternate(
-        {"dhsa": lambda: dhsa.attention(q, k, v, out=out), "sdpa": lambda: sdpa(q, k, v)}, repeats, threads
+    timing = interleave(
+        {"dhsa": lambda: dhsa.attention(q, k, v, out=out), "sdpa": lambda: sdpa(q, k, v)}, repeats, threads, dtype
     )
-    flop = 4 * shape[0] * shape[2] * visible_pairs(length, None)
-    return row(
-        f"dense {length // 1024}K, {name}", flop, seconds["dhsa"], seconds["sdpa"], "sdpa", peak, goal_of(dtype, 1.0)
+    work = flop(shape, length)
+    large = shape.dim == 256
+    goal = {FP32: 1.15 if large else 1.0, BF16: 1.8 if large else 1.5, FP16: 1.5}[dtype]
+    yield row(
+        "dense",
+        "dense causal",
+        dtype,
+        at(shape, length),
+        flop=work,
+        timing=timing,
+        peer="sdpa",
+        checks=[
+            check("ratio", timing.ratio("dhsa", "sdpa"), goal, "x"),
+            check("of peak", timing.share("dhsa", work), 0.80, "%") if dtype == FP32 and large else None,
+        ],
     )
 
 
-def bench_window(name, shape, length, window, repeats, threads, dtype):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
+def softcapped(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
     q, k, v = inputs(shape, length, dtype)
     out = torch.empty_like(q)
-
-    def sliding(b, h, i, j):
-        return (j <= i) & (j > i - window)
-
-    mask = create_block_mask(sliding, None, None, length, length, device="cpu")
-    flex = torch.compile(flex_attention)
-    with torch.no_grad():
-        seconds, peak = alternate(
-            {
-                "dhsa": lambda: dhsa.attention(q, k, v, window=window, out=out),
-                "flex": lambda: flex(q, k, v, block_mask=mask, enable_gqa=True),
-            },
-            repeats,
-            threads,
-        )
-    flop = 4 * shape[0] * shape[2] * visible_pairs(length, window)
-    return row(
-        f"window {window} at {length // 1024}K, {name}",
-        flop,
-        seconds["dhsa"],
-        seconds["flex"],
-        "flex",
-        peak,
-        goal_of(dtype, 1.5),
+    timing = interleave(
+        {
+            "dhsa": lambda: dhsa.attention(q, k, v, softcap=SOFTCAP, out=out),
+            "plain": lambda: dhsa.attention(q, k, v, out=out),
+            "flex": flex(q, k, v, softcap=SOFTCAP),
+        },
+        repeats,
+        threads,
+        dtype,
+        fewer={"flex": min(repeats, 3)},
+    )
+    yield row(
+        "softcap",
+        f"dense, softcap {SOFTCAP:g}",
+        dtype,
+        at(shape, length),
+        flop=flop(shape, length),
+        timing=timing,
+        peer="flex",
+        checks=[
+            check("ratio", timing.ratio("dhsa", "flex"), {FP32: 1.5, BF16: 4.0}[dtype], "x"),
+            check("over no softcap", 1 / timing.ratio("dhsa", "plain") - 1, 0.08, "%", at_most=True),
+        ],
     )
 
 
-def bench_sparse(name, shape, length, repeats, threads, goal, dtype):
+def windowed(shape: Shape, length: int, window: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
+    q, k, v = inputs(shape, length, dtype)
+    out = torch.empty_like(q)
+    timing = interleave(
+        {
+            "dhsa": lambda: dhsa.attention(q, k, v, window=window, out=out),
+            "flex": flex(q, k, v, window=window),
+        },
+        repeats,
+        threads,
+        dtype,
+        fewer={"flex": min(repeats, 3)},
+    )
+    work = flop(shape, length, window)
+    yield row(
+        "window",
+        f"window {window}",
+        dtype,
+        at(shape, length),
+        flop=work,
+        timing=timing,
+        peer="flex",
+        checks=[
+            check("ratio", timing.ratio("dhsa", "flex"), {FP32: 1.7, BF16: 3.0}[dtype], "x"),
+            check("of peak", timing.share("dhsa", work), 0.65, "%") if window == 512 and dtype == FP32 else None,
+        ],
+    )
+
+
+def executor(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
+    """The executor on the token lists that DHSA makes: GFLOP/s beside those of our own dense attention."""
+    q, k, v = inputs(shape, length, dtype)
+    out = torch.empty_like(q)
+    selection = dhsa.select(q, k, dhsa.Config())
+    density = selection.density()
+    timing = interleave(
+        {
+            "dhsa": lambda: dhsa.sparse_attention(q, k, v, selection, out=out),
+            "dense": lambda: dhsa.attention(q, k, v, out=out),
+        },
+        repeats,
+        threads,
+        dtype,
+    )
+    relative = density * timing.ratio("dhsa", "dense")
+    yield row(
+        "executor",
+        "sparse executor alone",
+        dtype,
+        at(shape, length),
+        flop=flop(shape, length) * density,
+        timing=timing,
+        checks=[check("of dense GFLOP/s", relative, {FP32: 0.85, BF16: 0.75}[dtype], "%")],
+        density=density,
+    )
+
+
+def whole(
+    shape: Shape, length: int, dtype: torch.dtype, goal: float | None, chart: bool, repeats: int, threads: int
+) -> Rows:
+    """The whole sparse call, selection included. With `chart`, exact attention and flex_attention take turns too."""
     q, k, v = inputs(shape, length, dtype)
     out = torch.empty_like(q)
     config = dhsa.Config()
-    stats = []
-
-    def ours():
-        stats.append(dhsa.functional.run(q, k, v, config, out=out)[2])
-
-    seconds, peak = alternate({"dhsa": ours, "sdpa": lambda: sdpa(q, k, v)}, repeats, threads)
-    flop = 4 * shape[0] * shape[2] * visible_pairs(length, None)
-    attended = flop * stats[-1].density
-    result = row(
-        f"sparse {config.budget} at {length // 1024}K, {name}",
-        attended,
-        seconds["dhsa"],
-        seconds["sdpa"],
-        "sdpa",
-        peak,
-        goal_of(dtype, goal),
-        flop,
-    )
-    selection = statistics.median(s.select_seconds for s in stats[1:])
-    executor = statistics.median(s.attend_seconds for s in stats[1:])
-    result |= {
-        "density": stats[-1].density,
-        "selection_seconds": selection,
-        "selection_share": selection / (selection + executor),
-        "executor_gflops": attended / executor / 1e9,
+    stats: list[Any] = []
+    calls = {
+        "dhsa": lambda: stats.append(dhsa.functional.run(q, k, v, config, out=out)[2]),
+        "sdpa": lambda: sdpa(q, k, v),
     }
-    return result
-
-
-MEMORY_PROBE = """
-import resource, sys, numpy as np, dhsa
-length, heads, kv_heads, dim, threads = map(int, sys.argv[1:])
-dhsa.set_num_threads(threads)
-rng = np.random.default_rng(0)
-q = rng.standard_normal((1, heads, length, dim), dtype=np.float32)
-k = rng.standard_normal((1, kv_heads, length, dim), dtype=np.float32)
-v = rng.standard_normal((1, kv_heads, length, dim), dtype=np.float32)
-out = np.ones_like(q)
-dhsa.attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])
-# The high-water mark must start from here: what making the inputs took is not the call's.
-open("/proc/self/clear_refs", "w").write("5")
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-before = peak()
-dhsa.attention(q, k, v, dhsa.Config(), out=out)
-print(peak() - before)
-"""
-
-
-def bench_memory(name, shape, length, threads):
-    command = [sys.executable, "-c", MEMORY_PROBE, *map(str, (length, *shape, threads))]
-    kib = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {
-        "row": f"extra memory, sparse {length // 1024}K, {name}",
-        "mib": kib / 1024,
-        "goal_mib": 64,
-        "pass": kib <= 64 * 1024,
-    }
-
-
-def show(result):
-    mark = {True: "pass", False: "MISS", None: ""}[result["pass"]]
-    if "mib" in result:
-        print(f"{result['row']:<38} {result['mib']:8.1f} MiB  (goal <= {result['goal_mib']} MiB)  {mark}", flush=True)
-        return
-    print(
-        f"{result['row']:<38} {result['seconds'] * 1e3:9.1f} ms {result['gflops']:6.0f} GFLOP/s"
-        f" {result['share_of_peak']:6.1%} of fp32 peak"
-        f" | {result['peer']} {result['peer_seconds'] * 1e3:9.1f} ms {result['peer_gflops']:6.0f} GFLOP/s"
-        f" | {result['ratio']:5.2f}x" + (f" (goal {result['goal']}x) {mark}" if mark else ""),
-        flush=True,
+    if chart:
+        calls["exact"] = lambda: dhsa.attention(q, k, v, out=out)
+        try:
+            calls["flex"] = flex(q, k, v)
+        except Exception as error:  # no compiler, say; the other curves are still worth having
+            print(f"  no flex_attention: {error}")
+    long = length > 8192
+    if long:  # warm all but the peers, whose threads and code are warm from shorter rows, and who take minutes
+        small = [x[:, :, :1024] for x in (q, k, v)]
+        calls["dhsa"]()
+        sdpa(*small)
+        if "flex" in calls:
+            flex(*small)()
+    once = 1 if length > 16384 else 2
+    timing = interleave(
+        calls,
+        repeats,
+        threads,
+        dtype,
+        fewer={"sdpa": once if long else repeats, "exact": once, "flex": once},
+        warm=not long,
     )
-    if "density" in result:
-        print(
-            f"{'':<38} density {result['density']:.3f}, selection {result['selection_share']:.1%} of the call,"
-            f" executor alone {result['executor_gflops']:.0f} GFLOP/s",
-            flush=True,
+    selecting = statistics.median(s.select_seconds / (s.select_seconds + s.attend_seconds) for s in stats[1:])
+    attended = flop(shape, length) * stats[-1].density
+    attending = statistics.median(s.attend_seconds for s in stats[1:])
+    limit = {FP32: 0.12, BF16: 0.15}[dtype]
+    yield row(
+        "whole",
+        "whole DHSA call",
+        dtype,
+        at(shape, length),
+        flop=attended,
+        timing=timing,
+        peer="sdpa",
+        checks=[
+            check("ratio", timing.ratio("dhsa", "sdpa"), goal, "x") if goal else None,
+            check("selection", selecting, limit, "%", at_most=True) if goal and length <= 32768 else None,
+        ],
+        detail=f"density {stats[-1].density:.3f}, selection {selecting:.1%} of the call, executor alone"
+        f" {attended / attending / 1e9:.0f} GFLOP/s",
+        density=stats[-1].density,
+        selection_share=selecting,
+        length=length,
+        series={name: timing.median(name) for name in calls} if chart else None,
+    )
+
+
+def scaling(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
+    q, k, v = inputs(shape, length, dtype)
+    out = torch.empty_like(q)
+
+    def on(n: int) -> None:
+        dhsa.set_num_threads(n)
+        dhsa.attention(q, k, v, out=out)
+
+    try:
+        timing = interleave(
+            {"dhsa": lambda: on(threads), "1 thread": lambda: on(1)}, repeats, threads, dtype, fewer={"1 thread": 3}
         )
+    finally:
+        dhsa.set_num_threads(threads)
+    ratio = timing.ratio("dhsa", "1 thread")
+    yield row(
+        "scaling",
+        f"dense, 1 to {threads} threads",
+        dtype,
+        at(shape, length),
+        flop=flop(shape, length),
+        timing=timing,
+        peer="1 thread",
+        checks=[check("ratio", ratio, 1.85, "x") if threads == 2 else None],
+    )
 
 
-def main():
+def short(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
+    q, k, v = inputs(shape, length, dtype)
+    timing = interleave(
+        {"dhsa": lambda: dhsa.attention(q, k, v), "sdpa": lambda: sdpa(q, k, v)},
+        repeats * 3,
+        threads,
+        dtype,
+        inner=max(1, 2**22 // length**2),
+    )
+    yield row(
+        "short",
+        "dense, short",
+        dtype,
+        at(shape, length),
+        flop=flop(shape, length),
+        timing=timing,
+        peer="sdpa",
+        checks=[check("ratio", timing.ratio("dhsa", "sdpa"), 1.0, "x")],
+    )
+
+
+def overhead(shape: Shape, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
+    """One query over one key: what is left is the call itself."""
+    q, k, v = inputs(shape, 1, dtype)
+    timing = interleave(
+        {"dhsa": lambda: dhsa.attention(q, k, v), "sdpa": lambda: sdpa(q, k, v)},
+        repeats,
+        threads,
+        dtype,
+        inner=1000,
+    )
+    microseconds = timing.median("dhsa") * 1e6
+    yield row(
+        "short",
+        "call overhead",
+        dtype,
+        at(shape, 1),
+        timing=timing,
+        peer="sdpa",
+        checks=[check("time", microseconds, 20, "us", at_most=True)],
+    )
+
+
+def decode_rows(threads: int, repeats: int, dtypes: list[torch.dtype]) -> Rows:
+    """The rows of bench_decode.py."""
+    import bench_decode
+
+    names = {DTYPES[str(d).removeprefix("torch.")] for d in dtypes}
+    yield from (r for r in bench_decode.rows(threads, repeats) if r["dtype"] in names)
+
+
+def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
+    jobs: list[Job] = []
+    threads, repeats = args.threads, args.repeats
+    top = 8192 if args.quick else args.max_length
+    wanted = [n for n in (4096, 8192, 16384, 32768, 65536) if n <= top and (n >= 8192 or not args.quick)]
+
+    def add(section: str, function: Any, shape: Shape, *given: Any) -> None:
+        name = " ".join(DTYPES.get(str(x).removeprefix("torch."), str(x)) for x in (shape, *given[:-2]))
+        jobs.append(Job(section, f"{section} {name}", lambda: function(shape, *given)))
+
+    def times(length: int) -> int:
+        return repeats if length <= 8192 else max(3, math.ceil(repeats * 8192 / length))
+
+    for dtype in dtypes:
+        for shape in (GEMMA2, GEMMA3):
+            for length in (n for n in wanted if n <= 16384) if dtype != FP16 else (8192,):
+                add("dense", dense, shape, length, dtype, times(length), threads)
+        if dtype == FP16:
+            continue
+        grid = [(dim, kv) for dim in (64, 128, 256) for kv in (8, 4, 2, 1) if (dim, kv) != GEMMA2[:0:-1]]  # done above
+        for dim, kv_heads in grid if not args.quick else ((64, 4), (128, 4)):
+            add("dense", dense, Shape(8, kv_heads, dim), 4096, dtype, repeats, threads)
+        for shape in (GEMMA2, GEMMA3):
+            add("softcap", softcapped, shape, 8192, dtype, repeats, threads)
+        for shape in (GEMMA2, GEMMA3):
+            for length in (n for n in wanted if n in (8192, 16384)):
+                for window in (512, 4096):
+                    add("window", windowed, shape, length, window, dtype, times(length), threads)
+        for shape in (GEMMA2, GEMMA3):
+            add("executor", executor, shape, 8192 if args.quick else 16384, dtype, 3, threads)
+        for length in (*CHART_LENGTHS, *(n for n in wanted if n in WHOLE_GOALS[dtype])):
+            for shape in (GEMMA2, GEMMA3) if length in WHOLE_GOALS[dtype] else (GEMMA3,):
+                goal = WHOLE_GOALS[dtype].get(length)
+                add("whole", whole, shape, length, dtype, goal, shape == GEMMA3, times(length), threads)
+        for shape in (GEMMA2, GEMMA3):
+            for length in (128, 512):
+                add("short", short, shape, length, dtype, repeats, threads)
+        add("short", overhead, GEMMA3, dtype, repeats, threads)
+        if dtype == FP32 and threads > 1:
+            add("scaling", scaling, GEMMA2, 8192, dtype, repeats, threads)
+    if importlib.util.find_spec("bench_decode"):
+        jobs.append(Job("decode", "decode", lambda: decode_rows(threads, repeats, dtypes)))
+    if not args.quick:
+        if BF16 in dtypes:
+            lengths = [n for n in (16384, 32768, 65536, 131072) if n <= args.max_length * 2]
+            jobs.append(Job("growth", "growth", lambda: growth_rows(GEMMA3, lengths, BF16, threads)))
+        for length in (n for n in (32768, 131072) if n <= args.max_length * 2):
+            for dtype in (d for d in dtypes if d != FP16):
+                for shape in (GEMMA2, GEMMA3):
+                    name = f"memory {shape} {tokens(length)}"
+                    jobs.append(Job("memory", name, lambda s=shape, n=length, d=dtype: memory_rows(s, n, d, threads)))
+    return [job for job in jobs if not args.only or job.section in args.only]
+
+
+SECTIONS = ("dense", "softcap", "window", "executor", "whole", "short", "scaling", "decode", "growth", "memory")
+
+
+def main() -> None:
+    short_names = {v: k for k, v in DTYPES.items()}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--quick", action="store_true", help="only 8K rows")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/attention.json"))
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of a row; fewer, but at least 3, for long ones")
+    parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, *short_names], default=list(DTYPES), metavar="DTYPE")
+    parser.add_argument("--max-length", type=int, default=65536, help="leave out longer rows")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="ROWS", help="only these rows")
+    parser.add_argument("--quick", action="store_true", help="8K rows (and the chart's short ones) in two minutes")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/attention.json, or attention-quick.json")
     args = parser.parse_args()
+    if args.quick:
+        args.repeats = min(args.repeats, 3)
+    args.json = args.json or RESULTS / f"attention{'-quick' if args.quick else ''}.json"
+    torch.set_grad_enabled(False)
     torch.set_num_threads(args.threads)
     dhsa.set_num_threads(args.threads)
+    dtypes = [getattr(torch, short_names.get(name, name)) for name in args.dtype]
+    told = machine(args.threads)
     print(
-        f"dhsa {dhsa.__version__} ({dhsa.build_info()['isa']}), torch {torch.__version__}, {args.threads} threads,"
-        f" {args.dtype}, medians of {args.repeats} alternating runs"
+        f"dhsa {dhsa.__version__} ({told['isa']}), torch {torch.__version__}, {args.threads} threads, {told['cpu']};"
+        f" medians of {args.repeats} interleaved rounds (3 for long rows); FMA peak {told['fma_peak']:.0f} GFLOP/s"
     )
-    results = []
-    dtype = getattr(torch, args.dtype)
+    report = run_jobs(jobs_of(args, dtypes), args.json, {"machine": told, "repeats": args.repeats})
+    try:
+        from report import draw
 
-    def add(result):
-        results.append(result)
-        show(result)
-
-    for name, shape in SHAPES.items():
-        add(bench_dense(name, shape, 8192, args.repeats, args.threads, dtype))
-    for name, shape in SHAPES.items():
-        add(bench_window(name, shape, 8192, 512, args.repeats, args.threads, dtype))
-    for length, goal in SPARSE_GOALS.items():
-        if args.quick and length > 8192:
-            continue
-        # The long ones take PyTorch tens of seconds each.
-        repeats = max(3, math.ceil(args.repeats * 8192 / length))
-        for name, shape in SHAPES.items():
-            add(bench_sparse(name, shape, length, repeats, args.threads, goal, dtype))
-    if sys.platform == "linux" and dtype == torch.float32:
-        for name, shape in SHAPES.items():
-            add(bench_memory(name, shape, 32768, args.threads))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "cpu": platform.processor(),
-        "threads": args.threads,
-        "build": dhsa.build_info(),
-        "torch": torch.__version__,
-    }
-    machine["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    args.json.write_text(json.dumps({"machine": machine, "rows": results}, indent=1, default=str))
-    judged = [r["pass"] for r in results if r["pass"] is not None]
-    print(f"{sum(judged)} of {len(judged)} rows pass; written to {args.json}")
+        print(f"chart: {draw(report, args.json.with_suffix('.png'))}")
+    except (ImportError, ValueError) as error:
+        print(f"no chart: {error}")
 
 
 if __name__ == "__main__":

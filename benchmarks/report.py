@@ -1,0 +1,220 @@
+"""Pictures and tables from what the benchmarks wrote: `make bench-report` rewrites docs/PERFORMANCE.md from the JSON.
+
+In the document, text between `<!-- name -->` and `<!-- /name -->` is made here and nowhere else, so that no number is
+ever typed by hand. Not here: measuring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import HEADINGS, RESULTS, cells
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
+PICTURE = ROOT / "docs" / "images" / "attention_time.png"
+
+_INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
+_CURVES = {  # key in a row's series: label, colour, line
+    "flex": ("flex_attention", "#b08a3e", "-"),
+    "sdpa": ("SDPA", "#8a5a83", "-"),
+    "exact": ("dhsa, exact", "#2f7f86", "-"),
+    "dhsa": ("dhsa, sparse", "#c4472b", "-"),
+}
+
+
+# ---- the chart -------------------------------------------------------------------------------------------------------
+
+
+def curves(report: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Per dtype and contestant (length, seconds), ascending, of every row that carries a series."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for r in report["rows"]:
+        for name, seconds in (r.get("series") or {}).items():
+            found.setdefault(r["dtype"], {}).setdefault(name, []).append((r["length"], seconds))
+    return {dtype: {name: sorted(points) for name, points in by.items()} for dtype, by in found.items()}
+
+
+def draw(report: dict[str, Any], path: Path) -> Path:
+    """Seconds of one attention call against length, one panel a dtype, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    found = curves(report)
+    if not found:
+        raise ValueError("no row carries a series to draw: run the rows called whole")
+    shape = next(r["shape"].rsplit(" ", 1)[0] for r in report["rows"] if r.get("series"))
+    told = report["machine"]
+    with plt.rc_context({"font.family": "sans-serif", "font.size": 10, "text.color": _INK, "axes.edgecolor": _QUIET}):
+        figure, axes = plt.subplots(
+            1, len(found), figsize=(5.6 * len(found), 4.9), sharey=True, squeeze=False, facecolor=_PAPER
+        )
+        figure.subplots_adjust(left=0.07, right=0.895, top=0.80, bottom=0.09, wspace=0.36)
+        for axis, (dtype, by) in zip(axes[0], found.items(), strict=True):
+            axis.set(facecolor=_PAPER, xscale="log", yscale="log")
+            axis.set_title({"fp32": "float32", "bf16": "bfloat16"}.get(dtype, dtype), loc="left", weight="bold")
+            for name, (_, colour, style) in _CURVES.items():
+                if points := by.get(name):
+                    x, y = zip(*points, strict=True)
+                    axis.plot(x, y, style, color=colour, lw=2.2, marker="o", ms=4, mec=_PAPER, mew=0.8, clip_on=False)
+            lengths = sorted({n for points in by.values() for n, _ in points})
+            axis.xaxis.set_major_locator(FixedLocator(lengths))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}K"))
+            axis.yaxis.set_major_formatter(FuncFormatter(_seconds))
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.tick_params(colors=_QUIET, length=0, labelleft=True)
+            axis.grid(color=_INK, alpha=0.09, lw=0.8)
+            for side in axis.spines.values():
+                side.set_visible(False)
+        low, high = axes[0][0].get_ylim()
+        for axis, by in zip(axes[0], found.values(), strict=True):
+            _label_ends(axis, by, low, high)
+        figure.text(0.07, 0.945, "Seconds of one causal attention call", fontsize=14, weight="bold", va="center")
+        figure.text(
+            0.07,
+            0.893,
+            f"{shape}, {told['threads']} threads, {told['isa']}; sparse: budget 2,048, selection included;"
+            " against tokens, both axes logarithmic",
+            color=_QUIET,
+            va="center",
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160, facecolor=_PAPER)
+        plt.close(figure)
+    return path
+
+
+def _seconds(value: float, _: Any = None) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 0.999:
+            return f"{value * factor:g} {unit}"
+    return f"{value:g} s"
+
+
+def _label_ends(axis: Any, by: dict[str, list[tuple[int, float]]], low: float, high: float) -> None:
+    """Each curve's name and last seconds right of its end, pushed apart where they would overlap."""
+    import math
+
+    span = math.log(high / low)
+    ends = sorted((math.log(points[-1][1] / low) / span, name) for name, points in by.items() if name in _CURVES)
+    gap, at = 0.1, []
+    for height, _ in ends:
+        at.append(height if not at else max(height, at[-1] + gap))
+    over = max(0.0, at[-1] - 1.0)
+    for i in range(len(at) - 1, -1, -1):
+        at[i] -= over
+        over = max(0.0, at[i] + gap - at[i + 1]) if i + 1 < len(at) else over
+    middle = sum(h for h, _ in ends) / len(ends) - sum(at) / len(at)
+    shift = middle if all(0 <= y + middle <= 1 for y in at) else 0.0
+    for y, (_, name) in zip(at, ends, strict=True):
+        seconds = by[name][-1][1]
+        label, colour, _ = _CURVES[name]
+        axis.annotate(
+            f"{label}\n{_short(seconds)}",
+            xy=(1.0, y + shift),
+            xycoords="axes fraction",
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            linespacing=1.15,
+            annotation_clip=False,
+        )
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+
+
+# ---- the document ----------------------------------------------------------------------------------------------------
+
+TITLES = {
+    "dense": "Dense causal",
+    "softcap": "Dense causal with softcap",
+    "window": "Sliding window",
+    "executor": "Sparse executor alone, lists of budget 2,048",
+    "whole": "Whole DHSA call, selection included",
+    "decode": "Decoding",
+    "short": "Short inputs",
+    "scaling": "Scaling",
+    "growth": "Growth with length",
+    "memory": "Memory beside inputs and output",
+}
+
+
+def markdown(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
+    """A table; columns that are empty in every row are left out."""
+    keep = [i for i in range(len(headings)) if any(r[i] for r in rows)]
+    lines = ["| " + " | ".join(headings[i] for i in keep) + " |", "|" + "---|" * len(keep)]
+    return "\n".join(lines + ["| " + " | ".join(r[i].replace("|", "/") for i in keep) + " |" for r in rows])
+
+
+def machine_text(report: dict[str, Any]) -> str:
+    m = report["machine"]
+    return (
+        f"{m['date']}, {m['cpu']}, {m['threads']} threads, tier `{m['isa']}` (multiply-add peak of fp32"
+        f" {m['fma_peak']:.0f} GFLOP/s), torch {m['torch']}, dhsa {m['dhsa']}"
+        + (f" at {m['commit']}" if m["commit"] else "")
+    )
+
+
+def attention_tables(report: dict[str, Any]) -> str:
+    judged = [r["pass"] for r in report["rows"] if r["pass"] is not None]
+    parts = [f"Measured {machine_text(report)}. {sum(judged)} of {len(judged)} goals are reached."]
+    for section in [*TITLES, *sorted({r["section"] for r in report["rows"]} - TITLES.keys())]:
+        if not (rows := [r for r in report["rows"] if r["section"] == section]):
+            continue
+        parts.append(f"**{TITLES.get(section, section)}**")
+        parts.append(markdown(HEADINGS, [cells(r) for r in rows]))
+        if section == "growth":
+            parts.append("\n".join(f"- {r['shape']}: {r['detail']}" for r in rows if r.get("detail")))
+    return "\n\n".join(parts)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the two comments of `name` replaced."""
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.S)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"expected one place between <!-- {name} --> and <!-- /{name} -->")
+    return pattern.sub(lambda m: f"{m[1]}\n{content.strip()}\n\n{m[2]}", text)
+
+
+def main() -> None:
+    from bench_model import model_tables
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--attention", type=Path, default=RESULTS / "attention.json")
+    parser.add_argument("--model", type=Path, default=RESULTS / "model.json")
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    args = parser.parse_args()
+    tables: list[tuple[Path, str, Callable[[dict[str, Any]], str]]] = [
+        (args.attention, "attention", attention_tables),
+        (args.model, "model", model_tables),
+    ]
+    for path, name, make in tables:
+        if not path.exists():
+            print(f"{path}: not there, its part of the document stays as it is")
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not report["complete"]:
+            raise SystemExit(f"{path}: its run did not finish")
+        text = args.document.read_text(encoding="utf-8")
+        args.document.write_text(replaced(text, name, make(report)), encoding="utf-8")
+        print(f"{args.document}: {name}")
+        if name == "attention":
+            print(draw(report, args.picture))
+
+
+if __name__ == "__main__":
+    main()
