@@ -2,7 +2,9 @@
 #
 #   make demo     a real model prefills a long text by several attentions: one table, one picture   (ARGS="--tokens 4096")
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
-#   make bench    attention alone, timed next to torch                                              (ARGS=...)
+#   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
+#   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
+#   make bench-report  what the two measured goes into docs/PERFORMANCE.md, tables and picture
 #   make lint     ruff and clang-format, checking only
 #   make clean    removes environments, builds and caches
 
@@ -15,7 +17,7 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
 CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench bench-model bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,8 +26,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
 
-bench: $(VENV)/.bench
+# The demo's packages have all that the benchmarks need. flex_attention compiles itself with g++ or clang++; without
+# one its rows say so and the others stand.
+bench: $(VENV)/.demo
 	$(PY) benchmarks/bench_attention.py $(ARGS)
+
+bench-model: $(VENV)/.demo
+	$(PY) benchmarks/bench_model.py $(ARGS)
+
+bench-report: $(VENV)/.demo
+	$(PY) benchmarks/report.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
@@ -55,11 +65,6 @@ $(VENV)/.demo: $(VENV)/.torch $(CORE)
 $(VENV)/.test: $(VENV)/.torch $(CORE)
 	@echo "building the extension, installing dhsa[test]"
 	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]'
-	@touch $@
-
-$(VENV)/.bench: $(VENV)/.torch $(CORE)
-	@echo "building the extension, installing dhsa[hf]"
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[hf]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python
