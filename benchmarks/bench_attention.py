@@ -168,12 +168,13 @@ def whole(
         if "flex" in calls:
             flex(*small)()
     once = 1 if length > 16384 else 2
+    few = 1 if length > 32768 else 2
     timing = interleave(
         calls,
         repeats,
         threads,
         dtype,
-        fewer={"sdpa": once if long else repeats, "exact": once, "flex": once},
+        fewer={"sdpa": few if long else repeats, "exact": once, "flex": once},
         warm=not long,
     )
     selecting = statistics.median(s.select_seconds / (s.select_seconds + s.attend_seconds) for s in stats[1:])

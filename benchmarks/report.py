@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -102,25 +104,20 @@ def _seconds(value: float, _: Any = None) -> str:
 
 def _label_ends(axis: Any, by: dict[str, list[tuple[int, float]]], low: float, high: float) -> None:
     """Each curve's name and last seconds right of its end, pushed apart where they would overlap."""
-    import math
-
     span = math.log(high / low)
     ends = sorted((math.log(points[-1][1] / low) / span, name) for name, points in by.items() if name in _CURVES)
-    gap, at = 0.1, []
-    for height, _ in ends:
-        at.append(height if not at else max(height, at[-1] + gap))
-    over = max(0.0, at[-1] - 1.0)
-    for i in range(len(at) - 1, -1, -1):
-        at[i] -= over
-        over = max(0.0, at[i] + gap - at[i + 1]) if i + 1 < len(at) else over
-    middle = sum(h for h, _ in ends) / len(ends) - sum(at) / len(at)
-    shift = middle if all(0 <= y + middle <= 1 for y in at) else 0.0
+    gap, at = 0.095, [height for height, _ in ends]
+    for _ in range(100):  # neighbours that are too close push each other apart, equally
+        for i in range(len(at) - 1):
+            push = max(0.0, gap - (at[i + 1] - at[i])) / 2
+            at[i] -= push
+            at[i + 1] += push
     for y, (_, name) in zip(at, ends, strict=True):
         seconds = by[name][-1][1]
         label, colour, _ = _CURVES[name]
         axis.annotate(
             f"{label}\n{_short(seconds)}",
-            xy=(1.0, y + shift),
+            xy=(1.0, y),
             xycoords="axes fraction",
             xytext=(8, 0),
             textcoords="offset points",
@@ -170,7 +167,10 @@ def machine_text(report: dict[str, Any]) -> str:
 
 def attention_tables(report: dict[str, Any]) -> str:
     judged = [r["pass"] for r in report["rows"] if r["pass"] is not None]
-    parts = [f"Measured {machine_text(report)}. {sum(judged)} of {len(judged)} goals are reached."]
+    parts = [
+        f"Measured {machine_text(report)}. {sum(judged)} of {len(judged)} rows reach their"
+        f" goals. The run took {report['seconds'] / 60:.0f} minutes."
+    ]
     for section in [*TITLES, *sorted({r["section"] for r in report["rows"]} - TITLES.keys())]:
         if not (rows := [r for r in report["rows"] if r["section"] == section]):
             continue
@@ -209,11 +209,13 @@ def main() -> None:
         report = json.loads(path.read_text(encoding="utf-8"))
         if not report["complete"]:
             raise SystemExit(f"{path}: its run did not finish")
-        text = args.document.read_text(encoding="utf-8")
-        args.document.write_text(replaced(text, name, make(report)), encoding="utf-8")
-        print(f"{args.document}: {name}")
+        content = make(report)
         if name == "attention":
-            print(draw(report, args.picture))
+            where = os.path.relpath(draw(report, args.picture), args.document.parent)
+            content = f"![Seconds of one attention call against its length]({where})\n\n{content}"
+        text = args.document.read_text(encoding="utf-8")
+        args.document.write_text(replaced(text, name, content), encoding="utf-8")
+        print(f"{args.document}: {name}")
 
 
 if __name__ == "__main__":
