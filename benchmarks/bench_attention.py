@@ -287,7 +287,11 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
     wanted = [n for n in (4096, 8192, 16384, 32768, 65536) if n <= top and (n >= 8192 or not args.quick)]
 
     def add(section: str, function: Any, shape: Shape, *given: Any) -> None:
-        name = " ".join(DTYPES.get(str(x).removeprefix("torch."), str(x)) for x in (shape, *given[:-2]))
+        name = " ".join(
+            DTYPES.get(str(x).removeprefix("torch."), str(x))
+            for x in (shape, *given[:-2])
+            if not isinstance(x, (bool, float, type(None)))
+        )
         jobs.append(Job(section, f"{section} {name}", lambda: function(shape, *given)))
 
     def times(length: int) -> int:
