@@ -5,7 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "core/internal.h"
+#include "attend/keys.h"
 #include "core/threads.h"
 #include "kernels/half.h"
 
@@ -79,39 +79,6 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     return used;
 }
 
-/* The keys [*start, *stop) that query i sees, as positions. */
-static void visible(const dhsa_problem *p, int64_t b, int64_t i, int64_t *start, int64_t *stop)
-{
-    const int64_t q_len = p->q.shape[2], k_len = p->k.shape[2];
-    if (p->key_ranges) {
-        const int32_t *range = p->key_ranges + 2 * (b * q_len + i);
-        *start = range[0];
-        *stop = range[1];
-    } else if (p->causal) {
-        *stop = i + k_len - q_len + 1;
-        *start = p->window ? DHSA_MAX(0, *stop - p->window) : 0;
-    } else {
-        *start = 0;
-        *stop = k_len;
-    }
-}
-
-/* The first entry of an ascending list that is >= key. */
-static int64_t lower_bound(const int32_t *list, int64_t n, int64_t key)
-{
-    int64_t low = 0;
-    while (n > 0) {
-        const int64_t half = n / 2;
-        if (list[low + half] < key) {
-            low += half + 1;
-            n -= half + 1;
-        } else {
-            n = half;
-        }
-    }
-    return low;
-}
-
 static float narrow_value(const plan *pl, uint16_t x) { return pl->p->v.dtype == DHSA_F16 ? dhsa_from_f16(x) : dhsa_from_bf16(x); }
 
 /* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
@@ -138,8 +105,7 @@ static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int co
 typedef struct {
     int64_t b, head, kv_head; /* batch row, first query head, their KV head */
     int64_t first, queries;   /* query positions */
-    const int32_t *keys;      /* NULL: the list is key_start, key_start + 1, ... */
-    int64_t key_start, n;
+    key_list list;
     int rows, panels;
 } item;
 
@@ -154,20 +120,7 @@ static void find_item(const plan *pl, int64_t index, item *it)
     it->kv_head = it->head / G;
     it->first = block * pl->block + at % pl->runs * pl->run;
     it->queries = DHSA_MIN(DHSA_MIN(pl->run, (block + 1) * pl->block - it->first), p->q.shape[2] - it->first);
-    it->keys = NULL;
-    it->key_start = 0;
-    it->n = p->k.shape[2];
-    if (pl->list && it->queries > 0) {
-        const dhsa_selection *s = pl->list;
-        const int64_t set = s->heads == 1 ? 0 : s->heads == p->k.shape[1] ? it->kv_head : it->head;
-        const int64_t *row = s->indptr + (it->b * s->heads + set) * s->nq + block;
-        it->keys = s->indices + row[0];
-        it->n = row[1] - row[0];
-        if (it->n > 0 && it->keys[it->n - 1] - it->keys[0] == it->n - 1) { /* ascending and unique: no gaps */
-            it->key_start = it->keys[0];
-            it->keys = NULL;
-        }
-    }
+    it->list = it->queries > 0 ? list_of(p, pl->list, it->b, it->head, block) : (key_list){NULL, 0, 0};
     it->rows = (int)(it->queries * pl->heads);
     it->panels = (int)dhsa_ceil_div(it->rows, pl->kernels->lanes);
 }
@@ -182,18 +135,11 @@ static void *item_row(const plan *pl, const item *it, const dhsa_tensor *t, int6
 static void find_ranges(const plan *pl, const item *it, scratch *w, int64_t *begin, int64_t *end)
 {
     const int64_t padded = (int64_t)it->panels * pl->kernels->lanes;
-    *begin = it->n;
+    *begin = it->list.n;
     *end = 0;
     for (int64_t i = 0; i < it->queries; i++) {
         int64_t start, stop;
-        visible(pl->p, it->b, it->first + i, &start, &stop);
-        if (it->keys) {
-            start = lower_bound(it->keys, it->n, start);
-            stop = lower_bound(it->keys, it->n, stop);
-        } else {
-            start = DHSA_MIN(DHSA_MAX(start - it->key_start, 0), it->n);
-            stop = DHSA_MIN(DHSA_MAX(stop - it->key_start, 0), it->n);
-        }
+        seen(pl->p, &it->list, it->b, it->first + i, &start, &stop);
         if (start < stop) {
             *begin = DHSA_MIN(*begin, start);
             *end = DHSA_MAX(*end, stop);
@@ -232,7 +178,7 @@ static void find_rows(const plan *pl, const item *it, int64_t at, int n, const v
         const dhsa_tensor *t = tensors[which];
         const char *base = dhsa_row(t, it->b, it->kv_head, 0);
         const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
-        for (int j = 0; j < n; j++) rows[j] = base + (it->keys ? it->keys[at + j] : it->key_start + at + j) * step;
+        for (int j = 0; j < n; j++) rows[j] = base + (it->list.keys ? it->list.keys[at + j] : it->list.start + at + j) * step;
     }
 }
 
@@ -378,6 +324,7 @@ static void attend_item(void *context, int64_t index, int thread)
 
 static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
+    if (dhsa_decodes(p, list)) return dhsa_decode(p, list, error);
     plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current()};
     const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3], Hkv = p->k.shape[1],
                   G = H / Hkv;

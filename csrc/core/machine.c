@@ -1,4 +1,5 @@
-/* machine.c: what the machine offers: how many CPUs this process may use, and the peak that benchmarks are held against. */
+/* machine.c: what the machine offers: how many CPUs this process may use, and the peaks of arithmetic and of reading that
+ * benchmarks are held against. */
 #include <sched.h>
 #include <unistd.h>
 
@@ -36,4 +37,29 @@ double dhsa_fma_peak(int num_threads)
     dhsa_parallel(n, n, measure, &p);
     for (int i = 0; i < n; i++) sum += p.rate[i];
     return sum;
+}
+
+enum { READ_PIECE = 1 << 16 }; /* numbers that a thread reads at a time: 256 KiB */
+
+typedef struct {
+    const dhsa_kernels *kernels;
+    const float *data;
+    int64_t n;
+} reading;
+
+static void read_piece(void *context, int64_t index, int thread)
+{
+    const reading *r = context;
+    (void)thread;
+    /* The result is used, so that the loop is not optimised away. */
+    volatile float keep = r->kernels->read(r->data + index * READ_PIECE, DHSA_MIN(READ_PIECE, r->n - index * READ_PIECE));
+    (void)keep;
+}
+
+double dhsa_read_bandwidth(const void *data, int64_t bytes, int num_threads)
+{
+    reading r = {.kernels = dhsa_kernels_current(), .data = data, .n = bytes / 4};
+    const double start = dhsa_now();
+    dhsa_parallel(dhsa_ceil_div(r.n, READ_PIECE), num_threads, read_piece, &r);
+    return (double)bytes / (dhsa_now() - start) * 1e-9;
 }

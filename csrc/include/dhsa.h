@@ -188,6 +188,8 @@ int dhsa_isa_products(void);
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error);
 /* Measured fp32 FMA peak of the current tier, GFLOP/s summed over num_threads; for benchmarks. */
 double dhsa_fma_peak(int num_threads);
+/* GB/s at which num_threads threads read `bytes` bytes (aligned to 4) once from end to end; for benchmarks. */
+double dhsa_read_bandwidth(const void *data, int64_t bytes, int num_threads);
 
 #ifdef __cplusplus
 }

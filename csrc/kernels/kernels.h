@@ -14,6 +14,8 @@
 
 #define DHSA_MAX_LANES 64
 #define DHSA_ALIGN 64
+#define DHSA_DECODE_STEP 32
+#define DHSA_DECODE_AHEAD 64
 
 /* Rows that will be packed soon. The products ask for their cache lines a few at a time, so that memory works while they
  * compute; a burst of requests between products would wait for memory itself. */
@@ -122,6 +124,26 @@ typedef struct dhsa_kernels {
     void (*load)(const void *src, int dtype, int64_t n, float *dst); /* dst = src, converted */
     void (*add)(const void *src, int dtype, int64_t n, float *dst);  /* dst += src, converted */
     float (*dot)(const float *a, const float *b, int64_t n);
+
+    /* Decoding: a few rows, no panels. Keys and values are pointers to their rows, fp32 / fp16 / bf16 as they lie in memory;
+     * DHSA_DECODE_AHEAD pointers past the last are read too: rows worth a prefetch, which need not be rows. Rows of q and o are
+     * dim numbers, rounded up to DHSA_DECODE_STEP; in which order is the kernels' own affair. */
+    /* A row of q: times factor, zeros past dim. */
+    void (*decode_load)(const void *row, int dtype, int dim, float factor, float *dst);
+    /* s[r * s_stride + j] = the product of row r and key j, r < rows, j < n. */
+    void (*decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n, int dim, float *s,
+                      ptrdiff_t s_stride);
+    /* The softmax of one row; s, scale, softcap, m and l as in `softmax`, m and l those of these keys alone. Overwrites up to
+     * DHSA_DECODE_STEP - 1 numbers past the end of s. */
+    void (*decode_softmax)(float *s, int n, float scale, float softcap, float *m, float *l);
+    /* Row r of o += sum_j p[r * p_stride + j] * v[j]. */
+    void (*decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n, int dim, float *o,
+                      ptrdiff_t o_stride);
+    /* row = sum_{i < n} weight[i] * (row i of o) / divisor, in the order of dtype and rounded to it. */
+    void (*decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
+                         void *row);
+    /* Reads n numbers and does next to nothing with them: what memory can deliver, for benchmarks. */
+    float (*read)(const float *src, int64_t n);
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: such numbers are converted to fp32 while packing */
 

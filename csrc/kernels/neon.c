@@ -61,6 +61,13 @@ static inline void v_to_bf16(vf x, uint16_t *p)
     v_store(line, x);
     for (int i = 0; i < 4; i++) p[i] = dhsa_to_bf16(line[i]);
 }
+static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
+{
+    const uint32x4_t x = vreinterpretq_u32_u16(vld1q_u16(p));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000u)));
+}
+static inline vf v_sums(const vf *x) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 static inline void v_transpose(vf *x)
 {
     const float32x4x2_t a = vtrnq_f32(x[0], x[1]), b = vtrnq_f32(x[2], x[3]);

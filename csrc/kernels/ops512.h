@@ -66,6 +66,26 @@ static inline void v_to_bf16(vf x, uint16_t *p)
     r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(r));
 }
+static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
+{
+    const __m512i x = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+}
+/* Halves of two vectors side by side and added: first within quarters, then quarters. */
+static inline vf v_sums(const vf *x)
+{
+    vf a[8], b[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        a[i] = v_add(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        b[i] = v_add(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    b[0] = v_add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    b[2] = v_add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    return v_add(_mm512_shuffle_f32x4(b[0], b[2], 0x88), _mm512_shuffle_f32x4(b[0], b[2], 0xdd));
+}
 /* Interleave neighbours, then pairs; then quarters of vectors four and eight apart. */
 static inline void v_transpose(vf *x)
 {

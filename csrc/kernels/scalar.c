@@ -35,6 +35,12 @@ static inline vf v_from_f16(const uint16_t *p) { return dhsa_from_f16(*p); }
 static inline vf v_from_bf16(const uint16_t *p) { return dhsa_from_bf16(*p); }
 static inline void v_to_f16(vf x, uint16_t *p) { *p = dhsa_to_f16(x); }
 static inline void v_to_bf16(vf x, uint16_t *p) { *p = dhsa_to_bf16(x); }
+static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
+{
+    *even = dhsa_from_bf16(p[0]);
+    *odd = dhsa_from_bf16(p[1]);
+}
+static inline vf v_sums(const vf *x) { return x[0]; }
 static inline void v_transpose(vf *x) { (void)x; }
 
 #include "kernels/tile_tpl.h"

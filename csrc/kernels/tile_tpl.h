@@ -6,7 +6,8 @@
  *   vf, vm (mask): v_load v_store (aligned or not) v_set1 v_add v_sub v_mul v_fma(a,b,c)=a*b+c v_max (NaN of 2nd wins) v_min
  *   v_exp2 (2^x for x <= about 0; -inf -> 0, NaN -> NaN)  v_rcp (to fp32 rounding) v_sum (horizontal) v_div
  *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b) mask
- *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16; v_transpose(vf[V_LEN]): a square of numbers */
+ *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16; v_transpose(vf[V_LEN]): a square of numbers
+ *   v_pairs_bf16(const uint16_t *, vf *even, vf *odd): 2 * V_LEN numbers; v_sums(const vf[V_LEN]): the sum across each */
 
 #include <float.h>
 #include <math.h>
@@ -319,6 +320,10 @@ static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int
     }
 }
 
+/* ---- decoding ------------------------------------------------------------------------------------------------- */
+
+#include "kernels/decode_tpl.h"
+
 /* ---- the machine's peak --------------------------------------------------------------------------------------- */
 
 #include <time.h>
@@ -360,5 +365,11 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .load = K_NAME(load),
     .add = K_NAME(add),
     .dot = K_NAME(dot),
+    .decode_load = K_NAME(decode_load),
+    .decode_qk = K_NAME(decode_qk),
+    .decode_softmax = K_NAME(decode_softmax),
+    .decode_pv = K_NAME(decode_pv),
+    .decode_merge = K_NAME(decode_merge),
+    .read = K_NAME(read),
     .fma_peak = K_NAME(fma_peak),
 };

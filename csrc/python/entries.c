@@ -568,3 +568,32 @@ PyObject *dhsa_py_fma_peak(PyObject *module, PyObject *const *args, Py_ssize_t n
     Py_END_ALLOW_THREADS;
     return PyFloat_FromDouble(peak);
 }
+
+PyObject *dhsa_py_read_bandwidth(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    int threads = 0;
+    dhsa_py_view view;
+    if (check_count("read_bandwidth", nargs, 2) != 0 || get_threads(args[1], &threads) != 0 ||
+        dhsa_py_view_open(PyModule_GetState(module), args[0], "array", &view) != 0) {
+        return NULL;
+    }
+    int64_t n = 1;
+    int contiguous = 1;
+    for (int i = view.ndim - 1; i >= 0; i--) {
+        contiguous &= view.shape[i] == 1 || view.stride[i] == n;
+        n *= view.shape[i];
+    }
+    const int64_t bytes = n * view.dtype.bits / 8;
+    PyObject *result = NULL;
+    if (!contiguous || bytes < 4 || (uintptr_t)view.data % 4 != 0) {
+        PyErr_SetString(PyExc_ValueError, "array: expected contiguous memory of at least 4 bytes, aligned to 4");
+    } else {
+        double rate;
+        Py_BEGIN_ALLOW_THREADS;
+        rate = dhsa_read_bandwidth(view.data, bytes, threads);
+        Py_END_ALLOW_THREADS;
+        result = PyFloat_FromDouble(rate);
+    }
+    dhsa_py_view_release(&view);
+    return result;
+}

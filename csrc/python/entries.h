@@ -24,7 +24,8 @@
     X(isa_current, "$module")                                                                                                      \
     X(build_info, "$module")                                                                                                       \
     X(cpu_count, "$module")                                                                                                        \
-    X(fma_peak, "$module, num_threads, /")
+    X(fma_peak, "$module, num_threads, /")                                                                                         \
+    X(read_bandwidth, "$module, array, num_threads, /")
 
 #define DHSA_PY_DECLARE(name, signature) PyObject *dhsa_py_##name(PyObject *module, PyObject *const *args, Py_ssize_t nargs);
 DHSA_PY_ENTRIES(DHSA_PY_DECLARE)

@@ -23,15 +23,32 @@ static float uniform(void)
     return (float)(state >> 40) * 0x1p-23f - 1.0f;
 }
 
-/* Memory that ends where an unreadable page begins. Never freed: the program is short. */
+/* What guarded() made since the last forget(): there is a limit to how many a process may have. */
+static struct {
+    void *base;
+    size_t bytes;
+} made[8192];
+static int n_made;
+
+static void forget(void)
+{
+    while (n_made > 0) {
+        n_made--;
+        munmap(made[n_made].base, made[n_made].bytes);
+    }
+}
+
+/* Memory that ends where an unreadable page begins. */
 static void *guarded(size_t bytes)
 {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page + 1;
     char *base = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(base + (pages - 1) * page, page, PROT_NONE) != 0) {
+    if (n_made == sizeof made / sizeof *made || base == MAP_FAILED || mprotect(base + (pages - 1) * page, page, PROT_NONE) != 0) {
         perror("guarded");
         _exit(2);
     }
+    made[n_made].base = base;
+    made[n_made++].bytes = pages * page;
     return base + (pages - 1) * page - bytes;
 }
 
@@ -353,6 +370,90 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
     half->end();
 }
 
+static float number(const void *row, int dtype, int d)
+{
+    return dtype == DHSA_F32   ? ((const float *)row)[d]
+           : dtype == DHSA_F16 ? dhsa_from_f16(((const uint16_t *)row)[d])
+                               : dhsa_from_bf16(((const uint16_t *)row)[d]);
+}
+
+/* Rows, and past the last what may be asked for but not read. */
+static const void **keys_of(int n, int dim, int dtype)
+{
+    const void **rows = random_rows(n, dim, dtype), **all = guarded((size_t)(n + DHSA_DECODE_AHEAD) * sizeof *all);
+    memset(all, 0x55, (size_t)(n + DHSA_DECODE_AHEAD) * sizeof *all);
+    memcpy(all, rows, (size_t)n * sizeof *all);
+    return all;
+}
+
+/* Two parts of a decoding step, and what they come to. */
+static void test_decode(int n, int dim, int dtype, int rows)
+{
+    const int padded = (int)dhsa_round_up(dim, DHSA_DECODE_STEP), stride = n + DHSA_DECODE_STEP - 1;
+    const void **queries = random_rows(rows, dim, dtype), **keys = keys_of(n, dim, dtype), **values = keys_of(n, dim, dtype);
+    const size_t sums = (size_t)rows * padded, scores = (size_t)rows * stride;
+    float *q = floats(sums), *o = floats(2 * sums), *s = floats(scores), *q2 = floats(sums), *s2 = floats(scores);
+    for (int r = 0; r < rows; r++) {
+        kn->decode_load(queries[r], dtype, dim, -1.0f, q + r * padded);
+        ref->decode_load(queries[r], dtype, dim, -1.0f, q2 + r * padded);
+    }
+    kn->decode_qk(q, padded, rows, keys, dtype, n, dim, s, stride);
+    ref->decode_qk(q2, padded, rows, keys, dtype, n, dim, s2, stride);
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < n; j++) {
+            double sum = 0;
+            for (int d = 0; d < dim; d++) sum -= (double)number(queries[r], dtype, d) * number(keys[j], dtype, d);
+            near("decode_qk", r, j, s[r * stride + j], s2[r * stride + j], 1e-6f * (float)dim);
+            near("decode_qk in float64", r, j, s[r * stride + j], (float)sum, 1e-6f * (float)dim);
+        }
+    /* the second part is the first key again, added in two goes */
+    memset(o, 0, 2 * sums * sizeof *o);
+    kn->decode_pv(s, stride, rows, values, dtype, n, dim, o, padded);
+    kn->decode_pv(s, stride, rows, values, dtype, 1, dim, o + sums, padded);
+    kn->decode_pv(s, stride, rows, values, dtype, 1, dim, o + sums, padded);
+    float *weight = floats(2);
+    weight[0] = 0.5f;
+    weight[1] = 3.0f;
+    for (int r = 0; r < rows; r++) {
+        void *row = guarded((size_t)dim * (size_t)dhsa_dtype_size(dtype));
+        kn->decode_merge(o + r * padded, (ptrdiff_t)sums, weight, 2, 7.0f, dim, dtype, row);
+        for (int d = 0; d < dim; d++) {
+            double sum = 6.0 * s[r * stride] * number(values[0], dtype, d);
+            for (int j = 0; j < n; j++) sum += 0.5 * s[r * stride + j] * number(values[j], dtype, d);
+            const float rounding = dtype == DHSA_F32 ? 0 : dtype == DHSA_F16 ? 0x1p-11f : 0x1p-8f, want = (float)(sum / 7);
+            near("decode_pv", r, d, number(row, dtype, d), want, 1e-6f * (float)(n + 6) + rounding * fabsf(want));
+        }
+    }
+}
+
+static void test_decode_softmax(int n, float softcap)
+{
+    float *s = floats((size_t)n + DHSA_DECODE_STEP - 1), *s2 = floats((size_t)n + DHSA_DECODE_STEP - 1);
+    float m, l, m2, l2;
+    /* plain, a NaN, infinities, nothing but -inf, and logits so large that their rounding counts */
+    for (int kind = 0; kind < 6; kind++) {
+        for (int j = 0; j < n; j++) s2[j] = s[j] = kind == 4 ? -INFINITY : uniform() * (kind == 5 ? 1e12f : 80.0f);
+        const float bad[] = {1, NAN, INFINITY, -INFINITY};
+        if (kind < 4) s2[n / 2] = s[n / 2] = bad[kind];
+        kn->decode_softmax(s, n, 0.3f, softcap, &m, &l);
+        ref->decode_softmax(s2, n, 0.3f, softcap, &m2, &l2);
+        near("decode_softmax l", n, kind, l, kind == 1 ? NAN : l2, 3e-5f * (1 + fabsf(l2)));
+        if (kind == 1) continue; /* the row is lost; which of its maxima a NaN hides depends on the width of vectors */
+        near("decode_softmax m", n, kind, m, m2, 2e-5f + 1e-6f * fabsf(m2));
+        for (int j = 0; j < n; j++) near("decode_softmax p", j, kind, s[j], s2[j], 3e-5f);
+    }
+    kn->decode_softmax(s, 0, 0.3f, softcap, &m, &l);
+    near("decode_softmax of nothing, m", 0, 0, m, -INFINITY, 0);
+    near("decode_softmax of nothing, l", 0, 0, l, 0, 0);
+}
+
+static void test_read(int n)
+{
+    float *x = random_floats((size_t)n);
+    kn->read(x, n); /* that it stays within its bounds */
+    checks++;
+}
+
 int main(void)
 {
     static const int dims[] = {1, 3, 8, 20, 64, 80, 256}, counts[] = {1, 2, 7, 13, 64};
@@ -367,11 +468,19 @@ int main(void)
                 for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++) test_moves(n, dims[d], dtype);
                 if (kn->bf16) test_pairs(kn->bf16, n, dims[d], DHSA_BF16);
                 if (kn->f16) test_pairs(kn->f16, n, dims[d], DHSA_F16);
+                for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++)
+                    for (int rows = 1; rows <= 7; rows++) {
+                        test_decode(n, dims[d], dtype, rows);
+                        forget();
+                    }
             }
             for (int masked = 0; masked < 2; masked++)
                 for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);
+            for (int capped = 0; capped < 2; capped++) test_decode_softmax(n, capped ? 20.0f : 0.0f);
+            test_read(37 * n);
             for (int rows = 1; rows <= kn->lanes; rows += 5)
                 for (int capped = 0; capped < 2; capped++) test_row_scores(n, rows, capped ? 15.0f : 0.0f);
+            forget();
         }
         test_conversions(DHSA_F16);
         test_conversions(DHSA_BF16);

@@ -1,0 +1,209 @@
+/* decode.c: attention of a few query rows, as in a decoding step. Reading keys and values once is all the time it takes, so
+ * the keys are cut into parts that threads share, and nothing is packed. A part leaves its sums and its maximum; whoever
+ * ends the last part of a head adds all of them up, in order. */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "attend/keys.h"
+#include "core/threads.h"
+
+enum {
+    MAX_ROWS = 16,      /* query rows of a head set that this way serves */
+    PART = 512,         /* keys of a part at most */
+    ALONE = 256 * 1024, /* bytes of keys and values that one thread reads before another wakes up */
+};
+
+typedef struct {
+    const dhsa_problem *p;
+    const dhsa_selection *list; /* NULL: every key */
+    const dhsa_kernels *kernels;
+    int64_t heads, sets;   /* query heads that share keys; how many such sets a batch row has */
+    int64_t parts, padded; /* parts that a set's keys are cut into at most; numbers from one row of q or o to the next */
+    int rows, stride;      /* query rows of a set; numbers from one row of scores to the next */
+    float factor, sign;
+    float *o, *m, *l;      /* what parts leave: o [set][part][row][padded], m and l [set][row][part] */
+    _Atomic int32_t *done; /* [set]: parts that are */
+    char *arenas;
+    int64_t arena_size;
+} plan;
+
+typedef struct {
+    float *q, *s;
+    const void **rows;
+} scratch;
+
+/* The keys of a set: lo[i], hi[i] are the entries that query i sees, all of them within [begin, end). */
+typedef struct {
+    int64_t b, head, kv_head, begin, end, parts, step;
+    int64_t lo[MAX_ROWS], hi[MAX_ROWS];
+    key_list list;
+} span;
+
+static int64_t heads_of(const dhsa_problem *p, const dhsa_selection *list)
+{
+    const int64_t H = p->q.shape[1], Hkv = p->k.shape[1];
+    return list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : H / Hkv;
+}
+
+int dhsa_decodes(const dhsa_problem *p, const dhsa_selection *list)
+{
+    return p->q.shape[2] <= MAX_ROWS / heads_of(p, list) && (!list || list->nq == 1);
+}
+
+static void find_span(const plan *pl, int64_t set, span *at)
+{
+    const dhsa_problem *p = pl->p;
+    at->b = set / pl->sets;
+    at->head = set % pl->sets * pl->heads;
+    at->kv_head = at->head / (p->q.shape[1] / p->k.shape[1]);
+    at->list = list_of(p, pl->list, at->b, at->head, 0);
+    at->begin = at->list.n;
+    at->end = 0;
+    for (int64_t i = 0; i < p->q.shape[2]; i++) {
+        seen(p, &at->list, at->b, i, &at->lo[i], &at->hi[i]);
+        if (at->lo[i] >= at->hi[i]) continue;
+        at->begin = DHSA_MIN(at->begin, at->lo[i]);
+        at->end = DHSA_MAX(at->end, at->hi[i]);
+    }
+    if (at->begin > at->end) at->begin = at->end;
+    /* The cut depends on the shape only, never on the number of threads. No keys: one part, to write zeros. */
+    at->parts = DHSA_MAX(1, dhsa_ceil_div(at->end - at->begin, PART));
+    at->step = dhsa_round_up(dhsa_ceil_div(at->end - at->begin, at->parts), DHSA_DECODE_STEP);
+}
+
+static void point(const span *at, const dhsa_tensor *t, int64_t from, int n, const void **rows)
+{
+    const char *base = dhsa_row(t, at->b, at->kv_head, 0);
+    const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
+    for (int j = 0; j < n; j++) rows[j] = base + (at->list.keys ? at->list.keys[from + j] : at->list.start + from + j) * step;
+}
+
+/* Row r of a set is query r / heads of head r % heads. */
+static void *row_of(const plan *pl, const span *at, const dhsa_tensor *t, int r)
+{
+    return dhsa_row(t, at->b, at->head + r % pl->heads, r / pl->heads);
+}
+
+static void merge(const plan *pl, int64_t set, const span *at)
+{
+    const dhsa_problem *p = pl->p;
+    const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
+    for (int r = 0; r < pl->rows; r++) {
+        float *m = pl->m + (set * pl->rows + r) * pl->parts, top = -INFINITY;
+        const float *l = pl->l + (set * pl->rows + r) * pl->parts;
+        double sum = 0;
+        for (int64_t i = 0; i < at->parts; i++) top = DHSA_MAX(top, m[i]);
+        for (int64_t i = 0; i < at->parts; i++) {
+            m[i] = top == -INFINITY ? 0.0f : exp2f(m[i] - top);
+            sum += (double)m[i] * l[i];
+        }
+        pl->kernels->decode_merge(pl->o + (set * pl->parts * pl->rows + r) * pl->padded, pl->rows * pl->padded, m, (int)at->parts,
+                                  sum == 0 ? 1.0f : (float)sum, (int)p->q.shape[3], p->out.dtype, row_of(pl, at, &p->out, r));
+        /* m is in units of log2. No key seen: the sum is 0, the logarithm -inf. */
+        if (p->lse)
+            p->lse[(at->b * H + at->head + r % pl->heads) * q_len + r / pl->heads] =
+                sum == 0 ? -INFINITY : (float)(top * 0.693147180559945309 + log(sum));
+    }
+}
+
+/* o += P V for the rows of queries [first, first + count) and entries [from, to) of the part. */
+static void add_values(const plan *pl, const scratch *w, int64_t first, int64_t count, int64_t from, int64_t to, float *o)
+{
+    const int64_t r = first * pl->heads;
+    if (from < to)
+        pl->kernels->decode_pv(w->s + r * pl->stride + from, pl->stride, (int)(count * pl->heads), w->rows + from, pl->p->v.dtype,
+                               (int)(to - from), (int)pl->p->q.shape[3], o + r * pl->padded, pl->padded);
+}
+
+static int64_t lay_out(const plan *pl, char *base, scratch *w)
+{
+    const int64_t q = pl->rows * pl->padded * 4, s = dhsa_round_up((int64_t)pl->rows * pl->stride * 4, DHSA_ALIGN);
+    w->q = (float *)base;
+    w->s = (float *)(base + q);
+    w->rows = (const void **)(base + q + s);
+    return q + s + dhsa_round_up((2 * PART + DHSA_DECODE_AHEAD) * (int64_t)sizeof(void *), DHSA_ALIGN);
+}
+
+static void attend_part(void *context, int64_t index, int thread)
+{
+    const plan *pl = context;
+    const dhsa_problem *p = pl->p;
+    const int64_t set = index / pl->parts, part = index % pl->parts, queries = p->q.shape[2], dim = p->q.shape[3];
+    span at;
+    scratch w;
+    find_span(pl, set, &at);
+    if (part >= at.parts) return;
+    lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
+    const int64_t from = DHSA_MIN(at.begin + part * at.step, at.end);
+    const int n = (int)DHSA_MIN(at.step, at.end - from);
+    float *o = pl->o + (set * pl->parts + part) * pl->rows * pl->padded;
+    memset(o, 0, (size_t)(pl->rows * pl->padded) * sizeof *o);
+    for (int r = 0; r < pl->rows; r++)
+        pl->kernels->decode_load(row_of(pl, &at, &p->q, r), p->q.dtype, (int)dim, pl->sign, w.q + r * pl->padded);
+    /* Values follow the keys, so that the first of them are on their way when the last keys are read. */
+    point(&at, &p->k, from, n, w.rows);
+    point(&at, &p->v, from, n, w.rows + n);
+    for (int i = 0; i < DHSA_DECODE_AHEAD; i++) w.rows[2 * n + i] = w.rows[DHSA_MAX(2 * n - 1, 0)];
+    pl->kernels->decode_qk(w.q, pl->padded, pl->rows, w.rows, p->k.dtype, n, (int)dim, w.s, pl->stride);
+    int64_t start = 0, stop = n; /* what all queries see */
+    for (int64_t i = 0; i < queries; i++) {
+        at.lo[i] = DHSA_MIN(DHSA_MAX(at.lo[i] - from, 0), n);
+        at.hi[i] = DHSA_MAX(DHSA_MIN(at.hi[i] - from, n), at.lo[i]);
+        start = DHSA_MAX(start, at.lo[i]);
+        stop = DHSA_MIN(stop, at.hi[i]);
+        for (int64_t r = i * pl->heads; r < (i + 1) * pl->heads; r++) {
+            const int64_t to = (set * pl->rows + r) * pl->parts + part;
+            pl->kernels->decode_softmax(w.s + r * pl->stride + at.lo[i], (int)(at.hi[i] - at.lo[i]), pl->factor, (float)p->softcap,
+                                        pl->m + to, pl->l + to);
+        }
+    }
+    if (start >= stop) start = stop = n;
+    w.rows += n;
+    add_values(pl, &w, 0, queries, start, stop, o);
+    /* A row never touches a value that it does not see, which might be no number: what is not common is added by query. */
+    for (int64_t i = 0; i < queries; i++) {
+        add_values(pl, &w, i, 1, at.lo[i], DHSA_MIN(at.hi[i], start), o);
+        add_values(pl, &w, i, 1, DHSA_MAX(at.lo[i], stop), at.hi[i], o);
+    }
+    if (atomic_fetch_add_explicit(&pl->done[set], 1, memory_order_acq_rel) + 1 == at.parts) merge(pl, set, &at);
+}
+
+dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
+{
+    plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current(), .heads = heads_of(p, list), .parts = 1};
+    scratch w;
+    int64_t keys = 0;
+    pl.sets = p->q.shape[1] / pl.heads;
+    pl.rows = (int)(p->q.shape[2] * pl.heads);
+    pl.padded = dhsa_round_up(p->q.shape[3], DHSA_DECODE_STEP);
+    pl.stride = PART + DHSA_DECODE_STEP;
+    /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
+    pl.factor = (float)fabs(p->scale);
+    pl.sign = p->scale < 0 ? -1.0f : 1.0f;
+    const int64_t sets = p->q.shape[0] * pl.sets;
+    for (int64_t set = 0; set < sets; set++) {
+        span at;
+        find_span(&pl, set, &at);
+        pl.parts = DHSA_MAX(pl.parts, at.parts);
+        keys += at.end - at.begin;
+    }
+    const int64_t items = sets * pl.parts, bytes = 2 * keys * p->q.shape[3] * dhsa_dtype_size(p->k.dtype);
+    const int threads = bytes < ALONE ? 1 : (int)DHSA_MIN(items, p->num_threads);
+    const int64_t sums = items * pl.rows * pl.padded * 4, numbers = dhsa_round_up(items * pl.rows * 4, DHSA_ALIGN);
+    const int64_t counts = dhsa_round_up(sets * (int64_t)sizeof *pl.done, DHSA_ALIGN);
+    pl.arena_size = lay_out(&pl, (char *)0, &w);
+    const int64_t total = sums + 2 * numbers + counts + threads * pl.arena_size;
+    char *memory = dhsa_alloc(total, 1);
+    if (!memory)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes", (long long)total);
+    pl.o = (float *)memory;
+    pl.m = (float *)(memory + sums);
+    pl.l = (float *)(memory + sums + numbers);
+    pl.done = (_Atomic int32_t *)(memory + sums + 2 * numbers);
+    pl.arenas = memory + sums + 2 * numbers + counts;
+    for (int64_t set = 0; set < sets; set++) atomic_init(&pl.done[set], 0);
+    dhsa_parallel(items, threads, attend_part, &pl);
+    dhsa_free(memory);
+    return DHSA_OK;
+}

@@ -1,0 +1,268 @@
+/* decode_tpl.h: the part of tile_tpl.h's body that serves a decoding step: a few query rows against many keys. A panel would
+ * be mostly padding there and packing would double the traffic of what memory alone bounds. So keys and values are read once,
+ * straight from the caller's rows, and vectors run along head_dim (products) or along the keys (softmax). */
+
+/* Sums held in registers. */
+#define D_SUMS (V_LEN == 8 || V_LEN == 1 ? 8 : 16)
+#define D_UNIT (2 * V_LEN)       /* columns of a row that are read at a time */
+#define D_COLS (D_SUMS / 8)      /* units of value columns whose sums, for four rows, are held in registers */
+#define D_KEYS 16                /* keys of a block: they stay in L1 while the rows pass by, four at a time */
+#define D_AHEAD_BYTES (8 * 1024) /* rows are asked for this long before they are read, more than a memory latency */
+
+K_INLINE int decode_ahead(int dim, const int dtype)
+{
+    const int rows = D_AHEAD_BYTES / (dim * (dtype == DHSA_F32 ? 4 : 2));
+    return rows < 1 ? 1 : rows > DHSA_DECODE_AHEAD ? DHSA_DECODE_AHEAD : rows;
+}
+
+/* One unit of a row, columns d and up, in two vectors; with `tail` some lie past its end: zeros. bf16 numbers come as the even
+ * and the odd columns, which costs two instructions less than in order; queries and outputs are laid out alike. */
+K_INLINE void stream(const void *row, int d, int dim, vf *x, const int dtype, const int tail)
+{
+    const float *whole = (const float *)row + d;
+    const uint16_t *half = (const uint16_t *)row + d;
+    float whole_line[D_UNIT];
+    uint16_t half_line[D_UNIT];
+    if (tail && dtype == DHSA_F32) {
+        memset(whole_line, 0, sizeof whole_line);
+        whole = memcpy(whole_line, whole, (size_t)(dim - d) * sizeof *whole);
+    } else if (tail) {
+        memset(half_line, 0, sizeof half_line);
+        half = memcpy(half_line, half, (size_t)(dim - d) * sizeof *half);
+    }
+    if (dtype == DHSA_BF16) {
+        v_pairs_bf16(half, &x[0], &x[1]);
+    } else {
+        x[0] = dtype == DHSA_F32 ? v_load(whole) : v_from_f16(half);
+        x[1] = dtype == DHSA_F32 ? v_load(whole + V_LEN) : v_from_f16(half + V_LEN);
+    }
+}
+
+/* Asks for that unit: each line of memory once, into L2, where there is room for all that is under way. */
+K_INLINE void ask(const void *row, int d, const int dtype)
+{
+    const int size = dtype == DHSA_F32 ? 4 : 2;
+    for (int at = 0; at < D_UNIT * size; at += 64)
+        if (D_UNIT * size >= 64 || d * size % 64 == 0) __builtin_prefetch((const char *)row + (ptrdiff_t)d * size + at, 0, 2);
+}
+
+static void K_NAME(decode_load)(const void *row, int dtype, int dim, float factor, float *dst)
+{
+    for (int d = 0; d < dim; d += D_UNIT) {
+        vf x[2];
+        if (dtype == DHSA_F32)
+            stream(row, d, dim, x, DHSA_F32, d + D_UNIT > dim);
+        else if (dtype == DHSA_F16)
+            stream(row, d, dim, x, DHSA_F16, d + D_UNIT > dim);
+        else
+            stream(row, d, dim, x, DHSA_BF16, d + D_UNIT > dim);
+        v_store(dst + d, v_mul(x[0], v_set1(factor)));
+        v_store(dst + d + V_LEN, v_mul(x[1], v_set1(factor)));
+    }
+}
+
+/* acc[r * keys + i] += one unit of row r times that of key i. */
+K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const *k, int d, int dim, vf *acc, const int dtype,
+                          const int rows, const int keys, const int tail)
+{
+#pragma GCC unroll 16
+    for (int i = 0; i < keys; i++) {
+        vf y[2];
+        stream(k[i], d, dim, y, dtype, tail);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            acc[r * keys + i] = v_fma(v_load(q + r * q_stride + d), y[0], acc[r * keys + i]);
+            acc[r * keys + i] = v_fma(v_load(q + r * q_stride + d + V_LEN), y[1], acc[r * keys + i]);
+        }
+    }
+}
+
+/* `rows` rows against n <= D_SUMS / rows keys; rows is a constant after inlining. */
+K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const *k, int n, int dim, float *s, ptrdiff_t s_stride,
+                          const int dtype, const int rows)
+{
+    const int keys = D_SUMS / rows, ahead = decode_ahead(dim, dtype);
+    const void *at[D_SUMS], *next[D_SUMS];
+    vf acc[D_SUMS];
+    float line[D_SUMS];
+    int d = 0;
+    /* Too few keys: the last one again. */
+#pragma GCC unroll 16
+    for (int i = 0; i < keys; i++) {
+        at[i] = k[i < n ? i : n - 1];
+        next[i] = k[(i < n ? i : n - 1) + ahead];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < D_SUMS; i++) acc[i] = v_set1(0.0f);
+    for (; d + D_UNIT <= dim; d += D_UNIT) {
+#pragma GCC unroll 16
+        for (int i = 0; i < keys; i++) ask(next[i], d, dtype);
+        decode_step(q, q_stride, at, d, dim, acc, dtype, rows, keys, 0);
+    }
+    if (d < dim) decode_step(q, q_stride, at, d, dim, acc, dtype, rows, keys, 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < D_SUMS; i += V_LEN) v_store(line + i, v_sums(acc + i));
+    for (int r = 0; r < rows; r++)
+        if (n >= keys)
+            memcpy(s + r * s_stride, line + r * keys, (size_t)keys * sizeof *s);
+        else
+            memcpy(s + r * s_stride, line + r * keys, (size_t)n * sizeof *s);
+}
+
+K_INLINE void decode_qk_as(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int n, int dim, float *s,
+                           ptrdiff_t s_stride, const int dtype)
+{
+    for (int j = 0; j < n; j += D_KEYS) {
+        const int end = j + D_KEYS < n ? j + D_KEYS : n;
+        int r = 0;
+#define D_ROWS(count)                                                                                                              \
+    for (; r + count <= rows; r += count)                                                                                          \
+        for (int i = j; i < end; i += D_SUMS / count)                                                                              \
+            decode_dots(q + r * q_stride, q_stride, k + i, end - i, dim, s + r * s_stride + i, s_stride, dtype, count);
+        D_ROWS(4)
+        D_ROWS(2)
+        D_ROWS(1)
+#undef D_ROWS
+    }
+}
+
+static void K_NAME(decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n, int dim,
+                              float *s, ptrdiff_t s_stride)
+{
+    if (dtype == DHSA_F32)
+        decode_qk_as(q, q_stride, rows, k, n, dim, s, s_stride, DHSA_F32);
+    else if (dtype == DHSA_F16)
+        decode_qk_as(q, q_stride, rows, k, n, dim, s, s_stride, DHSA_F16);
+    else
+        decode_qk_as(q, q_stride, rows, k, n, dim, s, s_stride, DHSA_BF16);
+}
+
+static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, float *m, float *l)
+{
+    static const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static const int32_t all[16] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX,
+                                    INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
+    const float factor = softcap > 0 ? 1.0f : scale * K_LOG2E, inner = softcap > 0 ? scale / softcap : 0.0f;
+    vf top = v_set1(-INFINITY), sum = v_set1(0.0f);
+    float line[V_LEN], most = -INFINITY;
+    for (int j = 0; j < n; j += V_LEN) {
+        vf x = v_load(s + j);
+        if (softcap > 0) x = v_mul(v_set1(softcap * K_LOG2E), tanh_vf(v_mul(x, v_set1(inner))));
+        if (j + V_LEN > n) x = v_pick(v_range(lane, all, n - j - 1), x, v_set1(-INFINITY));
+        v_store(s + j, x);
+        top = v_max(top, x);
+    }
+    v_store(line, top);
+    for (int i = 0; i < V_LEN; i++) most = line[i] > most ? line[i] : most;
+    /* As in softmax_tile: no key seen stays so under a zero scale, and a NaN is left to the sum. */
+    const float now = most * factor > -INFINITY ? most * factor : -INFINITY, use = now == -INFINITY ? 0.0f : now;
+    const int rounded = v_sum(is_far(v_set1(use))) > 0;
+    for (int j = 0; j < n; j += V_LEN) {
+        vf p = v_exp2(exponent(v_load(s + j), v_set1(factor), v_set1(-use), rounded));
+        if (j + V_LEN > n) p = v_pick(v_range(lane, all, n - j - 1), p, v_set1(0.0f));
+        v_store(s + j, p);
+        sum = v_add(sum, p);
+    }
+    *m = now;
+    *l = v_sum(sum);
+}
+
+/* One block of keys: `cols` units of columns from d on. Summed from zero and added at the end: short sums round less. */
+K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *const *v, int n, int d, int dim, float *o,
+                             ptrdiff_t o_stride, const int dtype, const int rows, const int cols, const int tail)
+{
+    const int ahead = decode_ahead(dim, dtype);
+    vf acc[4][2 * D_COLS];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * cols; c++) acc[r][c] = v_set1(0.0f);
+    for (int j = 0; j < n; j++) {
+        vf y[2 * D_COLS];
+#pragma GCC unroll 4
+        for (int c = 0; c < cols; c++) {
+            stream(v[j], d + c * D_UNIT, dim, y + 2 * c, dtype, tail);
+            if (!tail) ask(v[j + ahead], d + c * D_UNIT, dtype);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const vf x = v_set1(p[r * p_stride + j]);
+#pragma GCC unroll 4
+            for (int c = 0; c < 2 * cols; c++) acc[r][c] = v_fma(x, y[c], acc[r][c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * cols; c++) {
+            float *at = o + r * o_stride + d + c * V_LEN;
+            v_store(at, v_add(v_load(at), acc[r][c]));
+        }
+}
+
+K_INLINE void decode_pv_rows(const float *p, ptrdiff_t p_stride, const void *const *v, int n, int dim, float *o, ptrdiff_t o_stride,
+                             const int dtype, const int rows)
+{
+    int d = 0;
+    for (; d + D_COLS * D_UNIT <= dim; d += D_COLS * D_UNIT)
+        decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, dtype, rows, D_COLS, 0);
+    for (; d + D_UNIT <= dim; d += D_UNIT) decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, dtype, rows, 1, 0);
+    if (d < dim) decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, dtype, rows, 1, 1);
+}
+
+K_INLINE void decode_pv_as(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int n, int dim, float *o,
+                           ptrdiff_t o_stride, const int dtype)
+{
+    for (int j = 0; j < n; j += D_KEYS) {
+        const int count = n - j < D_KEYS ? n - j : D_KEYS;
+        int r = 0;
+        for (; r + 4 <= rows; r += 4)
+            decode_pv_rows(p + r * p_stride + j, p_stride, v + j, count, dim, o + r * o_stride, o_stride, dtype, 4);
+        for (; r + 2 <= rows; r += 2)
+            decode_pv_rows(p + r * p_stride + j, p_stride, v + j, count, dim, o + r * o_stride, o_stride, dtype, 2);
+        for (; r < rows; r++)
+            decode_pv_rows(p + r * p_stride + j, p_stride, v + j, count, dim, o + r * o_stride, o_stride, dtype, 1);
+    }
+}
+
+static void K_NAME(decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n, int dim,
+                              float *o, ptrdiff_t o_stride)
+{
+    if (dtype == DHSA_F32)
+        decode_pv_as(p, p_stride, rows, v, n, dim, o, o_stride, DHSA_F32);
+    else if (dtype == DHSA_F16)
+        decode_pv_as(p, p_stride, rows, v, n, dim, o, o_stride, DHSA_F16);
+    else
+        decode_pv_as(p, p_stride, rows, v, n, dim, o, o_stride, DHSA_BF16);
+}
+
+static void K_NAME(decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
+                                 void *row)
+{
+    float line[D_UNIT];
+    for (int d = 0; d < dim; d += D_UNIT) {
+        for (int u = 0; u < 2; u++) {
+            vf sum = v_set1(0.0f);
+            float part[V_LEN];
+            for (int i = 0; i < n; i++) sum = v_fma(v_load(o + i * o_stride + d + u * V_LEN), v_set1(weight[i]), sum);
+            v_store(part, v_div(sum, v_set1(divisor)));
+            for (int i = 0; i < V_LEN; i++) line[dtype == DHSA_BF16 ? 2 * i + u : u * V_LEN + i] = part[i];
+        }
+        store_part(v_load(line), row, dtype, d, dim);
+        if (d + V_LEN < dim) store_part(v_load(line + V_LEN), row, dtype, d + V_LEN, dim);
+    }
+}
+
+/* ---- the machine's reading speed -------------------------------------------------------------------------------- */
+
+static float K_NAME(read)(const float *src, int64_t n)
+{
+    vf a[8];
+    int64_t i = 0;
+    for (int u = 0; u < 8; u++) a[u] = v_set1(0.0f);
+    for (; i + 8 * V_LEN <= n; i += 8 * V_LEN)
+#pragma GCC unroll 8
+        for (int u = 0; u < 8; u++) a[u] = v_max(a[u], v_load(src + i + u * V_LEN));
+    for (int u = 1; u < 8; u++) a[0] = v_max(a[0], a[u]);
+    return v_sum(a[0]);
+}
