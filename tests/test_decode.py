@@ -1,7 +1,7 @@
 """Attention of few query rows (csrc/attend/decode.c) against the float64 reference, on every tier, and its rounding
 against PyTorch's in the same dtype.
 
-Decoding steps and short runs of queries: lengths around the parts that keys are cut into, head_dims that fill no vector.
+Decoding steps and short runs of queries: lengths around the parts that keys are cut into, odd head_dims.
 """
 
 import math
@@ -78,7 +78,7 @@ def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, name, dtype, tier):
-    """Products are fp32 on every tier: the only rounding is the last. Sums may be in another order, so not to the bit."""
+    """Products are fp32 on every tier: the only rounding is the last, but sums may be in another order."""
     *shape, options = CASES[name]
     dhsa.set_isa(tier)
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(*shape)]
@@ -113,7 +113,8 @@ def test_key_ranges(make_qkv, group, tier):
     ranges = np.array(ranges, np.int32)
     check(q, k, v, key_ranges=ranges)
     nothing = dhsa.attention(q, k, v, key_ranges=np.zeros_like(ranges), return_lse=True)
-    assert (nothing[0] == 0).all() and np.isneginf(nothing[1]).all()
+    assert (nothing[0] == 0).all()
+    assert np.isneginf(nothing[1]).all()
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -140,7 +141,7 @@ def test_lists(make_qkv, tier, heads, window):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["cache", "tokens first", "reversed", "broadcast"])
 def test_strided_caches(torch, make_qkv, dtype, layout):
-    """A cache with room to spare, [B, L, H, D] seen as [B, H, L, D], and strides of any sign: same bits as contiguous."""
+    """A cache with room to spare, [B, L, H, D] seen as [B, H, L, D], and strides of any sign: the same bits."""
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(2, 4, 2, 2, 1100, 72))
     want = dhsa.attention(q, k, v)
 
@@ -169,7 +170,7 @@ def float64_attention(torch, q, k, v):
 
 # The scalar tier sums one number after the other, which rounds more in fp32; of halves only the last rounding shows.
 @pytest.mark.parametrize(
-    "dtype, tier", [(dtype, tier) for dtype in DTYPES for tier in TIERS if (dtype, tier) != ("float32", "scalar")]
+    ("dtype", "tier"), [(dtype, tier) for dtype in DTYPES for tier in TIERS if (dtype, tier) != ("float32", "scalar")]
 )
 @pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
 def test_rounds_no_worse_than_torch(torch, dtype, kind, tier):
@@ -246,7 +247,8 @@ def test_same_bits_for_any_number_of_threads(torch, make_qkv, tier, dtype):
         dhsa.set_num_threads(threads)
         results.append(dhsa.attention(q, k, v, softcap=20.0, return_lse=True))
     for out, lse in results[1:]:
-        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
 
 
 def test_one_query_more_takes_the_other_way_and_agrees(make_qkv):

@@ -11,7 +11,7 @@
 enum {
     MAX_ROWS = 16,      /* query rows of a head set that this way serves */
     PART = 512,         /* keys of a part at most */
-    ALONE = 256 * 1024, /* bytes of keys and values that one thread reads before another wakes up */
+    ALONE = 512 * 1024, /* bytes of keys and values that one thread reads before another wakes up */
 };
 
 typedef struct {
