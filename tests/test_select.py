@@ -400,14 +400,41 @@ def test_not_finite_chunks_are_always_selected():
             assert 37 in row
 
 
-@pytest.mark.parametrize("score", ["rows", "block"])
-def test_every_dtype_is_read_as_its_float32(torch, score):
+@pytest.mark.parametrize(("dtype", "score"), [("float16", "rows"), ("float16", "block"), ("bfloat16", "block")])
+def test_half_dtypes_are_read_as_their_float32(torch, dtype, score):
     config = small(score=score)
-    for dtype in (torch.float16, torch.bfloat16):
-        q, k = (torch.from_numpy(normal(1, 2, 100, 12, seed=seed)).to(dtype) for seed in (0, 1))
-        got, want = dhsa.select(q, k, config), dhsa.select(q.float(), k.float(), config)
-        np.testing.assert_array_equal(got.boundaries, want.boundaries)
-        np.testing.assert_array_equal(got.indices, want.indices)
+    q, k = (torch.from_numpy(normal(1, 2, 100, 12, seed=seed)).to(getattr(torch, dtype)) for seed in (0, 1))
+    got, want = dhsa.select(q, k, config), dhsa.select(q.float(), k.float(), config)
+    np.testing.assert_array_equal(got.boundaries, want.boundaries)
+    np.testing.assert_array_equal(got.indices, want.indices)
+
+
+@pytest.mark.parametrize("heads", ["all", "group", "head"])
+@pytest.mark.parametrize(
+    ("dim", "options"),
+    [(16, {}), (45, {"rows": 4, "softcap": 3.0}), (256, {"window": 40}), (64, {"rows": 16, "scale": -0.2})],
+)
+def test_bf16_row_scores_are_of_means_rounded_to_bf16(torch, isa, dim, options, heads):
+    """No looser than fp32 once the means are rounded: sums, softmax and squares stay fp32."""
+    q, k = (torch.from_numpy(normal(1, 4, 83, dim)).bfloat16(), torch.from_numpy(normal(1, 2, 110, dim)).bfloat16())
+    k[0, 1, 20, 3] = float("nan")
+    q[0, 0, 50, 1] = float("inf")
+    kwargs = {"query_block": 16, "score": "rows", "heads": heads} | options
+    edges = some_boundaries(1, 110)
+    got = dhsa.chunk_scores(q, k, edges, **kwargs).numpy()
+    q, k = q.float().numpy(), k.float().numpy()
+    np.testing.assert_allclose(got, reference.chunk_scores(q, k, edges, bf16=True, **kwargs), rtol=5e-5, atol=5e-6)
+    finite = np.isfinite(got)
+    assert np.abs(got[finite] - reference.chunk_scores(q, k, edges, **kwargs)[finite]).max() > 1e-4
+
+
+def test_long_prompts_take_many_tiles_of_chunks(isa):
+    """More chunks than a tile, more rows than a panel, means that are not finite here and there."""
+    q, k = normal(1, 6, 40, 8) * 2, normal(1, 2, 1500, 8, seed=1)
+    k[0, 0, [3, 700, 1499], 1] = np.nan
+    k[0, 1, 400:420] = np.inf
+    check_scores(q, k, some_boundaries(1, 1500), query_block=33, score="rows", heads="group", softcap=5.0)
+    check_scores(q, k, np.arange(1501)[None].astype(np.int32), query_block=33, score="rows", heads="all")
 
 
 @pytest.mark.parametrize("score", ["rows", "block"])

@@ -79,6 +79,7 @@ typedef struct dhsa_pair_kernels {
      * meanwhile: another panel's job that may be worked on while the tile registers compute; NULL: none. */
     void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
                dhsa_ahead *ahead, dhsa_exp_job *meanwhile);
+    int fast; /* whether three of these products are sooner done than one of fp32 */
 } dhsa_pair_kernels;
 
 static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t length)
@@ -116,9 +117,12 @@ typedef struct dhsa_kernels {
     /* rows[r][d] = o[d * lanes + r] / divisor[r], rounded to dtype, for r < n. */
     void (*store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows);
 
-    /* Row scores: for each lane r < rows, P = softmax over j < n of (softcapped) scale * s[j * lanes + r]; score[j] += P^2.
-     * A product of -inf has probability 0; a lane with a NaN or +inf adds nothing. s is used as scratch. */
-    void (*row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score);
+    /* score[j] += sum over r of (p[j * lanes + r] * weight[r])^2 for j < n; a lane of weight 0 adds nothing, NaN or not. */
+    void (*add_squares)(const float *p, int n, const float *weight, float *score);
+    /* dst[d] = sum of n >= 1 rows, `stride` bytes apart, one after the other from the first on. */
+    void (*sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst);
+    /* high = x rounded to bf16 (the largest finite number at most); low, if not NULL, = what is left of x, rounded. */
+    void (*split_bf16)(const float *x, int64_t n, uint16_t *high, uint16_t *low);
 
     /* Vectors of n fp32 numbers, any alignment. */
     void (*load)(const void *src, int dtype, int64_t n, float *dst); /* dst = src, converted */

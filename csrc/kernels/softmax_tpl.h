@@ -29,10 +29,9 @@ K_INLINE vf tanh_vf(vf x)
     return v_mul(v_mul(x, p), v_rcp(q));
 }
 
-/* Pass 1 of a softmax: the maximum, and with a softcap the capped logits in units of log2. omit: a product of -inf marks
- * something left out and stays -inf under the softcap. Constant flags fold away. */
+/* The maximum, and with a softcap the capped logits in units of log2. Constant flags fold away. */
 K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, float inner, float outer, vf *top,
-                          const int masked, const int capped, const int omit)
+                          const int masked, const int capped)
 {
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) top[u] = v_set1(-INFINITY);
@@ -42,8 +41,7 @@ K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, cons
             float *at = s + j * K_LANES + u * V_LEN;
             vf x = v_load(at);
             if (capped) {
-                const vf y = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
-                x = omit ? v_pick(v_eq(x, v_set1(-INFINITY)), x, y) : y;
+                x = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
                 v_store(at, x);
             }
             if (masked) x = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + (int)j), x, v_set1(-INFINITY));
@@ -90,7 +88,7 @@ K_INLINE int softmax_begin(float *s, const float *known, int n, int base, const 
     if (known)
         for (int u = 0; u < V_PER; u++) top[u] = v_load(known + u * V_LEN);
     else
-        softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, 0);
+        softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped);
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) {
         const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);

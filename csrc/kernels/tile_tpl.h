@@ -127,53 +127,6 @@ static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const 
     }
 }
 
-static void K_NAME(row_scores)(float *s, int64_t n, int rows, float scale, float softcap, float *score)
-{
-    const float factor = softcap > 0 ? 1.0f : scale * K_LOG2E;
-    vf top[V_PER], sum[V_PER], shift[V_PER], inverse[V_PER], far = v_set1(0.0f);
-    vm keep[V_PER];
-    float lane[K_LANES];
-    int32_t zero[K_LANES] = {0}, used[K_LANES];
-    if (softcap > 0)
-        softmax_max(s, n, 0, NULL, NULL, scale / softcap, softcap * K_LOG2E, top, 0, 1, 1);
-    else
-        softmax_max(s, n, 0, NULL, NULL, 0.0f, 0.0f, top, 0, 0, 0);
-    for (int u = 0; u < V_PER; u++) {
-        /* A lane with nothing but -inf: every probability is 0, and so its sum. */
-        shift[u] = v_pick(v_eq(top[u], v_set1(-INFINITY)), v_set1(0.0f), v_sub(v_set1(0.0f), v_mul(top[u], v_set1(factor))));
-        sum[u] = v_set1(0.0f);
-        far = v_add(far, is_far(shift[u]));
-    }
-    const int rounded = v_sum(far) > 0;
-    for (int64_t j = 0; j < n; j++)
-#pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
-            float *at = s + j * K_LANES + u * V_LEN;
-            const vf p = v_exp2(exponent(v_max(v_set1(-FLT_MAX), v_load(at)), v_set1(factor), shift[u], rounded));
-            v_store(at, p);
-            sum[u] = v_add(sum[u], p);
-        }
-    /* A lane counts if it is a real row and its sum is a number: NaN and inf turn up in the sum. */
-    for (int u = 0; u < V_PER; u++) v_store(lane + u * V_LEN, sum[u]);
-    for (int r = 0; r < K_LANES; r++) {
-        used[r] = r < rows && lane[r] > 0 && lane[r] <= FLT_MAX;
-        lane[r] = used[r] ? 1.0f / lane[r] : 0.0f;
-    }
-    for (int u = 0; u < V_PER; u++) {
-        inverse[u] = v_load(lane + u * V_LEN);
-        keep[u] = v_range(zero + u * V_LEN, used + u * V_LEN, 0);
-    }
-    for (int64_t j = 0; j < n; j++) {
-        vf total = v_set1(0.0f);
-#pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
-            const vf p = v_pick(keep[u], v_mul(v_load(s + j * K_LANES + u * V_LEN), inverse[u]), v_set1(0.0f));
-            total = v_fma(p, p, total);
-        }
-        score[j] += v_sum(total);
-    }
-}
-
 /* ---- moving and converting ------------------------------------------------------------------------------------ */
 
 static float K_NAME(convert)(const void *src, int dtype, int64_t i)
@@ -324,6 +277,10 @@ static void K_NAME(store_panel)(const float *o, const float *divisor, int n, int
 
 #include "kernels/decode_tpl.h"
 
+/* ---- selection ----------------------------------------------------------------------------------------------- */
+
+#include "kernels/score_tpl.h"
+
 /* ---- the machine's peak --------------------------------------------------------------------------------------- */
 
 #include <time.h>
@@ -361,7 +318,9 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .pack_values = K_NAME(pack_values),
     .pack_panel = K_NAME(pack_panel),
     .store_panel = K_NAME(store_panel),
-    .row_scores = K_NAME(row_scores),
+    .add_squares = K_NAME(add_squares),
+    .sum_rows = K_NAME(sum_rows),
+    .split_bf16 = K_NAME(split_bf16),
     .load = K_NAME(load),
     .add = K_NAME(add),
     .dot = K_NAME(dot),

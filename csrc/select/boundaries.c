@@ -15,46 +15,68 @@ typedef struct {
     const dhsa_kernels *kernels;
     const dhsa_tensor *k;
     int64_t window, channels, tasks; /* channels: of all KV heads; tasks: of a batch row */
-    float *scores, *arenas;
+    float *scores;
+    char *arenas;
+    int64_t arena_size;
 } similarity_job;
 
-/* Sum of keys [from, to), KV heads concatenated. */
-static void sum_keys(const similarity_job *job, int64_t b, int64_t from, int64_t to, float *sum)
+/* A window of keys, KV heads concatenated. */
+typedef struct {
+    float *sum;
+    float square; /* dot product of the sum with itself */
+    int64_t n;
+} window_sum;
+
+/* Keys [from, to). */
+static void sum_keys(const similarity_job *job, int64_t b, int64_t from, int64_t to, window_sum *w)
 {
     const int64_t heads = job->k->shape[1], dim = job->k->shape[3];
-    for (int64_t h = 0; h < heads; h++) {
-        float *at = sum + h * dim;
-        job->kernels->load(dhsa_row(job->k, b, h, from), job->k->dtype, dim, at);
-        for (int64_t j = from + 1; j < to; j++) job->kernels->add(dhsa_row(job->k, b, h, j), job->k->dtype, dim, at);
-    }
+    const ptrdiff_t stride = (ptrdiff_t)(job->k->stride[2] * dhsa_dtype_size(job->k->dtype));
+    for (int64_t h = 0; h < heads; h++)
+        job->kernels->sum_rows(dhsa_row(job->k, b, h, from), stride, job->k->dtype, to - from, dim, w->sum + h * dim);
+    w->square = job->kernels->dot(w->sum, w->sum, job->channels);
+    w->n = to - from;
 }
 
-/* Cosine of the means a / na and b / nb; 0 where one of them is 0. */
-static float cosine(const dhsa_kernels *kernels, const float *a, const float *b, int64_t n, double na, double nb)
+/* Cosine of the means; 0 where one of them is 0. */
+static float cosine(const dhsa_kernels *kernels, const window_sum *a, const window_sum *b, int64_t n)
 {
-    double ab = kernels->dot(a, b, n), aa = kernels->dot(a, a, n), bb = kernels->dot(b, b, n);
+    double ab = kernels->dot(a->sum, b->sum, n), aa = a->square, bb = b->square;
     /* Squares of very large or small keys leave the range of float. */
     if (!(aa > 1e-25 && aa < 1e30 && bb > 1e-25 && bb < 1e30)) {
         ab = aa = bb = 0;
         for (int64_t i = 0; i < n; i++) {
-            ab += (double)a[i] * b[i];
-            aa += (double)a[i] * a[i];
-            bb += (double)b[i] * b[i];
+            ab += (double)a->sum[i] * b->sum[i];
+            aa += (double)a->sum[i] * a->sum[i];
+            bb += (double)b->sum[i] * b->sum[i];
         }
     }
+    const double na = (double)a->n, nb = (double)b->n;
     return (float)(ab / (na * nb) / fmax(sqrt(aa) / na * (sqrt(bb) / nb), 1e-12));
 }
+
+/* A window that reaches past a task is never met again in it. */
+static int64_t ring_size(const similarity_job *job) { return job->window < GAPS ? job->window : 1; }
 
 static void similarity_task(void *context, int64_t index, int thread)
 {
     const similarity_job *job = context;
-    const int64_t length = job->k->shape[2], b = index / job->tasks, first = index % job->tasks * GAPS;
-    float *left = job->arenas + thread * 2 * job->channels, *right = left + job->channels, *scores = job->scores + b * length;
+    const int64_t length = job->k->shape[2], b = index / job->tasks, first = index % job->tasks * GAPS, window = job->window;
+    float *scores = job->scores + b * length;
+    /* The window right of a gap is the one left of the gap `window` keys on: a ring of the sums still to come. */
+    const int64_t ring = ring_size(job);
+    window_sum *sums = (window_sum *)(job->arenas + thread * job->arena_size);
+    float *memory = (float *)(sums + ring + 1);
+    for (int64_t i = 0; i <= ring; i++) sums[i].sum = memory + i * job->channels;
     for (int64_t j = first; j < DHSA_MIN(first + GAPS, length - 1); j++) {
-        const int64_t from = DHSA_MAX(j - job->window + 1, 0), to = DHSA_MIN(j + 1 + job->window, length);
-        sum_keys(job, b, from, j + 1, left);
+        const int64_t from = DHSA_MAX(j - window + 1, 0), to = DHSA_MIN(j + 1 + window, length);
+        window_sum *left = &sums[j % ring], *right = &sums[ring];
+        if (j - window < first) sum_keys(job, b, from, j + 1, left);
         sum_keys(job, b, j + 1, to, right);
-        scores[j] = -cosine(job->kernels, left, right, job->channels, (double)(j + 1 - from), (double)(to - j - 1));
+        scores[j] = -cosine(job->kernels, left, right, job->channels);
+        const window_sum freed = *left;
+        *left = *right;
+        *right = freed;
     }
     if (index % job->tasks == job->tasks - 1) scores[length - 1] = -INFINITY;
 }
@@ -65,11 +87,14 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error))) return status;
     if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
     const int64_t channels = k->shape[1] * k->shape[3], length = k->shape[2];
-    similarity_job job = {dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL};
+    similarity_job job = {
+        dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL, 0};
     num_threads = (int)DHSA_MIN(num_threads, k->shape[0] * job.tasks);
-    job.arenas = dhsa_alloc(channels * 2, num_threads * (int64_t)sizeof *job.arenas);
+    const int64_t held = ring_size(&job) + 1;
+    job.arena_size = dhsa_round_up(held * (channels * (int64_t)sizeof(float) + (int64_t)sizeof(window_sum)), DHSA_ALIGN);
+    job.arenas = dhsa_alloc(job.arena_size, num_threads);
     if (!job.arenas)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread", 2 * channels);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread", held * channels);
     dhsa_parallel(k->shape[0] * job.tasks, num_threads, similarity_task, &job);
     dhsa_free(job.arenas);
     return DHSA_OK;

@@ -23,26 +23,77 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
                     float *mean, float *sum)
 {
     const int64_t dim = k->shape[3];
-    const float factor = 1.0f / (float)(to - from);
+    const float n = (float)(to - from);
+    const ptrdiff_t stride = (ptrdiff_t)(k->stride[2] * dhsa_dtype_size(k->dtype));
     for (int64_t at = from; at < to; at += RUN) {
-        const int64_t end = DHSA_MIN(at + RUN, to);
-        float *into = at == from ? mean : sum;
-        kernels->load(dhsa_row(k, b, kv_head, at), k->dtype, dim, into);
-        for (int64_t j = at + 1; j < end; j++) kernels->add(dhsa_row(k, b, kv_head, j), k->dtype, dim, into);
-        if (into == sum) kernels->add(sum, DHSA_F32, dim, mean);
+        kernels->sum_rows(dhsa_row(k, b, kv_head, at), stride, k->dtype, DHSA_MIN(RUN, to - at), dim, at == from ? mean : sum);
+        if (at > from) kernels->add(sum, DHSA_F32, dim, mean);
     }
-    for (int64_t d = 0; d < dim; d++) mean[d] *= factor;
+    for (int64_t d = 0; d < dim; d++) mean[d] /= n; /* exact where it can be: see dhsa_mean_query */
     if (dhsa_all_finite(kernels, mean, dim)) return 1;
     memset(mean, 0, (size_t)dim * sizeof *mean);
     return 0;
+}
+
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to,
+                     uint16_t *low)
+{
+    if (kind == DHSA_MEANS_F32) {
+        memcpy(to, mean, (size_t)dim * sizeof *mean);
+        return;
+    }
+    kernels->split_bf16(mean, dim, to, low);
+    memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * sizeof *low);
+    if (low) memset(low + dim, 0, (size_t)(row - dim) * sizeof *low);
+}
+
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+                   uint16_t *low, int64_t at)
+{
+    const int64_t row = chunks->row;
+    uint16_t line[2][256];
+    if (!chunks->squares) {
+        char *to = (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2);
+        dhsa_mean_store(kernels, chunks->kind, mean, dim, row, to, low ? low + at * row : NULL);
+        return;
+    }
+    dhsa_mean_store(kernels, chunks->kind, mean, dim, row, line[0], low ? line[1] : NULL);
+    for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP) {
+        memcpy((uint16_t *)means + dhsa_square(at, d, row), line[0] + d, DHSA_PAIR_STEP * 2);
+        if (low) memcpy(low + dhsa_square(at, d, row), line[1] + d, DHSA_PAIR_STEP * 2);
+    }
+}
+
+int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim)
+{
+    const int64_t half = kind != DHSA_MEANS_F32, spare = half ? DHSA_PAIR_STEP : 0; /* rows that bf16 products read past the end */
+    int64_t cells;
+    chunks->kind = kind;
+    chunks->squares = squares;
+    chunks->pitch = dhsa_round_up(capacity, 16); /* a whole number of squares */
+    if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
+    chunks->row = half ? dhsa_round_up(dim, DHSA_PAIR_STEP) : dim;
+    chunks->means = chunks->low = NULL;
+    chunks->state = dhsa_alloc(cells, 1);
+    if (!chunks->state) return 0;
+    chunks->means = dhsa_alloc(cells + spare, chunks->row * (half ? 2 : 4));
+    if (kind == DHSA_MEANS_SPLIT) chunks->low = dhsa_alloc(cells + spare, chunks->row * 2);
+    return chunks->means && (chunks->low || kind != DHSA_MEANS_SPLIT);
+}
+
+void dhsa_chunks_close(dhsa_chunks *chunks)
+{
+    dhsa_free(chunks->means);
+    dhsa_free(chunks->low);
+    dhsa_free(chunks->state);
 }
 
 typedef struct {
     const dhsa_kernels *kernels;
     const dhsa_tensor *k;
     dhsa_chunks *chunks;
-    float *scratch;
-    int64_t b, groups;
+    char *scratch;
+    int64_t stride, b, groups;
 } fill_job;
 
 static void fill_group(void *context, int64_t index, int thread)
@@ -51,23 +102,24 @@ static void fill_group(void *context, int64_t index, int thread)
     dhsa_chunks *chunks = job->chunks;
     const int64_t head = index / job->groups, first = index % job->groups * GROUP, dim = job->k->shape[3];
     const int64_t last = DHSA_MIN(first + GROUP, chunks->chunks);
+    float *mean = (float *)(job->scratch + thread * job->stride);
     for (int64_t c = first; c < last; c++) {
-        float *mean = chunks->means + (head * chunks->chunks + c) * dim;
-        unsigned char *state = chunks->state + head * chunks->chunks + c;
         const int64_t from = chunks->edges[c], to = chunks->edges[c + 1];
+        unsigned char *state = chunks->state + head * chunks->chunks + c;
         if (from == to) {
             memset(mean, 0, (size_t)dim * sizeof *mean);
             *state = DHSA_CHUNK_EMPTY;
         } else {
-            const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, job->scratch + thread * dim);
+            const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, mean + dim);
             *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
+        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->low, head * chunks->pitch + c);
     }
 }
 
-void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, float *scratch,
-                      int num_threads)
+void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, char *scratch,
+                      int64_t stride, int num_threads)
 {
-    fill_job job = {kernels, k, chunks, scratch, b, dhsa_ceil_div(chunks->chunks, GROUP)};
+    fill_job job = {kernels, k, chunks, scratch, stride, b, dhsa_ceil_div(chunks->chunks, GROUP)};
     dhsa_parallel(k->shape[1] * job.groups, num_threads, fill_group, &job);
 }

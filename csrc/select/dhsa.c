@@ -31,7 +31,7 @@ int dhsa_span_exact(const dhsa_select_config *c, int64_t q_len, int64_t k_len, i
     return 1;
 }
 
-static int64_t block_keys(const dhsa_select_config *c, int64_t q_len, int64_t k_len, int64_t block)
+int64_t dhsa_block_keys(const dhsa_select_config *c, int64_t q_len, int64_t k_len, int64_t block)
 {
     dhsa_span span;
     const int exact = dhsa_span_exact(c, q_len, k_len, block, &span);
@@ -53,7 +53,7 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
     for (int64_t list = 0; list < lists; list++)
         for (int64_t i = 0; i < blocks; i++) {
             const int64_t at = list * blocks + i;
-            indptr[at + 1] = indptr[at] + block_keys(config, q->shape[2], k->shape[2], i);
+            indptr[at + 1] = indptr[at] + dhsa_block_keys(config, q->shape[2], k->shape[2], i);
         }
     return DHSA_OK;
 }
@@ -146,8 +146,8 @@ static void take_best(const dhsa_select_config *config, dhsa_span span, free_key
 /* ---- all blocks -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    dhsa_scorer scorer;
-    const dhsa_select_config *config;
+    const dhsa_selector *selector;
+    int64_t first, blocks;
     const int64_t *indptr;
     int32_t *indices;
     char *arenas;
@@ -157,21 +157,35 @@ typedef struct {
 static void select_task(void *context, int64_t index, int thread)
 {
     const select_job *job = context;
-    const dhsa_scorer *s = &job->scorer;
-    /* Late blocks have most candidates: the heaviest first. */
-    const int64_t block = s->blocks - 1 - index / s->sets, set = index % s->sets;
-    const int64_t at = (s->b * s->sets + set) * s->blocks + block, size = job->indptr[at + 1] - job->indptr[at];
+    const dhsa_select_config *config = job->selector->config;
+    const dhsa_scorer *s = &job->selector->scorer;
+    /* Set by set, so that its means stay in cache; late blocks have most candidates: the heaviest first. */
+    const int64_t block = job->blocks - 1 - index % job->blocks, set = index / job->blocks;
+    const int64_t at = set * job->blocks + block, size = job->indptr[at + 1] - job->indptr[at];
     int32_t *row = job->indices + job->indptr[at];
     dhsa_span span;
-    if (dhsa_span_exact(job->config, s->q->shape[2], s->k->shape[2], block, &span) || size == span.end - span.lo) {
+    if (dhsa_span_exact(config, s->q->shape[2], s->k->shape[2], job->first + block, &span) || size == span.end - span.lo) {
         write_run(row + size, span.lo, span.end);
         return;
     }
     float *arena = (float *)(job->arenas + thread * job->stride * 12);
     top_scratch w = {arena, (uint32_t *)(arena + job->stride), (int32_t *)(arena + 2 * job->stride)};
     free_keys f = {.edges = s->chunks.edges};
-    dhsa_scorer_run(s, set, block, thread, w.score, &f.first, &f.last);
-    take_best(job->config, span, &f, &w, row, size);
+    dhsa_scorer_run(s, set, job->first + block, thread, w.score, &f.first, &f.last);
+    take_best(config, span, &f, &w, row, size);
+}
+
+dhsa_status dhsa_selector_run(const dhsa_selector *selector, int64_t first, int64_t blocks, const int64_t *indptr, int32_t *indices,
+                              dhsa_error *error)
+{
+    const dhsa_scorer *s = &selector->scorer;
+    select_job job = {selector, first, blocks, indptr, indices, NULL, dhsa_round_up(s->capacity, DHSA_ALIGN / 4)};
+    job.arenas = dhsa_alloc(job.stride * 12, s->num_threads);
+    if (!job.arenas)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the scores of %" PRId64 " chunks", s->capacity);
+    dhsa_parallel(s->sets * blocks, s->num_threads, select_task, &job);
+    dhsa_free(job.arenas);
+    return DHSA_OK;
 }
 
 /* indptr must be what dhsa_select_plan gives. *sparse receives whether any block has to be scored. */
@@ -184,7 +198,7 @@ static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, cons
     if (indptr[0] != 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", indptr[0]);
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
-        const int64_t size = block_keys(config, q->shape[2], k->shape[2], i);
+        const int64_t size = dhsa_block_keys(config, q->shape[2], k->shape[2], i);
         *sparse |= !dhsa_span_exact(config, q->shape[2], k->shape[2], i, &span);
         for (int64_t at = i; at < lists * blocks; at += blocks)
             if (indptr[at] < 0 || indptr[at] > INT64_MAX - size || indptr[at + 1] != indptr[at] + size)
@@ -199,28 +213,19 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
                         const dhsa_select_config *config, const int64_t *indptr, int32_t *indices, int num_threads,
                         dhsa_error *error)
 {
-    select_job job = {.config = config, .indptr = indptr, .indices = indices};
+    dhsa_selector selector = {.config = config};
     dhsa_status status;
     int sparse;
     if ((status = dhsa_select_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
         (status = check_indptr(q, k, config, indptr, &sparse, error)) ||
-        (status = dhsa_scorer_open(&job.scorer, q, k, &config->score, n_boundaries, num_threads, error)))
+        (status = dhsa_scorer_open(&selector.scorer, q, k, &config->score, n_boundaries, num_threads, error)))
         return status;
-    job.stride = dhsa_round_up(n_boundaries, DHSA_ALIGN / 4);
-    job.arenas = dhsa_alloc(job.stride * 12, job.scorer.num_threads);
-    if (job.arenas) {
-        for (int64_t b = 0; b < q->shape[0]; b++) {
-            if (sparse)
-                dhsa_scorer_begin(&job.scorer, b, boundaries + b * n_boundaries, n_boundaries);
-            else
-                job.scorer.b = b;
-            dhsa_parallel(job.scorer.sets * job.scorer.blocks, job.scorer.num_threads, select_task, &job);
-        }
-    } else {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the scores of %" PRId64 " chunks", n_boundaries - 1);
+    const int64_t blocks = selector.scorer.blocks;
+    for (int64_t b = 0; b < q->shape[0] && !status; b++) {
+        if (sparse) dhsa_scorer_begin(&selector.scorer, b, boundaries + b * n_boundaries, n_boundaries);
+        status = dhsa_selector_run(&selector, 0, blocks, indptr + b * selector.scorer.sets * blocks, indices, error);
     }
-    dhsa_free(job.arenas);
-    dhsa_scorer_close(&job.scorer);
+    dhsa_scorer_close(&selector.scorer);
     return status;
 }

@@ -32,10 +32,20 @@ static inline int64_t dhsa_block_count(const dhsa_score_config *config, int64_t 
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
+/* How means are kept for the products of row scores. bf16 input: rounded to bf16 once they are made, on every tier, so that
+ * tiers choose alike. Other input: fp32, or in two bf16 parts that keep 16 bits of each number, where the CPU's bf16
+ * products are so fast that three of them are cheaper than one of fp32. The paper's block score takes fp32. */
+typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16, DHSA_MEANS_SPLIT } dhsa_means_kind;
+
 typedef struct {
+    dhsa_means_kind kind;
     const int32_t *edges; /* [chunks + 1], without the padding */
     int64_t chunks;
-    float *means;         /* [kv_heads, chunks, dim]; zeros where the state is not good */
+    int64_t row;          /* numbers of a mean: dim, in bf16 rounded up to DHSA_PAIR_STEP */
+    int64_t pitch;        /* means from one KV head to the next */
+    int squares;          /* means lie as the products of pairs take keys, dhsa_square() */
+    void *means;          /* [kv_heads, pitch, row] fp32 or bf16; zeros where the state is not good */
+    uint16_t *low;        /* the second parts, alike */
     unsigned char *state; /* [kv_heads, chunks] */
 } dhsa_chunks;
 
@@ -44,35 +54,79 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
  */
 int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to,
                     float *mean, float *sum);
-/* Fills chunks->means and ->state for batch row b of k. scratch: num_threads times dim floats. */
-void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, float *scratch,
-                      int num_threads);
+/* Writes a mean as `kind` asks: at to, and its second part at low. */
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to,
+                     uint16_t *low);
+/* The same as mean number `at` of means that lie as those of chunks do. */
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+                   uint16_t *low, int64_t at);
+/* Room for the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
+int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim);
+void dhsa_chunks_close(dhsa_chunks *chunks);
+/* Fills chunks->means and ->state for batch row b of k. Thread t has scratch + t * stride, 2 * dim floats. */
+void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, char *scratch,
+                      int64_t stride, int num_threads);
 
 /* ---- scoring ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const dhsa_kernels *kernels;
+    const dhsa_pair_kernels *bf16; /* NULL: products are fp32 */
     const dhsa_tensor *q, *k;
     const dhsa_score_config *config;
     int64_t b, sets, blocks;
     int num_threads;
     dhsa_chunks chunks;
+    int64_t capacity;     /* chunks, padding included */
     int64_t step;         /* queries of a mean row */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
-    int panels;                                   /* panels of rows worked on at a time */
-    int64_t panel_size, product_size, arena_size; /* floats */
-    float *arenas;
+    int panels; /* panels of rows worked on at a time */
+    char *arenas;
+    int64_t arena_size;
 } dhsa_scorer;
+
+/* One block against chunks [first, first + n): what the two scores have in common. */
+typedef struct {
+    int64_t set, from, to; /* queries [from, to) */
+    int64_t first, n;
+    int64_t cut_end; /* rows: the last chunk is cut here; 0: it is not */
+} dhsa_block_job;
 
 /* Allocates for boundaries rows of n_boundaries entries. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
                              int64_t n_boundaries, int num_threads, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
+/* The workspaces of threads, which open makes, can be given back and made anew while the means stay. */
+void dhsa_scorer_rest(dhsa_scorer *s);
+dhsa_status dhsa_scorer_wake(dhsa_scorer *s, dhsa_error *error);
 /* Turns to batch row b: chunk means, in parallel. */
 void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries);
 /* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
  * empty chunks -inf, chunks without a finite mean +inf. To be called from within a task of `thread`. */
 void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, int thread, float *score, int64_t *first, int64_t *last);
+
+/* The mean of queries [from, to) of head h, times sign: -1, 0 or 1. */
+void dhsa_mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to, float sign, float *mean);
+
+/* Row scores, rows.c. Sizes s->panels and says what an arena must hold. */
+int64_t dhsa_rows_plan(dhsa_scorer *s);
+/* Scores [n] of one block, kv the first KV head of its set; returns the state of the last chunk as the block sees it. */
+unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);
+
+/* ---- lists --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    dhsa_scorer scorer;
+    const dhsa_select_config *config;
+} dhsa_selector;
+
+/* Writes the lists of blocks [first, first + blocks) of the scorer's batch row, for every set: that of (set, block) to
+ * indices + indptr[set * blocks + block - first], its length as indptr says. begin must have been called if any of them
+ * is not exact. */
+dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blocks, const int64_t *indptr, int32_t *indices,
+                              dhsa_error *error);
+/* How many keys the list of a block has. */
+int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block);
 
 #endif

@@ -75,19 +75,27 @@ def _block_scores(q, means, lengths, pooling, members, group):
     return products if np.isfinite(products).all() else np.zeros_like(products), finite
 
 
-def _row_scores(q, means, rows, query_block, scale, softcap, members, group):
+def round_to_bf16(x) -> np.ndarray:
+    """Numbers rounded to the nearest bf16, ties to even; float64."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    kept = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32)
+    return np.where(np.isnan(x), np.nan, kept.view(np.float32).astype(np.float64))
+
+
+def _row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16):
     """Sums of squared row probabilities over the candidate chunks, and which of these have a finite mean.
 
     q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], bool [C].
     """
+    rounded = round_to_bf16 if bf16 else np.asarray
     finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
     step = -(-query_block // rows)
     total = np.zeros(means.shape[1])
     for h in members:
         finite_here = np.isfinite(means[h // group]).all(axis=1)
-        keys = means[h // group][finite_here]
+        keys = rounded(means[h // group][finite_here])
         for u in range(0, q.shape[1], step):
-            s = scale * (keys @ q[h, u : u + step].mean(axis=0))
+            s = scale * (keys @ rounded(q[h, u : u + step].mean(axis=0)))
             if not s.size or np.isnan(s).any() or s.max() == np.inf or s.max() == -np.inf:
                 continue
             if softcap is not None:
@@ -109,6 +117,7 @@ def chunk_scores(
     softcap: float | None = None,
     window: int | None = None,
     rows: int | None = None,
+    bf16: bool = False,
 ) -> np.ndarray:
     """How much each block of queries wants each chunk: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
 
@@ -122,7 +131,8 @@ def chunk_scores(
     last group of a short block may be smaller), each such row and head takes a softmax of
     ``cap(scale * row . meankey)`` over the chunks with a candidate key, and a chunk's score is the sum of the squared
     probabilities over rows and heads of the set. A chunk straddling the block's end is cut there. rows None means
-    ``max(1, query_block // 4)``, scale None ``D ** -0.5``. pooling does not apply.
+    ``max(1, query_block // 4)``, scale None ``D ** -0.5``. pooling does not apply. bf16: the mean rows and mean keys
+    are rounded to bf16 before the product, which is what the core does where q and k are bf16.
 
     A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. A chunk whose mean
     key is not finite scores +inf, so that it is picked and the NaN reaches the rows that see it, and is left out of
@@ -162,7 +172,7 @@ def chunk_scores(
                             value = softcap * np.tanh(value / softcap)
                     else:
                         value, finite = _row_scores(
-                            queries, means[:, live], rows, query_block, scale, softcap, members, group
+                            queries, means[:, live], rows, query_block, scale, softcap, members, group, bf16
                         )
                     scores[b, s, i, live] = np.where(finite, value, np.inf)
     return scores

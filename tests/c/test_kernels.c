@@ -2,6 +2,7 @@
  * Every buffer ends at a guard page, so that a read or write past it is a crash and not luck. Prints what it compared;
  * exits with 1 at a difference. Built and run by tests/test_kernels.py, for this CPU and, where a cross compiler and an
  * emulator are at hand, for 64-bit Arm. */
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -174,24 +175,64 @@ static void test_softmax(int n, int masked, float softcap)
     }
 }
 
-static void test_row_scores(int n, int rows, float softcap)
+static void test_add_squares(int n)
 {
-    const int lanes = kn->lanes, small = ref->lanes;
-    float *s = floats((size_t)n * lanes), *s0 = floats((size_t)n * lanes), *part_s = floats((size_t)n * small);
-    float *score = floats((size_t)n), *want = floats((size_t)n);
-    for (int i = 0; i < n * lanes; i++) s0[i] = s[i] = uniform() * 20;
-    s0[1] = s[1] = NAN;
-    s0[2] = s[2] = INFINITY;
-    s0[3] = s[3] = -INFINITY;
-    for (int j = 0; j < n; j++) score[j] = want[j] = (float)j;
-    for (int r = 0; r < lanes; r++) s0[(n - 1) * lanes + r] = s[(n - 1) * lanes + r] = -INFINITY; /* a chunk left out */
-    kn->row_scores(s, n, rows, 0.5f, softcap, score);
-    for (int part = 0; part * small < rows; part++) {
-        split(s0, part, n, part_s);
-        ref->row_scores(part_s, n, DHSA_MIN(rows - part * small, small), 0.5f, softcap, want);
+    const int lanes = kn->lanes;
+    float *p = random_floats((size_t)n * lanes), *weight = random_floats((size_t)lanes), *score = floats((size_t)n);
+    weight[lanes / 2] = 0; /* says nothing, whatever it holds */
+    for (int j = 0; j < n; j++) p[j * lanes + lanes / 2] = j % 2 ? NAN : INFINITY;
+    for (int j = 0; j < n; j++) score[j] = (float)j;
+    kn->add_squares(p, n, weight, score);
+    for (int j = 0; j < n; j++) {
+        double want = j;
+        for (int r = 0; r < lanes; r++)
+            if (r != lanes / 2) want += pow((double)p[j * lanes + r] * weight[r], 2);
+        near("add_squares", n, j, score[j], (float)want, 2e-7f * (float)(j + lanes));
     }
-    for (int j = 0; j < n; j++) near("row_scores", j, rows, score[j], want[j], 2e-6f * (float)(j + rows));
-    near("row_scores left out", n - 1, rows, score[n - 1], (float)(n - 1), 0);
+    weight[0] = 1;
+    p[(n - 1) * lanes] = NAN;
+    kn->add_squares(p, n, weight, score);
+    for (int j = 0; j < n; j++) near("add_squares NaN", n, j, (float)isnan(score[j]), j == n - 1, 0);
+}
+
+static void test_sum_rows(int n, int dim, int dtype)
+{
+    const int64_t size = dhsa_dtype_size(dtype), apart = dim + n % 3;
+    char *rows = guarded((size_t)((n - 1) * apart + dim) * (size_t)size);
+    float *sum = floats((size_t)dim), *want = floats((size_t)dim);
+    for (int64_t i = 0; i < (n - 1) * apart + dim; i++) {
+        const float x = uniform();
+        const uint16_t half = dtype == DHSA_F16 ? dhsa_to_f16(x) : dhsa_to_bf16(x);
+        memcpy(rows + i * size, dtype == DHSA_F32 ? (const void *)&x : &half, (size_t)size);
+    }
+    for (int back = 0; back < 2; back++) {
+        const char *first = back ? rows + (n - 1) * apart * size : rows;
+        const ptrdiff_t stride = (ptrdiff_t)(back ? -apart * size : apart * size);
+        kn->sum_rows(first, stride, dtype, n, dim, sum);
+        ref->load(first, dtype, dim, want);
+        for (int i = 1; i < n; i++) ref->add(first + i * stride, dtype, dim, want);
+        for (int d = 0; d < dim; d++) near("sum_rows", n, d, sum[d], want[d], 0);
+    }
+}
+
+static void test_split(int dim)
+{
+    float *x = random_floats((size_t)dim);
+    const float odd[] = {FLT_MAX, -FLT_MAX, NAN, 0};
+    uint16_t *high = guarded((size_t)dim * 2), *low = guarded((size_t)dim * 2), *alone = guarded((size_t)dim * 2);
+    for (int i = 0; i < 4 && i < dim - 4; i++) x[i] = odd[i];
+    kn->split_bf16(x, dim, high, low);
+    kn->split_bf16(x, dim, alone, NULL);
+    for (int d = 0; d < dim; d++) {
+        const float h = dhsa_from_bf16(high[d]), l = dhsa_from_bf16(low[d]);
+        near("split alone", dim, d, alone[d], high[d], 0);
+        if (isnan(x[d])) {
+            near("split NaN", dim, d, (float)isnan(h), 1, 0);
+            continue;
+        }
+        near("split high", dim, d, h, fminf(fmaxf(dhsa_from_bf16(dhsa_to_bf16(x[d])), -0x1.fep127f), 0x1.fep127f), 0);
+        near("split low", dim, d, (float)((double)x[d] - h - l), 0, fabsf(x[d]) * 0x1p-17f);
+    }
 }
 
 static void test_moves(int n, int dim, int dtype)
@@ -465,7 +506,11 @@ int main(void)
             const int n = counts[i];
             for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
                 test_products(n, dims[d]);
-                for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++) test_moves(n, dims[d], dtype);
+                for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++) {
+                    test_moves(n, dims[d], dtype);
+                    test_sum_rows(n, dims[d], dtype);
+                }
+                test_split(dims[d]);
                 if (kn->bf16) test_pairs(kn->bf16, n, dims[d], DHSA_BF16);
                 if (kn->f16) test_pairs(kn->f16, n, dims[d], DHSA_F16);
                 for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++)
@@ -478,8 +523,7 @@ int main(void)
                 for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);
             for (int capped = 0; capped < 2; capped++) test_decode_softmax(n, capped ? 20.0f : 0.0f);
             test_read(37 * n);
-            for (int rows = 1; rows <= kn->lanes; rows += 5)
-                for (int capped = 0; capped < 2; capped++) test_row_scores(n, rows, capped ? 15.0f : 0.0f);
+            test_add_squares(n);
             forget();
         }
         test_conversions(DHSA_F16);

@@ -1,0 +1,100 @@
+/* score_tpl.h: the kernels that only selection needs, a part of tile_tpl.h's body: sums of neighbouring rows, splitting
+ * numbers into bf16 parts, and the squared probabilities of row scores. */
+
+/* n numbers of a row from column d on, of type dtype. */
+K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
+{
+    return dtype == DHSA_F32   ? v_load((const float *)row + d)
+           : dtype == DHSA_F16 ? v_from_f16((const uint16_t *)row + d)
+                               : v_from_bf16((const uint16_t *)row + d);
+}
+
+/* `vectors` of columns from d on, down all rows: the sums stay in registers. */
+K_INLINE void sum_strip(const char *row, ptrdiff_t stride, int64_t n, int64_t d, float *dst, const int dtype, const int vectors)
+{
+    vf sum[8];
+#pragma GCC unroll 8
+    for (int u = 0; u < vectors; u++) sum[u] = load_part(row, d + u * V_LEN, dtype);
+    for (int64_t i = 1; i < n; i++) {
+        row += stride;
+#pragma GCC unroll 8
+        for (int u = 0; u < vectors; u++) sum[u] = v_add(sum[u], load_part(row, d + u * V_LEN, dtype));
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < vectors; u++) v_store(dst + d + u * V_LEN, sum[u]);
+}
+
+K_INLINE void sum_as(const char *rows, ptrdiff_t stride, int64_t n, int64_t dim, float *dst, const int dtype)
+{
+    int64_t d = 0;
+    for (; d + 8 * V_LEN <= dim; d += 8 * V_LEN) sum_strip(rows, stride, n, d, dst, dtype, 8);
+    for (; d + V_LEN <= dim; d += V_LEN) sum_strip(rows, stride, n, d, dst, dtype, 1);
+    for (; d < dim; d++) {
+        float sum = K_NAME(convert)(rows, dtype, d);
+        for (int64_t i = 1; i < n; i++) sum += K_NAME(convert)(rows + i * stride, dtype, d);
+        dst[d] = sum;
+    }
+}
+
+static void K_NAME(sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst)
+{
+    if (dtype == DHSA_F32)
+        sum_as(rows, stride, n, dim, dst, DHSA_F32);
+    else if (dtype == DHSA_F16)
+        sum_as(rows, stride, n, dim, dst, DHSA_F16);
+    else
+        sum_as(rows, stride, n, dim, dst, DHSA_BF16);
+}
+
+static void K_NAME(split_bf16)(const float *x, int64_t n, uint16_t *high, uint16_t *low)
+{
+    const vf most = v_set1(0x1.fep127f), least = v_set1(-0x1.fep127f);
+    for (int64_t i = 0; i < n; i += V_LEN) {
+        float line[V_LEN] = {0};
+        uint16_t half[V_LEN];
+        const int count = n - i < V_LEN ? (int)(n - i) : V_LEN;
+        memcpy(line, x + i, (size_t)count * sizeof *line);
+        const vf all = v_load(line);
+        v_to_bf16(v_max(least, v_min(most, all)), half);
+        memcpy(high + i, half, (size_t)count * sizeof *half);
+        if (!low) continue;
+        v_to_bf16(v_sub(all, v_from_bf16(half)), half);
+        memcpy(low + i, half, (size_t)count * sizeof *half);
+    }
+}
+
+/* The squares of one key's weighted probabilities, still side by side. */
+K_INLINE vf squares(const float *p, const vf *weight, const vm *none)
+{
+    vf sum = v_set1(0.0f);
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) {
+        const vf x = v_pick(none[u], v_set1(0.0f), v_mul(v_load(p + u * V_LEN), weight[u]));
+        sum = v_fma(x, x, sum);
+    }
+    return sum;
+}
+
+static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score)
+{
+    vf by[V_PER];
+    vm none[V_PER];
+    int j = 0;
+    for (int u = 0; u < V_PER; u++) {
+        by[u] = v_load(weight + u * V_LEN);
+        none[u] = v_eq(by[u], v_set1(0.0f));
+    }
+    /* A square of sums at a time: once it is transposed, sums across vectors are sums of vectors. */
+    for (; j + V_LEN <= n; j += V_LEN) {
+        vf x[V_LEN];
+#pragma GCC unroll 16
+        for (int i = 0; i < V_LEN; i++) x[i] = squares(p + (ptrdiff_t)(j + i) * K_LANES, by, none);
+        v_transpose(x);
+#pragma GCC unroll 4
+        for (int step = V_LEN / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+            for (int i = 0; i < step; i++) x[i] = v_add(x[i], x[i + step]);
+        v_store(score + j, v_add(v_load(score + j), x[0]));
+    }
+    for (; j < n; j++) score[j] += v_sum(squares(p + (ptrdiff_t)j * K_LANES, by, none));
+}
