@@ -1,5 +1,6 @@
-/* prefill.c: the pipeline: boundaries, scores and lists, then attention; or attention alone where nothing is left out.
- * It strings the steps together and says what it did; how each is done lies in select/ and attend/. */
+/* prefill.c: the pipeline: boundaries, then scores and lists and attention over them, a wave of blocks at a time; or attention
+ * alone where nothing is left out. It strings the steps together and says what it did; how each is done lies in select/ and
+ * attend/. */
 #include <inttypes.h>
 #include <string.h>
 
@@ -32,7 +33,8 @@ static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64
     return pairs + (n - at) * (last - first + 1);
 }
 
-static double density(const dhsa_problem *p, const dhsa_selection *s)
+/* Pairs that a selection keeps of a problem whose queries and keys end together. */
+static double pairs_kept(const dhsa_problem *p, const dhsa_selection *s)
 {
     const int64_t q_len = p->q.shape[2], offset = p->k.shape[2] - q_len;
     const int64_t window = p->window < p->k.shape[2] ? p->window : 0; /* a wider one cuts nothing, and could overflow */
@@ -42,7 +44,7 @@ static double density(const dhsa_problem *p, const dhsa_selection *s)
         pairs +=
             (double)pairs_listed(s->indices + s->indptr[r], s->indptr[r + 1] - s->indptr[r], offset + from, offset + to, window);
     }
-    return pairs / ((double)(s->batch * s->heads) * pairs_visible(offset, offset + q_len - 1, window));
+    return pairs;
 }
 
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)
@@ -54,47 +56,157 @@ static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_erro
     return status;
 }
 
+/* ---- waves ------------------------------------------------------------------------------------------------------ */
+
+/* Lists are made and used a wave at a time: blocks [first, first + blocks) of batch rows [b, b + batch). The whole of a
+ * small call is one wave, else a wave is a part of one batch row. Waves depend on the shape only. */
+enum {
+    WAVE_KEYS = 1 << 18, /* keys on the lists of a wave */
+    WAVE_LISTS = 32      /* but as many lists as this, so that threads have work to share out */
+};
+
+typedef struct {
+    const dhsa_problem *p;
+    const dhsa_select_config *config;
+    dhsa_selector selector;
+    int64_t sets, blocks, capacity;
+    int32_t *boundaries;
+    int64_t *indptr;
+    int32_t *indices;
+    float *lse;
+    double pairs;
+} pipeline;
+
+typedef struct {
+    int64_t b, batch, first, blocks, keys; /* keys: on all lists */
+} wave;
+
+/* The wave that ends before block `end`; the latest blocks are the heaviest and come first. */
+static wave next_wave(const pipeline *l, int64_t b, int64_t batch, int64_t end)
+{
+    const int64_t q_len = l->p->q.shape[2], k_len = l->p->k.shape[2], lists = batch * l->sets;
+    wave w = {b, batch, end, 0, 0};
+    while (w.first > 0) {
+        const int64_t keys = lists * dhsa_block_keys(l->config, q_len, k_len, w.first - 1);
+        if (w.blocks > 0 && w.keys + keys > WAVE_KEYS && lists * w.blocks >= WAVE_LISTS) break;
+        w.keys += keys;
+        w.blocks++;
+        w.first--;
+    }
+    return w;
+}
+
+static dhsa_tensor part_of(const dhsa_tensor *t, int64_t b, int64_t batch, int64_t from, int64_t to)
+{
+    dhsa_tensor part = *t;
+    part.data = dhsa_row(t, b, 0, from);
+    part.shape[0] = batch;
+    part.shape[2] = to - from;
+    return part;
+}
+
+static dhsa_status select_wave(pipeline *l, const wave *w, dhsa_error *error)
+{
+    const int64_t q_len = l->p->q.shape[2], k_len = l->p->k.shape[2], rows = l->sets * w->blocks;
+    dhsa_status status = dhsa_scorer_wake(&l->selector.scorer, error);
+    l->indptr[0] = 0;
+    for (int64_t r = 0; r < w->batch * rows; r++)
+        l->indptr[r + 1] = l->indptr[r] + dhsa_block_keys(l->config, q_len, k_len, w->first + r % w->blocks);
+    for (int64_t i = 0; i < w->batch && !status; i++) {
+        /* The means of a batch row serve all its waves. */
+        if (w->first + w->blocks == l->blocks)
+            dhsa_scorer_begin(&l->selector.scorer, w->b + i, l->boundaries + (w->b + i) * l->capacity, l->capacity);
+        status = dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * rows, l->indices, error);
+    }
+    /* Scoring and attention need their workspaces one after the other. */
+    dhsa_scorer_rest(&l->selector.scorer);
+    return status;
+}
+
+/* A wave is a problem of its own: its queries, and the keys up to the last of them. */
+static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
+{
+    const int64_t H = l->p->q.shape[1], q_len = l->p->q.shape[2], block = l->config->score.query_block;
+    const int64_t from = w->first * block, to = DHSA_MIN((w->first + w->blocks) * block, q_len), n = to - from;
+    const int64_t end = l->p->k.shape[2] - q_len + to;
+    const int whole = n == q_len;
+    dhsa_problem part = *l->p;
+    part.q = part_of(&l->p->q, w->b, w->batch, from, to);
+    part.out = part_of(&l->p->out, w->b, w->batch, from, to);
+    part.k = part_of(&l->p->k, w->b, w->batch, 0, end);
+    part.v = part_of(&l->p->v, w->b, w->batch, 0, end);
+    if (l->p->lse) part.lse = whole ? l->p->lse + w->b * H * q_len : l->lse;
+    const dhsa_selection list = {w->batch, l->sets, w->blocks, block, l->indptr, l->indices};
+    const dhsa_status status = dhsa_attend_sparse(&part, &list, error);
+    if (!status && l->p->lse && !whole) /* one batch row */
+        for (int64_t h = 0; h < H; h++)
+            memcpy(l->p->lse + (w->b * H + h) * q_len + from, l->lse + h * n, (size_t)n * sizeof *l->lse);
+    l->pairs += status ? 0 : pairs_kept(&part, &list);
+    return status;
+}
+
+/* Runs all waves, or with stats NULL only sizes their memory. */
+static dhsa_status run_waves(pipeline *l, dhsa_stats *stats, int64_t *rows, int64_t *keys, dhsa_error *error)
+{
+    const int64_t batch = l->p->q.shape[0];
+    const wave all = next_wave(l, 0, batch, l->blocks);
+    const int one = all.blocks == l->blocks;
+    dhsa_status status = DHSA_OK;
+    for (int64_t b = 0; b < batch && !status; b += one ? batch : 1)
+        for (int64_t end = l->blocks; end > 0 && !status;) {
+            const wave w = one ? all : next_wave(l, b, 1, end);
+            end = w.first;
+            if (!stats) {
+                *rows = DHSA_MAX(*rows, w.batch * l->sets * w.blocks);
+                *keys = DHSA_MAX(*keys, w.keys);
+                continue;
+            }
+            const double start = dhsa_now();
+            status = select_wave(l, &w, error);
+            const double chosen = dhsa_now();
+            if (!status) status = attend_wave(l, &w, error);
+            stats->select_seconds += chosen - start;
+            stats->attend_seconds += dhsa_now() - chosen;
+        }
+    return status;
+}
+
 static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const dhsa_select_config *select,
                               dhsa_stats *stats, dhsa_error *error)
 {
     const double start = dhsa_now();
-    const int64_t batch = p->q.shape[0], k_len = p->k.shape[2], capacity = dhsa_boundaries_capacity(config, k_len);
-    dhsa_selection list = {batch,
-                           dhsa_score_sets(&select->score, &p->q, &p->k),
-                           dhsa_block_count(&select->score, p->q.shape[2]),
-                           select->score.query_block,
-                           NULL,
-                           NULL};
-    const int64_t rows = list.batch * list.heads * list.nq;
-    int64_t *counts = dhsa_alloc(batch, sizeof *counts), *indptr = dhsa_alloc(rows + 1, sizeof *indptr);
-    int32_t *boundaries = dhsa_alloc(batch, capacity * (int64_t)sizeof *boundaries), *indices = NULL;
+    const int64_t batch = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], k_len = p->k.shape[2];
+    pipeline l = {.p = p, .config = select, .selector.config = select};
+    l.sets = dhsa_score_sets(&select->score, &p->q, &p->k);
+    l.blocks = dhsa_block_count(&select->score, q_len);
+    l.capacity = dhsa_boundaries_capacity(config, k_len);
+    int64_t rows = 0, keys = 0, *counts = dhsa_alloc(batch, sizeof *counts);
     dhsa_status status;
-    if (!counts || !indptr || !boundaries) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries and %" PRId64 " lists",
-                           capacity, rows);
+    run_waves(&l, NULL, &rows, &keys, NULL);
+    l.boundaries = dhsa_alloc(batch, l.capacity * (int64_t)sizeof *l.boundaries);
+    l.indptr = dhsa_alloc(rows + 1, sizeof *l.indptr);
+    l.indices = dhsa_alloc(keys, sizeof *l.indices);
+    l.lse = p->lse ? dhsa_alloc(H, DHSA_MIN(rows / l.sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse) : NULL;
+    if (!counts || !l.boundaries || !l.indptr || !l.indices || (p->lse && !l.lse)) {
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries and lists of %" PRId64 " keys",
+                           l.capacity, keys);
         goto cleanup;
     }
-    if ((status = dhsa_boundaries(&p->k, config, boundaries, capacity, counts, p->num_threads, error)) ||
-        (status = dhsa_select_plan(&p->q, &p->k, select, indptr, error)))
+    if ((status = dhsa_boundaries(&p->k, config, l.boundaries, l.capacity, counts, p->num_threads, error)) ||
+        (status = dhsa_scorer_open(&l.selector.scorer, &p->q, &p->k, &select->score, l.capacity, p->num_threads, error)))
         goto cleanup;
-    if (!(indices = dhsa_alloc(indptr[rows], sizeof *indices))) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", indptr[rows]);
-        goto cleanup;
-    }
-    if ((status = dhsa_select(&p->q, &p->k, boundaries, capacity, select, indptr, indices, p->num_threads, error))) goto cleanup;
-    list.indptr = indptr;
-    list.indices = indices;
     stats->path = DHSA_PATH_SPARSE;
-    stats->density = density(p, &list);
-    const double chosen = dhsa_now();
-    stats->select_seconds = chosen - start;
-    status = dhsa_attend_sparse(p, &list, error);
-    stats->attend_seconds = dhsa_now() - chosen;
+    stats->select_seconds = dhsa_now() - start;
+    status = run_waves(&l, stats, NULL, NULL, error);
+    stats->density =
+        l.pairs / ((double)(batch * l.sets) * pairs_visible(k_len - q_len, k_len - 1, p->window < k_len ? p->window : 0));
+    dhsa_scorer_close(&l.selector.scorer);
 cleanup:
     dhsa_free(counts);
-    dhsa_free(indptr);
-    dhsa_free(boundaries);
-    dhsa_free(indices);
+    dhsa_free(l.boundaries);
+    dhsa_free(l.indptr);
+    dhsa_free(l.indices);
+    dhsa_free(l.lse);
     return status;
 }
 
