@@ -182,18 +182,21 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     l.capacity = dhsa_boundaries_capacity(config, k_len);
     int64_t rows = 0, keys = 0, *counts = dhsa_alloc(batch, sizeof *counts);
     dhsa_status status;
-    run_waves(&l, NULL, &rows, &keys, NULL);
     l.boundaries = dhsa_alloc(batch, l.capacity * (int64_t)sizeof *l.boundaries);
+    if (!counts || !l.boundaries) {
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l.capacity);
+        goto cleanup;
+    }
+    if ((status = dhsa_boundaries(&p->k, config, l.boundaries, l.capacity, counts, p->num_threads, error))) goto cleanup;
+    run_waves(&l, NULL, &rows, &keys, NULL);
     l.indptr = dhsa_alloc(rows + 1, sizeof *l.indptr);
     l.indices = dhsa_alloc(keys, sizeof *l.indices);
     l.lse = p->lse ? dhsa_alloc(H, DHSA_MIN(rows / l.sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse) : NULL;
-    if (!counts || !l.boundaries || !l.indptr || !l.indices || (p->lse && !l.lse)) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries and lists of %" PRId64 " keys",
-                           l.capacity, keys);
+    if (!l.indptr || !l.indices || (p->lse && !l.lse)) {
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
-    if ((status = dhsa_boundaries(&p->k, config, l.boundaries, l.capacity, counts, p->num_threads, error)) ||
-        (status = dhsa_scorer_open(&l.selector.scorer, &p->q, &p->k, &select->score, l.capacity, p->num_threads, error)))
+    if ((status = dhsa_scorer_open(&l.selector.scorer, &p->q, &p->k, &select->score, l.capacity, p->num_threads, error)))
         goto cleanup;
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;
