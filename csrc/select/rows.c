@@ -7,13 +7,14 @@
 #include "select/select.h"
 
 enum {
-    TILE = 128,            /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */
-    PRODUCTS = 1024 * 1024 /* bytes of probabilities kept at a time, unless one panel has more: they stay in L2 */
+    TILE = 128,             /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */
+    PANELS = 8,             /* panels that share a tile of means, */
+    PRODUCTS = 1024 * 1024, /* if this many bytes hold their probabilities, which then stay in L2 */
 };
 
 /* What one thread works in; pointers into its arena. */
 typedef struct {
-    float *products;       /* [panels] of [product_rows, lanes] */
+    float *products;       /* [panels at a time] of [product_rows, lanes] */
     float *alpha;          /* [panels] of [tiles, lanes]: what the softmax of a tile did to those before it */
     float *m, *l;          /* [panels, lanes] */
     float *weight;         /* [lanes] */
@@ -29,14 +30,21 @@ typedef struct {
 /* Tiles begin at multiples of TILE, so the first may be short at either end; the cut chunk is a tile of its own. */
 static int64_t whole_tiles(int64_t first, int64_t n) { return n ? dhsa_ceil_div(first % TILE + n, TILE) : 0; }
 
-static int64_t max_tiles(const dhsa_scorer *s) { return dhsa_ceil_div(s->capacity + TILE - 1, TILE) + 1; }
+static int64_t product_rows(int64_t chunks) { return dhsa_round_up(chunks + TILE - 1, TILE) + DHSA_PAIR_STEP; }
 
-static int64_t product_rows(const dhsa_scorer *s) { return (max_tiles(s) - 1) * TILE + DHSA_PAIR_STEP; }
+static int64_t max_tiles(const dhsa_scorer *s) { return dhsa_ceil_div(s->capacity + TILE - 1, TILE) + 1; }
 
 static int64_t panel_bytes(const dhsa_scorer *s) { return s->kernels->lanes * (s->bf16 ? s->chunks.row * 2 : s->q->shape[3] * 4); }
 
 /* Bytes of one mean as the products take it. */
 static int64_t mean_bytes(const dhsa_scorer *s) { return s->chunks.row * (s->bf16 ? 2 : 4); }
+
+/* How many panels are worked on at a time against this many chunks. */
+static int panels_at_once(const dhsa_scorer *s, int64_t chunks)
+{
+    const int64_t fit = PRODUCTS / (product_rows(chunks) * s->kernels->lanes * 4);
+    return (int)DHSA_MIN(DHSA_MAX(fit, 1), s->panels);
+}
 
 /* Returns the bytes an arena needs; base may be NULL to only ask. */
 static int64_t lay_out(const dhsa_scorer *s, char *base, scratch *w)
@@ -48,7 +56,8 @@ static int64_t lay_out(const dhsa_scorer *s, char *base, scratch *w)
         int64_t bytes;
     } parts[] = {
         {&w->mean, 2 * dim * 4}, /* first: where dhsa_chunks_fill works */
-        {&w->products, panels * product_rows(s) * lanes * 4},
+        {&w->products,
+         DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->capacity) * lanes * 4), panels * product_rows(s->capacity) * lanes * 4)},
         {&w->alpha, panels * max_tiles(s) * lanes * 4},
         {&w->m, panels * lanes * 4},
         {&w->l, panels * lanes * 4},
@@ -79,8 +88,7 @@ int64_t dhsa_rows_plan(dhsa_scorer *s)
     scratch unused;
     s->step = dhsa_ceil_div(c->query_block, c->rows);
     const int64_t rows = dhsa_ceil_div(DHSA_MIN(c->query_block, s->q->shape[2]), s->step) * s->heads_per_kv;
-    const int64_t fit = DHSA_MAX(PRODUCTS / (product_rows(s) * lanes * 4), 1);
-    s->panels = (int)DHSA_MIN(fit, dhsa_ceil_div(rows, lanes));
+    s->panels = (int)DHSA_MIN(PANELS, dhsa_ceil_div(rows, lanes));
     return lay_out(s, NULL, &unused);
 }
 
@@ -221,7 +229,7 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
                       int panel, int n, scratch *w, float *score)
 {
     const int lanes = s->kernels->lanes;
-    const float *products = w->products + panel * product_rows(s) * lanes, *l = w->l + panel * lanes;
+    const float *products = w->products + panel * product_rows(job->n) * lanes, *l = w->l + panel * lanes;
     /* A row counts if its sum is a number: NaN and inf turn up in the sum. */
     for (int r = 0; r < lanes; r++) w->weight[r] = r < n && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
     for (int64_t index = tiles - 1; index >= 0; index--) {
@@ -249,9 +257,10 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
     const int64_t tiles = whole_tiles(job->first, whole) + (job->cut_end != 0);
     const int64_t rows = dhsa_ceil_div(job->to - job->from, s->step) * s->heads_per_kv;
     const float scale = s->config->scale == 0 ? 1.0f : (float)fabs(s->config->scale);
+    const int most = panels_at_once(s, n);
     unsigned char cut = DHSA_CHUNK_GOOD;
-    for (int64_t at = 0; at < rows; at += s->panels * lanes) {
-        const int panels = (int)DHSA_MIN(s->panels, dhsa_ceil_div(rows - at, lanes));
+    for (int64_t at = 0; at < rows; at += most * lanes) {
+        const int panels = (int)DHSA_MIN(most, dhsa_ceil_div(rows - at, lanes));
         for (int p = 0; p < panels; p++)
             pack_rows(s, job, kv_head, at + p * lanes, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, p);
         if (job->cut_end) {
@@ -270,7 +279,7 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
             const char *next[2];
             dhsa_ahead ahead = look_ahead(s, job, kv_head, &t, panels, next);
             for (int p = 0; p < panels; p++) {
-                float *products = w->products + (p * product_rows(s) + t.row) * lanes;
+                float *products = w->products + (p * product_rows(n) + t.row) * lanes;
                 multiply(s, &t, p, w, products, &ahead);
                 kn->softmax(products, t.good, 0, NULL, NULL, scale, (float)s->config->softcap, w->m + p * lanes, w->l + p * lanes,
                             w->alpha + (p * max_tiles(s) + index) * lanes);

@@ -81,7 +81,7 @@ typedef struct {
     int64_t step;         /* queries of a mean row */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
-    int panels; /* panels of rows worked on at a time */
+    int panels; /* panels of rows worked on at a time, at most */
     char *arenas;
     int64_t arena_size;
 } dhsa_scorer;
