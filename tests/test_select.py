@@ -7,6 +7,8 @@ itself and refused arguments are tested elsewhere.
 
 import functools
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -550,6 +552,35 @@ def test_prefill_in_waves_of_blocks(batch, options, window):
     np.testing.assert_array_equal(out, want)
     np.testing.assert_array_equal(lse, want_lse)
     assert stats.density == pytest.approx(reference.density(selection, window=window), rel=1e-12)
+
+
+MEMORY = """
+import ctypes, sys, torch, dhsa
+dtype = getattr(torch, sys.argv[1])
+dhsa.set_num_threads(2)
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, h, 8192, 64).to(dtype) for h in (8, 4, 4))
+out = torch.ones_like(q)
+config = dhsa.Config(query_block=8, budget=512)
+dhsa.attention(q[:, :, :300], k[:, :, :300], v[:, :, :300])
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+dhsa.attention(q, k, v, config, out=out)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_beside_inputs_and_output(torch, dtype):
+    """All lists together would take 8 MiB; means are 1 MiB at most, the rest is a wave and workspaces."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 5 * 1024
 
 
 @pytest.mark.parametrize("score", ["rows", "block"])
