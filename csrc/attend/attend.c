@@ -212,8 +212,8 @@ static void add_due(const plan *pl, scratch *w, int n, dhsa_exp_job *meanwhile)
     w->due.count = 0;
 }
 
-/* One panel against the packed tile of list entries [at, at + n). */
-static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int n, int poison)
+/* One panel, `used` rows of it, against the packed tile of list entries [at, at + n). */
+static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_t at, int n, int poison)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int lanes = kn->lanes, dim = (int)pl->dim;
@@ -256,14 +256,14 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int64_t at, int 
             return;
         }
     } else {
-        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, w->s, &w->ahead);
+        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, used, w->s, &w->ahead);
     }
     if (pl->pair) add_due(pl, w, n, NULL); /* its alpha may be in the way */
-    kn->softmax(w->s, count, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
+    kn->softmax(w->s, count, used, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
     if (guarded)
         pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
     else
-        kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, pl->v_stride, count, dim, w->alpha, o, &w->ahead);
+        kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, pl->v_stride, count, dim, used, w->alpha, o, &w->ahead);
 }
 
 static void store(const plan *pl, const item *it, scratch *w)
@@ -312,7 +312,8 @@ static void attend_item(void *context, int64_t index, int thread)
         const int poison = pack_tile(pl, &w, now, n);
         find_rows(pl, &it, at + n, next, next_rows);
         look_ahead(pl, &it, &w, next_rows, n, next);
-        for (int panel = 0; panel < it.panels; panel++) attend_panel(pl, &w, panel, at, n, poison);
+        for (int panel = 0; panel < it.panels; panel++)
+            attend_panel(pl, &w, panel, DHSA_MIN(pl->kernels->lanes, it.rows - panel * pl->kernels->lanes), at, n, poison);
         if (pl->pair) add_due(pl, &w, n, NULL);
         const void **swap = now;
         now = next_rows;
@@ -325,7 +326,7 @@ static void attend_item(void *context, int64_t index, int thread)
 static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
     if (dhsa_decodes(p, list)) return dhsa_decode(p, list, error);
-    plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current()};
+    plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
     const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3], Hkv = p->k.shape[1],
                   G = H / Hkv;
     scratch unused;

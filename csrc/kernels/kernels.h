@@ -93,19 +93,21 @@ typedef struct dhsa_kernels {
     int value_step; /* value columns of one packed strip, see pack_values */
 
     /* s[j * lanes + r] = sum_d q[d * lanes + r] * k[j * k_stride + d] for j < n, d < dim. Any n >= 0, dim >= 1.
-     * q and s aligned to DHSA_ALIGN. ahead may be NULL. A general matrix product: also used for chunk scores and the predictor. */
-    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s, dhsa_ahead *ahead);
+     * Lanes from `rows` on (in whole vectors) are not used: neither there nor below. q and s aligned to DHSA_ALIGN. ahead may be
+     * NULL. A general matrix product: also used for chunk scores and the predictor. */
+    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, int rows, float *s, dhsa_ahead *ahead);
 
     /* One online-softmax step of a panel over n keys. Row r sees key j if lo[r] <= base + j < hi[r]; lo NULL: all see all.
      * s in: raw products; out: probabilities relative to the new maximum. scale >= 0; softcap 0: none.
      * m: running maximum of the (scaled, softcapped) logits times log2(e), -inf before the first key; l: running sum of
      * probabilities; alpha out: the factor that brings what was accumulated so far to the new maximum. */
-    void (*softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m, float *l,
-                    float *alpha);
+    void (*softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
+                    float *l, float *alpha);
 
     /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), v packed by pack_values with the
      * same v_stride. */
-    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o, dhsa_ahead *ahead);
+    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha, float *o,
+               dhsa_ahead *ahead);
 
     /* Copies n rows (pointers to fp32 / fp16 / bf16 numbers) into dst[j * dim + d], converting to fp32. */
     void (*pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst);
@@ -150,6 +152,7 @@ typedef struct dhsa_kernels {
     float (*read)(const float *src, int64_t n);
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: such numbers are converted to fp32 while packing */
+    const struct dhsa_kernels *plain;    /* what serves dtypes without such products, if not this table: wider panels */
 
     double (*fma_peak)(void); /* GFLOP/s of one thread over a few milliseconds of nothing but independent FMAs */
 } dhsa_kernels;
@@ -158,6 +161,12 @@ typedef struct dhsa_kernels {
 static inline const dhsa_pair_kernels *dhsa_pair_products(const dhsa_kernels *kernels, int dtype)
 {
     return dtype == DHSA_BF16 ? kernels->bf16 : dtype == DHSA_F16 ? kernels->f16 : NULL;
+}
+
+/* The table that attends to inputs of a dtype. */
+static inline const dhsa_kernels *dhsa_kernels_for(const dhsa_kernels *kernels, int dtype)
+{
+    return kernels->plain && !dhsa_pair_products(kernels, dtype) ? kernels->plain : kernels;
 }
 
 /* The table in use; safe to call from any thread, never NULL. */

@@ -1,5 +1,5 @@
 /* ops512.h: the vector operations of tile_tpl.h and softmax_tpl.h in AVX-512 (F, BW, DQ, VL), for the files that are compiled for
- * it. Panels of 32 rows. */
+ * it. */
 #ifndef DHSA_OPS512_H
 #define DHSA_OPS512_H
 
@@ -7,7 +7,6 @@
 #include <stdint.h>
 
 #define V_LEN 16
-#define V_PER 2
 
 typedef __m512 vf;
 typedef __mmask16 vm;

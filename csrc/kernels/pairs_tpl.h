@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#define V_PER 2
 #include "kernels/ops512.h"
 #include "kernels/softmax_tpl.h"
 
@@ -100,8 +101,8 @@ static inline __attribute__((always_inline)) int begin_softmax(float *s, const f
                                                                float *alpha, dhsa_exp_job *job, const int masked, const int capped)
 {
     vf factor, shift[V_PER];
-    const int rounded =
-        softmax_begin(s, masked || capped ? NULL : top, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift, masked, capped);
+    const int rounded = softmax_begin(s, masked || capped ? NULL : top, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift,
+                                      masked, capped, V_PER);
     for (int u = 0; u < V_PER; u++) v_store(job->shift + u * V_LEN, shift[u]);
     job->factor = capped ? 1.0f : scale * K_LOG2E;
     return rounded;
@@ -183,5 +184,5 @@ static void finish_exp(dhsa_exp_job *job)
         v_pairs(a, v_set1(0.0f), job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);
     }
     for (int j = (job->n + 1) / 2; j % (STEP / 2); j++) memset(job->p + (ptrdiff_t)j * LANES * 2, 0, LANES * 4);
-    softmax_end(job->l, job->alpha, sum);
+    softmax_end(job->l, job->alpha, sum, V_PER);
 }

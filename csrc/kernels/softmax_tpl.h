@@ -10,6 +10,18 @@
 #define K_GLUE(a, b) K_GLUE2(a, b)
 #define K_NAME(op) K_GLUE(op, K_ISA)
 #define K_LANES (V_LEN * V_PER)
+/* A panel need not be full: f(..., per) works on as many vectors of a row as hold `rows` lanes; per is a constant after inlining.
+ */
+#define K_FOR_ROWS(rows, f, ...)                                                                                                   \
+    do {                                                                                                                           \
+        const int per_ = ((rows) + V_LEN - 1) / V_LEN;                                                                             \
+        if (V_PER > 1 && V_PER <= 4 && per_ == 1)                                                                                  \
+            f(__VA_ARGS__, 1);                                                                                                     \
+        else if (V_PER > 2 && V_PER <= 4 && per_ == 2)                                                                             \
+            f(__VA_ARGS__, 2);                                                                                                     \
+        else                                                                                                                       \
+            f(__VA_ARGS__, V_PER);                                                                                                 \
+    } while (0)
 #define K_INLINE static inline __attribute__((always_inline))
 #define K_LOG2E 1.44269504088896340736f
 
@@ -31,13 +43,13 @@ K_INLINE vf tanh_vf(vf x)
 
 /* The maximum, and with a softcap the capped logits in units of log2. Constant flags fold away. */
 K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, float inner, float outer, vf *top,
-                          const int masked, const int capped)
+                          const int masked, const int capped, const int per)
 {
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) top[u] = v_set1(-INFINITY);
+    for (int u = 0; u < per; u++) top[u] = v_set1(-INFINITY);
     for (int64_t j = 0; j < n; j++)
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
+        for (int u = 0; u < per; u++) {
             float *at = s + j * K_LANES + u * V_LEN;
             vf x = v_load(at);
             if (capped) {
@@ -65,11 +77,11 @@ K_INLINE vf exponent(vf x, vf factor, vf shift, const int rounded)
 
 /* Pass 2: probabilities into s; their sum is added to `sum`. */
 K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const int32_t *hi, vf factor, const vf *shift, int rounded,
-                          vf *sum, const int masked)
+                          vf *sum, const int masked, const int per)
 {
     for (int j = 0; j < n; j++)
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
+        for (int u = 0; u < per; u++) {
             float *at = s + (ptrdiff_t)j * K_LANES + u * V_LEN;
             vf p = v_exp2(exponent(v_load(at), factor, shift[u], rounded));
             if (masked) p = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j), p, v_set1(0.0f));
@@ -81,16 +93,17 @@ K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const in
 /* Pass 1: the new maximum into m, alpha, and what pass 2 needs: factor, shift. known: the largest products, if all count as they
  * are; else NULL. Returns `rounded` of exponent(). */
 K_INLINE int softmax_begin(float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
-                           float softcap, float *m, float *alpha, vf *factor, vf *shift, const int masked, const int capped)
+                           float softcap, float *m, float *alpha, vf *factor, vf *shift, const int masked, const int capped,
+                           const int per)
 {
     vf top[V_PER], far = v_set1(0.0f);
     *factor = v_set1(capped ? 1.0f : scale * K_LOG2E);
     if (known)
-        for (int u = 0; u < V_PER; u++) top[u] = v_load(known + u * V_LEN);
+        for (int u = 0; u < per; u++) top[u] = v_load(known + u * V_LEN);
     else
-        softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped);
+        softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, per);
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) {
+    for (int u = 0; u < per; u++) {
         const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
         /* -inf times a zero scale would be NaN: no key seen stays no key seen. */
         const vf now = v_max(v_pick(v_eq(top[u], none), none, v_mul(top[u], *factor)), old);
@@ -104,22 +117,22 @@ K_INLINE int softmax_begin(float *s, const float *known, int n, int base, const 
 }
 
 /* What a row has seen so far, brought to the new maximum, and what it has seen now. */
-K_INLINE void softmax_end(float *l, const float *alpha, const vf *sum)
+K_INLINE void softmax_end(float *l, const float *alpha, const vf *sum, const int per)
 {
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) {
+    for (int u = 0; u < per; u++) {
         float *at = l + u * V_LEN;
         v_store(at, v_fma(v_load(at), v_load(alpha + u * V_LEN), sum[u]));
     }
 }
 
 K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                           float *l, float *alpha, const int masked, const int capped)
+                           float *l, float *alpha, const int masked, const int capped, const int per)
 {
     vf factor, shift[V_PER], sum[V_PER];
-    const int rounded = softmax_begin(s, NULL, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift, masked, capped);
+    const int rounded = softmax_begin(s, NULL, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift, masked, capped, per);
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) sum[u] = v_set1(0.0f);
-    softmax_exp(s, n, base, lo, hi, factor, shift, rounded, sum, masked);
-    softmax_end(l, alpha, sum);
+    for (int u = 0; u < per; u++) sum[u] = v_set1(0.0f);
+    softmax_exp(s, n, base, lo, hi, factor, shift, rounded, sum, masked, per);
+    softmax_end(l, alpha, sum, per);
 }

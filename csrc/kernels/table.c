@@ -10,20 +10,22 @@
 #include "kernels/tiers.h"
 
 #define DHSA_TIER(name) extern const dhsa_kernels dhsa_kernels_##name;
-#define DHSA_BF16_TIER(name, base) extern const dhsa_pair_kernels dhsa_bf16_##name;
+#define DHSA_BF16_TIER(name, base, plain) extern const dhsa_pair_kernels dhsa_bf16_##name;
 #include "kernels/kernels.inc"
 #undef DHSA_TIER
 #undef DHSA_BF16_TIER
-extern const dhsa_pair_kernels dhsa_f16_amx; /* not a tier: part of amx where the CPU has it */
+extern const dhsa_kernels dhsa_kernels_avx512narrow; /* nor are these tiers */
+extern const dhsa_pair_kernels dhsa_f16_amx;         /* not a tier: part of amx where the CPU has it */
 
 /* A tier is a table, or that of another tier with something put in its place. */
 static const struct {
     const char *name;
     const dhsa_kernels *base;
     const dhsa_pair_kernels *bf16;
+    const dhsa_kernels *plain;
 } tiers[] = {
-#define DHSA_TIER(name) {#name, &dhsa_kernels_##name, NULL},
-#define DHSA_BF16_TIER(name, base) {#name, &dhsa_kernels_##base, &dhsa_bf16_##name},
+#define DHSA_TIER(name) {#name, &dhsa_kernels_##name, NULL, NULL},
+#define DHSA_BF16_TIER(name, base, plain) {#name, &dhsa_kernels_##base, &dhsa_bf16_##name, &dhsa_kernels_##plain},
 #include "kernels/kernels.inc"
 #undef DHSA_TIER
 #undef DHSA_BF16_TIER
@@ -39,6 +41,7 @@ static void build(void)
         tables[i] = *tiers[i].base;
         tables[i].isa = tiers[i].name;
         tables[i].bf16 = tiers[i].bf16;
+        tables[i].plain = tiers[i].plain;
 #if DHSA_X86 && DHSA_HAVE_AMX
         if (tiers[i].bf16 == &dhsa_bf16_amx && dhsa_cpu_has_amx_fp16()) tables[i].f16 = &dhsa_f16_amx;
 #endif

@@ -20,34 +20,37 @@
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
 /* `rows` keys against one panel, set or added; rows is a constant after inlining, so that the sums stay in registers. */
-K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int dim, float *s, int adding, const int rows)
+K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int dim, float *s, int adding, const int rows,
+                      const int per)
 {
     vf acc[QK_ROWS][V_PER];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) acc[i][u] = v_set1(0.0f);
+        for (int u = 0; u < per; u++) acc[i][u] = v_set1(0.0f);
+#pragma GCC unroll 4
     for (int d = 0; d < dim; d++) {
         vf x[V_PER];
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) x[u] = v_load(q + (ptrdiff_t)d * K_LANES + u * V_LEN);
+        for (int u = 0; u < per; u++) x[u] = v_load(q + (ptrdiff_t)d * K_LANES + u * V_LEN);
 #pragma GCC unroll 16
         for (int i = 0; i < rows; i++) {
             const vf y = v_set1(k[i * k_stride + d]);
 #pragma GCC unroll 8
-            for (int u = 0; u < V_PER; u++) acc[i][u] = v_fma(x[u], y, acc[i][u]);
+            for (int u = 0; u < per; u++) acc[i][u] = v_fma(x[u], y, acc[i][u]);
         }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) {
+        for (int u = 0; u < per; u++) {
             float *at = s + i * K_LANES + u * V_LEN;
             v_store(at, adding ? v_add(v_load(at), acc[i][u]) : acc[i][u]);
         }
 }
 
-static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s, dhsa_ahead *ahead)
+K_INLINE void qk_panel(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s, dhsa_ahead *ahead,
+                       const int per)
 {
     /* Half the columns at a time, 128 at most: short sums round less, and that part of the panel stays in L1 while all keys
      * pass by. */
@@ -58,37 +61,43 @@ static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n
         float *at = s;
         int j = 0;
         for (; j + QK_ROWS <= n; j += QK_ROWS, row += QK_ROWS * k_stride, at += QK_ROWS * K_LANES) {
-            qk_tile(q, row, k_stride, part, at, adding, QK_ROWS);
+            qk_tile(q, row, k_stride, part, at, adding, QK_ROWS, per);
             dhsa_ask(ahead, QK_ROWS * part);
         }
 #if QK_ROWS > 4
-        for (; j + 4 <= n; j += 4, row += 4 * k_stride, at += 4 * K_LANES) qk_tile(q, row, k_stride, part, at, adding, 4);
+        for (; j + 4 <= n; j += 4, row += 4 * k_stride, at += 4 * K_LANES) qk_tile(q, row, k_stride, part, at, adding, 4, per);
 #endif
-        for (; j < n; j++, row += k_stride, at += K_LANES) qk_tile(q, row, k_stride, part, at, adding, 1);
+        for (; j < n; j++, row += k_stride, at += K_LANES) qk_tile(q, row, k_stride, part, at, adding, 1, per);
     }
 }
 
+static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, int rows, float *s, dhsa_ahead *ahead)
+{
+    K_FOR_ROWS(rows, qk_panel, q, k, k_stride, n, dim, s, ahead);
+}
+
 /* One strip of value columns, `cols` of which exist. Summed from zero and added to o at the end: short sums round less. */
-K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha, float *o, const int cols)
+K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha, float *o, const int cols, const int per)
 {
     vf acc[PV_ROWS][V_PER];
 #pragma GCC unroll 16
     for (int i = 0; i < cols; i++)
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) acc[i][u] = v_set1(0.0f);
+        for (int u = 0; u < per; u++) acc[i][u] = v_set1(0.0f);
+#pragma GCC unroll 4
     for (int j = 0; j < n; j++) {
         vf x[V_PER];
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) x[u] = v_load(p + (ptrdiff_t)j * K_LANES + u * V_LEN);
+        for (int u = 0; u < per; u++) x[u] = v_load(p + (ptrdiff_t)j * K_LANES + u * V_LEN);
 #pragma GCC unroll 16
         for (int i = 0; i < cols; i++) {
             const vf y = v_set1(v[(ptrdiff_t)j * PV_ROWS + i]);
 #pragma GCC unroll 8
-            for (int u = 0; u < V_PER; u++) acc[i][u] = v_fma(x[u], y, acc[i][u]);
+            for (int u = 0; u < per; u++) acc[i][u] = v_fma(x[u], y, acc[i][u]);
         }
     }
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) {
+    for (int u = 0; u < per; u++) {
         const vf a = v_load(alpha + u * V_LEN);
 #pragma GCC unroll 16
         for (int i = 0; i < cols; i++) {
@@ -98,33 +107,45 @@ K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha,
     }
 }
 
-static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
-                       dhsa_ahead *ahead)
+K_INLINE void pv_panel(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
+                       dhsa_ahead *ahead, const int per)
 {
     int d = 0;
     for (; d + PV_ROWS <= dim; d += PV_ROWS, v += v_stride) {
-        pv_tile(p, v, n, alpha, o + (ptrdiff_t)d * K_LANES, PV_ROWS);
+        pv_tile(p, v, n, alpha, o + (ptrdiff_t)d * K_LANES, PV_ROWS, per);
         dhsa_ask(ahead, PV_ROWS * n);
     }
-    for (int i = 0; d < dim; d++, i++) pv_tile(p, v + i, n, alpha, o + (ptrdiff_t)d * K_LANES, 1);
+    for (int i = 0; d < dim; d++, i++) pv_tile(p, v + i, n, alpha, o + (ptrdiff_t)d * K_LANES, 1, per);
+}
+
+static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha, float *o,
+                       dhsa_ahead *ahead)
+{
+    K_FOR_ROWS(rows, pv_panel, p, v, v_stride, n, dim, alpha, o, ahead);
 }
 
 /* ---- softmax -------------------------------------------------------------------------------------------------- */
 
-static void K_NAME(softmax)(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                            float *l, float *alpha)
+K_INLINE void softmax_panel(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
+                            float *l, float *alpha, const int per)
 {
     if (softcap > 0) {
         if (lo)
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1);
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 1, per);
         else
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1);
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 1, per);
     } else {
         if (lo)
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0);
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 1, 0, per);
         else
-            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0);
+            softmax_tile(s, n, base, lo, hi, scale, softcap, m, l, alpha, 0, 0, per);
     }
+}
+
+static void K_NAME(softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
+                            float *m, float *l, float *alpha)
+{
+    K_FOR_ROWS(rows, softmax_panel, s, n, base, lo, hi, scale, softcap, m, l, alpha);
 }
 
 /* ---- moving and converting ------------------------------------------------------------------------------------ */

@@ -78,7 +78,7 @@ static void project(const plan *pl, scratch *s, int64_t b, int64_t token, int64_
         for (int r = 0; r < n; r++) rows[r] = dhsa_row(pl->k, b, h, token + at + r);
         kn->pack_panel(rows, pl->k->dtype, n, (int)dim, 1.0f, s->panel + h * dim * lanes);
     }
-    kn->qk(s->panel, pl->net->in_proj_weight, C, (int)(3 * C), (int)C, s->wide, NULL);
+    kn->qk(s->panel, pl->net->in_proj_weight, C, (int)(3 * C), (int)C, kn->lanes, s->wide, NULL);
     for (int r = 0; r < n; r++) s->poison[at + r] = 0;
     for (int64_t c = 0; c < 3 * C; c++)
         for (int r = 0; r < n; r++) {
@@ -92,7 +92,7 @@ static void project(const plan *pl, scratch *s, int64_t b, int64_t token, int64_
         }
     for (int64_t h = 0; h < pl->heads; h++) {
         memcpy(s->panel, s->wide + (2 * C + h * per_head) * lanes, (size_t)(per_head * lanes) * sizeof *s->panel);
-        kn->qk(s->panel, pl->net->out_proj_weight + h * per_head, C, (int)C, (int)per_head, s->out, NULL);
+        kn->qk(s->panel, pl->net->out_proj_weight + h * per_head, C, (int)C, (int)per_head, kn->lanes, s->out, NULL);
         for (int64_t c = 0; c < C; c++)
             for (int r = 0; r < n; r++)
                 s->value[c / step * pl->strip + ((at + r) * pl->heads + h) * step + c % step] = s->out[c * lanes + r];
@@ -156,7 +156,8 @@ static void encode(const plan *pl, scratch *s, int64_t x, int64_t gaps)
             const int64_t gap = (first + r) / pl->width, token = (first + r) % pl->width;
             window_weights(pl, s, x + gap + token, x + gap, x, r);
         }
-        kn->pv(s->weight, s->value + x * heads * kn->value_step, pl->strip, (int)(tokens * heads), (int)C, zeros, s->out, NULL);
+        kn->pv(s->weight, s->value + x * heads * kn->value_step, pl->strip, (int)(tokens * heads), (int)C, kn->lanes, zeros, s->out,
+               NULL);
         for (int64_t c = 0; c < C; c++)
             for (int r = 0; r < n; r++) s->out[c * lanes + r] += pl->net->out_proj_bias[c];
         normalise(pl, s, n, s->window + first * C);
@@ -201,7 +202,7 @@ static void fill_features(const plan *pl, scratch *s, const float *window, int64
 static void classify(const plan *pl, scratch *s, int n, float *logits)
 {
     const int64_t lanes = pl->kernels->lanes, hidden = pl->net->hidden, inputs = 4 * pl->C + 1;
-    pl->kernels->qk(s->features, pl->net->mlp0_weight, inputs, (int)hidden, (int)inputs, s->wide, NULL);
+    pl->kernels->qk(s->features, pl->net->mlp0_weight, inputs, (int)hidden, (int)inputs, pl->kernels->lanes, s->wide, NULL);
     for (int r = 0; r < n; r++) logits[r] = pl->net->mlp2_bias;
     for (int64_t c = 0; c < hidden; c++)
         for (int r = 0; r < n; r++) {

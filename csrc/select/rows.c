@@ -193,12 +193,12 @@ static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     }
 }
 
-static void multiply(const dhsa_scorer *s, const tile *t, int panel, scratch *w, float *products, dhsa_ahead *ahead)
+static void multiply(const dhsa_scorer *s, const tile *t, int panel, int n, scratch *w, float *products, dhsa_ahead *ahead)
 {
     const int dim = (int)s->q->shape[3];
     const void *rows = w->panel + panel * panel_bytes(s), *second = w->second + panel * panel_bytes(s);
     if (!s->bf16) {
-        s->kernels->qk(rows, (const float *)t->means, s->chunks.row, t->good, dim, products, ahead);
+        s->kernels->qk(rows, (const float *)t->means, s->chunks.row, t->good, dim, n, products, ahead);
         return;
     }
     s->bf16->qk(rows, (const uint16_t *)t->means, t->good, dim, products, w->top, ahead);
@@ -280,9 +280,10 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
             dhsa_ahead ahead = look_ahead(s, job, kv_head, &t, panels, next);
             for (int p = 0; p < panels; p++) {
                 float *products = w->products + (p * product_rows(n) + t.row) * lanes;
-                multiply(s, &t, p, w, products, &ahead);
-                kn->softmax(products, t.good, 0, NULL, NULL, scale, (float)s->config->softcap, w->m + p * lanes, w->l + p * lanes,
-                            w->alpha + (p * max_tiles(s) + index) * lanes);
+                const int used = (int)DHSA_MIN(lanes, rows - at - p * lanes);
+                multiply(s, &t, p, used, w, products, &ahead);
+                kn->softmax(products, t.good, used, 0, NULL, NULL, scale, (float)s->config->softcap, w->m + p * lanes,
+                            w->l + p * lanes, w->alpha + (p * max_tiles(s) + index) * lanes);
             }
         }
         for (int p = 0; p < panels; p++)

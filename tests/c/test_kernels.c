@@ -97,10 +97,10 @@ static void test_products(int n, int dim)
     const int lanes = kn->lanes, small = ref->lanes;
     float *q = random_floats((size_t)dim * lanes), *k = random_floats((size_t)n * dim), *s = floats((size_t)n * lanes);
     float *q_part = floats((size_t)dim * small), *s_part = floats((size_t)n * small);
-    kn->qk(q, k, dim, n, dim, s, NULL);
+    kn->qk(q, k, dim, n, dim, lanes, s, NULL);
     for (int part = 0; part < lanes / small; part++) {
         split(q, part, dim, q_part);
-        ref->qk(q_part, k, dim, n, dim, s_part, NULL);
+        ref->qk(q_part, k, dim, n, dim, small, s_part, NULL);
         for (int j = 0; j < n; j++)
             for (int r = 0; r < small; r++)
                 near("qk", j, part * small + r, s[(ptrdiff_t)j * lanes + part * small + r], s_part[j * small + r],
@@ -117,12 +117,25 @@ static void test_products(int n, int dim)
         ref->pack_values(rows, DHSA_F32, n, dim, (ptrdiff_t)n * ref_step, v_ref))
         near("finite values", n, dim, 1, 0, 0);
     const int skip = n > 1;
-    kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, alpha, o, NULL);
+    for (int used = 1; used < lanes; used += 5) { /* a panel that is not full: the same numbers in what is used */
+        float *part = floats((size_t)n * lanes), *sum = floats((size_t)dim * lanes), *full = floats((size_t)dim * lanes);
+        memcpy(sum, o, sizeof(float) * (size_t)dim * lanes);
+        memcpy(full, o, sizeof(float) * (size_t)dim * lanes);
+        kn->qk(q, k, dim, n, dim, used, part, NULL);
+        kn->pv(s, v, (ptrdiff_t)n * step, n, dim, used, alpha, sum, NULL);
+        kn->pv(s, v, (ptrdiff_t)n * step, n, dim, lanes, alpha, full, NULL);
+        for (int r = 0; r < used; r++) {
+            for (int j = 0; j < n; j++) near("qk of part", j, r, part[j * lanes + r], s[j * lanes + r], 0);
+            for (int d = 0; d < dim; d++) near("pv of part", d, r, sum[d * lanes + r], full[d * lanes + r], 0);
+        }
+    }
+    kn->pv(s + skip * lanes, v + skip * step, (ptrdiff_t)n * step, n - skip, dim, lanes, alpha, o, NULL);
     for (int part = 0; part < lanes / small; part++) {
         split(before, part, dim, o_part);
         split(s, part, n, s_part);
         split(alpha, part, 1, alpha_part);
-        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, alpha_part, o_part, NULL);
+        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, small, alpha_part, o_part,
+                NULL);
         for (int d = 0; d < dim; d++)
             for (int r = 0; r < small; r++)
                 near("pv", d, part * small + r, o[(ptrdiff_t)d * lanes + part * small + r], o_part[d * small + r],
@@ -154,14 +167,25 @@ static void test_softmax(int n, int masked, float softcap)
     for (int j = 0; j < n; j++) s0[j * lanes + 4] = s[j * lanes + 4] = -INFINITY;
     m0[4] = m[4] = -INFINITY;
     l0[4] = l[4] = 0;
-    kn->softmax(s, n, base, masked ? lo : NULL, hi, 0.3f, softcap, m, l, alpha);
+    const int used = 1 + n % lanes;
+    float *part = floats((size_t)n * lanes), *m_part = floats((size_t)lanes), *l_part = floats((size_t)lanes);
+    memcpy(part, s, sizeof(float) * (size_t)n * lanes);
+    memcpy(m_part, m, sizeof(float) * (size_t)lanes);
+    memcpy(l_part, l, sizeof(float) * (size_t)lanes);
+    kn->softmax(part, n, used, base, masked ? lo : NULL, hi, 0.3f, softcap, m_part, l_part, alpha);
+    kn->softmax(s, n, lanes, base, masked ? lo : NULL, hi, 0.3f, softcap, m, l, alpha);
+    for (int r = 0; r < used; r++) {
+        near("softmax of part", n, r, m_part[r], m[r], 0);
+        near("softmax of part", n, r, l_part[r], l[r], 0);
+        for (int j = 0; j < n; j++) near("softmax of part", j, r, part[j * lanes + r], s[j * lanes + r], 0);
+    }
     for (int part = 0; part < lanes / small; part++) {
         split(s0, part, n, s2);
         split(m0, part, 1, m2);
         split(l0, part, 1, l2);
         memcpy(lo2, lo + part * small, sizeof(int32_t) * (size_t)small);
         memcpy(hi2, hi + part * small, sizeof(int32_t) * (size_t)small);
-        ref->softmax(s2, n, base, masked ? lo2 : NULL, hi2, 0.3f, softcap, m2, l2, alpha2);
+        ref->softmax(s2, n, small, base, masked ? lo2 : NULL, hi2, 0.3f, softcap, m2, l2, alpha2);
         for (int r = 0; r < small; r++) {
             const int at = part * small + r;
             near("softmax m", n, at, m[at], m2[r], 2e-5f);
@@ -381,7 +405,7 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
         }
         half->softmax(s, top, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m, l, alpha, p, &job);
         half->exp(&job);
-        kn->softmax(want, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m_want, l_want, alpha);
+        kn->softmax(want, n, lanes, 5, masked ? lo : NULL, hi, 1.5f, 0, m_want, l_want, alpha);
         for (int r = 0; r < lanes; r++) {
             near("pairs softmax m", n, r, m[r], m_want[r], 0);
             near("pairs softmax l", n, r, l[r], l_want[r], 4e-6f * l_want[r]);
