@@ -13,6 +13,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,6 +63,31 @@ def bench(shape: tuple[int, int, int], length: int, dtype: str, threads: int, re
     }
 
 
+def rows(threads: int, repeats: int) -> Iterator[dict]:
+    """The same as rows of bench_attention.py's table."""
+    from harness import check, row
+
+    for dtype in DTYPES:
+        for heads, kv_heads, dim in SHAPES:
+            r = bench((heads, kv_heads, dim), 32768, dtype, threads, max(repeats, 15))
+            checks = [
+                check("of a plain read", r["share_of_read"], SHARE_GOAL, "share"),
+                check("ratio", r["ratio"], RATIO_GOAL, "x"),
+            ]
+            yield row(
+                "decode",
+                "decode step, cache of 32K",
+                getattr(torch, dtype),
+                f"H{heads}/{kv_heads} D{dim} 32K",
+                r["seconds"],
+                checks=checks,
+                detail=f"{r['gb_per_s']:.1f} GB/s; a plain read {r['read_gb_per_s']:.1f} GB/s",
+                peer="sdpa",
+                peer_seconds=r["sdpa_seconds"],
+                ratio=r["ratio"],
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -76,23 +102,23 @@ def main() -> None:
         f"dhsa {dhsa.__version__} ({dhsa.build_info()['isa']}), torch {torch.__version__}, {args.threads} threads,"
         f" medians of {args.repeats} alternating runs; goals: share >= {SHARE_GOAL:.0%}, ratio >= {RATIO_GOAL}x"
     )
-    rows = []
+    results = []
     for dtype in [args.dtype] if args.dtype else DTYPES:
         for shape in SHAPES:
             r = bench(shape, args.length, dtype, args.threads, args.repeats)
-            rows.append(r)
+            results.append(r)
             print(
                 f"{r['row']:<48} {r['seconds'] * 1e3:8.2f} ms {r['gb_per_s']:6.1f} GB/s"
                 f" {r['share_of_read']:6.1%} of a plain read ({r['read_gb_per_s']:.1f} GB/s)"
                 f" | sdpa {r['sdpa_seconds'] * 1e3:8.2f} ms {r['ratio']:5.2f}x  {'pass' if r['pass'] else 'MISS'}",
                 flush=True,
             )
-    print(f"{sum(r['pass'] for r in rows)} of {len(rows)} rows pass")
+    print(f"{sum(r['pass'] for r in results)} of {len(results)} rows pass")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         machine = {"cpu": platform.processor(), "threads": args.threads, "build": dhsa.build_info()}
         machine["torch"] = torch.__version__
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, default=str))
+        args.json.write_text(json.dumps({"machine": machine, "rows": results}, indent=1, default=str))
 
 
 if __name__ == "__main__":

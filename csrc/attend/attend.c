@@ -276,8 +276,7 @@ static void store(const plan *pl, const item *it, scratch *w)
         /* m is in units of log2. No key seen: l is 0, the logarithm -inf. */
         p->lse[(it->b * H + head) * q_len + i] = w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
     }
-    for (int r = 0; r < it->rows; r++)
-        if (w->l[r] == 0) w->l[r] = 1; /* its sums are zeros: give zeros */
+    for (int r = 0; r < it->panels * lanes; r++) w->l[r] = w->l[r] == 0 ? 0 : 1 / w->l[r]; /* no key seen: zeros */
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &p->out, at * lanes + r);

@@ -158,7 +158,7 @@ static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, 
     const float now = most * factor > -INFINITY ? most * factor : -INFINITY, use = now == -INFINITY ? 0.0f : now;
     const int rounded = v_sum(is_far(v_set1(use))) > 0;
     for (int j = 0; j < n; j += V_LEN) {
-        vf p = v_exp2(exponent(v_load(s + j), v_set1(factor), v_set1(-use), rounded));
+        vf p = v_exp2(exponent(v_load(s + j), (exponents){.factor = v_set1(factor)}, v_set1(-use), rounded, 0));
         if (j + V_LEN > n) p = v_pick(v_range(lane, all, n - j - 1), p, v_set1(0.0f));
         v_store(s + j, p);
         sum = v_add(sum, p);

@@ -52,9 +52,10 @@ typedef struct dhsa_exp_job {
     const int32_t *lo, *hi; /* lo NULL: no mask */
     uint16_t *p;
     float *l;
-    int n, base, at; /* keys; the first one's number; those done */
-    int rounded;     /* as in exponent(), softmax_tpl.h */
-    float factor, shift[DHSA_MAX_LANES], sum[DHSA_MAX_LANES];
+    int n, base, at;            /* keys; the first one's number; those done */
+    int rounded;                /* as in exponent(), softmax_tpl.h */
+    float factor, inner, outer; /* of exponents, softmax_tpl.h; outer 0: no softcap */
+    float shift[DHSA_MAX_LANES], sum[DHSA_MAX_LANES];
 } dhsa_exp_job;
 
 typedef struct dhsa_pair_kernels {
@@ -116,8 +117,8 @@ typedef struct dhsa_kernels {
     int (*pack_values)(const void *const *rows, int dtype, int n, int dim, ptrdiff_t v_stride, float *dst);
     /* n <= lanes rows to a panel q[d * lanes + r], the rest zeros. */
     void (*pack_panel)(const void *const *rows, int dtype, int n, int dim, float factor, float *dst);
-    /* rows[r][d] = o[d * lanes + r] / divisor[r], rounded to dtype, for r < n. */
-    void (*store_panel)(const float *o, const float *divisor, int n, int dim, int dtype, void *const *rows);
+    /* rows[r][d] = o[d * lanes + r] * factor[r], rounded to dtype, for r < n. */
+    void (*store_panel)(const float *o, const float *factor, int n, int dim, int dtype, void *const *rows);
 
     /* score[j] += sum over r of (p[j * lanes + r] * weight[r])^2 for j < n; a lane of weight 0 adds nothing, NaN or not. */
     void (*add_squares)(const float *p, int n, const float *weight, float *score);
@@ -154,7 +155,7 @@ typedef struct dhsa_kernels {
     const dhsa_pair_kernels *bf16, *f16; /* NULL: such numbers are converted to fp32 while packing */
     const struct dhsa_kernels *plain;    /* what serves dtypes without such products, if not this table: wider panels */
 
-    double (*fma_peak)(void); /* GFLOP/s of one thread over a few milliseconds of nothing but independent FMAs */
+    double (*fma_work)(int64_t loops); /* nothing but independent FMAs; returns how many operations, 2 for each FMA */
 } dhsa_kernels;
 
 /* The products of a dtype's own, or NULL. */

@@ -96,15 +96,19 @@ static int pack_values(const void *const *rows, int n, int dim, uint16_t *dst)
     return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(PAIR_FP16 ? 0x7c00 : 0x7f80)) != 0;
 }
 
-static inline __attribute__((always_inline)) int begin_softmax(float *s, const float *top, int n, int base, const int32_t *lo,
-                                                               const int32_t *hi, float scale, float softcap, float *m,
-                                                               float *alpha, dhsa_exp_job *job, const int masked, const int capped)
+static inline exponents exponents_of_job(const dhsa_exp_job *job)
 {
-    vf factor, shift[V_PER];
-    const int rounded = softmax_begin(s, masked || capped ? NULL : top, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift,
-                                      masked, capped, V_PER);
+    return (exponents){v_set1(job->factor), v_set1(job->inner), v_set1(job->outer)};
+}
+
+static inline __attribute__((always_inline)) int begin_softmax(const float *s, const float *top, int n, int base, const int32_t *lo,
+                                                               const int32_t *hi, float *m, float *alpha, dhsa_exp_job *job,
+                                                               const int masked, const int capped)
+{
+    vf shift[V_PER];
+    const int rounded =
+        softmax_begin(s, masked ? NULL : top, n, base, lo, hi, exponents_of_job(job), m, alpha, shift, masked, capped, V_PER);
     for (int u = 0; u < V_PER; u++) v_store(job->shift + u * V_LEN, shift[u]);
-    job->factor = capped ? 1.0f : scale * K_LOG2E;
     return rounded;
 }
 
@@ -120,19 +124,24 @@ static void softmax(float *s, const float *top, int n, int base, const int32_t *
     job->n = n;
     job->base = base;
     job->at = 0;
+    job->factor = softcap > 0 ? 1.0f : scale * K_LOG2E;
+    job->inner = softcap > 0 ? scale / softcap : 0.0f;
+    job->outer = softcap * K_LOG2E;
     for (int r = 0; r < LANES; r++) job->sum[r] = 0;
     if (softcap > 0)
-        job->rounded = lo ? begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 1, 1)
-                          : begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 0, 1);
+        job->rounded = lo ? begin_softmax(s, top, n, base, lo, hi, m, alpha, job, 1, 1)
+                          : begin_softmax(s, top, n, base, lo, hi, m, alpha, job, 0, 1);
     else
-        job->rounded = lo ? begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 1, 0)
-                          : begin_softmax(s, top, n, base, lo, hi, scale, softcap, m, alpha, job, 0, 0);
+        job->rounded = lo ? begin_softmax(s, top, n, base, lo, hi, m, alpha, job, 1, 0)
+                          : begin_softmax(s, top, n, base, lo, hi, m, alpha, job, 0, 0);
 }
 
 /* At most `pairs` pairs of keys of a job; one key is left if n is odd. */
-static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked, const int rounded)
+static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked, const int rounded,
+                                                            const int capped)
 {
-    const vf factor = v_set1(job->factor), zero = v_set1(0.0f);
+    const exponents e = exponents_of_job(job);
+    const vf zero = v_set1(0.0f);
     vf shift[V_PER], sum[V_PER];
     int j = job->at;
     for (int u = 0; u < V_PER; u++) {
@@ -144,8 +153,8 @@ static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, i
         for (int u = 0; u < V_PER; u++) {
             const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
             const int32_t *lo = job->lo + u * V_LEN, *hi = job->hi + u * V_LEN;
-            vf a = v_exp2_half(exponent(v_load(at), factor, shift[u], rounded));
-            vf b = v_exp2_half(exponent(v_load(at + LANES), factor, shift[u], rounded));
+            vf a = v_exp2_half(exponent(v_load(at), e, shift[u], rounded, capped));
+            vf b = v_exp2_half(exponent(v_load(at + LANES), e, shift[u], rounded, capped));
             if (masked) a = v_pick(v_range(lo, hi, job->base + j), a, zero);
             if (masked) b = v_pick(v_range(lo, hi, job->base + j + 1), b, zero);
             sum[u] = v_add(sum[u], v_add(a, b));
@@ -158,27 +167,36 @@ static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, i
 /* The same, only where nothing is in the way: what products of another panel may do on the side. */
 static inline __attribute__((always_inline)) void exp_some(dhsa_exp_job *job, int pairs)
 {
-    if (job && !job->lo && !job->rounded) exp_pairs(job, pairs, 0, 0);
+    if (!job || job->lo || job->rounded) return;
+    if (job->outer > 0)
+        exp_pairs(job, pairs, 0, 0, 1);
+    else
+        exp_pairs(job, pairs, 0, 0, 0);
 }
 
 /* The rest of a job: the pairs, a last key, the zeros up to a whole step, and the sum. */
 static void finish_exp(dhsa_exp_job *job)
 {
-    if (job->lo && job->rounded)
-        exp_pairs(job, job->n, 1, 1);
+    const int capped = job->outer > 0;
+    if (capped && job->lo)
+        exp_pairs(job, job->n, 1, 0, 1);
+    else if (capped)
+        exp_pairs(job, job->n, 0, 0, 1);
+    else if (job->lo && job->rounded)
+        exp_pairs(job, job->n, 1, 1, 0);
     else if (job->lo)
-        exp_pairs(job, job->n, 1, 0);
+        exp_pairs(job, job->n, 1, 0, 0);
     else if (job->rounded)
-        exp_pairs(job, job->n, 0, 1);
+        exp_pairs(job, job->n, 0, 1, 0);
     else
-        exp_pairs(job, job->n, 0, 0);
+        exp_pairs(job, job->n, 0, 0, 0);
     vf sum[V_PER];
     for (int u = 0; u < V_PER; u++) {
         sum[u] = v_load(job->sum + u * V_LEN);
         if (job->at == job->n) continue;
         const int j = job->n - 1;
         const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
-        vf a = v_exp2_half(exponent(v_load(at), v_set1(job->factor), v_load(job->shift + u * V_LEN), job->rounded));
+        vf a = v_exp2_half(exponent(v_load(at), exponents_of_job(job), v_load(job->shift + u * V_LEN), job->rounded, capped));
         if (job->lo) a = v_pick(v_range(job->lo + u * V_LEN, job->hi + u * V_LEN, job->base + j), a, v_set1(0.0f));
         sum[u] = v_add(sum[u], a);
         v_pairs(a, v_set1(0.0f), job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);

@@ -1,5 +1,6 @@
 /* softmax_tpl.h: one online-softmax step of a panel and its parts, for the fp32 kernels (tile_tpl.h) and those of bf16 pairs
  * (pairs_tpl.h). Needs the vector type and operations that tile_tpl.h lists. */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -41,25 +42,34 @@ K_INLINE vf tanh_vf(vf x)
     return v_mul(v_mul(x, p), v_rcp(q));
 }
 
-/* The maximum, and with a softcap the capped logits in units of log2. Constant flags fold away. */
-K_INLINE void softmax_max(float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, float inner, float outer, vf *top,
-                          const int masked, const int capped, const int per)
+/* The largest product. -inf: no key seen; with a softcap, which makes a number of every product, only then. */
+K_INLINE void softmax_max(const float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, vf *top, const int masked,
+                          const int capped, const int per)
 {
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) top[u] = v_set1(-INFINITY);
     for (int64_t j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int u = 0; u < per; u++) {
-            float *at = s + j * K_LANES + u * V_LEN;
-            vf x = v_load(at);
-            if (capped) {
-                x = v_mul(v_set1(outer), tanh_vf(v_mul(x, v_set1(inner))));
-                v_store(at, x);
-            }
+            vf x = v_load(s + j * K_LANES + u * V_LEN);
+            if (masked && capped) x = v_max(v_set1(-FLT_MAX), x);
             if (masked) x = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + (int)j), x, v_set1(-INFINITY));
             top[u] = v_max(top[u], x);
         }
 }
+
+/* How products become exponents of 2: x * factor, or outer * tanh(x * inner). */
+typedef struct {
+    vf factor, inner, outer;
+} exponents;
+
+K_INLINE exponents exponents_of(float scale, float softcap)
+{
+    return (exponents){v_set1(softcap > 0 ? 1.0f : scale * K_LOG2E), v_set1(softcap > 0 ? scale / softcap : 0.0f),
+                       v_set1(softcap * K_LOG2E)};
+}
+
+K_INLINE vf cap_vf(vf x, exponents e) { return v_mul(e.outer, tanh_vf(v_mul(x, e.inner))); }
 
 /* 1 where a maximum is so large that its rounding, which a fused product does not share, is no longer small. */
 K_INLINE vf is_far(vf top)
@@ -68,45 +78,45 @@ K_INLINE vf is_far(vf top)
     return v_pick(v_eq(near, top), v_set1(0.0f), v_set1(1.0f));
 }
 
-/* x * factor + shift, where -shift is the largest product, rounded. Fused it is exact but for that; rounded twice it is 0
- * for the largest whatever its size. */
-K_INLINE vf exponent(vf x, vf factor, vf shift, const int rounded)
+/* The exponent of a product, less the largest: -shift, rounded. Fused it is exact but for that; rounded twice it is 0 for the
+ * largest whatever its size. */
+K_INLINE vf exponent(vf x, exponents e, vf shift, const int rounded, const int capped)
 {
-    return rounded ? v_add(v_mul(x, factor), shift) : v_fma(x, factor, shift);
+    if (capped) return v_add(cap_vf(x, e), shift);
+    return rounded ? v_add(v_mul(x, e.factor), shift) : v_fma(x, e.factor, shift);
 }
 
 /* Pass 2: probabilities into s; their sum is added to `sum`. */
-K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const int32_t *hi, vf factor, const vf *shift, int rounded,
-                          vf *sum, const int masked, const int per)
+K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const int32_t *hi, exponents e, const vf *shift,
+                          int rounded, vf *sum, const int masked, const int capped, const int per)
 {
     for (int j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int u = 0; u < per; u++) {
             float *at = s + (ptrdiff_t)j * K_LANES + u * V_LEN;
-            vf p = v_exp2(exponent(v_load(at), factor, shift[u], rounded));
+            vf p = v_exp2(exponent(v_load(at), e, shift[u], rounded, capped));
             if (masked) p = v_pick(v_range(lo + u * V_LEN, hi + u * V_LEN, base + j), p, v_set1(0.0f));
             v_store(at, p);
             sum[u] = v_add(sum[u], p);
         }
 }
 
-/* Pass 1: the new maximum into m, alpha, and what pass 2 needs: factor, shift. known: the largest products, if all count as they
- * are; else NULL. Returns `rounded` of exponent(). */
-K_INLINE int softmax_begin(float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
-                           float softcap, float *m, float *alpha, vf *factor, vf *shift, const int masked, const int capped,
-                           const int per)
+/* Pass 1: the new maximum into m, alpha, and the shift of pass 2. known: the largest products, if there is no mask; else NULL.
+ * Returns `rounded` of exponent(). */
+K_INLINE int softmax_begin(const float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi, exponents e,
+                           float *m, float *alpha, vf *shift, const int masked, const int capped, const int per)
 {
     vf top[V_PER], far = v_set1(0.0f);
-    *factor = v_set1(capped ? 1.0f : scale * K_LOG2E);
     if (known)
         for (int u = 0; u < per; u++) top[u] = v_load(known + u * V_LEN);
     else
-        softmax_max(s, n, base, lo, hi, capped ? scale / softcap : 0.0f, softcap * K_LOG2E, top, masked, capped, per);
+        softmax_max(s, n, base, lo, hi, top, masked, capped, per);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) {
         const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
-        /* -inf times a zero scale would be NaN: no key seen stays no key seen. */
-        const vf now = v_max(v_pick(v_eq(top[u], none), none, v_mul(top[u], *factor)), old);
+        /* -inf times a zero scale would be NaN, and has a cap: no key seen stays no key seen. */
+        const vf most = capped ? cap_vf(top[u], e) : v_mul(top[u], e.factor);
+        const vf now = v_max(capped && !masked ? most : v_pick(v_eq(top[u], none), none, most), old);
         const vf use = v_pick(v_eq(now, none), v_set1(0.0f), now);
         v_store(m + u * V_LEN, now);
         v_store(alpha + u * V_LEN, v_exp2(v_sub(old, use)));
@@ -129,10 +139,11 @@ K_INLINE void softmax_end(float *l, const float *alpha, const vf *sum, const int
 K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
                            float *l, float *alpha, const int masked, const int capped, const int per)
 {
-    vf factor, shift[V_PER], sum[V_PER];
-    const int rounded = softmax_begin(s, NULL, n, base, lo, hi, scale, softcap, m, alpha, &factor, shift, masked, capped, per);
+    const exponents e = exponents_of(scale, softcap);
+    vf shift[V_PER], sum[V_PER];
+    const int rounded = softmax_begin(s, NULL, n, base, lo, hi, e, m, alpha, shift, masked, capped, per);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) sum[u] = v_set1(0.0f);
-    softmax_exp(s, n, base, lo, hi, factor, shift, rounded, sum, masked, per);
+    softmax_exp(s, n, base, lo, hi, e, shift, rounded, sum, masked, capped, per);
     softmax_end(l, alpha, sum, per);
 }

@@ -285,19 +285,19 @@ static void test_moves(int n, int dim, int dtype)
         row[dim - 1] = kept;
     }
     const int used = DHSA_MIN(n, lanes);
-    float *panel = floats((size_t)dim * lanes), *divisor = floats((size_t)lanes);
+    float *panel = floats((size_t)dim * lanes), *factor = floats((size_t)lanes);
     kn->pack_panel(rows, dtype, used, dim, -2.0f, panel);
     for (int r = 0; r < lanes; r++) {
-        divisor[r] = 1.0f + (float)r;
+        factor[r] = 1.0f / (1.0f + (float)r);
         for (int d = 0; d < dim; d++)
             near("pack_panel", r, d, panel[(ptrdiff_t)d * lanes + r], r < used ? -2.0f * b[r * dim + d] : 0, 0);
     }
     void **out = guarded((size_t)used * sizeof *out);
     for (int r = 0; r < used; r++) out[r] = guarded((size_t)dim * (size_t)dhsa_dtype_size(dtype));
-    kn->store_panel(panel, divisor, used, dim, dtype, out);
+    kn->store_panel(panel, factor, used, dim, dtype, out);
     for (int r = 0; r < used; r++)
         for (int d = 0; d < dim; d++) {
-            const float want = panel[(ptrdiff_t)d * lanes + r] / divisor[r];
+            const float want = panel[(ptrdiff_t)d * lanes + r] * factor[r];
             if (dtype == DHSA_F32)
                 near("store_panel", r, d, ((float *)out[r])[d], want, 0);
             else
