@@ -33,7 +33,7 @@ static void measure(void *context, int64_t index, int thread)
     (void)thread;
     /* All at once, or a core could serve one thread after the other and count twice. Not for ever: where another call has the
      * pool, this thread does everything by itself. */
-    const double patience = dhsa_now() + 1e-3;
+    const double patience = dhsa_now() + 50e-3;
     atomic_fetch_add(&p->arrived, 1);
     while (atomic_load(&p->arrived) < p->threads && dhsa_now() < patience) continue;
     p->start[index] = dhsa_now();
