@@ -10,10 +10,11 @@
 #include "kernels/half.h"
 
 enum {
-    TILE = 128,       /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
-    TILE_PAIRS = 256, /* 16-bit products are done so soon that loading and storing the sums counts: longer tiles */
-    MAX_ROWS = 512,   /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
-    MIN_ITEMS = 16    /* small problems are cut finer than MAX_ROWS, so that there is something to share out */
+    TILE = 128,         /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
+    TILE_PAIRS = 256,   /* 16-bit products are done so soon that loading and storing the sums counts: longer tiles */
+    MAX_ROWS = 512,     /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
+    MIN_ITEMS = 16,     /* small problems are cut finer than MAX_ROWS, so that there is something to share out; */
+    MIN_ITEMS_PAIRS = 8 /* but every item packs its keys, which counts for more where products are fast */
 };
 
 typedef struct {
@@ -334,13 +335,14 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.sets = H / pl.heads;
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
     pl.blocks = dhsa_ceil_div(q_len, pl.block);
-    /* The cut depends on the shape only, never on the number of threads. */
-    const int64_t fair = dhsa_ceil_div(q_len * B * pl.sets, MIN_ITEMS), most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
+    pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
+    /* The cut depends on the shape and the tier only, never on the number of threads. */
+    const int64_t fair = dhsa_ceil_div(q_len * B * pl.sets, pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
+                  most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
     const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
     pl.runs = dhsa_ceil_div(pl.block, pl.run);
     pl.panels = (int)dhsa_ceil_div(pl.run * pl.heads, pl.kernels->lanes);
-    pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
     pl.dim = dim;
     pl.tile = pl.pair ? TILE_PAIRS : TILE;
     pl.padded = dhsa_round_up(dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
