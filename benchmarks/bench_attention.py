@@ -284,7 +284,9 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
     jobs: list[Job] = []
     threads, repeats = args.threads, args.repeats
     top = 8192 if args.quick else args.max_length
-    wanted = [n for n in (4096, 8192, 16384, 32768, 65536) if n <= top and (n >= 8192 or not args.quick)]
+    least = 8192 if args.quick else args.min_length
+    wanted = [n for n in (4096, 8192, 16384, 32768, 65536) if least <= n <= top]
+    charted = [n for n in CHART_LENGTHS if n >= args.min_length]
 
     def add(section: str, function: Any, shape: Shape, *given: Any) -> None:
         name = " ".join(
@@ -314,7 +316,7 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
                     add("window", windowed, shape, length, window, dtype, times(length), threads)
         for shape in (GEMMA2, GEMMA3):
             add("executor", executor, shape, 8192 if args.quick else 16384, dtype, 3, threads)
-        for length in (*CHART_LENGTHS, *(n for n in wanted if n in WHOLE_GOALS[dtype])):
+        for length in (*charted, *(n for n in wanted if n in WHOLE_GOALS[dtype])):
             for shape in (GEMMA2, GEMMA3) if length in WHOLE_GOALS[dtype] else (GEMMA3,):
                 goal = WHOLE_GOALS[dtype].get(length)
                 add("whole", whole, shape, length, dtype, goal, shape == GEMMA3, times(length), threads)
@@ -330,7 +332,7 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
         if BF16 in dtypes:
             lengths = [n for n in (16384, 32768, 65536, 131072) if n <= args.max_length * 2]
             jobs.append(Job("growth", "growth", lambda: growth_rows(GEMMA3, lengths, BF16, threads)))
-        for length in (n for n in (32768, 131072) if n <= args.max_length * 2):
+        for length in (n for n in (32768, 131072) if args.min_length <= n <= args.max_length * 2):
             for dtype in (d for d in dtypes if d != FP16):
                 for shape in (GEMMA2, GEMMA3):
                     name = f"memory {shape} {tokens(length)}"
@@ -348,6 +350,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of a row; fewer, but at least 3, for long ones")
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES, *short_names], default=list(DTYPES), metavar="DTYPE")
     parser.add_argument("--max-length", type=int, default=65536, help="leave out longer rows")
+    parser.add_argument(
+        "--min-length", type=int, default=0, help="leave out shorter rows where there are several lengths"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the rows of an earlier run that this one does not measure"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="ROWS", help="only these rows")
     parser.add_argument("--quick", action="store_true", help="8K rows (and the chart's short ones) in two minutes")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/attention.json, or attention-quick.json")
@@ -364,7 +372,7 @@ def main() -> None:
         f"dhsa {dhsa.__version__} ({told['isa']}), torch {torch.__version__}, {args.threads} threads, {told['cpu']};"
         f" medians of {args.repeats} interleaved rounds (3 for long rows); FMA peak {told['fma_peak']:.0f} GFLOP/s"
     )
-    report = run_jobs(jobs_of(args, dtypes), args.json, {"machine": told, "repeats": args.repeats})
+    report = run_jobs(jobs_of(args, dtypes), args.json, {"machine": told, "repeats": args.repeats}, args.add)
     try:
         from report import draw
 

@@ -264,14 +264,15 @@ class Job:
     rows: Callable[[], Iterator[dict[str, Any]]]
 
 
-def run_jobs(jobs: list[Job], path: Path, head: dict[str, Any]) -> dict[str, Any]:
+def run_jobs(jobs: list[Job], path: Path, head: dict[str, Any], add: bool = False) -> dict[str, Any]:
     """Runs jobs one after another, shows their rows and writes them to `path` as they come. One that fails becomes a
-    row that says so; the others go on."""
+    row that says so; the others go on. With `add`, rows that `path` holds stay unless they are measured again."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.text import Text
 
-    report: dict[str, Any] = {**head, "complete": False, "rows": []}
+    kept = json.loads(path.read_text(encoding="utf-8")) if add and path.exists() else {"rows": [], "seconds": 0.0}
+    report: dict[str, Any] = {**head, "complete": False, "rows": kept["rows"]}
     console = Console(highlight=False)
     console.print(Text(line(HEADINGS), style="bold"), soft_wrap=True)
     started = time.perf_counter()
@@ -291,7 +292,7 @@ def run_jobs(jobs: list[Job], path: Path, head: dict[str, Any]) -> dict[str, Any
                 r = row(job.section, job.name, "", "", error=f"{type(error).__name__}: {said}")
                 _add(report, r | {"traceback": traceback.format_exc(), "pass": False}, path, console)
             progress.advance(task)
-    report |= {"complete": True, "seconds": time.perf_counter() - started}
+    report |= {"complete": True, "seconds": kept["seconds"] + time.perf_counter() - started}
     write_json(path, report)
     judged = [r["pass"] for r in report["rows"] if r["pass"] is not None]
     console.print(
@@ -303,7 +304,13 @@ def run_jobs(jobs: list[Job], path: Path, head: dict[str, Any]) -> dict[str, Any
 def _add(report: dict[str, Any], r: dict[str, Any], path: Path, console: Any) -> None:
     from rich.text import Text
 
-    report["rows"].append(r)
+    key = [r[x] for x in ("section", "work", "dtype", "shape")]
+    for i, old in enumerate(report["rows"]):
+        if [old[x] for x in ("section", "work", "dtype", "shape")] == key:
+            report["rows"][i] = r
+            break
+    else:
+        report["rows"].append(r)
     write_json(path, report)
     style = {"MISS": "yellow", "ERROR": "red"}.get(verdict(r), "")
     console.print(Text(line(cells(r)), style=style), soft_wrap=True)

@@ -69,6 +69,10 @@ def test_a_job_that_fails_costs_no_other_row(tmp_path, capsys):
     assert "no such luck" in report["rows"][1]["error"]
     assert "no such luck" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    again = Job("dense", "good", lambda: iter([row("dense", "good", torch.bfloat16, "", 3.0)]))
+    run_jobs([again], tmp_path / "r.json", {}, add=True)
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(r["work"], r["seconds"]) for r in rows] == [("before", 1.0), ("bad", None), ("good", 3.0)]
 
 
 def test_a_run_is_written_and_reaches_the_document(tmp_path):
