@@ -104,7 +104,7 @@ def _seconds(value: float, _: Any = None) -> str:
 
 def _label_ends(axis: Any, by: dict[str, list[tuple[int, float]]], low: float, high: float) -> None:
     """Each curve's name and last seconds right of its end, pushed apart where they would overlap."""
-    span = math.log(high / low)
+    span, longest = math.log(high / low), max(points[-1][0] for points in by.values())
     ends = sorted((math.log(points[-1][1] / low) / span, name) for name, points in by.items() if name in _CURVES)
     gap, at = 0.095, [height for height, _ in ends]
     for _ in range(100):  # neighbours that are too close push each other apart, equally
@@ -113,10 +113,12 @@ def _label_ends(axis: Any, by: dict[str, list[tuple[int, float]]], low: float, h
             at[i] -= push
             at[i + 1] += push
     for y, (_, name) in zip(at, ends, strict=True):
-        seconds = by[name][-1][1]
+        last, seconds = by[name][-1]
         label, colour, _ = _CURVES[name]
+        # A curve may end before the others: a peer that has no memory for the longest.
+        where = "" if last == longest else f" at {last // 1024}K"
         axis.annotate(
-            f"{label}\n{_short(seconds)}",
+            f"{label}\n{_short(seconds)}{where}",
             xy=(1.0, y),
             xycoords="axes fraction",
             xytext=(8, 0),
