@@ -327,11 +327,9 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
 {
     if (dhsa_decodes(p, list)) return dhsa_decode(p, list, error);
     plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
-    const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3], Hkv = p->k.shape[1],
-                  G = H / Hkv;
+    const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3];
     scratch unused;
-    /* A list for each head leaves nothing to share between heads. (With Hkv == H a group is one head anyway.) */
-    pl.heads = list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : G;
+    pl.heads = heads_of(p, list);
     pl.sets = H / pl.heads;
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
     pl.blocks = dhsa_ceil_div(q_len, pl.block);

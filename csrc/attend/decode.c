@@ -40,12 +40,6 @@ typedef struct {
     key_list list;
 } span;
 
-static int64_t heads_of(const dhsa_problem *p, const dhsa_selection *list)
-{
-    const int64_t H = p->q.shape[1], Hkv = p->k.shape[1];
-    return list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : H / Hkv;
-}
-
 int dhsa_decodes(const dhsa_problem *p, const dhsa_selection *list)
 {
     return p->q.shape[2] <= MAX_ROWS / heads_of(p, list) && (!list || list->nq == 1);

@@ -28,6 +28,14 @@ static inline key_list list_of(const dhsa_problem *p, const dhsa_selection *s, i
     return list;
 }
 
+/* Query heads that are worked on together: a group, which shares its keys; but a list for each head leaves nothing to share.
+ * (With Hkv == H a group is one head anyway.) */
+static inline int64_t heads_of(const dhsa_problem *p, const dhsa_selection *list)
+{
+    const int64_t H = p->q.shape[1], Hkv = p->k.shape[1];
+    return list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : H / Hkv;
+}
+
 /* The keys [*start, *stop) that query i sees, as positions. */
 static inline void visible(const dhsa_problem *p, int64_t b, int64_t i, int64_t *start, int64_t *stop)
 {
