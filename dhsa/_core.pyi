@@ -4,7 +4,7 @@ from typing import Any
 Array = Any
 BoundaryConfig = tuple[int, int, int, int, float, int, tuple[Any, ...] | None]
 ScoreConfig = tuple[int, int, int, int, int]
-SelectConfig = tuple[int, int, int, int, ScoreConfig]
+SelectConfig = tuple[int, int, float, int, int, int, int, int, int, ScoreConfig]
 
 class Buffer:
     def __new__(cls, shape: tuple[int, ...], dtype: str, /) -> Buffer: ...
@@ -103,7 +103,7 @@ def select_plan(
 def select(
     q: Array,
     k: Array,
-    boundaries: Array,
+    boundaries: Array | None,
     select_config: SelectConfig,
     scale: float | None,
     softcap: float | None,

@@ -16,12 +16,40 @@ from dhsa.predictor import BoundaryPredictor
 
 # Positions are the C enums of dhsa.h.
 BOUNDARIES = ("similarity", "fixed", "predictor")
+METHODS = (
+    "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle",
+)  # fmt: skip
 SCORES = ("rows", "block")
 POOLINGS = ("mean", "mean_sqrt")
 HEADS = ("group", "all", "head")
 
+SCORE_OF = {"rows": "rows", "dhsa": "block"}  # the methods of chunks
+METHOD_OF = {score: method for method, score in SCORE_OF.items()}
+NO_MASS = ("dhsa", "window", "vertical_slash", "power")  # scores that are no shares of attention mass
+PER_HEAD = ("vertical_slash", "xattention", "proxy")  # as their sources have it
+STRIDES = {"xattention": 8, "proxy": 4}
+
 PAPER_GAPS_PER_BLOCK = 8
 MAX_QUERY_BLOCK = 65536
+
+
+# What the sources of methods ask for, where it is not the default: see Config.source.
+SOURCES: dict[str, dict[str, Any]] = {
+    "xattention": {"budget": None, "mass": 0.9, "key_block": 128, "stride": 8},
+    "proxy": {"budget": None, "mass": 0.95, "heads": "head", "stride": 4},
+}
+
+
+def _number(value: Any, name: str, expected: str = "a number") -> float:
+    """`value` as a float; TypeError or ValueError naming the field otherwise."""
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name}: expected a number, got {type_name(value)}")
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {type_name(value)}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got an int beyond every float") from None
 
 
 def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
@@ -46,6 +74,7 @@ class _CoreArgs:
     _predictor_args: tuple[Any, ...] | None
     _score_args: tuple[int, int, int, int, int]
     _select_args: tuple[Any, ...]
+    _exact: bool  # no key is ever left out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +84,27 @@ class Config(_CoreArgs):
     The default is what measured best without training: row scores over chunks cut by key similarity.
 
     Args:
-        budget: keys a block of queries may see, forced ones (`sink`, `local`) counted; None: exact attention.
+        method: how keys are found. "rows" (chunks; softmax over chunk means for small groups of queries and each head,
+            squared and summed: this project's), "dhsa" (chunks; the paper's mean query of the block times mean key of
+            the chunk), "window" (the first and the most recent keys: StreamingLLM), "block" (softmax of the block's
+            mean query over the mean keys of fixed blocks), "vertical_slash" (MInference), "xattention", "proxy"
+            (ProxyAttn), "hisa", "power" (PowerAttention), "oracle" (the exact scores, slow, for study).
+            `Config.source` gives the settings of their sources.
+        budget: keys a block of queries may see, forced ones (`sink`, `local`) counted. None: all of them, so exact
+            attention unless there is a `mass`.
+        mass: in place of a number of keys, the share of each block's estimated attention mass that its keys are to
+            hold, above 0 up to 1: keys are taken, best first, until they do, forced ones counted first. `budget` is
+            then the most keys (None: no limit). Not for methods whose scores are no shares of mass: "dhsa",
+            "window", "vertical_slash", "power".
+        floor: with `mass`, the least keys. None: sink + local.
         query_block: queries that share one selection, 1 to 65536.
         sink: the first keys of the sequence, always selected.
         local: the most recent candidate keys, always selected. `sink + local` must not exceed the budget. Where the
             defaults would, a quarter and a half of the budget take their place, at most what the other leaves.
         dense_tail: blocks that hold one of the last `dense_tail` queries see every key (0: none). The paper computes an
             instruction at the prompt's end densely.
-        heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none).
+        heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none). None: the
+            method's own, "head" for "vertical_slash", "xattention" and "proxy", else "group".
         boundaries: how keys are cut into chunks: "similarity" (at dips of the cosine between neighbouring means, no
             training), "fixed" (every `chunk_size` keys), "predictor" (the paper's trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
@@ -72,10 +114,12 @@ class Config(_CoreArgs):
         boundary_window: tokens on each side of a gap that the similarity looks at.
         theta: a gap's score must exceed it. None: -inf for "similarity", 1.1 for "predictor".
         nms: a gap must lie more than this many keys from every better one. None: 4 for "similarity", 8 for "predictor".
-        score: "rows" (softmax over chunk means for small groups of queries and each head, squared and summed) or
-            "block" (the paper's: mean query of the block times mean key of the chunk).
-        rows: mean queries that a full block is reduced to for score="rows", 1 to query_block. None: query_block // 4.
-        pooling: for score="block": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
+        score: another name of two methods, kept: "rows" for "rows", "block" for "dhsa". Afterwards the name of the
+            chunks' score, None for methods without chunks.
+        rows: mean queries that a full block is reduced to for "rows", 1 to query_block. None: query_block // 4.
+        pooling: for "dhsa": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
+        key_block: keys of a block for "block", "xattention", "proxy" and "hisa".
+        stride: of the samples of "xattention" and "proxy". None: 8 and 4.
         predictor: a BoundaryPredictor, for boundaries="predictor".
 
     Raises:
@@ -84,50 +128,81 @@ class Config(_CoreArgs):
     Source: arXiv 2510.24606; "similarity" and "rows" are this project's.
     """
 
+    method: Literal[
+        "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle"
+    ] = "rows"
     budget: int | None = 2048
+    mass: float | None = None
+    floor: int | None = None
     query_block: int = 128
     sink: int = 128
     local: int = 256
     dense_tail: int = 64
-    heads: Literal["group", "all", "head"] = "group"
+    heads: Literal["group", "all", "head"] | None = None
     boundaries: Literal["similarity", "fixed", "predictor"] = "similarity"
     chunk_size: int = 8
     num_chunks: int | Literal["paper"] | None = None
     boundary_window: int = 4
     theta: float | None = None
     nms: int | None = None
-    score: Literal["rows", "block"] = "rows"
+    score: Literal["rows", "block"] | None = None
     rows: int | None = None
     pooling: Literal["mean", "mean_sqrt"] = "mean"
+    key_block: int = 128
+    stride: int | None = None
     predictor: BoundaryPredictor | None = None
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
+        keep("method", METHODS[check_choice(self.method, "method", METHODS)])
+        if self.score is not None:
+            check_choice(self.score, "score", SCORES)
+            if "method" in self._asked and METHOD_OF[self.score] != self.method:
+                raise ValueError(
+                    f"score: {self.score!r} is another name for method={METHOD_OF[self.score]!r}, "
+                    f"but method is {self.method!r}"
+                )
+            keep("method", METHOD_OF[self.score])
+        keep("score", SCORE_OF.get(self.method))
+        if self.heads is None:
+            keep("heads", "head" if self.method in PER_HEAD else "group")
         if self.budget is not None:
             keep("budget", check_int(self.budget, "budget", 1))
         keep("query_block", check_int(self.query_block, "query_block", 1, MAX_QUERY_BLOCK))
-        for name, low in (("sink", 0), ("local", 0), ("dense_tail", 0), ("chunk_size", 1), ("boundary_window", 1)):
+        for name, low in (
+            ("sink", 0), ("local", 0), ("dense_tail", 0), ("chunk_size", 1), ("boundary_window", 1), ("key_block", 1)
+        ):  # fmt: skip
             keep(name, check_int(getattr(self, name), name, low, 2**31 - 1))
-        if self.budget is not None and self.sink + self.local > self.budget:
+        if self.stride is not None:
+            keep("stride", check_int(self.stride, "stride", 1, 2**31 - 1))
+        else:
+            keep("stride", STRIDES.get(self.method))
+        forced = self.sink + self.local
+        if self.budget is not None and forced > self.budget:
             raise ValueError(
                 f"budget: sink + local = {self.sink} + {self.local} exceed the budget of {self.budget}; "
                 "forced keys count in the budget, so lower sink or local with it"
             )
+        if self.mass is not None:
+            keep("mass", _number(self.mass, "mass"))
+            if not 0 < self.mass <= 1:
+                raise ValueError(f"mass: expected a share above 0, at most 1, got {self.mass}")
+            if self.method in NO_MASS:
+                raise ValueError(
+                    f"mass: the scores of method={self.method!r} are no shares of attention mass; give a budget"
+                )
+        if self.floor is not None:
+            if self.mass is None:
+                raise ValueError("floor: is the least number of keys where `mass` decides, but mass is None")
+            keep("floor", check_int(self.floor, "floor", forced, self.budget))
         if self.num_chunks != "paper" and self.num_chunks is not None:
             if isinstance(self.num_chunks, str):
                 raise ValueError(f"num_chunks: expected an int, 'paper' or None, got {self.num_chunks!r}")
             keep("num_chunks", check_int(self.num_chunks, "num_chunks", 1, 2**31 - 1))
         if self.theta is not None:
-            if isinstance(self.theta, (bool, str)):
-                raise TypeError(f"theta: expected a number, got {type_name(self.theta)}")
-            try:
-                keep("theta", float(self.theta))
-            except TypeError:
-                raise TypeError(f"theta: expected a number, got {type_name(self.theta)}") from None
-            except OverflowError:
-                raise ValueError("theta: expected a finite number or -inf, got an int beyond every float") from None
+            keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):
                 raise ValueError(f"theta: expected a finite number or -inf, got {self.theta}")
         if self.nms is not None:
@@ -135,7 +210,6 @@ class Config(_CoreArgs):
         if self.rows is not None:
             keep("rows", check_int(self.rows, "rows", 1, self.query_block))
         kind = check_choice(self.boundaries, "boundaries", BOUNDARIES)
-        score = check_choice(self.score, "score", SCORES)
         pooling = check_choice(self.pooling, "pooling", POOLINGS)
         heads = check_choice(self.heads, "heads", HEADS)
         if self.predictor is not None and not isinstance(self.predictor, BoundaryPredictor):
@@ -149,9 +223,19 @@ class Config(_CoreArgs):
         keep("_theta", self.theta if self.theta is not None else (1.1 if learned else -math.inf))
         keep("_nms", self.nms if self.nms is not None else (8 if learned else 4))
         keep("_predictor_args", self.predictor._core_args if learned and self.predictor is not None else None)
+        score = SCORES.index(self.score or "rows")  # rules of candidates other than upstream's are those of rows
         keep("_score_args", (score, pooling, heads, self.query_block, rows))
-        budget = self.budget if self.budget is None else min(self.budget, 2**63 - 1)  # more than any length is all keys
-        keep("_select_args", (budget, self.sink, self.local, self.dense_tail, self._score_args))
+        keep("_exact", self.budget is None and self.mass is None)
+        # More than any length is all keys; where every block is exact, functional.py sets the budget.
+        budget = 2**63 - 1 if self.budget is None else min(self.budget, 2**63 - 1)
+        floor = forced if self.floor is None else min(self.floor, 2**63 - 1)
+        keep(
+            "_select_args",
+            (
+                METHODS.index(self.method), budget, self.mass or 0.0, floor, self.sink, self.local, self.dense_tail,
+                self.key_block, self.stride or 0, self._score_args,
+            ),
+        )  # fmt: skip
 
     def _num_chunks(self, length: int) -> int:
         """The most gaps to cut at for `length` keys."""
@@ -174,8 +258,25 @@ class Config(_CoreArgs):
         )
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some fields changed, validated again. Unknown names raise TypeError."""
-        return Config(**{name: getattr(self, name) for name in self._asked} | changes)
+        """A copy with some fields changed, validated again. Unknown names raise TypeError.
+
+        `method` and `score` name one thing, so that a change of one lets go of the other.
+        """
+        kept = {name: getattr(self, name) for name in self._asked}
+        for name, other in (("method", "score"), ("score", "method")):
+            if name in changes and other not in changes:
+                kept.pop(other, None)
+        return Config(**kept | changes)
+
+    @classmethod
+    def source(cls, method: str, **overrides: Any) -> Config:
+        """The setting that a method's source names, as far as it is known; `overrides` are fields of Config.
+
+        Raises:
+            TypeError, ValueError: an unknown method, or as Config does.
+        """
+        check_choice(method, "method", METHODS)
+        return cls(**{"method": method, **SOURCES.get(method, {}), **overrides})
 
     @classmethod
     def paper(cls, **overrides: Any) -> Config:
@@ -189,7 +290,7 @@ class Config(_CoreArgs):
             "query_block": 256,
             "local": 128,
             "heads": "all",
-            "score": "block",
+            "method": "dhsa",
             "pooling": "mean_sqrt",
             "num_chunks": "paper",
             "nms": 8,
@@ -234,7 +335,8 @@ def _fit_defaults(values: dict[str, Any]) -> None:
 @functools.wraps(_generated_init)
 def _init(self: Config, **values: Any) -> None:
     _check_names(values)
-    asked = frozenset(values)
+    # Fields that None leaves to others (a method's own) stay so in variants.
+    asked = frozenset(name for name in values if values[name] is not None or getattr(Config, name) is not None)
     _fit_defaults(values)
     object.__setattr__(self, "_asked", asked)
     _generated_init(self, **values)

@@ -101,7 +101,7 @@ def run(
         # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads())
-    if config is None or config.budget is None:
+    if config is None or config._exact:
         start = perf_counter()
         _core.attend_dense(*args)
         seconds = perf_counter() - start
@@ -422,10 +422,11 @@ def select(
 
     Args:
         q, k: as in `attention`.
-        config: a Config; with a budget of None every block takes all its candidates.
-        boundaries: int [B, C + 1] to use in place of `config.boundaries`, for example those of an earlier layer.
-        window: the layer's sliding window. scale, softcap: the layer's, for config.score="rows"; None: 1 / sqrt(D), no
-            cap.
+        config: a Config; with a budget and a mass of None every block takes all its candidates.
+        boundaries: int [B, C + 1] to use in place of `config.boundaries`, for example those of an earlier layer; None
+            for methods without chunks.
+        window: the layer's sliding window. scale, softcap: the layer's, for all methods but "dhsa"; None: 1 / sqrt(D),
+            no cap.
 
     Returns:
         A Selection of shape (B, heads, nq), its arrays NumPy whatever q is.
@@ -439,16 +440,21 @@ def select(
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     select_args = config._select_args
-    shape = _score_shape(q, k, select_args[4][2], config.query_block)
+    shape = _score_shape(q, k, HEADS.index(config.heads), config.query_block)
+    chunks = config.score is not None
+    if not chunks and boundaries is not None:
+        raise ValueError(f"boundaries: method={config.method!r} cuts no chunks; expected None")
     if config.score == "block":
         scale = softcap = None  # its products are only compared with each other
-    if config.budget is None:
-        select_args = (max(k.shape[2], config.sink + config.local, 1), *select_args[1:])
     indptr = empty((shape[0] * shape[1] * shape[2] + 1,), np.int64, "q")
     _core.select_plan(q, k, select_args, scale, softcap, window, indptr)
-    cuts = _boundaries(k, config) if boundaries is None else _boundary_array(boundaries, k.shape[0])
+    cuts = None
+    if chunks:
+        cuts = _boundaries(k, config) if boundaries is None else _boundary_array(boundaries, k.shape[0])
     indices = empty((int(indptr[-1]),), np.int32, "config")
     _core.select(q, k, cuts, select_args, scale, softcap, window, indptr, indices, get_num_threads())
+    if indptr[-1] < indices.size:
+        indices = indices[: indptr[-1]].copy()  # a share of mass took less than there was room for
     return Selection._trusted(
         indptr,
         indices,

@@ -139,7 +139,7 @@ def attention_forward(
         and parts[0].row in (None, 0)
         and parts[0].q_stop - parts[0].q_start == q_len
     )
-    if parts is None or not (whole or config.budget is not None):
+    if parts is None or not (whole or not config._exact):
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
         _, _, stats = functional.run(query, key, value, _EXACT, key_ranges=ranges, out=view, **options)
         _record(module, layer, sliding_window, query, key, [(stats, 1)])

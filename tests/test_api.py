@@ -398,7 +398,7 @@ def test_config_defaults():
     }
     assert {name: getattr(config, name) for name in expected} == expected
     assert config._boundary_args(1000) == (0, 8, 125, 4, -math.inf, 4, None)
-    assert config._select_args == (2048, 128, 256, 64, (0, 0, 0, 128, 32))
+    assert config._select_args == (0, 2048, 0.0, 384, 128, 256, 64, 128, 0, (0, 0, 0, 128, 32))
 
 
 def test_config_fits_default_forced_keys_into_a_small_budget():

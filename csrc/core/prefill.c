@@ -1,11 +1,11 @@
-/* prefill.c: the pipeline: boundaries, then scores and lists and attention over them, a wave of blocks at a time; or attention
- * alone where nothing is left out. It strings the steps together and says what it did; how each is done lies in select/ and
- * attend/. */
+/* prefill.c: the pipeline: boundaries where the method has chunks, then scores and lists and attention over them, a wave of blocks
+ * at a time; or attention alone where nothing is left out. It strings the steps together and says what it did; how each is done
+ * lies in select/ and attend/. */
 #include <inttypes.h>
 #include <string.h>
 
 #include "core/internal.h"
-#include "select/select.h"
+#include "select/method.h"
 
 /* Number of (query, key) pairs visible to queries at positions [first, last]. */
 static double pairs_visible(int64_t first, int64_t last, int64_t window)
@@ -69,7 +69,8 @@ typedef struct {
     const dhsa_problem *p;
     const dhsa_select_config *config;
     dhsa_selector selector;
-    int64_t sets, blocks, capacity;
+    int64_t sets, blocks;
+    int64_t capacity; /* entries of a row of boundaries; both 0 where the method has no chunks */
     int32_t *boundaries;
     int64_t *indptr;
     int32_t *indices;
@@ -107,19 +108,16 @@ static dhsa_tensor part_of(const dhsa_tensor *t, int64_t b, int64_t batch, int64
 
 static dhsa_status select_wave(pipeline *l, const wave *w, dhsa_error *error)
 {
-    const int64_t q_len = l->p->q.shape[2], k_len = l->p->k.shape[2], rows = l->sets * w->blocks;
-    dhsa_status status = dhsa_scorer_wake(&l->selector.scorer, error);
+    dhsa_status status = dhsa_selector_wake(&l->selector, error);
     l->indptr[0] = 0;
-    for (int64_t r = 0; r < w->batch * rows; r++)
-        l->indptr[r + 1] = l->indptr[r] + dhsa_block_keys(l->config, q_len, k_len, w->first + r % w->blocks);
     for (int64_t i = 0; i < w->batch && !status; i++) {
-        /* The means of a batch row serve all its waves. */
-        if (w->first + w->blocks == l->blocks)
-            dhsa_scorer_begin(&l->selector.scorer, w->b + i, l->boundaries + (w->b + i) * l->capacity, l->capacity);
-        status = dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * rows, l->indices, error);
+        /* What the blocks of a batch row share serves all its waves. */
+        if (w->first + w->blocks == l->blocks) status = dhsa_selector_begin(&l->selector, w->b + i, error);
+        if (!status)
+            status = dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * l->sets * w->blocks, l->indices, error);
     }
     /* Scoring and attention need their workspaces one after the other. */
-    dhsa_scorer_rest(&l->selector.scorer);
+    dhsa_selector_rest(&l->selector);
     return status;
 }
 
@@ -171,23 +169,31 @@ static dhsa_status run_waves(pipeline *l, dhsa_stats *stats, int64_t *rows, int6
     return status;
 }
 
+static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_error *error)
+{
+    const dhsa_tensor *k = &l->p->k;
+    int64_t *counts = dhsa_alloc(k->shape[0], sizeof *counts);
+    l->capacity = dhsa_boundaries_capacity(config, k->shape[2]);
+    l->boundaries = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->boundaries);
+    const dhsa_status status =
+        counts && l->boundaries
+            ? dhsa_boundaries(k, config, l->boundaries, l->capacity, counts, l->p->num_threads, error)
+            : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+    dhsa_free(counts);
+    return status;
+}
+
 static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const dhsa_select_config *select,
                               dhsa_stats *stats, dhsa_error *error)
 {
     const double start = dhsa_now();
     const int64_t batch = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], k_len = p->k.shape[2];
-    pipeline l = {.p = p, .config = select, .selector.config = select};
+    pipeline l = {.p = p, .config = select};
     l.sets = dhsa_score_sets(&select->score, &p->q, &p->k);
     l.blocks = dhsa_block_count(&select->score, q_len);
-    l.capacity = dhsa_boundaries_capacity(config, k_len);
-    int64_t rows = 0, keys = 0, *counts = dhsa_alloc(batch, sizeof *counts);
+    int64_t rows = 0, keys = 0;
     dhsa_status status;
-    l.boundaries = dhsa_alloc(batch, l.capacity * (int64_t)sizeof *l.boundaries);
-    if (!counts || !l.boundaries) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l.capacity);
-        goto cleanup;
-    }
-    if ((status = dhsa_boundaries(&p->k, config, l.boundaries, l.capacity, counts, p->num_threads, error))) goto cleanup;
+    if (dhsa_method_has_chunks(select->method) && (status = cut(&l, config, error))) goto cleanup;
     run_waves(&l, NULL, &rows, &keys, NULL);
     l.indptr = dhsa_alloc(rows + 1, sizeof *l.indptr);
     l.indices = dhsa_alloc(keys, sizeof *l.indices);
@@ -196,16 +202,15 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
-    if ((status = dhsa_scorer_open(&l.selector.scorer, &p->q, &p->k, &select->score, l.capacity, p->num_threads, error)))
+    if ((status = dhsa_selector_open(&l.selector, &p->q, &p->k, l.boundaries, l.capacity, select, p->num_threads, error)))
         goto cleanup;
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;
     status = run_waves(&l, stats, NULL, NULL, error);
     stats->density =
         l.pairs / ((double)(batch * l.sets) * pairs_visible(k_len - q_len, k_len - 1, p->window < k_len ? p->window : 0));
-    dhsa_scorer_close(&l.selector.scorer);
+    dhsa_selector_close(&l.selector);
 cleanup:
-    dhsa_free(counts);
     dhsa_free(l.boundaries);
     dhsa_free(l.indptr);
     dhsa_free(l.indices);

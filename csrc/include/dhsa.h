@@ -142,19 +142,41 @@ typedef struct {
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
 
+/* How keys are found. All of them share what follows: forced keys, budget, exact blocks. */
+typedef enum {
+    DHSA_METHOD_ROWS = 0,       /* chunks, row scores: this project's */
+    DHSA_METHOD_DHSA,           /* chunks, the paper's block score */
+    DHSA_METHOD_WINDOW,         /* sinks and the most recent keys: StreamingLLM */
+    DHSA_METHOD_BLOCK,          /* means of fixed blocks */
+    DHSA_METHOD_VERTICAL_SLASH, /* columns and diagonals: MInference */
+    DHSA_METHOD_XATTENTION,     /* sums along antidiagonals: XAttention */
+    DHSA_METHOD_PROXY,          /* proxy heads: ProxyAttn */
+    DHSA_METHOD_HISA,           /* blocks, then keys inside */
+    DHSA_METHOD_POWER,          /* blocks at distances of powers of two: PowerAttention */
+    DHSA_METHOD_ORACLE          /* from the exact scores, for study */
+} dhsa_method_kind;
+
 typedef struct {
-    int64_t budget; /* keys a block may see, forced ones counted */
+    dhsa_method_kind method;
+    int64_t budget; /* keys a block may see, forced ones counted; with a mass: at most */
+    double mass;    /* 0: none; else the share of a block's estimated attention mass that its keys are to hold */
+    int64_t floor;  /* with a mass: the least keys, sink + local to budget */
     int64_t sink, local;
-    int64_t dense_tail; /* blocks that hold one of the last dense_tail queries see every candidate */
-    dhsa_score_config score;
+    int64_t dense_tail;      /* blocks that hold one of the last dense_tail queries see every candidate */
+    int64_t key_block;       /* keys of a block, for methods of fixed blocks */
+    int64_t stride;          /* xattention, proxy */
+    dhsa_score_config score; /* score: block goes with method dhsa and only with it; rows for methods without chunks: ignored */
 } dhsa_select_config;
 
-/* indptr [B * S * nq + 1] depends on shapes only; call plan first, allocate indptr[last] indices, then select. */
+/* Whether a method cuts keys into chunks: others take no boundaries. */
+int dhsa_method_has_chunks(dhsa_method_kind kind);
+/* indptr [B * S * nq + 1], the room that lists need, depends on shapes only; call plan first, allocate indptr[last] indices, then
+ * select, which writes to indptr where the lists really lie: shorter ones if a mass is given, else the same. boundaries may be NULL
+ * for methods without chunks. */
 dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
                              dhsa_error *error);
 dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
-                        const dhsa_select_config *config, const int64_t *indptr, int32_t *indices, int num_threads,
-                        dhsa_error *error);
+                        const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads, dhsa_error *error);
 
 /* ---- the pipeline ------------------------------------------------------------------------------------------- */
 

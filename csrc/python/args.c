@@ -288,14 +288,22 @@ int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config)
 int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config)
 {
     memset(config, 0, sizeof *config);
-    return check_tuple(tuple, "select config", 5) != 0 ||
-                   dhsa_py_int(PyTuple_GetItem(tuple, 0), "budget", 1, INT64_MAX, &config->budget) != 0 ||
-                   dhsa_py_int(PyTuple_GetItem(tuple, 1), "sink", 0, INT64_MAX, &config->sink) != 0 ||
-                   dhsa_py_int(PyTuple_GetItem(tuple, 2), "local", 0, INT64_MAX, &config->local) != 0 ||
-                   dhsa_py_int(PyTuple_GetItem(tuple, 3), "dense_tail", 0, INT64_MAX, &config->dense_tail) != 0 ||
-                   dhsa_py_score_config(PyTuple_GetItem(tuple, 4), &config->score) != 0
-               ? -1
-               : 0;
+    int64_t method = 0;
+    if (check_tuple(tuple, "select config", 10) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 0), "method", 0, DHSA_METHOD_ORACLE, &method) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 1), "budget", 1, INT64_MAX, &config->budget) != 0 ||
+        dhsa_py_double(PyTuple_GetItem(tuple, 2), "mass", 0, &config->mass) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 3), "floor", 0, INT64_MAX, &config->floor) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 4), "sink", 0, INT64_MAX, &config->sink) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 5), "local", 0, INT64_MAX, &config->local) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 6), "dense_tail", 0, INT64_MAX, &config->dense_tail) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 7), "key_block", 0, INT64_MAX, &config->key_block) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 8), "stride", 0, INT64_MAX, &config->stride) != 0 ||
+        dhsa_py_score_config(PyTuple_GetItem(tuple, 9), &config->score) != 0) {
+        return -1;
+    }
+    config->method = (dhsa_method_kind)method;
+    return 0;
 }
 
 PyObject *dhsa_py_raise(const dhsa_error *error)

@@ -42,7 +42,7 @@ int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_bo
                             dhsa_py_predictor *predictor);
 /* (score, pooling, heads, query_block, rows); scale, softcap and window are set apart. */
 int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config);
-/* (budget, sink, local, dense_tail, score tuple). */
+/* (method, budget, mass or 0, floor, sink, local, dense_tail, key_block, stride or 0, score tuple). */
 int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config);
 
 /* Raises what a dhsa_error says, and returns NULL. */

@@ -452,18 +452,18 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     int threads = 0;
     PyObject *result = NULL;
     if (check_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 ||
-        get_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
+        get_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
         return NULL;
     }
-    if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 0, &config.score, &a) == 0) {
-        const int64_t *indptr = a.indptr.data;
+    if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 1, &config.score, &a) == 0) {
+        int64_t *indptr = a.indptr.data;
         const int64_t total[1] = {indptr[a.indptr.shape[0] - 1]};
         if (dhsa_py_array_open(state, args[8], "indices", DL_INT, 32, 1, total, 1, &a.output) == 0) {
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status =
-                dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, indptr, a.output.data, threads, &error);
+            status = dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.data ? a.boundaries.shape[1] : 0, &config, indptr,
+                                 a.output.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }

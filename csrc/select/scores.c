@@ -1,11 +1,11 @@
-/* scores.c: how much each block of queries wants each chunk: candidates, the paper's block score, and dhsa_chunk_scores.
- * Row scores are in rows.c; what a score buys is dhsa.c's. Source: arXiv 2510.24606. */
+/* scores.c: how much each block of queries wants each chunk: candidates, what the two scores of chunks (rows.c, dhsa.c) have in
+ * common, their methods, and dhsa_chunk_scores. What a score buys is take.c's. Source: arXiv 2510.24606. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
 
 #include "core/threads.h"
-#include "select/select.h"
+#include "select/method.h"
 
 /* ---- arguments and spans --------------------------------------------------------------------------------------- */
 
@@ -81,43 +81,6 @@ void dhsa_mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to, 
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
 
-/* The mean query of the set's heads against the mean key of its KV heads: a dot product a chunk and KV head. */
-static unsigned char score_block(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, float *query, float *score)
-{
-    const int64_t dim = s->q->shape[3], members = s->heads_per_kv * s->kv_per_set, chunks = s->chunks.chunks;
-    const int root = s->config->pooling == DHSA_POOL_MEAN_SQRT;
-    const float *means = s->chunks.means;
-    float *one = query + dim;
-    int finite = 1;
-    for (int64_t h = 0; h < members; h++) {
-        dhsa_mean_query(s, job->set * members + h, job->from, job->to, 1.0f, h == 0 ? query : one);
-        if (h > 0) s->kernels->add(one, DHSA_F32, dim, query);
-    }
-    const double factor = s->config->scale * (root ? sqrt((double)(job->to - job->from)) : 1.0) / (double)(members * s->kv_per_set);
-    for (int64_t c = 0; c < job->n; c++) {
-        const int64_t at = job->first + c;
-        const double length = (double)(s->chunks.edges[at + 1] - s->chunks.edges[at]);
-        double sum = 0;
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++)
-            sum += s->kernels->dot(query, means + (h * s->chunks.pitch + at) * dim, dim);
-        score[c] = (float)(sum * factor * (root ? sqrt(length) : 1.0));
-        int good = 1;
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++) good &= s->chunks.state[h * chunks + at] == DHSA_CHUNK_GOOD;
-        finite &= !good || isfinite(score[c]);
-    }
-    /* A block of queries that are not finite has no opinion. */
-    const double cap = s->config->softcap;
-    for (int64_t c = 0; c < job->n; c++) {
-        if (!finite)
-            score[c] = 0;
-        else if (cap > 0)
-            score[c] = (float)(cap * tanh(score[c] / cap));
-    }
-    unsigned char last = DHSA_CHUNK_GOOD;
-    for (int64_t h = kv; h < kv + s->kv_per_set; h++) last = DHSA_MAX(last, s->chunks.state[h * chunks + job->first + job->n - 1]);
-    return last;
-}
-
 /* First entry of edges [0, n) that is at least x (above: more than x). */
 static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
 {
@@ -132,12 +95,11 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     return low;
 }
 
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, int thread, float *score, int64_t *first, int64_t *last)
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, int64_t *first, int64_t *last)
 {
     const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
     const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
     const int32_t *edges = s->chunks.edges;
-    char *arena = s->arenas + thread * s->arena_size;
     *first = search(edges, chunks + 1, span.lo, 1) - 1;
     *last = search(edges, chunks + 1, span.end, 0);
     dhsa_block_job job = {set, block * s->config->query_block, 0, *first, *last - *first, 0};
@@ -147,8 +109,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, int threa
     /* Row scores may not look past the block's end; the paper's means are of whole chunks. */
     if (rows && edges[*last] > span.end) job.cut_end = span.end;
     score += *first;
-    const unsigned char last_state =
-        rows ? dhsa_rows_score(s, &job, kv, arena, score) : score_block(s, &job, kv, (float *)arena, score);
+    const unsigned char last_state = rows ? dhsa_rows_score(s, &job, kv, arena, score) : dhsa_mean_score(s, &job, kv, arena, score);
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
         for (int64_t h = kv; h < kv + s->kv_per_set; h++) state = DHSA_MAX(state, s->chunks.state[h * chunks + job.first + c]);
@@ -162,7 +123,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, int threa
 /* ---- the scorer -------------------------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int num_threads, dhsa_error *error)
+                             int64_t n_boundaries, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
     const int rows = config->score == DHSA_SCORE_ROWS;
@@ -174,8 +135,6 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->sets = dhsa_score_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
     s->capacity = n_boundaries - 1;
-    /* No workspaces for threads that would find nothing to do; the means are worth a few in any case. */
-    s->num_threads = (int)DHSA_MIN(num_threads, DHSA_MAX(s->sets * s->blocks, 16));
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
     dhsa_means_kind kind = DHSA_MEANS_F32;
@@ -186,44 +145,80 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     if (kind != DHSA_MEANS_F32) s->bf16 = s->kernels->bf16;
     const int opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
     s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_round_up(2 * dim * 4, DHSA_ALIGN);
-    if (opened && dhsa_scorer_wake(s, NULL) == DHSA_OK) return DHSA_OK;
+    if (opened) return DHSA_OK;
     dhsa_scorer_close(s);
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks", n_boundaries - 1);
-}
-
-dhsa_status dhsa_scorer_wake(dhsa_scorer *s, dhsa_error *error)
-{
-    if (!s->arenas) s->arenas = dhsa_alloc(s->arena_size, s->num_threads);
-    return s->arenas ? DHSA_OK
-                     : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces of %" PRId64 " bytes",
-                                 s->num_threads, s->arena_size);
-}
-
-void dhsa_scorer_rest(dhsa_scorer *s)
-{
-    dhsa_free(s->arenas);
-    s->arenas = NULL;
 }
 
 void dhsa_scorer_close(dhsa_scorer *s)
 {
     dhsa_chunks_close(&s->chunks);
-    dhsa_free(s->arenas);
     memset(s, 0, sizeof *s);
 }
 
-void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries)
+void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas, int64_t stride,
+                       int num_threads)
 {
     s->b = b;
     s->chunks.edges = boundaries;
     s->chunks.chunks = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
-    dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, s->arenas, s->arena_size, s->num_threads);
+    dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, arenas, stride, num_threads);
 }
+
+/* ---- the methods ------------------------------------------------------------------------------------------------- */
+
+static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
+{
+    dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
+    if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
+    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, error);
+    if (status) {
+        dhsa_free(scorer);
+        return status;
+    }
+    s->state = scorer;
+    s->units = scorer->capacity;
+    s->arena_size = scorer->arena_size + scorer->capacity * 4; /* what the scorer works in, then the scores */
+    return DHSA_OK;
+}
+
+static void close_chunks(dhsa_selector *s)
+{
+    if (s->state) dhsa_scorer_close(s->state);
+    dhsa_free(s->state);
+}
+
+static dhsa_status begin_chunks(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    (void)error;
+    dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas, s->arena_stride,
+                      s->num_threads);
+    return DHSA_OK;
+}
+
+static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                           int64_t room)
+{
+    const dhsa_scorer *scorer = s->state;
+    char *arena = dhsa_selector_arena(s, thread);
+    float *score = (float *)(arena + scorer->arena_size);
+    dhsa_units units = {.edges = scorer->chunks.edges, .score = score};
+    dhsa_scorer_run(scorer, set, block, arena, score, &units.first, &units.last);
+    return dhsa_take(s, thread, span, &units, row, room);
+}
+
+const dhsa_method dhsa_method_rows = {
+    .name = "rows", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};
+const dhsa_method dhsa_method_dhsa = {
+    .name = "dhsa", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};
+
+/* ---- scores alone ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     dhsa_scorer scorer;
     float *scores;
     int64_t width; /* chunks, padding included */
+    char *arenas;
 } scores_job;
 
 static void scores_task(void *context, int64_t index, int thread)
@@ -233,7 +228,7 @@ static void scores_task(void *context, int64_t index, int thread)
     const int64_t block = s->blocks - 1 - index / s->sets, set = index % s->sets;
     float *score = job->scores + ((s->b * s->sets + set) * s->blocks + block) * job->width;
     int64_t first, last;
-    dhsa_scorer_run(s, set, block, thread, score, &first, &last);
+    dhsa_scorer_run(s, set, block, job->arenas + thread * s->arena_size, score, &first, &last);
     for (int64_t c = 0; c < first; c++) score[c] = -INFINITY;
     for (int64_t c = last; c < job->width; c++) score[c] = -INFINITY;
 }
@@ -242,15 +237,20 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error)
 {
     scores_job job = {.scores = scores, .width = n_boundaries - 1};
+    dhsa_scorer *s = &job.scorer;
     dhsa_status status;
     if ((status = dhsa_score_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
-        (status = dhsa_scorer_open(&job.scorer, q, k, config, n_boundaries, num_threads, error)))
+        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, error)))
         return status;
-    for (int64_t b = 0; b < q->shape[0]; b++) {
-        dhsa_scorer_begin(&job.scorer, b, boundaries + b * n_boundaries, n_boundaries);
-        dhsa_parallel(job.scorer.sets * job.scorer.blocks, job.scorer.num_threads, scores_task, &job);
+    num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
+    job.arenas = dhsa_alloc(s->arena_size, num_threads);
+    if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);
+    for (int64_t b = 0; b < q->shape[0] && !status; b++) {
+        dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads);
+        dhsa_parallel(s->sets * s->blocks, num_threads, scores_task, &job);
     }
-    dhsa_scorer_close(&job.scorer);
-    return DHSA_OK;
+    dhsa_free(job.arenas);
+    dhsa_scorer_close(s);
+    return status;
 }

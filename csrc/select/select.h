@@ -1,5 +1,5 @@
-/* select.h: what the files of select/ share: which keys are a block's candidates, chunk means, and the scorer of one
- * (head set, query block). Private to the core; the public entries are in dhsa.h. */
+/* select.h: what the files of select/ share: which keys are a block's candidates, chunk means, and the scorer of chunks for
+ * one (head set, query block). What a method is lies in method.h. Private to the core; the public entries are in dhsa.h. */
 #ifndef DHSA_SELECT_H
 #define DHSA_SELECT_H
 
@@ -13,9 +13,12 @@ typedef struct {
 /* The candidates: up to the block's nominal end (capped by Lk), and in a window layer from the union of its queries'
  * windows on (rows) or from the nominal end minus the window (block), but never above the block's own first position. */
 dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, int64_t k_len, int64_t block);
-/* Whether a block sees every visible key: it ends within the budget, its windows do, or it is part of the dense tail.
+/* Whether a block sees every visible key: it ends within the budget (within the floor, where a share of mass decides), its
+ * windows do, or it is part of the dense tail.
  * *span receives the keys it may see: the union of its queries' windows if exact, else the candidates. */
 int dhsa_span_exact(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block, dhsa_span *span);
+/* The most keys the list of a block has: just as many, unless a share of mass decides. */
+int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block);
 
 dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config, dhsa_error *error);
 dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, dhsa_error *error);
@@ -75,15 +78,13 @@ typedef struct {
     const dhsa_tensor *q, *k;
     const dhsa_score_config *config;
     int64_t b, sets, blocks;
-    int num_threads;
     dhsa_chunks chunks;
     int64_t capacity;     /* chunks, padding included */
     int64_t step;         /* queries of a mean row */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
-    int panels; /* panels of rows worked on at a time, at most */
-    char *arenas;
-    int64_t arena_size;
+    int panels;         /* panels of rows worked on at a time, at most */
+    int64_t arena_size; /* bytes that a thread works in, which the caller lends: a multiple of DHSA_ALIGN */
 } dhsa_scorer;
 
 /* One block against chunks [first, first + n): what the two scores have in common. */
@@ -93,18 +94,16 @@ typedef struct {
     int64_t cut_end; /* rows: the last chunk is cut here; 0: it is not */
 } dhsa_block_job;
 
-/* Allocates for boundaries rows of n_boundaries entries. Arguments have been checked. */
+/* Allocates the means for boundaries rows of n_boundaries entries. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int num_threads, dhsa_error *error);
+                             int64_t n_boundaries, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
-/* The workspaces of threads, which open makes, can be given back and made anew while the means stay. */
-void dhsa_scorer_rest(dhsa_scorer *s);
-dhsa_status dhsa_scorer_wake(dhsa_scorer *s, dhsa_error *error);
-/* Turns to batch row b: chunk means, in parallel. */
-void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries);
+/* Turns to batch row b and its boundaries: chunk means, in parallel. Thread t works at arenas + t * stride. */
+void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas, int64_t stride,
+                       int num_threads);
 /* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
- * empty chunks -inf, chunks without a finite mean +inf. To be called from within a task of `thread`. */
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, int thread, float *score, int64_t *first, int64_t *last);
+ * empty chunks -inf, chunks without a finite mean +inf. */
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, int64_t *first, int64_t *last);
 
 /* The mean of queries [from, to) of head h, times sign: -1, 0 or 1. */
 void dhsa_mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to, float sign, float *mean);
@@ -113,20 +112,7 @@ void dhsa_mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to, 
 int64_t dhsa_rows_plan(dhsa_scorer *s);
 /* Scores [n] of one block, kv the first KV head of its set; returns the state of the last chunk as the block sees it. */
 unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);
-
-/* ---- lists --------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    dhsa_scorer scorer;
-    const dhsa_select_config *config;
-} dhsa_selector;
-
-/* Writes the lists of blocks [first, first + blocks) of the scorer's batch row, for every set: that of (set, block) to
- * indices + indptr[set * blocks + block - first], its length as indptr says. begin must have been called if any of them
- * is not exact. */
-dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blocks, const int64_t *indptr, int32_t *indices,
-                              dhsa_error *error);
-/* How many keys the list of a block has. */
-int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block);
+/* The paper's score, dhsa.c, alike. It works in 2 * dim floats. */
+unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);
 
 #endif

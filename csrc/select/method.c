@@ -1,0 +1,118 @@
+/* method.c: the table of methods, and the selector that runs one of them over all blocks: workspaces, threads, exact blocks,
+ * lists put one after the other. How a method finds its keys is its own file's. */
+#include "select/method.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "core/threads.h"
+
+/* Adding a method: its name here, in dhsa.h's dhsa_method_kind and in config.py's METHODS. */
+extern const dhsa_method dhsa_method_rows, dhsa_method_dhsa, dhsa_method_window;
+
+static const dhsa_method *const methods[] = {
+    [DHSA_METHOD_ROWS] = &dhsa_method_rows,
+    [DHSA_METHOD_DHSA] = &dhsa_method_dhsa,
+    [DHSA_METHOD_WINDOW] = &dhsa_method_window,
+};
+
+const dhsa_method *dhsa_method_find(dhsa_method_kind kind)
+{
+    return (int)kind >= 0 && (size_t)kind < sizeof methods / sizeof *methods ? methods[kind] : NULL;
+}
+
+dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
+                               int64_t n_boundaries, const dhsa_select_config *config, int num_threads, dhsa_error *error)
+{
+    memset(s, 0, sizeof *s);
+    s->method = dhsa_method_find(config->method);
+    s->config = config;
+    s->kernels = dhsa_kernels_current();
+    s->q = q;
+    s->k = k;
+    s->boundaries = boundaries;
+    s->n_boundaries = n_boundaries;
+    s->sets = dhsa_score_sets(&config->score, q, k);
+    s->blocks = dhsa_block_count(&config->score, q->shape[2]);
+    s->heads_per_set = q->shape[1] / s->sets;
+    s->group = q->shape[1] / k->shape[1];
+    s->num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
+    dhsa_status status = s->method->open ? s->method->open(s, error) : DHSA_OK;
+    s->arena_size = dhsa_round_up(s->arena_size, DHSA_ALIGN);
+    s->arena_stride = s->arena_size + dhsa_round_up(s->units * 8, DHSA_ALIGN);
+    if (!status) status = dhsa_selector_wake(s, error);
+    if (status) dhsa_selector_close(s);
+    return status;
+}
+
+void dhsa_selector_close(dhsa_selector *s)
+{
+    if (s->method && s->method->close) s->method->close(s);
+    dhsa_free(s->arenas);
+    memset(s, 0, sizeof *s);
+}
+
+dhsa_status dhsa_selector_wake(dhsa_selector *s, dhsa_error *error)
+{
+    if (!s->arenas) s->arenas = dhsa_alloc(DHSA_MAX(s->arena_stride, DHSA_ALIGN), s->num_threads);
+    return s->arenas ? DHSA_OK
+                     : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for %d workspaces of %" PRId64 " bytes",
+                                 s->num_threads, s->arena_stride);
+}
+
+void dhsa_selector_rest(dhsa_selector *s)
+{
+    dhsa_free(s->arenas);
+    s->arenas = NULL;
+}
+
+dhsa_status dhsa_selector_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    s->b = b;
+    return s->method->begin ? s->method->begin(s, b, error) : DHSA_OK;
+}
+
+/* ---- all blocks -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const dhsa_selector *selector;
+    int64_t first, blocks;
+    const int64_t *indptr; /* the room of each list */
+    int64_t *counts;       /* how many keys it has */
+    int32_t *indices;
+} list_job;
+
+static void list_task(void *context, int64_t index, int thread)
+{
+    const list_job *job = context;
+    const dhsa_selector *s = job->selector;
+    /* Set by set, so that what belongs to it stays in cache; late blocks have most candidates: the heaviest first. */
+    const int64_t block = job->blocks - 1 - index % job->blocks, set = index / job->blocks;
+    const int64_t at = set * job->blocks + block, room = job->indptr[at + 1] - job->indptr[at];
+    int32_t *row = job->indices + job->indptr[at];
+    dhsa_span span;
+    const int exact = dhsa_span_exact(s->config, s->q->shape[2], s->k->shape[2], job->first + block, &span);
+    if (exact || (s->config->mass == 0 && room == span.end - span.lo))
+        job->counts[at] = dhsa_write_keys(row, span.lo, span.end);
+    else
+        job->counts[at] = s->method->list(s, set, job->first + block, span, thread, row, room);
+}
+
+dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blocks, int64_t *indptr, int32_t *indices,
+                              dhsa_error *error)
+{
+    const int64_t lists = s->sets * blocks;
+    list_job job = {s, first, blocks, indptr, dhsa_alloc(lists, sizeof *job.counts), indices};
+    if (!job.counts) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the lengths of %" PRId64 " lists", lists);
+    for (int64_t at = 0; at < lists; at++)
+        indptr[at + 1] = indptr[at] + dhsa_block_keys(s->config, s->q->shape[2], s->k->shape[2], first + at % blocks);
+    dhsa_parallel(lists, s->num_threads, list_task, &job);
+    for (int64_t at = 0, from = indptr[0]; at < lists; at++) { /* shorter lists close up; `from` is where the room began */
+        const int64_t next = indptr[at + 1];
+        if (from != indptr[at]) memmove(indices + indptr[at], indices + from, (size_t)job.counts[at] * sizeof *indices);
+        indptr[at + 1] = indptr[at] + job.counts[at];
+        from = next;
+    }
+    dhsa_free(job.counts);
+    return DHSA_OK;
+}

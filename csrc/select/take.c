@@ -1,0 +1,170 @@
+/* take.c: from scores to a list: forced keys, then the best units until the row is full or a share of mass is held. The same for
+ * every method, so that at one budget their lists have one length. A weighted radix select: O(units). */
+#include <math.h>
+#include <string.h>
+
+#include "select/method.h"
+
+/* Digits of an order-preserving image of the score, highest first. */
+enum { PASSES = 3, MOST_DIGITS = 1 << 11 };
+static const int shifts[PASSES] = {21, 10, 0};
+static const uint32_t masks[PASSES] = {0x7ff, 0x7ff, 0x3ff};
+
+/* What one thread works in, [units] each. */
+typedef struct {
+    uint32_t *key;  /* the image of the score */
+    int32_t *alive; /* units whose higher digits equal the threshold's */
+} scratch;
+
+/* The candidates that are not forced: keys [from, to). */
+typedef struct {
+    const dhsa_units *units;
+    int64_t from, to;
+} free_keys;
+
+static inline int64_t edge(const dhsa_units *u, int64_t c) { return u->edges ? u->edges[c] : c; }
+
+/* How many keys of [from, to) are unit c's. */
+static inline int64_t keys_within(const dhsa_units *u, int64_t c, int64_t from, int64_t to)
+{
+    return DHSA_MAX(DHSA_MIN(edge(u, c + 1), to) - DHSA_MAX(edge(u, c), from), 0);
+}
+
+static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_within(f->units, c, f->from, f->to); }
+
+/* Fills w->key, and w->alive with the units that have free keys; returns how many. */
+static int64_t order(const free_keys *f, const scratch *w)
+{
+    int64_t count = 0;
+    for (int64_t c = f->units->first; c < f->units->last; c++) {
+        uint32_t u;
+        memcpy(&u, f->units->score + c, sizeof u);
+        w->key[c] = u & 0x80000000u ? ~u : u | 0x80000000u;
+        if (free_in(f, c) > 0) w->alive[count++] = (int32_t)c;
+    }
+    return count;
+}
+
+/* Of the units alive, keeps those with this digit. */
+static int64_t keep(const scratch *w, int64_t count, int pass, uint32_t digit)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i++)
+        if ((w->key[w->alive[i]] >> shifts[pass] & masks[pass]) == digit) w->alive[kept++] = w->alive[i];
+    return kept;
+}
+
+/* The image that the unit of rank `need` has, keys counted, best first; *left receives how many keys of units with just that
+ * image are still wanted. `need` is at least 1 and at most the number of free keys. */
+static uint32_t threshold(const free_keys *f, const scratch *w, int64_t need, int64_t *left)
+{
+    uint32_t prefix = 0;
+    int64_t count = order(f, w);
+    for (int pass = 0; pass < PASSES; pass++) {
+        int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most INT32_MAX / 2 in all */
+        for (int64_t i = 0; i < count; i++)
+            histogram[w->key[w->alive[i]] >> shifts[pass] & masks[pass]] += (int32_t)free_in(f, w->alive[i]);
+        uint32_t digit = masks[pass];
+        while (histogram[digit] < need) need -= histogram[digit--];
+        prefix |= digit << shifts[pass];
+        count = keep(w, count, pass, digit);
+    }
+    *left = need;
+    return prefix;
+}
+
+/* How many free keys hold `need` of the mass, units taken whole and best first. Sums are taken in the order of keys, by one
+ * thread, so they are the same for any number of threads. */
+static int64_t keys_for(const free_keys *f, dhsa_span span, const scratch *w, double need)
+{
+    const dhsa_units *u = f->units;
+    int64_t count = order(f, w), keys = 0;
+    for (int pass = 0; pass < PASSES; pass++) {
+        double histogram[MOST_DIGITS] = {0};
+        int32_t sizes[MOST_DIGITS] = {0};
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t c = w->alive[i], n = free_in(f, c);
+            const uint32_t digit = w->key[c] >> shifts[pass] & masks[pass];
+            histogram[digit] += (double)u->mass[c] * (double)n / (double)keys_within(u, c, span.lo, span.end);
+            sizes[digit] += (int32_t)n;
+        }
+        uint32_t digit = masks[pass];
+        while (histogram[digit] < need) {
+            need -= histogram[digit];
+            keys += sizes[digit];
+            if (digit-- == 0) return keys; /* rounding: the digits of a digit may hold a hair less than it did */
+        }
+        count = keep(w, count, pass, digit);
+    }
+    for (int64_t i = count - 1; i >= 0 && need > 0; i--) { /* equal scores: the recent ones first */
+        const int64_t c = w->alive[i], n = free_in(f, c);
+        need -= (double)u->mass[c] * (double)n / (double)keys_within(u, c, span.lo, span.end);
+        keys += n;
+    }
+    return keys;
+}
+
+/* The length of a list that is to hold a share of mass. */
+static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, const free_keys *f, const scratch *w, int64_t room)
+{
+    const dhsa_units *u = f->units;
+    const int64_t forced = span.end - span.lo - (f->to - f->from);
+    double total = 0, held = 0;
+    int64_t sure = 0;
+    for (int64_t c = u->first; c < u->last; c++) {
+        const int64_t keys = keys_within(u, c, span.lo, span.end), n = free_in(f, c);
+        if (keys == 0) continue;
+        total += u->mass[c];
+        held += (double)u->mass[c] * (double)(keys - n) / (double)keys;
+        if (u->score[c] == INFINITY) sure += n;
+    }
+    /* A block without an estimate, and one that is to hold everything, takes what it may. */
+    if (!(total > 0) || config->mass >= 1) return room;
+    const double need = config->mass * total - held;
+    const int64_t size = forced + (need > 0 ? keys_for(f, span, w, need) : sure);
+    return DHSA_MIN(DHSA_MAX(size, config->floor), room);
+}
+
+int64_t dhsa_write_keys(int32_t *row, int64_t from, int64_t to)
+{
+    for (int64_t j = from; j < to; j++) row[j - from] = (int32_t)j;
+    return DHSA_MAX(to - from, 0);
+}
+
+/* Writes keys [from, to) below `end` and returns the new end. */
+static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
+{
+    if (from >= to) return end;
+    dhsa_write_keys(end - (to - from), from, to);
+    return end - (to - from);
+}
+
+int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int32_t *row, int64_t room)
+{
+    const dhsa_select_config *config = s->config;
+    char *arena = dhsa_selector_arena(s, thread) + s->arena_size;
+    const scratch w = {(uint32_t *)arena, (int32_t *)(arena + s->units * 4)};
+    const int64_t sink = DHSA_MAX(DHSA_MIN(config->sink, span.end) - span.lo, 0);
+    const free_keys f = {units, span.lo + sink, span.end - config->local};
+    const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;
+    const int64_t need = size - sink - config->local;
+    int64_t left = 0;
+    /* Backwards, so that of equal scores the more recent keys come first. */
+    int32_t *end = write_below(row + size, f.to, span.end);
+    if (need > 0) {
+        const uint32_t least = threshold(&f, &w, need, &left);
+        for (int64_t c = units->last - 1; c >= units->first; c--) {
+            if (w.key[c] < least) continue;
+            const int64_t to = DHSA_MIN(edge(units, c + 1), f.to);
+            int64_t from = DHSA_MAX(edge(units, c), f.from);
+            if (from >= to) continue;
+            if (w.key[c] == least) {
+                from = DHSA_MAX(from, to - left);
+                left -= to - from;
+            }
+            end = write_below(end, from, to);
+        }
+    }
+    write_below(end, span.lo, f.from);
+    return size;
+}

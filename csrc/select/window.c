@@ -1,0 +1,14 @@
+/* window.c: the selection that looks at nothing: the first keys and the most recent ones, as many as the budget holds.
+ * Source: attention sinks, StreamingLLM (arXiv 2309.17453); the shape is also called A. */
+#include "select/method.h"
+
+static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+{
+    const int64_t sink = DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0);
+    (void)set, (void)block, (void)thread;
+    dhsa_write_keys(row, span.lo, span.lo + sink);
+    dhsa_write_keys(row + sink, span.end - (room - sink), span.end);
+    return room;
+}
+
+const dhsa_method dhsa_method_window = {.name = "window", .list = list};
