@@ -1,12 +1,22 @@
-"""Every selection method against its reference twin, and what they all share: forced keys, budgets, exact blocks.
+"""Every selection method against its reference twin, and what they all share: forced keys, budgets, shares of mass,
+exact blocks, windows, threads, the pipeline. A method joins by its entry in reference.METHODS.
 
 What is particular to chunks (boundaries, their scores) is tested in test_select.py.
 """
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dhsa
+from dhsa import functional, reference
+from dhsa.config import METHODS, NO_MASS
+
+TOLERANCE = 1e-5  # relative, of fp32 scores
+TWINS = sorted(reference.METHODS)
+MASSY = [method for method in TWINS if method not in NO_MASS]
+few = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -14,21 +24,300 @@ def normal(*shape, seed=0, dtype=np.float32):
 
 
 def small(**options):
-    return dhsa.Config(**{"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, **options})
+    return dhsa.Config(
+        **{"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, "key_block": 12, **options}
+    )
+
+
+def twin_options(config, **layer):
+    names = ("budget", "mass", "floor", "query_block", "sink", "local", "dense_tail", "heads", "key_block", "stride",
+             "pooling", "rows")  # fmt: skip
+    return {name: getattr(config, name) for name in names} | layer
+
+
+def row_of(selection, r):
+    return selection.indices[selection.indptr[r] : selection.indptr[r + 1]]
+
+
+def check_row(got, here, found, config):
+    """One list against the twin's units: equal, but for units whose scores cannot be told apart in fp32."""
+    if found is None:
+        np.testing.assert_array_equal(got, np.arange(here.lo, here.end))
+        return
+    if not isinstance(found, reference.Units):
+        np.testing.assert_array_equal(got, found)
+        return
+    bounds = {"budget": here.room, "sink": config.sink, "local": config.local}
+    if config.mass is not None:
+        bounds |= {"mass": config.mass, "floor": config.floor}
+        least, most = (
+            len(reference.take(found, here.lo, here.end, **bounds | {"mass": config.mass * factor}))
+            for factor in (1 - TOLERANCE, min(1 + TOLERANCE, 1 / config.mass))
+        )
+        assert least <= len(got) <= most
+    want = reference.take(found, here.lo, here.end, **bounds)
+    other = np.setxor1d(got, want)
+    if other.size == 0:
+        return
+    if config.mass is None:
+        assert len(got) == len(want)
+    unit = np.searchsorted(found.edges, other, side="right") - 1
+    scores = found.score[unit]
+    size = np.abs(found.score[np.isfinite(found.score)]).max() if config.method in NO_MASS else np.abs(scores).max()
+    assert 0 < np.ptp(scores) <= TOLERANCE * size
+
+
+def check(q, k, config, *, edges=None, **layer):
+    """The C lists are the twin's; returns the selection and how many lists were not exact."""
+    if config.score is not None and edges is None:
+        edges = dhsa.boundaries(k, config)
+    got = dhsa.select(q, k, config, boundaries=edges, **layer)
+    assert (got.boundaries is None) == (config.score is None)
+    options = twin_options(config, **layer)
+    if config.method == "dhsa":
+        options |= {"scale": 1.0, "softcap": None}
+    chosen = rows = 0
+    for here, found in reference.method_blocks(config.method, q, k, boundaries=edges, **options):
+        check_row(row_of(got, rows), here, found, config)
+        rows += 1
+        chosen += found is not None
+    assert rows == len(got.indptr) - 1
+    assert len(got.indices) == got.indptr[-1]
+    return got, chosen
+
+
+@pytest.fixture(params=dhsa.build_info()["isa_detected"])
+def isa(request):
+    dhsa.set_isa(request.param)  # put back by conftest.py
+    return request.param
+
+
+# ---- against the twins -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 30, 50, 90])
+@pytest.mark.parametrize("heads", ["all", "group", "head"])
+@pytest.mark.parametrize("method", TWINS)
+def test_method(isa, method, heads, window):
+    q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
+    got, chosen = check(q, k, small(method=method, heads=heads), window=window, scale=0.5, softcap=3.0)
+    assert got.shape == (2, {"all": 1, "group": 2, "head": 4}[heads], 10)
+    assert (chosen > 0) == (window != 30)
+
+
+@pytest.mark.parametrize("options", [
+    {"sink": 0, "local": 0}, {"sink": 40, "local": 0}, {"sink": 0, "local": 40}, {"sink": 20, "local": 20},
+    {"budget": 1, "sink": 0, "local": 0}, {"dense_tail": 0}, {"dense_tail": 17}, {"dense_tail": 10**6},
+    {"budget": 10**9}, {"budget": None}, {"query_block": 1}, {"query_block": 1000}, {"key_block": 1},
+    {"key_block": 16}, {"key_block": 1000},
+])  # fmt: skip
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("method", TWINS)
+def test_method_options(method, options, window):
+    q, k = normal(1, 2, 130, 8), normal(1, 1, 130, 8, seed=1)
+    check(q, k, small(**options, method=method), window=window, scale=-0.4)
+
+
+@few
+@given(
+    q_len=st.integers(1, 60),
+    more=st.integers(0, 60),
+    block=st.integers(1, 40),
+    budget=st.integers(1, 60),
+    data=st.data(),
+    window=st.none() | st.integers(1, 130),
+    key_block=st.integers(1, 30),
+)
+@pytest.mark.parametrize("method", TWINS)
+def test_method_of_any_size(method, q_len, more, block, budget, data, window, key_block):
+    sink = data.draw(st.integers(0, budget))
+    local = data.draw(st.integers(0, budget - sink))
+    options = {"query_block": block, "budget": budget, "sink": sink, "local": local, "key_block": key_block}
+    if method in MASSY and data.draw(st.booleans()):
+        options |= {"mass": data.draw(st.sampled_from([0.1, 0.5, 0.9, 1.0]))}
+        options |= {"floor": data.draw(st.none() | st.integers(sink + local, budget))}
+    q, k = normal(1, 2, q_len, 4, seed=block), normal(1, 2, q_len + more, 4, seed=budget + 100)
+    check(q, k, small(**options, method=method, dense_tail=data.draw(st.integers(0, 70))), window=window)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 33, 256])
+@pytest.mark.parametrize("method", TWINS)
+def test_method_of_any_head_dim_and_group(isa, method, dim):
+    q, k = normal(1, 5, 70, dim), normal(1, 1, 70, dim, seed=1)
+    check(q, k, small(method=method, dense_tail=0, budget=24))
+    check(q, np.repeat(k, 5, 1), small(method=method, dense_tail=0, budget=24, heads="all"))
+
+
+@pytest.mark.parametrize("method", [method for method in TWINS if method not in ("window", "power")])
+@pytest.mark.parametrize("heads", ["all", "group", "head"])
+def test_not_finite_keys_are_always_selected(isa, method, heads):
+    q, k = normal(1, 4, 128, 8), normal(1, 2, 128, 8, seed=1)
+    k[0, 1, 37, 2] = np.nan
+    q[0, 1, 70, 3] = np.inf
+    q[0, 3, 100, 0] = np.nan
+    config = small(method=method, heads=heads, dense_tail=0)
+    got, _ = check(q, k, config)
+    last = got.shape[1] - 1  # a set with KV head 1
+    for i in range(3, 8):  # blocks that end beyond the budget
+        assert 37 in row_of(got, last * 8 + i)
+    if method in MASSY:
+        got, _ = check(q, k, config.replace(budget=90, mass=0.3))
+        for i in range(3, 8):
+            assert 37 in row_of(got, last * 8 + i)
+
+
+@pytest.mark.parametrize("method", TWINS)
+def test_nothing_but_nan(method):
+    q, k = normal(1, 2, 90, 8), normal(1, 1, 90, 8, seed=1)
+    for x, y in ((np.full_like(q, np.nan), k), (q, np.full_like(k, np.nan)), (np.full_like(q, np.inf), -k)):
+        got, _ = check(x, y, small(method=method, dense_tail=0))
+        assert np.diff(got.indptr).tolist() == [16, 32, 40, 40, 40, 40]
+
+
+# ---- shares of mass --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("heads", ["all", "group", "head"])
+@pytest.mark.parametrize("share", [0.05, 0.6, 0.95, 1.0])
+@pytest.mark.parametrize("method", MASSY)
+def test_mass(isa, method, share, heads, window):
+    q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
+    edges = dhsa.boundaries(k, dhsa.Config()) if method == "rows" else None
+    lengths = []
+    for bounds in ({"budget": None}, {"budget": 60}, {"budget": 120, "floor": 48}):
+        config = small(method=method, heads=heads, mass=share, dense_tail=0, **bounds)
+        got, chosen = check(q, k, config, window=window, scale=1.0, edges=edges)
+        assert chosen > 0
+        lengths.append(np.diff(got.indptr))
+    free, most, between = lengths
+    np.testing.assert_array_equal(most, np.minimum(free, 60))
+    if share == 0.6:
+        assert len(set(free.tolist())) > 5  # the data decide
+    everything = small(method=method, heads=heads, budget=None)
+    visible = np.diff(dhsa.select(q, k, everything, boundaries=edges, window=window).indptr)
+    if share == 1:
+        np.testing.assert_array_equal(free, visible)
+    np.testing.assert_array_equal(between[free > 48], np.minimum(free, 120)[free > 48])
+    np.testing.assert_array_equal(between[free <= 48], np.minimum(visible, 48)[free <= 48])
+
+
+def test_mass_takes_whole_units_until_the_share_is_held():
+    """One key says it all: probabilities 0.5, 0.25, 0.125, ... of blocks of 8 keys."""
+    q = np.ones((1, 1, 64, 1), np.float32)
+    k = np.repeat(np.log(2.0) * np.array([-4, 0, -2, -6, -1, -5, -3, -7]), 8)[None, None, :, None].astype(np.float32)
+    total = sum(2.0**-n for n in range(8))
+    for share, blocks in ((1.0 / total - 1e-3, [1]), (1.0 / total + 1e-3, [1, 4]), (1.74 / total, [1, 4, 2])):
+        config = dhsa.Config(
+            method="block", key_block=8, query_block=64, budget=None, mass=share, sink=0, local=0, dense_tail=0
+        )
+        got = dhsa.select(q, k, config, scale=1.0)
+        assert got.indices.tolist() == [8 * b + i for b in sorted(blocks) for i in range(8)]
+    # Forced keys count first: the sinks hold 4 / 8 of block 0, the local ones all of block 7.
+    forced = (2.0**-4 / 2 + 2.0**-7) / total
+    got = dhsa.select(q, k, config.replace(sink=4, local=8, mass=forced - 1e-4), scale=1.0)
+    assert got.indices.tolist() == [*range(4), *range(56, 64)]
+    got = dhsa.select(q, k, config.replace(sink=4, local=8, mass=forced + 1e-4), scale=1.0)
+    assert got.indices.tolist() == [*range(4), *range(8, 16), *range(56, 64)]
+
+
+# ---- what all methods share ------------------------------------------------------------------------------------------
+
+
+def bounds_of(method):
+    return [{}, {"budget": 70, "mass": 0.8}] if method in MASSY else [{}]
+
+
+@pytest.mark.parametrize("method", TWINS)
+def test_same_bits_for_any_number_of_threads_and_strides(method):
+    q, k = normal(2, 4, 200, 8), normal(2, 2, 260, 8, seed=1)
+    wide = np.zeros((2, 520, 2, 11), np.float32)  # [B, L, H, D] memory with gaps, read backwards
+    wide[:, ::2, :, :8] = k[:, :, ::-1].swapaxes(1, 2)
+    for bounds in bounds_of(method):
+        config = small(method=method, **bounds)
+        dhsa.set_num_threads(1)
+        want = dhsa.select(q, k, config)
+        for threads in (2, 3, 5):
+            dhsa.set_num_threads(threads)
+            assert dhsa.select(q, k, config) == want
+        by_tokens = np.ascontiguousarray(q.swapaxes(1, 2)).swapaxes(1, 2)
+        assert dhsa.select(by_tokens, wide[:, ::2, :, :8][:, ::-1].swapaxes(1, 2), config) == want
+
+
+@pytest.mark.parametrize("method", TWINS)
+def test_halves_are_read_as_their_float32(method):
+    q, k = normal(1, 2, 100, 12, dtype=np.float16), normal(1, 2, 100, 12, seed=1, dtype=np.float16)
+    config = small(method=method)
+    assert dhsa.select(q, k, config) == dhsa.select(q.astype(np.float32), k.astype(np.float32), config)
+
+
+@pytest.mark.parametrize("method", TWINS)
+def test_later_keys_change_nothing(method):
+    """Lists of a block depend on the keys up to its end alone."""
+    config = small(method=method, dense_tail=0, boundaries="fixed", chunk_size=5)
+    q, k = normal(1, 2, 128, 8), normal(1, 2, 128, 8, seed=1)
+    before = dhsa.select(q, k, config)
+    k[:, :, 64:] = normal(1, 2, 64, 8, seed=2)
+    after = dhsa.select(q, k, config)
+    for s in range(2):
+        for i in range(4 if method != "dhsa" else 3):  # the paper's means are of whole chunks
+            np.testing.assert_array_equal(row_of(before, s * 8 + i), row_of(after, s * 8 + i))
+    if method not in ("window", "power"):
+        assert before != after
+
+
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("method", TWINS)
+def test_attention_is_select_then_attend(method, window):
+    q, k, v = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1), normal(2, 2, 183, 8, seed=2)
+    for bounds in bounds_of(method):
+        config = small(method=method, **bounds)
+        options = {"scale": 0.6, "softcap": 4.0, "window": window}
+        out, lse, stats = functional.run(q, k, v, config, return_lse=True, **options)
+        selection = dhsa.select(q, k, config, **options)
+        want, want_lse = dhsa.sparse_attention(q, k, v, selection, return_lse=True, **options)
+        np.testing.assert_array_equal(out, want)
+        np.testing.assert_array_equal(lse, want_lse)
+        assert stats.path == "sparse"
+        assert stats.density == pytest.approx(reference.density(selection, window=window), rel=1e-12)
+        np.testing.assert_allclose(out, reference.sparse_attention(q, k, v, selection, **options), atol=3e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", TWINS)
+def test_attention_in_waves_of_blocks(method, batch):
+    """Lists of more than 2^18 keys in all are never held at once: the same bits as from one selection."""
+    q, k, v = normal(batch, 4, 3000, 8), normal(batch, 2, 3500, 8, seed=1), normal(batch, 2, 3500, 8, seed=2)
+    for bounds in [{"budget": 1400}, {"budget": None, "mass": 0.7}][: 1 + (method in MASSY)]:
+        config = small(method=method, **bounds)
+        selection = dhsa.select(q, k, config)
+        assert len(selection.indices) > 2**18
+        out, lse, stats = functional.run(q, k, v, config, return_lse=True)
+        want, want_lse = dhsa.sparse_attention(q, k, v, selection, return_lse=True)
+        np.testing.assert_array_equal(out, want)
+        np.testing.assert_array_equal(lse, want_lse)
+        assert stats.density == pytest.approx(selection.density(), rel=1e-12)
 
 
 def test_window_is_sinks_and_recent_keys():
-    q, k, v = normal(1, 2, 100, 4), normal(1, 1, 110, 4, seed=1), normal(1, 1, 110, 4, seed=2)
-    config = small(method="window", dense_tail=0)
-    got = dhsa.select(q, k, config)
-    assert got.boundaries is None
+    q, k = normal(1, 2, 100, 4), normal(1, 1, 110, 4, seed=1)
+    got = dhsa.select(q, k, small(method="window", dense_tail=0))
     for i in range(7):
         end = min(10 + 16 * (i + 1), 110)
         want = list(range(end)) if end <= 40 else [*range(4), *range(end - 36, end)]
-        assert got.indices[got.indptr[i] : got.indptr[i + 1]].tolist() == want
-    np.testing.assert_array_equal(dhsa.attention(q, k, v, config), dhsa.sparse_attention(q, k, v, got))
+        assert row_of(got, i).tolist() == want
 
 
-def test_a_method_that_is_not_there():
-    with pytest.raises(NotImplementedError, match="method"):
-        dhsa.select(normal(1, 1, 8, 4), normal(1, 1, 8, 4), dhsa.Config(method="oracle"))
+def test_power_takes_powers_of_two_first():
+    q, k = normal(1, 1, 256, 4), normal(1, 1, 256, 4, seed=1)
+    got = dhsa.select(q, k, small(method="power", query_block=8, budget=56, sink=0, local=8, dense_tail=0))
+    blocks = (31 - np.unique(row_of(got, 31) // 8)).tolist()
+    assert blocks == [16, 8, 4, 3, 2, 1, 0]  # all powers, then the nearest sum of two
+
+
+def test_every_method_has_a_twin_or_says_that_it_is_not_there():
+    q, k = normal(1, 1, 8, 4), normal(1, 1, 8, 4)
+    for method in METHODS:
+        if method not in TWINS:
+            with pytest.raises(NotImplementedError, match="method"):
+                dhsa.select(q, k, dhsa.Config(method=method))

@@ -1,5 +1,5 @@
 /* score_tpl.h: the kernels that only selection needs, a part of tile_tpl.h's body: sums of neighbouring rows, splitting
- * numbers into bf16 parts, and the squared probabilities of row scores. */
+ * numbers into bf16 parts, and the probabilities of row scores, squared or as they are. */
 
 /* n numbers of a row from column d on, of type dtype. */
 K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
@@ -63,19 +63,19 @@ static void K_NAME(split_bf16)(const float *x, int64_t n, uint16_t *high, uint16
     }
 }
 
-/* The squares of one key's weighted probabilities, still side by side. */
-K_INLINE vf squares(const float *p, const vf *weight, const vm *none)
+/* One key's weighted probabilities or their squares, added up but for what lies side by side. */
+K_INLINE vf add_rows(const float *p, const vf *weight, const vm *none, const int square)
 {
     vf sum = v_set1(0.0f);
 #pragma GCC unroll 8
     for (int u = 0; u < V_PER; u++) {
         const vf x = v_pick(none[u], v_set1(0.0f), v_mul(v_load(p + u * V_LEN), weight[u]));
-        sum = v_fma(x, x, sum);
+        sum = square ? v_fma(x, x, sum) : v_add(x, sum);
     }
     return sum;
 }
 
-static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score)
+K_INLINE void add_keys(const float *p, int n, const float *weight, float *score, const int square)
 {
     vf by[V_PER];
     vm none[V_PER];
@@ -88,7 +88,7 @@ static void K_NAME(add_squares)(const float *p, int n, const float *weight, floa
     for (; j + V_LEN <= n; j += V_LEN) {
         vf x[V_LEN];
 #pragma GCC unroll 16
-        for (int i = 0; i < V_LEN; i++) x[i] = squares(p + (ptrdiff_t)(j + i) * K_LANES, by, none);
+        for (int i = 0; i < V_LEN; i++) x[i] = add_rows(p + (ptrdiff_t)(j + i) * K_LANES, by, none, square);
         v_transpose(x);
 #pragma GCC unroll 4
         for (int step = V_LEN / 2; step > 0; step /= 2)
@@ -96,5 +96,9 @@ static void K_NAME(add_squares)(const float *p, int n, const float *weight, floa
             for (int i = 0; i < step; i++) x[i] = v_add(x[i], x[i + step]);
         v_store(score + j, v_add(v_load(score + j), x[0]));
     }
-    for (; j < n; j++) score[j] += v_sum(squares(p + (ptrdiff_t)j * K_LANES, by, none));
+    for (; j < n; j++) score[j] += v_sum(add_rows(p + (ptrdiff_t)j * K_LANES, by, none, square));
 }
+
+static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score) { add_keys(p, n, weight, score, 1); }
+
+static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *mass) { add_keys(p, n, weight, mass, 0); }

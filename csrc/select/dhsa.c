@@ -14,7 +14,7 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
     float *query = (float *)arena, *one = query + dim;
     int finite = 1;
     for (int64_t h = 0; h < members; h++) {
-        dhsa_mean_query(s, job->set * members + h, job->from, job->to, 1.0f, h == 0 ? query : one);
+        dhsa_mean_query(s->kernels, s->q, s->b, job->set * members + h, job->from, job->to, 1.0f, h == 0 ? query : one);
         if (h > 0) s->kernels->add(one, DHSA_F32, dim, query);
     }
     const double factor = s->config->scale * (root ? sqrt((double)(job->to - job->from)) : 1.0) / (double)(members * s->kv_per_set);

@@ -8,12 +8,11 @@
 #include "core/threads.h"
 
 /* Adding a method: its name here, in dhsa.h's dhsa_method_kind and in config.py's METHODS. */
-extern const dhsa_method dhsa_method_rows, dhsa_method_dhsa, dhsa_method_window;
+extern const dhsa_method dhsa_method_rows, dhsa_method_dhsa, dhsa_method_window, dhsa_method_block, dhsa_method_power;
 
 static const dhsa_method *const methods[] = {
-    [DHSA_METHOD_ROWS] = &dhsa_method_rows,
-    [DHSA_METHOD_DHSA] = &dhsa_method_dhsa,
-    [DHSA_METHOD_WINDOW] = &dhsa_method_window,
+    [DHSA_METHOD_ROWS] = &dhsa_method_rows,   [DHSA_METHOD_DHSA] = &dhsa_method_dhsa,   [DHSA_METHOD_WINDOW] = &dhsa_method_window,
+    [DHSA_METHOD_BLOCK] = &dhsa_method_block, [DHSA_METHOD_POWER] = &dhsa_method_power,
 };
 
 const dhsa_method *dhsa_method_find(dhsa_method_kind kind)

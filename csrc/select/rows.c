@@ -1,5 +1,6 @@
 /* rows.c: row scores: mean rows of a block's queries against chunk means, a softmax over the chunks for each row, and the
- * sum of its squares over rows: ours. Which chunks are candidates is scores.c's. */
+ * sum of its squares (and, where asked for, of the probabilities themselves: attention mass) over rows: ours. Which chunks are
+ * candidates is scores.c's. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -112,7 +113,8 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     for (int r = 0; r < n; r++) {
         const int64_t from = job->from + (at + r) / s->heads_per_kv * s->step;
         prefetch_queries(s, head + (at + r) % s->heads_per_kv, from + s->step, job->to);
-        dhsa_mean_query(s, head + (at + r) % s->heads_per_kv, from, DHSA_MIN(from + s->step, job->to), sign, w->mean);
+        dhsa_mean_query(s->kernels, s->q, s->b, head + (at + r) % s->heads_per_kv, from, DHSA_MIN(from + s->step, job->to), sign,
+                        w->mean);
         /* All products of such a row are infinite or NaN. A softcap would make numbers of them: it is to say nothing. */
         if (!dhsa_all_finite(s->kernels, w->mean, dim)) w->mean[0] = NAN;
         rows[r] = w->rows + r * bytes;
@@ -224,9 +226,9 @@ static dhsa_ahead look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, in
     return ahead;
 }
 
-/* Adds the squared probabilities of a panel's rows [0, n). */
+/* Adds the squared probabilities of a panel's rows [0, n), and to mass, if not NULL, the probabilities. */
 static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t tiles, const unsigned char *cut,
-                      int panel, int n, scratch *w, float *score)
+                      int panel, int n, scratch *w, float *score, float *mass)
 {
     const int lanes = s->kernels->lanes;
     const float *products = w->products + panel * product_rows(job->n) * lanes, *l = w->l + panel * lanes;
@@ -236,21 +238,27 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         const tile t = find_tile(s, job, kv_head, index, cut);
         const float *alpha = w->alpha + (panel * max_tiles(s) + index) * lanes;
         if (t.good == 0) continue;
-        if (t.good == t.n) {
-            s->kernels->add_squares(products + t.row * lanes, t.n, w->weight, score + t.first);
-        } else {
+        for (int sums = 0; sums < 1 + (mass != NULL); sums++) {
+            void (*const add)(const float *, int, const float *, float *) = sums ? s->kernels->add_sums : s->kernels->add_squares;
+            float *to = (sums ? mass : score) + t.first;
+            if (t.good == t.n) {
+                add(products + t.row * lanes, t.n, w->weight, to);
+                continue;
+            }
             memset(w->score, 0, (size_t)t.good * sizeof *w->score);
-            s->kernels->add_squares(products + t.row * lanes, t.good, w->weight, w->score);
+            add(products + t.row * lanes, t.good, w->weight, w->score);
             for (int c = 0, from = 0; c < t.n; c++)
-                if (t.state[c] == DHSA_CHUNK_GOOD) score[t.first + c] += w->score[from++];
+                if (t.state[c] == DHSA_CHUNK_GOOD) to[c] += w->score[from++];
         }
         /* Earlier tiles are relative to the maximum of their time. */
         for (int r = 0; r < lanes; r++) w->weight[r] = w->weight[r] == 0 ? 0 : w->weight[r] * alpha[r];
     }
 }
 
-/* Adds one KV head's squared probabilities to score [n]. Returns the state of its last chunk as this block sees it. */
-static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, scratch *w, float *score)
+/* Adds one KV head's squared probabilities to score [n], and plain ones to mass. Returns the state of its last chunk as this block
+ * sees it. */
+static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, scratch *w, float *score,
+                                   float *mass)
 {
     const dhsa_kernels *kn = s->kernels;
     const int64_t lanes = kn->lanes, n = job->n, whole = n - (job->cut_end != 0);
@@ -287,20 +295,21 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
             }
         }
         for (int p = 0; p < panels; p++)
-            add_panel(s, job, kv_head, tiles, &cut, p, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, score);
+            add_panel(s, job, kv_head, tiles, &cut, p, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, score, mass);
     }
     return job->cut_end ? cut : s->chunks.state[kv_head * s->chunks.chunks + job->first + n - 1];
 }
 
-unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score)
+unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass)
 {
     unsigned char last = DHSA_CHUNK_GOOD;
     scratch w;
     lay_out(s, arena, &w);
     for (int64_t c = 0; c < job->n; c++) score[c] = 0;
+    for (int64_t c = 0; mass && c < job->n; c++) mass[c] = 0;
     if (s->bf16) s->bf16->begin();
     for (int64_t h = kv; h < kv + s->kv_per_set; h++) {
-        const unsigned char state = score_kv_head(s, job, h, &w, score);
+        const unsigned char state = score_kv_head(s, job, h, &w, score, mass);
         last = DHSA_MAX(last, state);
     }
     if (s->bf16) s->bf16->end();

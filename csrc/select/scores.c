@@ -71,11 +71,12 @@ dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int6
 
 /* ---- one block -------------------------------------------------------------------------------------------------- */
 
-void dhsa_mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to, float sign, float *mean)
+void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to, float sign,
+                     float *mean)
 {
-    const int64_t dim = s->q->shape[3], stride = s->q->stride[2] * dhsa_dtype_size(s->q->dtype);
+    const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
     const float n = sign < 0 ? -(float)(to - from) : (float)(to - from);
-    s->kernels->sum_rows(dhsa_row(s->q, s->b, h, from), (ptrdiff_t)stride, s->q->dtype, to - from, dim, mean);
+    kernels->sum_rows(dhsa_row(q, b, h, from), (ptrdiff_t)stride, q->dtype, to - from, dim, mean);
     /* Divided, not times 1 / n: a mean that lies on a tie of bf16 must stay there. */
     for (int64_t d = 0; d < dim; d++) mean[d] /= n;
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
@@ -95,7 +96,8 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     return low;
 }
 
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, int64_t *first, int64_t *last)
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, float *mass, int64_t *first,
+                     int64_t *last)
 {
     const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
     const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
@@ -109,7 +111,9 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *are
     /* Row scores may not look past the block's end; the paper's means are of whole chunks. */
     if (rows && edges[*last] > span.end) job.cut_end = span.end;
     score += *first;
-    const unsigned char last_state = rows ? dhsa_rows_score(s, &job, kv, arena, score) : dhsa_mean_score(s, &job, kv, arena, score);
+    if (mass) mass += *first;
+    const unsigned char last_state =
+        rows ? dhsa_rows_score(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
         for (int64_t h = kv; h < kv + s->kv_per_set; h++) state = DHSA_MAX(state, s->chunks.state[h * chunks + job.first + c]);
@@ -117,6 +121,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *are
         /* A NaN must reach the rows that see it, as in exact attention: such a chunk is always picked.
          * Adding 0 makes one number of the two zeros, so that they tie. */
         score[c] = state == DHSA_CHUNK_EMPTY ? -INFINITY : state == DHSA_CHUNK_BAD ? INFINITY : score[c] + 0.0f;
+        if (mass && state != DHSA_CHUNK_GOOD) mass[c] = 0;
     }
 }
 
@@ -178,7 +183,8 @@ static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
     }
     s->state = scorer;
     s->units = scorer->capacity;
-    s->arena_size = scorer->arena_size + scorer->capacity * 4; /* what the scorer works in, then the scores */
+    /* What the scorer works in, then scores and mass. */
+    s->arena_size = scorer->arena_size + scorer->capacity * (s->config->mass > 0 ? 8 : 4);
     return DHSA_OK;
 }
 
@@ -201,14 +207,19 @@ static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, d
 {
     const dhsa_scorer *scorer = s->state;
     char *arena = dhsa_selector_arena(s, thread);
-    float *score = (float *)(arena + scorer->arena_size);
-    dhsa_units units = {.edges = scorer->chunks.edges, .score = score};
-    dhsa_scorer_run(scorer, set, block, arena, score, &units.first, &units.last);
+    float *score = (float *)(arena + scorer->arena_size), *mass = s->config->mass > 0 ? score + scorer->capacity : NULL;
+    dhsa_units units = {.edges = scorer->chunks.edges, .score = score, .mass = mass};
+    dhsa_scorer_run(scorer, set, block, arena, score, mass, &units.first, &units.last);
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
-const dhsa_method dhsa_method_rows = {
-    .name = "rows", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};
+const dhsa_method dhsa_method_rows = {.name = "rows",
+                                      .has_mass = 1,
+                                      .has_chunks = 1,
+                                      .open = open_chunks,
+                                      .close = close_chunks,
+                                      .begin = begin_chunks,
+                                      .list = list_chunks};
 const dhsa_method dhsa_method_dhsa = {
     .name = "dhsa", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};
 
@@ -228,7 +239,7 @@ static void scores_task(void *context, int64_t index, int thread)
     const int64_t block = s->blocks - 1 - index / s->sets, set = index % s->sets;
     float *score = job->scores + ((s->b * s->sets + set) * s->blocks + block) * job->width;
     int64_t first, last;
-    dhsa_scorer_run(s, set, block, job->arenas + thread * s->arena_size, score, &first, &last);
+    dhsa_scorer_run(s, set, block, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
     for (int64_t c = 0; c < first; c++) score[c] = -INFINITY;
     for (int64_t c = last; c < job->width; c++) score[c] = -INFINITY;
 }

@@ -102,16 +102,20 @@ void dhsa_scorer_close(dhsa_scorer *s);
 void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas, int64_t stride,
                        int num_threads);
 /* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
- * empty chunks -inf, chunks without a finite mean +inf. */
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, int64_t *first, int64_t *last);
+ * empty chunks -inf, chunks without a finite mean +inf. mass: NULL, or alike the sums of probabilities (row scores only), 0 for
+ * these two. */
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, float *mass, int64_t *first,
+                     int64_t *last);
 
 /* The mean of queries [from, to) of head h, times sign: -1, 0 or 1. */
-void dhsa_mean_query(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to, float sign, float *mean);
+void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to, float sign,
+                     float *mean);
 
 /* Row scores, rows.c. Sizes s->panels and says what an arena must hold. */
 int64_t dhsa_rows_plan(dhsa_scorer *s);
-/* Scores [n] of one block, kv the first KV head of its set; returns the state of the last chunk as the block sees it. */
-unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);
+/* Scores [n] of one block, kv the first KV head of its set, and if mass is not NULL the mass of each chunk; returns the state of
+ * the last chunk as the block sees it. */
+unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass);
 /* The paper's score, dhsa.c, alike. It works in 2 * dim floats. */
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);
 

@@ -16,18 +16,24 @@ from dhsa.reference._boundaries import (
     predictor_logits,
     similarity_scores,
 )
+from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
 from dhsa.reference._scores import chunk_means, chunk_scores
-from dhsa.reference._selection import Prefill, Selection, density, prefill, select, select_from_scores
+from dhsa.reference._selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
 
 __all__ = [
+    "METHODS",
+    "Block",
     "Prefill",
     "Selection",
+    "Units",
     "attention",
     "boundaries",
     "boundary_ratios",
     "chunk_means",
     "chunk_scores",
     "density",
+    "method_blocks",
+    "method_lists",
     "pick_boundaries",
     "predictor_logits",
     "prefill",
@@ -36,4 +42,5 @@ __all__ = [
     "selection_mask",
     "similarity_scores",
     "sparse_attention",
+    "take",
 ]

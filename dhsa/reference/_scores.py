@@ -50,7 +50,7 @@ def candidates(i: int, q_len: int, k_len: int, query_block: int, window: int | N
     return max(0, min(start + query_block - window, start)), end
 
 
-def _head_sets(heads: str, q_heads: int, kv_heads: int) -> list[range]:
+def head_sets(heads: str, q_heads: int, kv_heads: int) -> list[range]:
     """The query heads that share one selection."""
     sizes = {"all": q_heads, "group": q_heads // kv_heads, "head": 1}
     if heads not in sizes:
@@ -58,7 +58,7 @@ def _head_sets(heads: str, q_heads: int, kv_heads: int) -> list[range]:
     return [range(h, h + sizes[heads]) for h in range(0, q_heads, sizes[heads])]
 
 
-def _block_scores(q, means, lengths, pooling, members, group):
+def block_scores(q, means, lengths, pooling, members, group):
     """The paper's score of the candidate chunks, and which of these have a finite mean.
 
     q [H, n, D], the block's queries; means [Hkv, C, D] and lengths [C], candidate chunks only -> float64 [C], bool [C].
@@ -82,15 +82,16 @@ def round_to_bf16(x) -> np.ndarray:
     return np.where(np.isnan(x), np.nan, kept.view(np.float32).astype(np.float64))
 
 
-def _row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16):
-    """Sums of squared row probabilities over the candidate chunks, and which of these have a finite mean.
+def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16):
+    """Sums of squared row probabilities over the candidate chunks, of the probabilities themselves, and which chunks
+    have a finite mean.
 
-    q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], bool [C].
+    q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], float64 [C], bool [C].
     """
     rounded = round_to_bf16 if bf16 else np.asarray
     finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
     step = -(-query_block // rows)
-    total = np.zeros(means.shape[1])
+    squares, sums = np.zeros(means.shape[1]), np.zeros(means.shape[1])
     for h in members:
         finite_here = np.isfinite(means[h // group]).all(axis=1)
         keys = rounded(means[h // group][finite_here])
@@ -100,8 +101,10 @@ def _row_scores(q, means, rows, query_block, scale, softcap, members, group, bf1
                 continue
             if softcap is not None:
                 s = softcap * np.tanh(s / softcap)
-            total[finite_here] += softmax(s, axis=0) ** 2
-    return total, finite
+            p = softmax(s, axis=0)
+            squares[finite_here] += p**2
+            sums[finite_here] += p
+    return squares, sums, finite
 
 
 def chunk_scores(
@@ -147,7 +150,7 @@ def chunk_scores(
     batch, q_heads, q_len, dim = q.shape
     k_len, group = k.shape[2], q_heads // k.shape[1]
     edges = boundary_rows(boundaries, batch, k_len)
-    sets = _head_sets(heads, q_heads, k.shape[1])
+    sets = head_sets(heads, q_heads, k.shape[1])
     rows = max(1, query_block // 4) if rows is None else rows
     scale = (1.0 if score == "block" else dim**-0.5) if scale is None else scale
     blocks = -(-q_len // query_block)
@@ -166,12 +169,12 @@ def chunk_scores(
                     means[:, c] = k[b, :, edges[b, c] : end].mean(axis=1)
                 for s, members in enumerate(sets):
                     if score == "block":
-                        value, finite = _block_scores(queries, means[:, live], lengths[live], pooling, members, group)
+                        value, finite = block_scores(queries, means[:, live], lengths[live], pooling, members, group)
                         value = scale * value
                         if softcap is not None:
                             value = softcap * np.tanh(value / softcap)
                     else:
-                        value, finite = _row_scores(
+                        value, _, finite = row_scores(
                             queries, means[:, live], rows, query_block, scale, softcap, members, group, bf16
                         )
                     scores[b, s, i, live] = np.where(finite, value, np.inf)

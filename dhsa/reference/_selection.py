@@ -5,6 +5,7 @@ Responsible for turning chunk scores into lists of keys and for stringing the st
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,74 @@ def density(selection: Selection, *, window: int | None = None) -> float:
     return float(kept.sum() / (seen.sum() * kept.shape[0] * kept.shape[1]))
 
 
+class Units(NamedTuple):
+    """What a method scores: runs of keys. Unit c holds keys ``edges[c] .. edges[c + 1] - 1``."""
+
+    edges: np.ndarray  # int [C + 1], never falling
+    score: np.ndarray  # [C]: which come first; +inf: is taken in any case, as far as the budget goes
+    mass: np.ndarray | None = None  # [C]: estimated attention mass on any scale; 0 where the score is +inf
+
+
+def take(
+    units: Units,
+    lo: int,
+    end: int,
+    *,
+    budget: int,
+    sink: int = 0,
+    local: int = 0,
+    mass: float | None = None,
+    floor: int | None = None,
+) -> np.ndarray:
+    """The list of a block with candidates [lo, end): ascending keys.
+
+    The candidates among the first ``sink`` keys of the sequence, the last ``local`` candidates, and for the rest of
+    the budget those of the highest score, every key having its unit's; of equal scores the more recent key, so that a
+    unit that only partly fits gives its most recent keys.
+
+    With ``mass``, units are taken whole in that order only until all keys taken, the forced ones first, hold this share
+    of the candidates' mass, each key having an equal share of its unit's; units that score +inf are taken in any case.
+    No fewer keys than ``floor`` (None: sink + local) and no more than the budget. A mass of 1, or candidates without any
+    mass, fill the budget.
+    """
+    keys = np.arange(lo, end)
+    forced = (keys < sink) | (keys >= end - local)
+    free = keys[~forced]
+    unit = np.searchsorted(units.edges, np.arange(end), side="right") - 1
+    free = free[np.lexsort((-free, -units.score[unit[free]]))]  # best first, the keys of a unit together
+    size = min(budget, len(keys))
+    if mass is not None:
+        of_key = np.zeros(end)
+        of_key[lo:] = (units.mass / np.maximum(np.bincount(unit[lo:], minlength=len(units.mass)), 1))[unit[lo:]]
+        total, held, wanted = of_key.sum(), of_key[keys[forced]].sum(), int(forced.sum())
+        for _, group in itertools.groupby(free, lambda key: unit[key]):
+            run = list(group)
+            if held >= mass * total and units.score[unit[run[0]]] != np.inf:
+                break
+            held += of_key[run].sum()
+            wanted += len(run)
+        if mass < 1 and total > 0:
+            size = min(size, max(wanted, sink + local if floor is None else floor))
+    return np.sort(np.concatenate([keys[forced], free[: size - forced.sum()]]))
+
+
+def is_exact(
+    i: int, q_len: int, k_len: int, query_block: int, least: int | None, dense_tail: int, window: int | None
+) -> bool:
+    """Whether query block i sees all it may: its candidates end within ``least`` keys (None: all of them do), the
+    window is no wider than that, or it holds one of the last ``dense_tail`` queries."""
+    _, end = candidates(i, q_len, k_len, query_block, window, "rows")
+    in_tail = min((i + 1) * query_block, q_len) > q_len - dense_tail
+    return least is None or in_tail or end <= least or (window is not None and window <= least)
+
+
+def selection_of(lists, shape, query_block: int, q_len: int, k_len: int, edges=None) -> Selection:
+    """A Selection from its lists in CSR order."""
+    indptr = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
+    edges = None if edges is None else edges.astype(np.int32)
+    return Selection(indptr, np.concatenate(lists).astype(np.int32), shape, query_block, q_len, k_len, edges)
+
+
 def select_from_scores(
     scores,
     boundaries,
@@ -66,9 +135,7 @@ def select_from_scores(
 
     A block is exact, and sees the union of its queries' windows, if ``end <= budget``, if the window is no wider than
     the budget, or if it holds one of the last ``dense_tail`` queries; budget None makes all blocks exact. Any other
-    block sees ``min(budget, candidates)`` keys: the candidates among the first ``sink`` keys of the sequence, the last
-    ``local`` candidates, and for the rest those of the highest score, every key having its chunk's; of equal scores
-    the more recent key, so that a chunk that only partly fits gives its most recent keys.
+    block sees ``min(budget, candidates)`` keys, which ``take`` picks.
     Raises ValueError where sink + local exceed the budget.
     """
     scores = np.asarray(scores).astype(np.float64)
@@ -80,30 +147,15 @@ def select_from_scores(
         raise ValueError(f"budget: {budget} keys are less than one or than sink {sink} + local {local}")
     lists: list[np.ndarray] = []
     for b in range(batch):
-        chunk_of = np.searchsorted(edges[b], np.arange(k_len), side="right") - 1
         for s in range(sets):
             for i in range(blocks):
-                lo, end = candidates(i, q_len, k_len, query_block, window, score)
-                in_tail = min((i + 1) * query_block, q_len) > q_len - dense_tail
-                if budget is None or in_tail or end <= budget or (window is not None and window <= budget):
-                    lo, end = candidates(i, q_len, k_len, query_block, window, "rows")
-                    lists.append(np.arange(lo, end))
-                    continue
-                keys = np.arange(lo, end)
-                forced = (keys < sink) | (keys >= end - local)
-                free = keys[~forced]
-                best = free[np.lexsort((-free, -scores[b, s, i, chunk_of[free]]))]
-                lists.append(np.sort(np.concatenate([keys[forced], best[: budget - forced.sum()]])))
-    indptr = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
-    return Selection(
-        indptr,
-        np.concatenate(lists).astype(np.int32),
-        (batch, sets, blocks),
-        query_block,
-        q_len,
-        k_len,
-        edges.astype(np.int32),
-    )
+                if is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
+                    lists.append(np.arange(*candidates(i, q_len, k_len, query_block, window, "rows")))
+                else:
+                    lo, end = candidates(i, q_len, k_len, query_block, window, score)
+                    units = Units(edges[b], scores[b, s, i])
+                    lists.append(take(units, lo, end, budget=budget, sink=sink, local=local))
+    return selection_of(lists, (batch, sets, blocks), query_block, q_len, k_len, edges)
 
 
 def select(

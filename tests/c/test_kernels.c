@@ -199,24 +199,26 @@ static void test_softmax(int n, int masked, float softcap)
     }
 }
 
-static void test_add_squares(int n)
+static void test_add_rows(int n, int square)
 {
     const int lanes = kn->lanes;
+    const char *name = square ? "add_squares" : "add_sums";
+    void (*const add)(const float *, int, const float *, float *) = square ? kn->add_squares : kn->add_sums;
     float *p = random_floats((size_t)n * lanes), *weight = random_floats((size_t)lanes), *score = floats((size_t)n);
     weight[lanes / 2] = 0; /* says nothing, whatever it holds */
     for (int j = 0; j < n; j++) p[j * lanes + lanes / 2] = j % 2 ? NAN : INFINITY;
     for (int j = 0; j < n; j++) score[j] = (float)j;
-    kn->add_squares(p, n, weight, score);
+    add(p, n, weight, score);
     for (int j = 0; j < n; j++) {
         double want = j;
         for (int r = 0; r < lanes; r++)
-            if (r != lanes / 2) want += pow((double)p[j * lanes + r] * weight[r], 2);
-        near("add_squares", n, j, score[j], (float)want, 2e-7f * (float)(j + lanes));
+            if (r != lanes / 2) want += pow((double)p[j * lanes + r] * weight[r], square ? 2 : 1);
+        near(name, n, j, score[j], (float)want, 2e-7f * (float)(j + lanes));
     }
     weight[0] = 1;
     p[(n - 1) * lanes] = NAN;
-    kn->add_squares(p, n, weight, score);
-    for (int j = 0; j < n; j++) near("add_squares NaN", n, j, (float)isnan(score[j]), j == n - 1, 0);
+    add(p, n, weight, score);
+    for (int j = 0; j < n; j++) near(name, n, j, (float)isnan(score[j]), j == n - 1, 0);
 }
 
 static void test_sum_rows(int n, int dim, int dtype)
@@ -547,7 +549,8 @@ int main(void)
                 for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);
             for (int capped = 0; capped < 2; capped++) test_decode_softmax(n, capped ? 20.0f : 0.0f);
             test_read(37 * n);
-            test_add_squares(n);
+            test_add_rows(n, 1);
+            test_add_rows(n, 0);
             forget();
         }
         test_conversions(DHSA_F16);

@@ -1,0 +1,33 @@
+/* power.c: key blocks at distances of powers of two, whatever they hold, so that what a token sees doubles with every layer.
+ * Blocks are as long as those of queries, and a distance counts them back from the block itself: it is 0. The budget is filled
+ * in the order of the hops of power-of-two length that a distance takes: first the powers, then sums of two of them, and so
+ * on; of equal ones the nearer. Source: PowerAttention (arXiv 2503.03588); the order beyond the powers is this project's. */
+#include "select/method.h"
+
+static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+{
+    (void)error;
+    s->units = dhsa_ceil_div(s->k->shape[2], s->config->score.query_block) + 1;
+    s->arena_size = (2 * s->units + 1) * 4;
+    return DHSA_OK;
+}
+
+static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+{
+    const int64_t length = s->config->score.query_block, start = s->k->shape[2] - s->q->shape[2] + block * length;
+    const int64_t most = dhsa_ceil_div(start, length);
+    int32_t *edges = (int32_t *)dhsa_selector_arena(s, thread);
+    float *score = (float *)(edges + s->units + 1);
+    const dhsa_units units = {.edges = edges, .first = 0, .last = most + 1, .score = score};
+    (void)set;
+    for (int64_t c = 0; c <= most; c++) {
+        int hops = 0;
+        for (int64_t distance = most - c; distance; distance &= distance - 1) hops++;
+        edges[c] = (int32_t)DHSA_MAX(start - (most - c) * length, 0);
+        score[c] = (float)-hops; /* the nearer ones among equals: as dhsa_take has it */
+    }
+    edges[most + 1] = (int32_t)span.end;
+    return dhsa_take(s, thread, span, &units, row, room);
+}
+
+const dhsa_method dhsa_method_power = {.name = "power", .open = open, .list = list};
