@@ -71,8 +71,8 @@ def take(
 
     With ``mass``, units are taken whole in that order only until all keys taken, the forced ones first, hold this share
     of the candidates' mass, each key having an equal share of its unit's; units that score +inf are taken in any case.
-    No fewer keys than ``floor`` (None: sink + local) and no more than the budget. A mass of 1, or candidates without any
-    mass, fill the budget.
+    No fewer keys than ``floor`` (None: sink + local), no more than the budget. A mass of 1, or candidates without any,
+    fill the budget.
     """
     keys = np.arange(lo, end)
     forced = (keys < sink) | (keys >= end - local)
