@@ -164,6 +164,20 @@ def test_bad_numbers_in_half_precision(torch, make_qkv, tier, which, bad, window
 
 
 @pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_panels_that_see_nothing_between_panels_that_do(torch, make_qkv, dtype, tier):
+    """Values of a panel are added during the next one that sees something, wherever that lies."""
+    dhsa.set_isa(tier)
+    q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 1, 1, 1024, 1024, 64))
+    ranges = np.tile(np.int32([0, 1024]), (1, 1024, 1))
+    ranges[:, np.arange(1024) // 48 % 3 == 1] = 0
+    ranges[:, 512:][:, np.arange(512) // 32 % 2 == 1] = 0
+    out = dhsa.attention(q, k, v, key_ranges=ranges).float().numpy()
+    want = reference.attention(*[x.float().numpy() for x in (q, k, v)], key_ranges=ranges)
+    np.testing.assert_allclose(out, want, atol=1e-5 if dtype == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("power", [2, 7, 8, 9, 12, 20, 36])
 def test_logits_of_any_size(make_qkv, tier, power):
     dhsa.set_isa(tier)

@@ -49,7 +49,8 @@ typedef struct {
         const uint16_t *p, *v;
         const float *alpha;
         float *o;
-    } due; /* the panel whose values are still to be added; pairs only */
+    } due;    /* the panel whose values are still to be added; pairs only */
+    int turn; /* which halves of alpha and p the next panel fills: not those of the one that is due */
 } scratch;
 
 static int64_t take(int64_t *used, int64_t bytes)
@@ -240,9 +241,8 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_
     /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
     const int guarded = poison && (masked || (pl->pair && count < n));
     if (pl->pair) {
-        const int odd = panel % 2;
-        float *alpha = w->alpha + odd * lanes;
-        uint16_t *p = w->p + odd * pl->tile * lanes;
+        float *alpha = w->alpha + w->turn * lanes;
+        uint16_t *p = w->p + w->turn * pl->tile * lanes;
         pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
                      w->top, &w->ahead);
         if (!guarded) {
@@ -254,6 +254,7 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_
             w->due.v = (uint16_t *)w->v + dhsa_square(0, skip, dhsa_round_up(n, DHSA_PAIR_STEP));
             w->due.alpha = alpha;
             w->due.o = o;
+            w->turn = !w->turn; /* panels that see nothing of a tile lie between: their number says nothing */
             return;
         }
     } else {
@@ -301,7 +302,7 @@ static void attend_item(void *context, int64_t index, int thread)
         w.m[r] = -INFINITY;
         w.l[r] = 0;
     }
-    w.due.count = 0;
+    w.due.count = w.turn = 0;
     if (pl->pair) pl->pair->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
