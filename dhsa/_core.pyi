@@ -30,8 +30,9 @@ def attend_dense(
     causal: bool,
     key_ranges: Array | None,
     num_threads: int,
+    skip: float | None,
     /,
-) -> None: ...
+) -> float: ...
 def attend_sparse(
     q: Array,
     k: Array,
@@ -44,6 +45,7 @@ def attend_sparse(
     causal: bool,
     key_ranges: Array | None,
     num_threads: int,
+    skip: float | None,
     indptr: Array,
     indices: Array,
     shape: tuple[int, int, int],
@@ -62,10 +64,11 @@ def prefill(
     causal: bool,
     key_ranges: Array | None,
     num_threads: int,
+    skip: float | None,
     boundary_config: BoundaryConfig,
     select_config: SelectConfig,
     /,
-) -> tuple[int, float, float, float]: ...
+) -> tuple[int, float, float, float, float]: ...
 def similarity_scores(k: Array, window: int, scores: Array, num_threads: int, /) -> None: ...
 def predictor_logits(predictor: tuple[Any, ...], k: Array, logits: Array, num_threads: int, /) -> None: ...
 def pick_boundaries(

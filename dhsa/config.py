@@ -121,11 +121,15 @@ class Config(_CoreArgs):
         key_block: keys of a block for "block", "xattention", "proxy" and "hisa".
         stride: of the samples of "xattention" and "proxy". None: 8 and 4.
         predictor: a BoundaryPredictor, for boundaries="predictor".
+        skip: leaves out tiles of keys in which every probability is less than `skip` times the largest that its row has
+            met in the keys before, 0 < skip < 1; None: none. Works with any method and with exact attention, not for so
+            few rows as in a decoding step. By tile (128 keys, 256 where 16-bit numbers are multiplied as they are) for
+            a group of rows at a time, so what is left out depends on the instruction set, but stays below that bound.
 
     Raises:
         TypeError: an unknown name, or a value of the wrong type. ValueError: a value out of range. Both name the field.
 
-    Source: arXiv 2510.24606; "similarity" and "rows" are this project's.
+    Source: arXiv 2510.24606; `skip`: BLASST, arXiv 2512.12087; "similarity" and "rows" are this project's.
     """
 
     method: Literal[
@@ -151,6 +155,7 @@ class Config(_CoreArgs):
     key_block: int = 128
     stride: int | None = None
     predictor: BoundaryPredictor | None = None
+    skip: float | None = None
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
@@ -201,6 +206,10 @@ class Config(_CoreArgs):
             if isinstance(self.num_chunks, str):
                 raise ValueError(f"num_chunks: expected an int, 'paper' or None, got {self.num_chunks!r}")
             keep("num_chunks", check_int(self.num_chunks, "num_chunks", 1, 2**31 - 1))
+        if self.skip is not None:
+            keep("skip", _number(self.skip, "skip", "a number above 0 and below 1"))
+            if not 0 < self.skip < 1:
+                raise ValueError(f"skip: expected a number above 0 and below 1, got {self.skip}")
         if self.theta is not None:
             keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):

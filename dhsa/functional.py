@@ -57,12 +57,14 @@ class RunStats(NamedTuple):
     path: "dense" (exact, all visible keys), "window" (exact, sliding window) or "sparse".
     density: (query, key) pairs attended / pairs visible; 1.0 on exact paths.
     select_seconds: boundaries, chunk scores and selection. attend_seconds: attention itself.
+    skipped: the share of products of a tile of keys and a group of query rows that `Config.skip` left out.
     """
 
     path: str
     density: float
     select_seconds: float
     attend_seconds: float
+    skipped: float = 0.0
 
 
 def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array, Array, Array, Array, bool]:
@@ -100,23 +102,22 @@ def run(
     if key_ranges is not None:
         # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
-    args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads())
+    skip = None if config is None else config.skip
+    args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads(), skip)
     if config is None or config._exact:
         start = perf_counter()
-        _core.attend_dense(*args)
+        skipped = _core.attend_dense(*args)
         seconds = perf_counter() - start
         path = "window" if window is not None and window < k.shape[2] else "dense"
-        stats = RunStats(path, 1.0, 0.0, seconds)
+        stats = RunStats(path, 1.0, 0.0, seconds, skipped)
     else:
         if key_ranges is not None or not causal:
             name = "causal" if key_ranges is None else "key_ranges"
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
-        done, density, selecting, attending = _core.prefill(
-            *args, config._boundary_args(k.shape[2]), config._select_args
-        )
-        stats = RunStats(PATHS[done], density, selecting, attending)
+        done, *report = _core.prefill(*args, config._boundary_args(k.shape[2]), config._select_args)
+        stats = RunStats(PATHS[done], *report)
     if type(kind) is DlpackKind:  # its results are Buffers until here
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
@@ -140,7 +141,8 @@ def attention(
     """Attention over the keys that `config` selects; exact over all visible keys with None or a budget of None.
 
     s = scale * q.k, then softcap * tanh(s / softcap), then the mask, then softmax; sums in float32. A NaN or infinity
-    in q, k or v reaches exactly the rows that see it, as in exact attention.
+    in q, k or v reaches exactly the rows that see it, as in exact attention; with `config.skip` one in v may be left
+    out where its probability is that small.
 
     Args:
         q: [B, H, Lq, D]; float32, float16 or bfloat16. Any strides but the last, which must be 1. D at most 256.
@@ -190,14 +192,16 @@ def sparse_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    skip: float | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
     """Causal attention over the keys of a selection: the second half of `attention`, for a selection made or kept
     before.
 
-    Causality and `window` apply per token inside the lists. The selection is checked in full against the shapes at
-    hand, so one of another layer may be used. Arguments, results and errors otherwise as in `attention`.
+    Causality and `window` apply per token inside the lists; `skip` is `Config.skip`. The selection is checked in full
+    against the shapes at hand, so one of another layer may be used. Arguments, results and errors otherwise as in
+    `attention`.
 
     Raises:
         TypeError, ValueError: also if the selection does not fit q and k (batch, sharing, blocks, key range).
@@ -218,6 +222,7 @@ def sparse_attention(
         True,
         None,
         get_num_threads(),
+        skip,
         selection.indptr,
         selection.indices,
         selection.shape,

@@ -41,7 +41,7 @@ class LayerRun(NamedTuple):
     `layer`: its index. `kind`: "full" or "sliding". `step`: "prefill" or "decode" (one query). `path`: "dense",
     "window", "sparse" (some block of queries saw a selection of its keys) or "decode". `density`: (query, key) pairs
     attended over pairs visible under mask and window, 1 on exact paths. Seconds: choosing the keys, and attending to
-    them. `query_shape` is [B, H, Lq, D], `key_shape` [B, Hkv, Lk, D].
+    them. `skipped`: see `dhsa.Config.skip`, 0 without. `query_shape` is [B, H, Lq, D], `key_shape` [B, Hkv, Lk, D].
     """
 
     layer: int
@@ -53,6 +53,7 @@ class LayerRun(NamedTuple):
     attend_seconds: float
     query_shape: tuple[int, int, int, int]
     key_shape: tuple[int, int, int, int]
+    skipped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def attention_forward(
         and parts[0].row in (None, 0)
         and parts[0].q_stop - parts[0].q_start == q_len
     )
-    if parts is None or not (whole or not config._exact):
+    if parts is None or not (whole or not config._exact or config.skip is not None):
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
         _, _, stats = functional.run(query, key, value, _EXACT, key_ranges=ranges, out=view, **options)
         _record(module, layer, sliding_window, query, key, [(stats, 1)])
@@ -256,6 +257,7 @@ def _record(
         attend_seconds=sum(stats.attend_seconds for stats, _ in done),
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
+        skipped=sum(stats.skipped * pairs for stats, pairs in done) / total if total else 0.0,
     )
     runs = module.__dict__.setdefault(_RUNS, {})
     runs.pop(step, None)

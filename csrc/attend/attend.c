@@ -31,6 +31,8 @@ typedef struct {
     int64_t dim, padded;           /* head_dim; rounded up to what the kernels pack */
     int64_t v_stride;              /* numbers of a strip of values (pairs: see kernels.h) */
     float factor, sign;
+    float least;                  /* log2 of skip, 0: none; a tile that stays this far below the maximum is left out */
+    _Atomic int64_t *done, *left; /* products of tiles and panels; those left out */
     char *arenas;
     int64_t arena_size;
 } plan;
@@ -49,8 +51,10 @@ typedef struct {
         const uint16_t *p, *v;
         const float *alpha;
         float *o;
-    } due;    /* the panel whose values are still to be added; pairs only */
-    int turn; /* which halves of alpha and p the next panel fills: not those of the one that is due */
+    } due;              /* the panel whose values are still to be added; pairs only */
+    int turn;           /* which halves of alpha and p the next panel fills: not those of the one that is due */
+    int packed, poison; /* whether the tile's values are packed, and one of them is not finite */
+    int64_t done, left;
 } scratch;
 
 static int64_t take(int64_t *used, int64_t bytes)
@@ -127,10 +131,18 @@ static void find_item(const plan *pl, int64_t index, item *it)
     it->panels = (int)dhsa_ceil_div(it->rows, pl->kernels->lanes);
 }
 
-/* Row r of an item is query r / heads of head r % heads: neighbours in a panel see almost the same keys. */
+/* Row r of an item is query r / heads of head r % heads: neighbours in a panel see almost the same keys. Where tiles may be left
+ * out, it is query r % queries of head r / queries: one head's neighbours agree ten times as often that a tile is negligible. */
+static int64_t query_of(const plan *pl, const item *it, int64_t r) { return pl->least ? r % it->queries : r / pl->heads; }
+
+static int64_t head_of(const plan *pl, const item *it, int64_t r)
+{
+    return it->head + (pl->least ? r / it->queries : r % pl->heads);
+}
+
 static void *item_row(const plan *pl, const item *it, const dhsa_tensor *t, int64_t r)
 {
-    return dhsa_row(t, it->b, it->head + r % pl->heads, it->first + r / pl->heads);
+    return dhsa_row(t, it->b, head_of(pl, it, r), it->first + query_of(pl, it, r));
 }
 
 /* Which entries of the list each row sees. Returns the span [*begin, *end) that any row sees. */
@@ -147,8 +159,9 @@ static void find_ranges(const plan *pl, const item *it, scratch *w, int64_t *beg
             *end = DHSA_MAX(*end, stop);
         }
         for (int64_t h = 0; h < pl->heads; h++) {
-            w->lo[i * pl->heads + h] = (int32_t)start;
-            w->hi[i * pl->heads + h] = (int32_t)stop;
+            const int64_t r = pl->least ? h * it->queries + i : i * pl->heads + h;
+            w->lo[r] = (int32_t)start;
+            w->hi[r] = (int32_t)stop;
         }
     }
     /* Padding rows look like the last one: they must not make a tile look masked. */
@@ -184,16 +197,23 @@ static void find_rows(const plan *pl, const item *it, int64_t at, int n, const v
     }
 }
 
-/* Gathers the keys and values of n rows each. Returns whether a value is not finite. */
-static int pack_tile(const plan *pl, scratch *w, const void *const *rows, int n)
+/* Gathers the keys of a tile, the first n of its rows. */
+static void pack_keys(const plan *pl, scratch *w, const void *const *rows, int n)
 {
-    const int dim = (int)pl->dim, dtype = pl->p->k.dtype;
-    if (pl->pair) {
-        pl->pair->pack_keys(rows, n, dim, w->k);
-        return pl->pair->pack_values(rows + n, n, dim, w->v);
-    }
-    pl->kernels->pack_rows(rows, dtype, n, dim, w->k);
-    return pl->kernels->pack_values(rows + n, dtype, n, dim, pl->v_stride, w->v);
+    if (pl->pair)
+        pl->pair->pack_keys(rows, n, (int)pl->dim, w->k);
+    else
+        pl->kernels->pack_rows(rows, pl->p->k.dtype, n, (int)pl->dim, w->k);
+    w->packed = 0;
+}
+
+/* Gathers its values, the n rows after its keys, once. */
+static void pack_values(const plan *pl, scratch *w, const void *const *rows, int n)
+{
+    if (w->packed) return;
+    w->packed = 1;
+    w->poison = pl->pair ? pl->pair->pack_values(rows + n, n, (int)pl->dim, w->v)
+                         : pl->kernels->pack_values(rows + n, pl->p->k.dtype, n, (int)pl->dim, pl->v_stride, w->v);
 }
 
 /* The products of this tile, of n keys, are to ask for the rows of the next, of `next` keys. */
@@ -214,8 +234,35 @@ static void add_due(const plan *pl, scratch *w, int n, dhsa_exp_job *meanwhile)
     w->due.count = 0;
 }
 
-/* One panel, `used` rows of it, against the packed tile of list entries [at, at + n). */
-static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_t at, int n, int poison)
+/* Whether all rows that see something (their largest product is not -inf) stay far below the maximum they have met. */
+static int far_below(const plan *pl, const float *top, const float *m, int used)
+{
+    const float log2e = 1.44269504088896340736f, softcap = (float)pl->p->softcap, factor = pl->factor;
+    for (int r = 0; r < used; r++) {
+        if (top[r] == -INFINITY) continue;
+        const float logit = softcap > 0 ? softcap * log2e * tanhf(top[r] * (factor / softcap)) : top[r] * (factor * log2e);
+        if (!(logit < m[r] + pl->least)) return 0;
+    }
+    return 1;
+}
+
+/* Whether the products of a panel and `count` keys may be left out. A product that is not finite never is: it is to show. */
+static int negligible(const plan *pl, scratch *w, int used, int count, int from, const int32_t *lo, const int32_t *hi,
+                      const float *m)
+{
+    if (!pl->least) return 0;
+    w->done++;
+    /* What 16-bit products know already says no to most. */
+    if (pl->pair && !lo && !far_below(pl, w->top, m, used)) return 0;
+    float top[DHSA_MAX_LANES];
+    pl->kernels->tops(w->s, count, used, from, lo, hi, top);
+    if (!far_below(pl, top, m, used)) return 0;
+    w->left++;
+    return 1;
+}
+
+/* One panel, `used` rows of it, against the packed tile of list entries [at, at + n), which lie at `rows`. */
+static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_t at, int n, const void *const *rows)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int lanes = kn->lanes, dim = (int)pl->dim;
@@ -238,14 +285,19 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_
     const float factor = pl->factor, softcap = (float)pl->p->softcap;
     float *m = w->m + first, *l = w->l + first;
     if (!masked) lo = NULL;
-    /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
-    const int guarded = poison && (masked || (pl->pair && count < n));
-    if (pl->pair) {
-        float *alpha = w->alpha + w->turn * lanes;
-        uint16_t *p = w->p + w->turn * pl->tile * lanes;
+    if (pl->pair)
         pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
                      w->top, &w->ahead);
+    else
+        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, used, w->s, &w->ahead);
+    if (negligible(pl, w, used, count, (int)from, lo, hi, m)) return;
+    pack_values(pl, w, rows, n);
+    /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
+    const int guarded = w->poison && (masked || (pl->pair && count < n));
+    if (pl->pair) {
         if (!guarded) {
+            float *alpha = w->alpha + w->turn * lanes;
+            uint16_t *p = w->p + w->turn * pl->tile * lanes;
             pl->pair->softmax(w->s, w->top, count, (int)from, lo, hi, factor, softcap, m, l, alpha, p, &w->job);
             add_due(pl, w, n, &w->job);
             pl->pair->exp(&w->job);
@@ -257,10 +309,8 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_
             w->turn = !w->turn; /* panels that see nothing of a tile lie between: their number says nothing */
             return;
         }
-    } else {
-        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, used, w->s, &w->ahead);
+        add_due(pl, w, n, NULL); /* its alpha may be in the way */
     }
-    if (pl->pair) add_due(pl, w, n, NULL); /* its alpha may be in the way */
     kn->softmax(w->s, count, used, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
     if (guarded)
         pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
@@ -274,7 +324,7 @@ static void store(const plan *pl, const item *it, scratch *w)
     const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
     for (int r = 0; p->lse && r < it->rows; r++) {
-        const int64_t head = it->head + r % pl->heads, i = it->first + r / pl->heads;
+        const int64_t head = head_of(pl, it, r), i = it->first + query_of(pl, it, r);
         /* m is in units of log2. No key seen: l is 0, the logarithm -inf. */
         p->lse[(it->b * H + head) * q_len + i] = w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
     }
@@ -303,6 +353,7 @@ static void attend_item(void *context, int64_t index, int thread)
         w.l[r] = 0;
     }
     w.due.count = w.turn = 0;
+    w.done = w.left = 0;
     if (pl->pair) pl->pair->begin();
     pack_queries(pl, &it, &w);
     find_ranges(pl, &it, &w, &begin, &end);
@@ -310,11 +361,12 @@ static void attend_item(void *context, int64_t index, int thread)
     if (begin < end) find_rows(pl, &it, begin, (int)DHSA_MIN(pl->tile, end - begin), now);
     for (int64_t at = begin; at < end; at += pl->tile) {
         const int n = (int)DHSA_MIN(pl->tile, end - at), next = (int)DHSA_MAX(DHSA_MIN(pl->tile, end - at - n), 0);
-        const int poison = pack_tile(pl, &w, now, n);
+        pack_keys(pl, &w, now, n);
+        if (!pl->least) pack_values(pl, &w, now, n);
         find_rows(pl, &it, at + n, next, next_rows);
         look_ahead(pl, &it, &w, next_rows, n, next);
         for (int panel = 0; panel < it.panels; panel++)
-            attend_panel(pl, &w, panel, DHSA_MIN(pl->kernels->lanes, it.rows - panel * pl->kernels->lanes), at, n, poison);
+            attend_panel(pl, &w, panel, DHSA_MIN(pl->kernels->lanes, it.rows - panel * pl->kernels->lanes), at, n, now);
         if (pl->pair) add_due(pl, &w, n, NULL);
         const void **swap = now;
         now = next_rows;
@@ -322,6 +374,10 @@ static void attend_item(void *context, int64_t index, int thread)
     }
     if (pl->pair) pl->pair->end();
     store(pl, &it, &w);
+    if (w.done) {
+        atomic_fetch_add_explicit(pl->done, w.done, memory_order_relaxed);
+        atomic_fetch_add_explicit(pl->left, w.left, memory_order_relaxed);
+    }
 }
 
 static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
@@ -330,6 +386,10 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
     const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3];
     scratch unused;
+    _Atomic int64_t done = 0, left = 0;
+    pl.done = &done;
+    pl.left = &left;
+    pl.least = p->skip ? (float)log2(p->skip) : 0;
     pl.heads = heads_of(p, list);
     pl.sets = H / pl.heads;
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
@@ -359,6 +419,10 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
                          (long long)pl.arena_size);
     dhsa_parallel(items, threads, attend_item, &pl);
     dhsa_free(pl.arenas);
+    if (p->skip_counts) {
+        p->skip_counts[0] += done;
+        p->skip_counts[1] += left;
+    }
     return DHSA_OK;
 }
 

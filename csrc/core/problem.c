@@ -153,6 +153,8 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
                          "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal", q->shape[2],
                          k->shape[2]);
     if ((status = dhsa_scaling_check(p->scale, p->softcap, error))) return status;
+    if (p->skip && !(p->skip > 0 && p->skip < 1))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "skip: got %g, expected a number above 0 and below 1", p->skip);
     if (p->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", p->window);
     if (p->window && (!p->causal || p->key_ranges))
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: a sliding window is supported with causal attention only");

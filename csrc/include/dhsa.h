@@ -47,6 +47,10 @@ typedef struct {
     int causal;     /* 0: every key is visible (window must then be 0) */
     const int32_t *key_ranges; /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop), in place of causal and window */
     int num_threads;           /* >= 1 */
+    /* 0: none; else 0 < skip < 1: tiles of keys are left out in which every probability is less than skip times the largest that
+     * the row has met before (BLASST, arXiv 2512.12087). By tile and group of rows, see docs/ARCHITECTURE.md; not for few rows. */
+    double skip;
+    int64_t *skip_counts; /* NULL, or [2], added to where skip is not 0: products of a tile and a group of rows; those left out */
 } dhsa_problem;
 
 /* Which keys each block of `query_block` queries may attend to: CSR over (b, s, i), b-major, s < heads, i < nq.

@@ -105,6 +105,9 @@ typedef struct dhsa_kernels {
     void (*softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
                     float *l, float *alpha);
 
+    /* top[r]: the largest raw product that row r sees, -inf if it sees none, NaN if any that it sees is not finite. */
+    void (*tops)(const float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float *top);
+
     /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), v packed by pack_values with the
      * same v_stride. */
     void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha, float *o,

@@ -148,6 +148,46 @@ static void K_NAME(softmax)(float *s, int n, int rows, int base, const int32_t *
     K_FOR_ROWS(rows, softmax_panel, s, n, base, lo, hi, scale, softcap, m, l, alpha);
 }
 
+K_INLINE void tops_of(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, float *top, const int masked,
+                      const int per)
+{
+    const vf zero = v_set1(0.0f), none = v_set1(-INFINITY);
+    vf most[V_PER], poison[V_PER];
+#pragma GCC unroll 8
+    for (int u = 0; u < per; u++) {
+        most[u] = none;
+        poison[u] = zero;
+    }
+    for (int j = 0; j < n; j++)
+#pragma GCC unroll 8
+        for (int u = 0; u < per; u++) {
+            vf x = v_load(s + (ptrdiff_t)j * K_LANES + u * V_LEN), seen = x;
+            if (masked) {
+                const vm sees = v_range(lo + u * V_LEN, hi + u * V_LEN, base + j);
+                seen = v_pick(sees, x, none);
+                x = v_pick(sees, x, zero);
+            }
+            most[u] = v_max(most[u], seen);
+            /* x * 0 is 0 unless x is inf or NaN, which a maximum may lose. */
+            poison[u] = v_fma(x, zero, poison[u]);
+        }
+#pragma GCC unroll 8
+    for (int u = 0; u < per; u++) v_store(top + u * V_LEN, v_add(most[u], poison[u]));
+}
+
+K_INLINE void tops_panel(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, float *top, const int per)
+{
+    if (lo)
+        tops_of(s, n, base, lo, hi, top, 1, per);
+    else
+        tops_of(s, n, base, lo, hi, top, 0, per);
+}
+
+static void K_NAME(tops)(const float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float *top)
+{
+    K_FOR_ROWS(rows, tops_panel, s, n, base, lo, hi, top);
+}
+
 /* ---- moving and converting ------------------------------------------------------------------------------------ */
 
 static float K_NAME(convert)(const void *src, int dtype, int64_t i)
@@ -327,6 +367,7 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .value_step = PV_ROWS,
     .qk = K_NAME(qk),
     .softmax = K_NAME(softmax),
+    .tops = K_NAME(tops),
     .pv = K_NAME(pv),
     .pack_rows = K_NAME(pack_rows),
     .pack_values = K_NAME(pack_values),

@@ -145,6 +145,16 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
         goto fail;
     }
     problem->num_threads = (int)threads;
+    if (args[11] != Py_None) {
+        if (dhsa_py_double(args[11], "skip", 0, &problem->skip) != 0) {
+            goto fail;
+        }
+        if (problem->skip == 0) {
+            PyErr_SetString(PyExc_ValueError, "skip: got 0, expected a number above 0 and below 1");
+            goto fail;
+        }
+        problem->skip_counts = p->skip_counts;
+    }
     return 0;
 fail:
     dhsa_py_problem_release(p);

@@ -20,9 +20,10 @@ int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_
 typedef struct {
     dhsa_problem problem;
     dhsa_py_view q, k, v, out, lse, key_ranges;
+    int64_t skip_counts[2];
 } dhsa_py_problem;
 
-/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads. */
+/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads, skip | None. */
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *problem);
 void dhsa_py_problem_release(dhsa_py_problem *problem);
 

@@ -34,10 +34,17 @@ static int open_input(const dhsa_py_state *state, PyObject *object, const char *
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
+/* The share of products that skip left out. */
+static double skipped(const dhsa_py_problem *p)
+{
+    return p->skip_counts[0] > 0 ? (double)p->skip_counts[1] / (double)p->skip_counts[0] : 0.0;
+}
+
+/* -> the share of products left out */
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
-    if (check_count("attend_dense", nargs, 11) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
+    if (check_count("attend_dense", nargs, 12) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
         return NULL;
     }
     dhsa_error error = {DHSA_OK, ""};
@@ -46,7 +53,12 @@ PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize
     status = dhsa_attend_dense(&p.problem, &error);
     Py_END_ALLOW_THREADS;
     dhsa_py_problem_release(&p);
-    return dhsa_py_result(status, &error);
+    PyObject *result = dhsa_py_result(status, &error);
+    if (result != NULL) {
+        Py_DECREF(result);
+        result = PyFloat_FromDouble(skipped(&p));
+    }
+    return result;
 }
 
 /* Arrays of a selection; lengths are checked here, since C sees pointers only, and contents by the core. */
@@ -88,7 +100,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (check_count("attend_sparse", nargs, 15) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (check_count("attend_sparse", nargs, 16) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_py_view indptr, indices;
@@ -101,7 +113,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     dhsa_status status = dhsa_problem_check(&p.problem, &error);
     if (status != DHSA_OK) {
         dhsa_py_raise(&error);
-    } else if (open_selection(state, args + 11, &p.problem, &indptr, &indices, &selection) == 0) {
+    } else if (open_selection(state, args + 12, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
         status = dhsa_attend_sparse(&p.problem, &selection, &error);
         Py_END_ALLOW_THREADS;
@@ -113,23 +125,23 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* -> (path, density, select_seconds, attend_seconds) */
+/* -> (path, density, select_seconds, attend_seconds, skipped) */
 PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (check_count("prefill", nargs, 13) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (check_count("prefill", nargs, 14) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_boundary_config boundaries;
     dhsa_select_config select;
     dhsa_py_predictor predictor;
     PyObject *result = NULL;
-    if (dhsa_py_boundary_config(state, args[11], &boundaries, &predictor) != 0) {
+    if (dhsa_py_boundary_config(state, args[12], &boundaries, &predictor) != 0) {
         dhsa_py_problem_release(&p);
         return NULL;
     }
-    if (dhsa_py_select_config(args[12], &select) == 0) {
+    if (dhsa_py_select_config(args[13], &select) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
         dhsa_status status;
@@ -139,7 +151,8 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
         result = dhsa_py_result(status, &error);
         if (result != NULL) {
             Py_DECREF(result);
-            result = Py_BuildValue("(iddd)", (int)stats.path, stats.density, stats.select_seconds, stats.attend_seconds);
+            result =
+                Py_BuildValue("(idddd)", (int)stats.path, stats.density, stats.select_seconds, stats.attend_seconds, skipped(&p));
         }
     }
     dhsa_py_predictor_release(&predictor);

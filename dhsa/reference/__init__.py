@@ -8,7 +8,7 @@ Inputs are arrays of any float dtype; everything is computed and returned in flo
 Hierarchical Sparse Attention, arXiv 2510.24606.
 """
 
-from dhsa.reference._attention import attention, selection_mask, sparse_attention
+from dhsa.reference._attention import attention, masked_attention, selection_mask, sparse_attention
 from dhsa.reference._boundaries import (
     boundaries,
     boundary_ratios,
@@ -19,10 +19,12 @@ from dhsa.reference._boundaries import (
 from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
 from dhsa.reference._scores import chunk_means, chunk_scores
 from dhsa.reference._selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
+from dhsa.reference._skip import Grouping, skip_mask
 
 __all__ = [
     "METHODS",
     "Block",
+    "Grouping",
     "Prefill",
     "Selection",
     "Units",
@@ -32,6 +34,7 @@ __all__ = [
     "chunk_means",
     "chunk_scores",
     "density",
+    "masked_attention",
     "method_blocks",
     "method_lists",
     "pick_boundaries",
@@ -41,6 +44,7 @@ __all__ = [
     "select_from_scores",
     "selection_mask",
     "similarity_scores",
+    "skip_mask",
     "sparse_attention",
     "take",
 ]

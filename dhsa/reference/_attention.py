@@ -41,13 +41,17 @@ def visible(q_len: int, k_len: int, *, window: int | None = None, causal: bool =
     return mask
 
 
+def logits(q, k, scale, softcap):
+    """q [Lq, D], k [Lk, D] -> [Lq, Lk] scaled and capped."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        s = scale * (q @ k.T)
+        return s if softcap is None else softcap * np.tanh(s / softcap)
+
+
 def _attend_head(q, k, v, mask, scale, softcap):
     """One head: q [Lq, D], k, v [Lk, D], mask bool [Lq, Lk] -> out [Lq, D], lse [Lq]."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        s = scale * (q @ k.T)
-        if softcap is not None:
-            s = softcap * np.tanh(s / softcap)
-        s = np.where(mask, s, -np.inf)
+        s = np.where(mask, logits(q, k, scale, softcap), -np.inf)
         top = s.max(axis=1, keepdims=True, initial=-np.inf)
         top = np.where(top == -np.inf, 0.0, top)
         p = np.where(mask, np.exp(s - top), 0.0)
@@ -100,6 +104,11 @@ def attention(
     return _attend(
         q, k, v, lambda b, h: (key >= ranges[b, :, :1]) & (key < ranges[b, :, 1:]), scale, softcap, return_lse
     )
+
+
+def masked_attention(q, k, v, mask, *, scale=None, softcap=None, return_lse=False):
+    """Attention of each query over the keys that ``mask`` bool [B, H, Lq, Lk] leaves it, otherwise as `attention`."""
+    return _attend(q, k, v, lambda b, h: mask[b, h], scale, softcap, return_lse)
 
 
 def sparse_attention(q, k, v, selection, *, scale=None, softcap=None, window=None, return_lse=False):

@@ -199,6 +199,31 @@ static void test_softmax(int n, int masked, float softcap)
     }
 }
 
+/* The largest products that rows see, against a loop; what they do not see, or what lies past `used`, may be anything. */
+static void test_tops(int n, int masked)
+{
+    const int lanes = kn->lanes, base = 5, used = 1 + n % lanes;
+    float *s = random_floats((size_t)n * lanes), *top = floats((size_t)lanes);
+    int32_t *lo = guarded((size_t)lanes * 4), *hi = guarded((size_t)lanes * 4);
+    for (int r = 0; r < lanes; r++) {
+        lo[r] = base + r % (n + 2) - 1;
+        hi[r] = base + n - r % (n + 3);
+    }
+    s[n / 2 * lanes] = NAN;
+    s[n / 2 * lanes + 3] = INFINITY;
+    s[n / 3 * lanes + 5] = -INFINITY;
+    kn->tops(s, n, used, base, masked ? lo : NULL, hi, top);
+    for (int r = 0; r < used; r++) {
+        float want = -INFINITY;
+        for (int j = 0; j < n; j++) {
+            if (masked && (base + j < lo[r] || base + j >= hi[r])) continue;
+            const float x = s[j * lanes + r];
+            want = isnan(want) || !isfinite(x) ? NAN : fmaxf(want, x);
+        }
+        near("tops", n, r, top[r], want, 0);
+    }
+}
+
 static void test_add_rows(int n, int square)
 {
     const int lanes = kn->lanes;
@@ -545,8 +570,10 @@ int main(void)
                         forget();
                     }
             }
-            for (int masked = 0; masked < 2; masked++)
+            for (int masked = 0; masked < 2; masked++) {
                 for (int capped = 0; capped < 2; capped++) test_softmax(n, masked, capped ? 20.0f : 0.0f);
+                test_tops(n, masked);
+            }
             for (int capped = 0; capped < 2; capped++) test_decode_softmax(n, capped ? 20.0f : 0.0f);
             test_read(37 * n);
             test_add_rows(n, 1);
