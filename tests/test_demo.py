@@ -15,7 +15,7 @@ for name in ("torch", "transformers", "rich", "matplotlib", "psutil"):
 
 import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
-from dhsa import demo  # noqa: E402
+from dhsa import demo, loading  # noqa: E402
 from dhsa.plot import key_shares, plot_selection  # noqa: E402
 
 ATTENTIONS = ["transformers sdpa", "dhsa, exact", "dhsa, default", "dhsa, paper", "sinks + local"]
@@ -188,12 +188,12 @@ def test_weights_are_assembled_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "chunk_paths", lambda: parts)
     monkeypatch.setattr(package, "assemble", assemble)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = demo._packaged_model()
+    path = loading.packaged_model()
     assert path.read_bytes() == b"onetwo"
-    assert path == demo._packaged_model()
+    assert path == loading.packaged_model()
     assert len(calls) == 1
     path.write_bytes(b"one")  # as an interrupted copy would leave it
-    assert demo._packaged_model().read_bytes() == b"onetwo"
+    assert loading.packaged_model().read_bytes() == b"onetwo"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -1,0 +1,207 @@
+"""`python -m dhsa eval`: its arguments, the run, and what it prints. The work is in the modules beside this one."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dhsa import loading
+from dhsa.loading import UserError, at_least
+
+__all__ = ["DESCRIPTION", "add_arguments", "run"]
+
+TASKS = ("ppl",)
+LENGTHS = {"ppl": [8192]}
+_NEEDED = ("torch", "transformers", "rich", "matplotlib")
+
+DESCRIPTION = (
+    "Reads the same prompts by every method at every budget and says what each loses against dense attention. Rows go "
+    "to OUT/results.jsonl as they come; the same command again goes on where the last one stopped."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("tasks", metavar="TASKS", help=f"comma-separated: {', '.join(TASKS)}, or all; report: only the tables again")
+    add("--model", metavar="PATH", help="a GGUF file, a model folder, gemma3 or smollm2 (packaged; default: gemma3)")
+    add(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (default: float32)"
+    )
+    add(
+        "--weights-products",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="numbers in the model's own matrix products, dense runs too; bf16 is a fast mode (default: fp32)",
+    )
+    add(
+        "--methods",
+        default="all",
+        metavar="A,B",
+        help="methods with overrides, as rows,rows:query_block=64,window; dense is always there (default: all)",
+    )
+    add("--budget", type=_ints(16), metavar="N,M", help="keys a block of queries may see (default: 640,1152,2176)")
+    add("--mass", type=_shares, default=[], metavar="P,Q", help="shares of mass, in place of or beside --budget")
+    add("--sink", type=at_least(0), metavar="N", help="first keys always in; at most a quarter of the budget")
+    add("--local", type=at_least(0), metavar="N", help="latest keys always in; both at most half of the budget")
+    add(
+        "--dense-tail",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="last queries whose blocks see all keys (default: 0, so that a question's own queries are sparse too)",
+    )
+    add("--layers", type=_layers, metavar="I,J", help="layers that may be sparse, as 5,11 or 0-9 (default: all)")
+    add("--lengths", type=_ints(128), metavar="N,M", help="tokens of a prompt (default: each task's own)")
+    add(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help=".txt or .jsonl files or folders (default: Python's reference)",
+    )
+    add("--join", action="store_true", help="texts of a source follow each other, cut into documents")
+    add("--documents", type=at_least(1), default=12, metavar="N", help="ppl, output: documents read (default: 12)")
+    add("--skip", type=at_least(0), default=0, metavar="N", help="ppl, output: documents left out before them")
+    add("--quick", action="store_true", help="every task in miniature, within two minutes")
+    add("--out", type=Path, default=Path("eval-output"), metavar="DIR", help="(default: eval-output)")
+
+
+def _ints(low: int) -> Any:
+    def parse(text: str) -> list[int]:
+        return list(dict.fromkeys(at_least(low)(part) for part in text.split(",")))
+
+    parse.__name__ = "int"
+    return parse
+
+
+def _shares(text: str) -> list[float]:
+    values = [float(part) for part in text.split(",")]
+    for value in values:
+        if not 0 < value <= 1:
+            raise argparse.ArgumentTypeError(f"{value:g} is no share of mass, 0 < mass <= 1")
+    return values
+
+
+_shares.__name__ = "float"
+
+
+def _layers(text: str) -> list[int]:
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return sorted(found)
+
+
+_layers.__name__ = "layers"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the evaluation for parsed arguments (see `add_arguments`) and returns the exit status."""
+    loading.prepare(_NEEDED, "eval")
+    from rich.console import Console
+
+    from dhsa.evaluation import settings as settings_of
+    from dhsa.evaluation.store import Store
+
+    names = _tasks(args.tasks)
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {error}") from error
+    store = Store(args.out / "results.jsonl")
+    if names == ["report"]:
+        if not store.rows:
+            raise UserError(f"--out: no results in {store.path}")
+        return _report(store.rows.values(), args, console)
+    _resolve(args)
+    settings = _settings(args, settings_of)
+
+    started = time.perf_counter()
+    with loading.progress(console, remaining=True) as step:
+        rows = _measure(args, names, settings, store, step, console)
+    if store.damaged:
+        console.print(f"{store.damaged} damaged lines of {store.path} were passed over.", highlight=False)
+    status = _report(rows, args, console)
+    console.print(f"All of it took {time.perf_counter() - started:.0f} s.", highlight=False)
+    return status
+
+
+def _tasks(text: str) -> list[str]:
+    names = list(dict.fromkeys(TASKS if text == "all" else text.split(",")))
+    if names == ["report"]:
+        return names
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"no task {name!r}; there are {', '.join(TASKS)}, all, and report")
+    return names
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    """Fills in what depends on other arguments."""
+    lengths, budgets = dict(LENGTHS), [640, 1152, 2176]
+    if args.budget is None:
+        args.budget = [] if args.mass else budgets
+    args.lengths = {name: args.lengths or lengths[name] for name in TASKS}
+
+
+def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
+    """Dense, then every method at every budget; a setting that two of them share, once."""
+    specs = settings_of.methods(args.methods)
+    options = {"dense_tail": args.dense_tail, "sink": args.sink, "local": args.local}
+    made = [settings_of.dense()]
+    for budget, mass in [(b, None) for b in args.budget] + [(None, m) for m in args.mass]:
+        made += [settings_of.setting(spec, budget, mass=mass, **options) for spec in specs]
+    return list(dict.fromkeys(made))
+
+
+def _measure(
+    args: argparse.Namespace, names: list[str], settings: list[Any], store: Any, step: Any, console: Any
+) -> list[dict[str, Any]]:
+    from dhsa.evaluation import runner, texts
+    from dhsa.evaluation.tasks import Context
+
+    groups = texts.sources(args.text)
+    with step("finding the model"):
+        source = loading.find_model(args.model)
+    with step(f"loading {source.name} into {args.dtype}"):
+        tokenizer, model = loading.load(source, args.dtype)
+    import dhsa
+    from dhsa.evaluation.engine import Engine, weights_products
+
+    missing = sorted(set(args.layers or ()) - set(range(loading.model_layers(model))))
+    if missing:
+        raise UserError(f"--layers: {missing} not in this model of {loading.model_layers(model)} layers")
+    base = {
+        "model": runner.identity(source),
+        "dtype": args.dtype,
+        "products": args.weights_products,
+        "layers": "" if args.layers is None else ",".join(map(str, args.layers)),
+        "threads": dhsa.get_num_threads(),
+    }
+    context = Context(Engine(model, tokenizer, args.layers), args, groups)
+
+    def plan(task: str, total: int, missing: int) -> None:
+        if missing < total:
+            console.print(f"{task}: {total - missing} of {total} results are there already.", highlight=False)
+
+    with weights_products(args.weights_products):
+        return runner.run(names, context, settings, store, base, step, plan)
+
+
+def _report(rows: Any, args: argparse.Namespace, console: Any) -> int:
+    from rich.markdown import Markdown
+
+    from dhsa.evaluation import report
+
+    command = "python -m dhsa " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    path, lines, drawn = report.write(rows, args.out, command)
+    console.print(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
+    for name in (path, *drawn, args.out / "results.jsonl"):
+        console.print(f"{name}", soft_wrap=True, highlight=False)
+    return 0

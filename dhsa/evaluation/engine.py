@@ -1,0 +1,194 @@
+"""A model's prefill by a setting, and what is read off it: likelihoods and greedy answers, with a record of the work.
+
+Two things make many settings on one prompt cheap. Layers before the first that a setting can make sparse compute the
+same for all of them: their result is kept and replayed. And logits, which are as much work as half the model where
+the vocabulary is large, are formed only where they are asked for, in slices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import dhsa
+from dhsa import loading
+from dhsa.evaluation.settings import Setting
+
+__all__ = ["Engine", "weights_products"]
+
+
+@contextmanager
+def weights_products(kind: str) -> Iterator[None]:
+    """Has the model's own matrix products (not attention's) done on numbers rounded to `kind`: "fp32" or "bf16"."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = {"fp32": "ieee", "bf16": "bf16"}[kind]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+class Engine:
+    """A model and its tokenizer. `layers`: those that may be sparse, all if None."""
+
+    def __init__(self, model: Any, tokenizer: Any, layers: Iterable[int] | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.layers = None if layers is None else frozenset(layers)
+        config = model.config.get_text_config()
+        self.depth = config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None) or [None] * self.depth
+        self.windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        self._blocks = getattr(model.get_decoder(), "layers", None)
+        self._prompt: tuple[int, ...] = ()
+        self._kept: dict[int, Any] = {}  # by the number of layers before it: what they made of self._prompt
+        self.prefix = self._special_prefix()
+
+    def _special_prefix(self) -> list[int]:
+        """What the tokenizer itself puts before a text."""
+        plain = self.tokenizer("a", add_special_tokens=False).input_ids
+        whole = self.tokenizer("a").input_ids
+        return list(whole[: len(whole) - len(plain)]) if whole[-len(plain) :] == plain else []
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens, nothing put before or after them."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    # ---- prefill -----------------------------------------------------------------------------------------------------
+
+    def first_sparse(self, setting: Setting, length: int) -> int:
+        """The first layer that the setting may leave keys out in; all before it are exact whatever the method."""
+        config = setting.config
+        limit = config.budget
+        for layer in range(self.depth):
+            if self.layers is not None and layer not in self.layers:
+                continue
+            if limit is None:
+                if getattr(config, "mass", None) is None:
+                    break
+                return layer
+            window = self.windows[layer]
+            if length > limit and not (window is not None and window <= limit):
+                return layer
+        return self.depth
+
+    def prefill(self, ids: list[int], setting: Setting) -> tuple[Any, dict[str, Any]]:
+        """(last hidden states [length, size], what the row says of the work) of a prompt read by a setting."""
+        first = self.first_sparse(setting, len(ids))
+        if self._prompt != tuple(ids):
+            self._prompt, self._kept = tuple(ids), {}
+        replayed = 0 if setting.dense or first not in self._kept else first
+        forget_runs(self.model)
+        shared = self._replaying(replayed) if replayed else self._keeping(first)
+        with torch.no_grad(), dhsa.patched(self.model, setting.config, self.layers), shared:
+            start = time.perf_counter()
+            out = self.model.get_decoder()(torch.tensor([ids]), use_cache=False)
+            seconds = time.perf_counter() - start
+        runs = dhsa.last_run(self.model, "prefill")
+        if any(r.path == "sparse" and r.layer < first for r in runs):
+            self._kept.pop(first, None)  # a rule of exactness that this file does not know: nothing to share
+        return out.last_hidden_state[0], work(runs, seconds, replayed, setting.dense)
+
+    @contextmanager
+    def _keeping(self, first: int) -> Iterator[None]:
+        """Keeps what the layers before `first` make of the prompt."""
+        if not first or self._blocks is None:
+            yield
+            return
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._kept[first] = output
+
+        handle = self._blocks[first - 1].register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _replaying(self, first: int) -> Iterator[None]:
+        """Layers before `first` hand on what was kept instead of computing."""
+        kept = self._kept[first]
+        blocks = self._blocks[:first]
+        try:
+            for block in blocks:
+                block.forward = lambda *args, **kwargs: kept
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+    # ---- read off the hidden states ----------------------------------------------------------------------------------
+
+    def likelihood(self, hidden: Any, ids: list[int], first: int) -> tuple[Any, Any]:
+        """(log-likelihood float64, is it the most likely token?) of ids[first:], each given all before it.
+
+        Ties of the largest logit go to the lowest token, as in greedy decoding.
+        """
+        target = torch.tensor(ids)
+        values, best = [], []
+        with torch.no_grad():
+            for start in range(first, len(ids), loading.LOGIT_ROWS):
+                stop = min(start + loading.LOGIT_ROWS, len(ids))
+                logits = loading.logits(self.model, hidden[start - 1 : stop - 1]).float()
+                wanted = target[start:stop]
+                chosen = logits.gather(1, wanted[:, None])[:, 0]
+                values.append((chosen - logits.logsumexp(-1)).double())
+                best.append(logits.argmax(-1) == wanted)
+        return torch.cat(values), torch.cat(best)
+
+    def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
+        """(greedy continuation, what the row says of the work): the prompt's prefill by the setting, exact decode.
+
+        Ends after `tokens`, at the model's end token, or once the text holds `stop`.
+        """
+        from transformers import DynamicCache
+
+        ends = {e for e in _as_list(self.model.generation_config.eos_token_id) if e is not None}
+        ends |= {self.tokenizer.eos_token_id} - {None}
+        forget_runs(self.model)
+        chosen: list[int] = []
+        decoder = self.model.get_decoder()
+        with torch.no_grad(), dhsa.patched(self.model, setting.config, self.layers):
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            start = time.perf_counter()
+            last = decoder(torch.tensor([ids]), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+            seconds = time.perf_counter() - start
+            done = work(dhsa.last_run(self.model, "prefill"), seconds, 0, setting.dense)
+            while True:
+                token = loading.logits(self.model, last).argmax(-1)
+                if int(token) in ends:
+                    break
+                chosen.append(int(token))
+                if len(chosen) == tokens or (stop and stop in self.tokenizer.decode(chosen)):
+                    break
+                last = decoder(token, past_key_values=cache, use_cache=True).last_hidden_state
+        text = self.tokenizer.decode(chosen, skip_special_tokens=True)
+        return text.split(stop)[0] if stop else text, done
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def forget_runs(model: Any) -> None:
+    """Replayed layers do not run, and an earlier call's record must not stand in for theirs."""
+    for module in model.modules():
+        module.__dict__.pop("_dhsa_runs", None)
+
+
+def work(runs: list[Any], seconds: float, replayed: int, dense: bool) -> dict[str, Any]:
+    """What a row says of a prefill: the layers that were sparse (for dense: those without a window), their mean
+    realised density, their seconds of selecting and attending; the whole prefill's seconds, less `replayed` layers."""
+    sparse = [r for r in runs if (r.kind == "full" if dense else r.path == "sparse")]
+    return {
+        "density": sum(r.density for r in sparse) / len(sparse) if sparse else 1.0,
+        "sparse_layers": 0 if dense else len(sparse),
+        "select_seconds": sum(r.select_seconds for r in sparse),
+        "attend_seconds": sum(r.attend_seconds for r in sparse),
+        "prefill_seconds": seconds,
+        "replayed_layers": replayed,
+    }

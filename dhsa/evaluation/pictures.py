@@ -1,0 +1,119 @@
+"""Pictures of results, by matplotlib, off screen: curves of loss against budget, heat maps of needles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["curves", "heatmaps"]
+
+_INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
+_COLOURS = (
+    "#c8553d", "#3d6b8c", "#5f8f4e", "#8c6bb1", "#d9a441", "#3aa6a0", "#a0522d", "#d46fa5", "#6b7885", "#1c2733",
+)  # fmt: skip
+_MARKS = "osD^vP*X<>"
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axis: Any) -> None:
+    axis.set_facecolor(_PAPER)
+    axis.tick_params(colors=_QUIET, labelsize=9)
+    for edge in axis.spines.values():
+        edge.set_color("#c9c6bd")
+
+
+def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path, title: str) -> Path:
+    """Loss against budget (left) and against realised density (right), a line a method with bars of one standard error.
+
+    data: by method, points (budget or NaN, density, mean log ratio, its standard error).
+    """
+    figure = _figure(12.5, 5.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.07, right=0.83, top=0.87, bottom=0.12, wspace=0.06)
+    budgets = sorted({p[0] for points in data.values() for p in points if not math.isnan(p[0])})
+    for place, (name, points) in enumerate(data.items()):
+        style = {
+            "color": _COLOURS[place % len(_COLOURS)], "marker": _MARKS[place % len(_MARKS)], "markersize": 5,
+            "linewidth": 1.6, "capsize": 2, "linestyle": "-" if place < len(_COLOURS) else "--",
+        }  # fmt: skip
+        for axis, column in ((left, 0), (right, 1)):
+            some = sorted(p for p in points if not math.isnan(p[column]))
+            some.sort(key=lambda p: p[column])
+            if not some:
+                continue
+            x = [p[column] * (100 if column else 1) for p in some]
+            y = [(math.exp(p[2]) - 1) * 100 for p in some]
+            bars = [0 if math.isnan(p[3]) else p[3] * 100 for p in some]
+            axis.errorbar(x, y, bars, label=name if axis is right else None, **style)
+    for axis, label in ((left, "budget, keys"), (right, "realised density of the sparse layers, %")):
+        _style(axis)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(label, color=_INK)
+        axis.axhline(0, color=_QUIET, linewidth=0.8)
+        axis.grid(axis="y", color="#e4e1d8", linewidth=0.6)
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    left.set_xticks(budgets, [f"{b:,.0f}" for b in budgets])
+    left.minorticks_off()
+    # Losses span orders of magnitude, and a good selector's is about zero, of either sign.
+    left.set_yscale("symlog", linthresh=0.5)
+    left.yaxis.set_major_formatter(lambda v, _: f"{v:+g}")
+    left.set_ylabel("perplexity above dense, %", color=_INK)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.84, 0.5), frameon=False, fontsize=9)
+    figure.text(0.07, 0.93, title, fontsize=13, fontweight="bold", color=_INK)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def heatmaps(
+    panels: Mapping[str, Mapping[tuple[float, int], tuple[float, str]]], path: Path, title: str, label: str
+) -> Path:
+    """Panels of depth (down) by length (right).
+
+    panels: by title, cells {(depth, length): (value, text in the cell)}; values at or under zero, the less the worse.
+    """
+    lengths = sorted({length for cells in panels.values() for _, length in cells})
+    depths = sorted({depth for cells in panels.values() for depth, _ in cells})
+    columns = min(4, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    width, height = 1.2 + columns * (1.0 + 0.62 * len(lengths)), 1.5 + lines * (0.9 + 0.24 * len(depths))
+    figure = _figure(max(width, 6.0), max(height, 3.5))
+    axes = np.atleast_2d(figure.subplots(lines, columns, squeeze=False))
+    worst = min((value for cells in panels.values() for value, _ in cells.values()), default=0.0)
+    worst = max(min(worst, -0.5), -20.0)
+    image = None
+    for axis, (name, cells) in zip(axes.flat, panels.items(), strict=False):
+        grid = np.full((len(depths), len(lengths)), np.nan)
+        for (depth, length), (value, text) in cells.items():
+            r, c = depths.index(depth), lengths.index(length)
+            grid[r, c] = value
+            axis.text(c, r, text, ha="center", va="center", fontsize=7, color=_INK)
+        image = axis.imshow(grid, cmap="RdYlGn", vmin=worst, vmax=0, aspect="auto")
+        axis.set_title(name, fontsize=9, color=_INK)
+        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
+        _style(axis)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=_INK)
+    figure.supxlabel("tokens", fontsize=9, color=_QUIET)
+    figure.supylabel("depth of the needle", fontsize=9, color=_QUIET)
+    figure.tight_layout(rect=(0, 0, 0.93, 0.98))
+    if image is not None:
+        bar = figure.colorbar(image, cax=figure.add_axes((0.945, 0.15, 0.012, 0.7)))
+        bar.set_label(label, fontsize=8, color=_INK)
+        bar.ax.tick_params(labelsize=7)
+    figure.savefig(path, dpi=130)
+    return path

