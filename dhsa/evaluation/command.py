@@ -14,8 +14,27 @@ from dhsa.loading import UserError, at_least
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
-TASKS = ("ppl",)
-LENGTHS = {"ppl": [8192]}
+LENGTHS = {
+    "ppl": [8192],
+    "niah": [1024, 2048, 4096, 8192],
+    "ruler": [4096, 8192],
+    "longbench": [8192],
+    "output": [8192],
+}
+TASKS = tuple(LENGTHS)
+BUDGETS = [640, 1152, 2176]
+
+# --quick: values in place of defaults, so that what is given on the command line still holds.
+QUICK = {
+    "methods": "rows,dhsa,window",
+    "budget": [512],
+    "documents": 2,
+    "depths": 2,
+    "keys": 2,
+    "samples": 1,
+    "answer_tokens": 8,
+}
+DEFAULTS = {"methods": "all", "documents": 12, "depths": 10, "keys": 5, "samples": 10}
 _NEEDED = ("torch", "transformers", "rich", "matplotlib")
 
 DESCRIPTION = (
@@ -39,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--methods",
-        default="all",
         metavar="A,B",
         help="methods with overrides, as rows,rows:query_block=64,window; dense is always there (default: all)",
     )
@@ -64,8 +82,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".txt or .jsonl files or folders (default: Python's reference)",
     )
     add("--join", action="store_true", help="texts of a source follow each other, cut into documents")
-    add("--documents", type=at_least(1), default=12, metavar="N", help="ppl, output: documents read (default: 12)")
+    add("--documents", type=at_least(1), metavar="N", help="ppl, output: documents read (default: 12)")
     add("--skip", type=at_least(0), default=0, metavar="N", help="ppl, output: documents left out before them")
+    add("--depths", type=at_least(1), metavar="N", help="niah: depths of the needle (default: 10)")
+    add("--keys", type=at_least(1), metavar="N", help="niah: needles at each depth (default: 5)")
+    add("--generate", action="store_true", help="niah: decode the answer too, beside its likelihood")
+    add("--samples", type=at_least(1), metavar="N", help="ruler, longbench: prompts of each kind or file (default: 10)")
+    add(
+        "--answer-tokens", type=at_least(1), metavar="N", help="ruler, longbench: at most so many (default: the task's)"
+    )
+    add(
+        "--longbench",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="LongBench's .jsonl files (default: a sample of --text)",
+    )
     add("--quick", action="store_true", help="every task in miniature, within two minutes")
     add("--out", type=Path, default=Path("eval-output"), metavar="DIR", help="(default: eval-output)")
 
@@ -144,10 +176,13 @@ def _tasks(text: str) -> list[str]:
 
 def _resolve(args: argparse.Namespace) -> None:
     """Fills in what depends on other arguments."""
-    lengths, budgets = dict(LENGTHS), [640, 1152, 2176]
-    if args.budget is None:
-        args.budget = [] if args.mass else budgets
-    args.lengths = {name: args.lengths or lengths[name] for name in TASKS}
+    defaults = {**DEFAULTS, **(QUICK if args.quick else {})}
+    if args.mass:
+        defaults["budget"] = []
+    for name, value in {"budget": BUDGETS, **defaults}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.lengths = {name: args.lengths or ([1024] if args.quick else LENGTHS[name]) for name in TASKS}
 
 
 def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:

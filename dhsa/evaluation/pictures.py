@@ -68,7 +68,11 @@ def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path
     left.minorticks_off()
     # Losses span orders of magnitude, and a good selector's is about zero, of either sign.
     left.set_yscale("symlog", linthresh=0.5)
-    left.yaxis.set_major_formatter(lambda v, _: f"{v:+g}")
+    low, high = left.get_ylim()
+    ticks = [v for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) for v in (-step, step)]
+    left.set_yticks([0, *(v for v in ticks if low <= v <= high)])
+    left.minorticks_off()
+    left.yaxis.set_major_formatter(lambda v, _: f"{v:+g}" if v else "0")
     left.set_ylabel("perplexity above dense, %", color=_INK)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.84, 0.5), frameon=False, fontsize=9)
@@ -100,7 +104,7 @@ def heatmaps(
             r, c = depths.index(depth), lengths.index(length)
             grid[r, c] = value
             axis.text(c, r, text, ha="center", va="center", fontsize=7, color=_INK)
-        image = axis.imshow(grid, cmap="RdYlGn", vmin=worst, vmax=0, aspect="auto")
+        image = axis.imshow(grid, cmap="RdYlGn", alpha=0.75, vmin=worst, vmax=0, aspect="auto")
         axis.set_title(name, fontsize=9, color=_INK)
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
@@ -110,9 +114,9 @@ def heatmaps(
     figure.suptitle(title, fontsize=11, fontweight="bold", color=_INK)
     figure.supxlabel("tokens", fontsize=9, color=_QUIET)
     figure.supylabel("depth of the needle", fontsize=9, color=_QUIET)
-    figure.tight_layout(rect=(0, 0, 0.93, 0.98))
+    figure.tight_layout(rect=(0, 0, 0.89, 0.98))
     if image is not None:
-        bar = figure.colorbar(image, cax=figure.add_axes((0.945, 0.15, 0.012, 0.7)))
+        bar = figure.colorbar(image, cax=figure.add_axes((0.9, 0.15, 0.012, 0.7)))
         bar.set_label(label, fontsize=8, color=_INK)
         bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=130)

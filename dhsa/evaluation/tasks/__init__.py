@@ -17,7 +17,7 @@ from typing import Any
 
 __all__ = ["NAMES", "Context", "Item", "task"]
 
-NAMES = ("ppl",)
+NAMES = ("ppl", "niah", "ruler", "longbench", "output")
 
 
 @dataclass(frozen=True)

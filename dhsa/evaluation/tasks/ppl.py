@@ -61,7 +61,7 @@ def _ratios(rows: list[dict[str, Any]]) -> list[str]:
         diff = paired(values, dense)
         ratio = math.exp(diff.mean)
         cells = [method, given or "all"]
-        cells.append("1" if method == "dense" else f"{ratio:.4f} ± {ratio * diff.error:.4f}")
+        cells.append("1" if method == "dense" else f"{ratio:.4f} ± {report.number(ratio * diff.error, 4)}")
         cells.append(f"{math.exp(sum(values.values()) / len(values)):.3f}")
         body.append([*cells, *report.work_cells(same)])
     return report.markdown(["method", "budget", "ratio to dense", "perplexity", *report.WORK], body)

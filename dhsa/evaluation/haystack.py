@@ -1,0 +1,57 @@
+"""Long prompts made of real sentences with something hidden among them, exact to the token.
+
+Pieces are turned into tokens one by one, so that a prompt is the same list of numbers for every method and every run
+and has exactly the length asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dhsa.evaluation import texts
+from dhsa.loading import UserError
+
+__all__ = ["Haystack"]
+
+
+class Haystack:
+    """The sentences of the texts as tokens."""
+
+    def __init__(self, engine: Any, groups: list[list[tuple[str, str]]], tokens: int) -> None:
+        """Enough sentences for prompts of `tokens` tokens."""
+        self.engine = engine
+        text = texts.stream(engine, groups, 2 * tokens)
+        pieces = [piece for piece in re.split(r"(?<=[.!?])(?=\s)", text) if piece.strip()]
+        self.sentences = [ids for ids in map(engine.encode, pieces) if ids]
+        self.words = sorted({w.lower() for w in re.findall(r"\b[a-zA-Z]{4,10}\b", text)})
+        if sum(map(len, self.sentences)) < 64:
+            raise UserError("--text: too short to hide anything in")
+
+    def prompt(self, length: int, hidden: Sequence[tuple[float, str]], before: str, after: str, start: int = 0):
+        """`before`, sentences with each of `hidden` (depth 0 to 1, text) among them, and `after`: `length` tokens.
+
+        A hidden text follows the last sentence that ends at or before its depth. `start`: the first sentence, modulo
+        their number; after the last one the first follows.
+        """
+        encode = self.engine.encode
+        head, tail = self.engine.prefix + (encode(before) if before else []), encode(after)
+        needles = [(depth, encode(text)) for depth, text in sorted(hidden, key=lambda pair: pair[0])]
+        room = length - len(head) - len(tail) - sum(len(ids) for _, ids in needles)
+        if room < 0:
+            raise UserError(f"--lengths: {length} tokens are too few for this prompt, at least {length - room}")
+        ids, used, number = list(head), 0, start
+        for depth, needle in needles:
+            while True:
+                sentence = self.sentences[number % len(self.sentences)]
+                if used + len(sentence) > depth * room:
+                    break
+                ids += sentence
+                used, number = used + len(sentence), number + 1
+            ids += needle
+        while used < room:
+            sentence = self.sentences[number % len(self.sentences)][: room - used]
+            ids += sentence
+            used, number = used + len(sentence), number + 1
+        return ids + tail
