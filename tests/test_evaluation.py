@@ -96,7 +96,7 @@ def test_what_is_exact_for_a_setting(engine, folder):
 def test_likelihood_is_that_of_transformers(engine):
     ids = prompt(300)
     hidden, work = engine.prefill(ids, settings.dense())
-    values, best = engine.likelihood(hidden, ids, 17)
+    values, best = engine.likelihood(hidden, ids, 17, best=True)
     with torch.no_grad():
         logits = engine.model(torch.tensor([ids])).logits[0, 16:-1].double()
     expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[17:])[:, None])[:, 0]
@@ -104,6 +104,35 @@ def test_likelihood_is_that_of_transformers(engine):
     assert values.dtype == torch.float64
     assert best.tolist() == (logits.argmax(-1) == torch.tensor(ids[17:])).tolist()
     assert work["density"] == 1.0
+    assert engine.likelihood(hidden, ids, 17)[1] is None
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_likelihood_in_blocks(softcap, monkeypatch):
+    """Blocks that do not divide rows or vocabulary, a bias, a softcap, ties: against log_softmax of whole rows."""
+    from types import SimpleNamespace
+
+    from dhsa.evaluation import likelihood
+
+    monkeypatch.setattr(likelihood, "_ROWS", 7)
+    monkeypatch.setattr(likelihood, "_WORDS", 10)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 53)
+    hidden, target = torch.randn(30, 5), torch.randint(0, 53, (30,))
+    with torch.no_grad():
+        head.weight[31], head.bias[31] = head.weight[4], head.bias[4]  # equal logits in blocks apart
+        hidden[:3] = 9 * head.weight[4]
+        target[:3] = torch.tensor([4, 31, 5])
+        logits = head(hidden).double()
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        model = SimpleNamespace(
+            get_output_embeddings=lambda: head,
+            config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=softcap)),
+        )
+        values, best = likelihood.likelihood(model, hidden, target, best=True)
+    torch.testing.assert_close(values, logits.log_softmax(-1)[range(30), target], rtol=0, atol=3e-6)
+    assert best[:3].tolist() == [True, False, False]
+    assert best[3:].tolist() == (logits[3:].argmax(-1) == target[3:]).tolist()
 
 
 def test_products_in_bf16_are_put_back(engine):

@@ -4,7 +4,7 @@ Methods of selection run over tasks at equal budgets; every prompt is the same f
 base line, and results are rows of JSON appended as they come. Here:
 
 - `command`: the command line.     - `settings`: method specs ("rows:query_block=64") at a budget, as Configs.
-- `engine`: a model's prefill by a setting, likelihoods, greedy answers.
+- `engine`, `likelihood`: a model's prefill by a setting, likelihoods, greedy answers.
 - `runner`, `store`: which rows are missing, and rows on disk.
 - `texts`: documents.              - `metrics`: F1, ROUGE-L, edit similarity and the like.
 - `tasks`: one file each.          - `report`, `pairing`, `pictures`: what is made of the rows.

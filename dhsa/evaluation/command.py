@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import loading
+from dhsa.config import NO_MASS
 from dhsa.loading import UserError, at_least
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
@@ -62,7 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="methods with overrides, as rows,rows:query_block=64,window; dense is always there (default: all)",
     )
     add("--budget", type=_ints(16), metavar="N,M", help="keys a block of queries may see (default: 640,1152,2176)")
-    add("--mass", type=_shares, default=[], metavar="P,Q", help="shares of mass, in place of or beside --budget")
+    add(
+        "--mass",
+        type=_shares,
+        default=[],
+        metavar="P,Q",
+        help="shares of mass, in place of or beside --budget, for the methods that estimate mass",
+    )
     add("--sink", type=at_least(0), metavar="N", help="first keys always in; at most a quarter of the budget")
     add("--local", type=at_least(0), metavar="N", help="latest keys always in; both at most half of the budget")
     add(
@@ -190,8 +197,13 @@ def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
     specs = settings_of.methods(args.methods)
     options = {"dense_tail": args.dense_tail, "sink": args.sink, "local": args.local}
     made = [settings_of.dense()]
-    for budget, mass in [(b, None) for b in args.budget] + [(None, m) for m in args.mass]:
-        made += [settings_of.setting(spec, budget, mass=mass, **options) for spec in specs]
+    for budget in args.budget:
+        made += [settings_of.setting(spec, budget, **options) for spec in specs]
+    able = [spec for spec in specs if spec.partition(":")[0] not in (*NO_MASS, "paper")]
+    if args.mass and not able:
+        raise UserError(f"--mass: the scores of {', '.join(specs)} are no shares of attention mass; give --budget")
+    for mass in args.mass:
+        made += [settings_of.setting(spec, None, mass=mass, **options) for spec in able]
     return list(dict.fromkeys(made))
 
 

@@ -1,8 +1,8 @@
 """A model's prefill by a setting, and what is read off it: likelihoods and greedy answers, with a record of the work.
 
 Two things make many settings on one prompt cheap. Layers before the first that a setting can make sparse compute the
-same for all of them: their result is kept and replayed. And logits, which are as much work as half the model where
-the vocabulary is large, are formed only where they are asked for, in slices.
+same for all of them: their result is kept and replayed. And logits are formed only for the tokens that are scored
+(likelihood.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 
 import dhsa
 from dhsa import loading
+from dhsa.evaluation.likelihood import likelihood
 from dhsa.evaluation.settings import Setting
+from dhsa.loading import UserError
 
-__all__ = ["Engine", "weights_products"]
+__all__ = ["Engine", "refusals", "weights_products"]
 
 
 @contextmanager
@@ -30,6 +32,15 @@ def weights_products(kind: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@contextmanager
+def refusals(setting: Setting) -> Iterator[None]:
+    """A combination that is not there says so in a sentence; the user is told of which setting."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UserError(f"--methods: {setting.label}: {error}") from error
 
 
 class Engine:
@@ -61,17 +72,14 @@ class Engine:
 
     def first_sparse(self, setting: Setting, length: int) -> int:
         """The first layer that the setting may leave keys out in; all before it are exact whatever the method."""
-        config = setting.config
-        limit = config.budget
+        limit, mass = setting.config.budget, setting.config.mass
         for layer in range(self.depth):
             if self.layers is not None and layer not in self.layers:
                 continue
-            if limit is None:
-                if getattr(config, "mass", None) is None:
-                    break
+            if mass is not None:
                 return layer
             window = self.windows[layer]
-            if length > limit and not (window is not None and window <= limit):
+            if limit is not None and length > limit and not (window is not None and window <= limit):
                 return layer
         return self.depth
 
@@ -83,7 +91,7 @@ class Engine:
         replayed = 0 if setting.dense or first not in self._kept else first
         forget_runs(self.model)
         shared = self._replaying(replayed) if replayed else self._keeping(first)
-        with torch.no_grad(), dhsa.patched(self.model, setting.config, self.layers), shared:
+        with self._attending(setting), shared:
             start = time.perf_counter()
             out = self.model.get_decoder()(torch.tensor([ids]), use_cache=False)
             seconds = time.perf_counter() - start
@@ -91,6 +99,11 @@ class Engine:
         if any(r.path == "sparse" and r.layer < first for r in runs):
             self._kept.pop(first, None)  # a rule of exactness that this file does not know: nothing to share
         return out.last_hidden_state[0], work(runs, seconds, replayed, setting.dense)
+
+    @contextmanager
+    def _attending(self, setting: Setting) -> Iterator[None]:
+        with torch.no_grad(), refusals(setting), dhsa.patched(self.model, setting.config, self.layers):
+            yield
 
     @contextmanager
     def _keeping(self, first: int) -> Iterator[None]:
@@ -123,22 +136,10 @@ class Engine:
 
     # ---- read off the hidden states ----------------------------------------------------------------------------------
 
-    def likelihood(self, hidden: Any, ids: list[int], first: int) -> tuple[Any, Any]:
-        """(log-likelihood float64, is it the most likely token?) of ids[first:], each given all before it.
-
-        Ties of the largest logit go to the lowest token, as in greedy decoding.
-        """
-        target = torch.tensor(ids)
-        values, best = [], []
+    def likelihood(self, hidden: Any, ids: list[int], first: int, best: bool = False) -> tuple[Any, Any]:
+        """(log-likelihood float64, with `best`: is it the most likely token?) of ids[first:], each given all before."""
         with torch.no_grad():
-            for start in range(first, len(ids), loading.LOGIT_ROWS):
-                stop = min(start + loading.LOGIT_ROWS, len(ids))
-                logits = loading.logits(self.model, hidden[start - 1 : stop - 1]).float()
-                wanted = target[start:stop]
-                chosen = logits.gather(1, wanted[:, None])[:, 0]
-                values.append((chosen - logits.logsumexp(-1)).double())
-                best.append(logits.argmax(-1) == wanted)
-        return torch.cat(values), torch.cat(best)
+            return likelihood(self.model, hidden[first - 1 : len(ids) - 1], torch.tensor(ids[first:]), best)
 
     def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
         """(greedy continuation, what the row says of the work): the prompt's prefill by the setting, exact decode.
@@ -152,7 +153,7 @@ class Engine:
         forget_runs(self.model)
         chosen: list[int] = []
         decoder = self.model.get_decoder()
-        with torch.no_grad(), dhsa.patched(self.model, setting.config, self.layers):
+        with self._attending(setting):
             cache = DynamicCache(config=self.model.config.get_text_config())
             start = time.perf_counter()
             last = decoder(torch.tensor([ids]), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]

@@ -18,7 +18,7 @@ from dhsa.loading import UserError
 __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
 
 DENSE = "dense"
-METHODS: tuple[str, ...] = getattr(configs, "METHODS", ("rows", "dhsa", "window"))
+METHODS = configs.METHODS
 _SLOW = ("oracle",)  # for study: left out unless asked for
 
 
@@ -111,7 +111,7 @@ def setting(
         config = _config(name, source, values)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--methods: {spec}: {error}") from error
-    return Setting(spec, config, config.budget, getattr(config, "mass", None))
+    return Setting(spec, config, config.budget, config.mass)
 
 
 def _override(spec: str, word: str) -> tuple[str, Any]:
@@ -131,12 +131,4 @@ def _override(spec: str, word: str) -> tuple[str, Any]:
 def _config(name: str, source: bool, values: dict[str, Any]) -> dhsa.Config:
     if name == "paper":
         return dhsa.Config.paper(**values)
-    if source:
-        return dhsa.Config.source(name, **values)  # type: ignore[attr-defined]
-    if "method" in configs.FIELDS:
-        return dhsa.Config(method=name, **values)  # type: ignore[call-arg]
-    # TODO at merge: gone once Config has its methods.
-    if name == "window":
-        cheap = {"local": values["budget"] - values["sink"], "boundaries": "fixed", "chunk_size": 128}
-        return dhsa.Config(**{**values, **cheap, "score": "block"})
-    return dhsa.Config(score="rows" if name == "rows" else "block", **values)
+    return dhsa.Config.source(name, **values) if source else dhsa.Config(method=name, **values)

@@ -91,7 +91,7 @@ def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[
     whole = item.ids + item.data
     for setting in settings:
         hidden, work = engine.prefill(whole, setting)
-        values, best = engine.likelihood(hidden, whole, len(item.ids))
+        values, best = engine.likelihood(hidden, whole, len(item.ids), best=True)
         facts = {"loglik": float(values.sum()), "found": bool(best.all()), **work}
         if item.facts.get("generate"):
             text, _ = engine.generate(item.ids, setting, len(item.data))

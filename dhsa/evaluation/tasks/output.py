@@ -19,6 +19,7 @@ import torch
 
 import dhsa
 from dhsa.evaluation import report, texts
+from dhsa.evaluation.engine import refusals
 from dhsa.evaluation.pairing import estimate
 from dhsa.evaluation.settings import Setting, dense
 from dhsa.evaluation.tasks import Context, Item
@@ -89,7 +90,8 @@ def losses(
     made: dict[Setting, dict[str, float]] = {}
     lists: dict[Setting, Any] = {}
     for setting in settings:
-        out, _, stats = dhsa.functional.run(q, k, v, setting.config, **options)
+        with refusals(setting):
+            out, _, stats = dhsa.functional.run(q, k, v, setting.config, **options)
         if stats.path != "sparse":
             continue
         made[setting] = {

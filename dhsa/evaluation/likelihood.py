@@ -1,0 +1,58 @@
+"""Log-likelihoods of given tokens from last hidden states, without ever holding a row of logits.
+
+A large vocabulary makes logits as much work as half the model, and most of that work is memory. Here they come in
+blocks that stay in the cache: rows of the sequence by a stretch of the vocabulary, summed up on the spot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["likelihood"]
+
+_ROWS, _WORDS = 1024, 2048
+
+
+def likelihood(model: Any, hidden: Any, target: Any, best: bool = False) -> tuple[Any, Any]:
+    """(log-likelihood float64 [n] of each target, is it the most likely token? bool [n], or None unless `best`).
+
+    hidden [n, size]: the states that predict target [n]. Ties of the largest logit go to the lowest token, as in greedy
+    decoding. Not for models that do more to logits than a final softcap.
+    """
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    made = [
+        _rows(head, softcap, hidden[i : i + _ROWS], target[i : i + _ROWS], best) for i in range(0, len(target), _ROWS)
+    ]
+    values, hits = zip(*made, strict=True)
+    return torch.cat(values), torch.cat(hits) if best else None
+
+
+def _rows(head: Any, softcap: float | None, hidden: Any, target: Any, best: bool) -> tuple[Any, Any]:
+    words = head.weight.shape[0]
+    chosen = torch.empty(len(hidden))
+    top, where = torch.full((len(hidden),), -torch.inf), torch.zeros(len(hidden), dtype=torch.int64)
+    sums = []
+    space = torch.empty(len(hidden) * min(_WORDS, words), dtype=hidden.dtype)
+    for start in range(0, words, _WORDS):
+        weight = head.weight[start : start + _WORDS]
+        room = space[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+        logits = torch.mm(hidden, weight.T, out=room).float()  # no copy for float32
+        if head.bias is not None:
+            logits += head.bias[start : start + _WORDS]
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        here = torch.nonzero((target >= start) & (target < start + len(weight)))[:, 0]
+        chosen[here] = logits[here, target[here] - start]
+        if best:
+            most, index = logits.max(-1)
+            better = most > top
+            where = torch.where(better, index + start, where)
+            top = torch.where(better, most, top)
+        else:
+            most = logits.amax(-1)
+        sums.append(most + logits.sub_(most[:, None]).exp_().sum(-1).log())
+    total = torch.stack(sums).double().logsumexp(0)
+    return chosen.double() - total, where == target if best else None
