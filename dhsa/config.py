@@ -30,6 +30,7 @@ PER_HEAD = ("vertical_slash", "xattention", "proxy")  # as their sources have it
 STRIDES = {"xattention": 8, "proxy": 4}
 
 PAPER_GAPS_PER_BLOCK = 8
+MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
 MAX_QUERY_BLOCK = 65536
 
 
@@ -72,7 +73,7 @@ class _CoreArgs:
     _theta: float
     _nms: int
     _predictor_args: tuple[Any, ...] | None
-    _score_args: tuple[int, int, int, int, int]
+    _score_args: tuple[int, int, int, int, int, int]
     _select_args: tuple[Any, ...]
     _exact: bool  # no key is ever left out
 
@@ -108,15 +109,23 @@ class Config(_CoreArgs):
         boundaries: how keys are cut into chunks: "similarity" (at dips of the cosine between neighbouring means, no
             training), "fixed" (every `chunk_size` keys), "predictor" (the paper's trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
-        num_chunks: the most gaps to cut at (so one chunk more). None: L // 8 for "similarity", the paper's
-            (L // query_block) * 8 for "predictor"; "paper" asks for the latter with "similarity" too. L is the number
-            of keys.
+        num_chunks: the most gaps to cut at (so one chunk more). None: for "similarity" L // 4 under "rows", L // 8 for
+            plain row scores and under "dhsa", the paper's (L // query_block) * 8 for "predictor"; "paper" asks for the
+            latter with "similarity" too. L is the number of keys.
         boundary_window: tokens on each side of a gap that the similarity looks at.
         theta: a gap's score must exceed it. None: -inf for "similarity", 1.1 for "predictor".
-        nms: a gap must lie more than this many keys from every better one. None: 4 for "similarity", 8 for "predictor".
+        nms: a gap must lie more than this many keys from every better one. None: for "similarity" 2 under "rows", 4 for
+            plain row scores and under "dhsa"; 8 for "predictor".
         score: another name of two methods, kept: "rows" for "rows", "block" for "dhsa". Afterwards the name of the
             chunks' score, None for methods without chunks.
-        rows: mean queries that a full block is reduced to for "rows", 1 to query_block. None: query_block // 4.
+        rows: mean queries that a full block is reduced to for "rows", 1 to query_block. None: query_block // 2, for
+            plain row scores query_block // 4.
+        by_length: for "rows": a chunk counts in the softmax as often as it has keys, and its score is that of one key;
+            means are rounded to bf16. False: plain row scores in float32, with defaults of their own. None: True,
+            unless the method was named by `score="rows"`, as before there was a choice.
+        shortlist: for "rows": where a block has more candidates, a coarse look at groups of 16 chunks leaves about this
+            many keys, of which the chunks are then scored: the cost of a block no longer grows with the prompt. At
+            least the budget; 0: never. None: 4 budgets, at least 8192; never under `mass`.
         pooling: for "dhsa": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
         key_block: keys of a block for "block", "xattention", "proxy" and "hisa".
         stride: of the samples of "xattention" and "proxy". None: 8 and 4.
@@ -138,9 +147,9 @@ class Config(_CoreArgs):
     budget: int | None = 2048
     mass: float | None = None
     floor: int | None = None
-    query_block: int = 128
-    sink: int = 128
-    local: int = 256
+    query_block: int = 64
+    sink: int = 16
+    local: int = 128
     dense_tail: int = 64
     heads: Literal["group", "all", "head"] | None = None
     boundaries: Literal["similarity", "fixed", "predictor"] = "similarity"
@@ -151,6 +160,8 @@ class Config(_CoreArgs):
     nms: int | None = None
     score: Literal["rows", "block"] | None = None
     rows: int | None = None
+    by_length: bool | None = None
+    shortlist: int | None = None
     pooling: Literal["mean", "mean_sqrt"] = "mean"
     key_block: int = 128
     stride: int | None = None
@@ -170,6 +181,12 @@ class Config(_CoreArgs):
                     f"but method is {self.method!r}"
                 )
             keep("method", METHOD_OF[self.score])
+        if self.by_length is None:
+            keep("by_length", self.method == "rows" and self.score is None)
+        elif not isinstance(self.by_length, bool):
+            raise TypeError(f"by_length: expected a bool or None, got {type_name(self.by_length)}")
+        elif self.by_length and self.method != "rows":
+            raise ValueError(f'by_length: is a choice of method="rows", got method={self.method!r}')
         keep("score", SCORE_OF.get(self.method))
         if self.heads is None:
             keep("heads", "head" if self.method in PER_HEAD else "group")
@@ -227,22 +244,30 @@ class Config(_CoreArgs):
             raise ValueError("predictor: boundaries='predictor' needs one (dhsa.BoundaryPredictor.load)")
 
         learned = self.boundaries == "predictor"
-        rows = self.rows if self.rows is not None else max(1, self.query_block // 4)
+        rows = self.rows if self.rows is not None else max(1, self.query_block // (2 if self.by_length else 4))
+        if self.shortlist is not None:
+            keep("shortlist", check_int(self.shortlist, "shortlist", 0))
+            if 0 < self.shortlist < (self.budget or 0):
+                raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {self.budget}")
         keep("_kind", kind)
         keep("_theta", self.theta if self.theta is not None else (1.1 if learned else -math.inf))
-        keep("_nms", self.nms if self.nms is not None else (8 if learned else 4))
+        keep("_nms", self.nms if self.nms is not None else 8 if learned else 2 if self.by_length else 4)
         keep("_predictor_args", self.predictor._core_args if learned and self.predictor is not None else None)
         score = SCORES.index(self.score or "rows")  # rules of candidates other than upstream's are those of rows
-        keep("_score_args", (score, pooling, heads, self.query_block, rows))
+        keep(
+            "_score_args",
+            (score, pooling, heads, self.query_block, rows, int(bool(self.by_length))),
+        )
         keep("_exact", self.budget is None and self.mass is None)
         # More than any length is all keys; where every block is exact, functional.py sets the budget.
         budget = 2**63 - 1 if self.budget is None else min(self.budget, 2**63 - 1)
+        shortlist = max(MIN_SHORTLIST, min(4 * budget, 2**63 - 1)) if self.shortlist is None else self.shortlist
         floor = forced if self.floor is None else min(self.floor, 2**63 - 1)
         keep(
             "_select_args",
             (
                 METHODS.index(self.method), budget, self.mass or 0.0, floor, self.sink, self.local, self.dense_tail,
-                self.key_block, self.stride or 0, self._score_args,
+                self.key_block, self.stride or 0, min(shortlist, 2**63 - 1), self._score_args,
             ),
         )  # fmt: skip
 
@@ -252,7 +277,7 @@ class Config(_CoreArgs):
             return self.num_chunks
         if self.num_chunks == "paper" or self.boundaries == "predictor":
             return length // self.query_block * PAPER_GAPS_PER_BLOCK
-        return length // 8
+        return length // (4 if self.by_length else 8)
 
     def _boundary_args(self, length: int) -> tuple:
         """The boundary config of _core for `length` keys."""
@@ -297,6 +322,7 @@ class Config(_CoreArgs):
         """
         values: dict[str, Any] = {
             "query_block": 256,
+            "sink": 128,
             "local": 128,
             "heads": "all",
             "method": "dhsa",
@@ -305,8 +331,8 @@ class Config(_CoreArgs):
             "nms": 8,
         }
         budget = overrides.get("budget", cls.budget)
-        if isinstance(budget, int) and budget < 2 * values["local"]:
-            values["local"] = max(budget // 2, 0)
+        if isinstance(budget, int) and budget < 256:
+            values["local"], values["sink"] = max(budget // 2, 0), max(budget // 4, 0)
         if overrides.get("predictor") is not None:
             values["boundaries"] = "predictor"
         values.update(overrides)

@@ -369,6 +369,7 @@ def chunk_scores(
     scale: float | None = None,
     softcap: float | None = None,
     rows: int | None = None,
+    by_length: bool = False,
     window: int | None = None,
 ) -> Array:
     """Scores every chunk of keys for every block of queries.
@@ -386,7 +387,10 @@ def chunk_scores(
         scale: None: 1 for "block", 1 / sqrt(D) for "rows". softcap: caps the logits, or the block's products; None: no
             cap.
         rows: mean queries of a full block for "rows"; None: query_block // 4.
+        by_length: for "rows": a chunk counts in the softmax as often as it has keys, and its score is that of one key.
         window: the layer's sliding window, which bounds a block's candidate keys.
+
+    float32 input is scored in float32; selection, which only needs the order, rounds the means of "rows" to bf16.
 
     Returns:
         float32 [B, heads, nq, C] of q's kind. Chunks without a candidate key (past the block's end, under the window,
@@ -408,7 +412,7 @@ def chunk_scores(
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = _boundary_array(boundaries, k.shape[0])
     result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")
-    score_args = (score_index, pooling_index, heads_index, query_block, rows)
+    score_args = (score_index, pooling_index, heads_index, query_block, rows, int(by_length))
     _core.chunk_scores(q, k, cuts, score_args, scale, softcap, window, result, get_num_threads())
     return kind.result(result)
 

@@ -380,9 +380,9 @@ def test_config_defaults():
     config = dhsa.Config()
     expected = {
         "budget": 2048,
-        "query_block": 128,
-        "sink": 128,
-        "local": 256,
+        "query_block": 64,
+        "sink": 16,
+        "local": 128,
         "dense_tail": 64,
         "heads": "group",
         "boundaries": "similarity",
@@ -393,17 +393,29 @@ def test_config_defaults():
         "nms": None,
         "score": "rows",
         "rows": None,
+        "by_length": True,
+        "shortlist": None,
         "pooling": "mean",
         "predictor": None,
     }
     assert {name: getattr(config, name) for name in expected} == expected
+    assert config._boundary_args(1000) == (0, 8, 250, 4, -math.inf, 2, None)
+    assert config._select_args == (0, 2048, 0.0, 144, 16, 128, 64, 128, 0, 8192, (0, 0, 0, 64, 32, 1))
+    assert dhsa.Config(budget=3000)._select_args[-2] == 12000
+
+
+def test_config_of_plain_row_scores():
+    config = dhsa.Config(score="rows")
+    assert (config.method, config.score, config.by_length) == ("rows", "rows", False)
     assert config._boundary_args(1000) == (0, 8, 125, 4, -math.inf, 4, None)
-    assert config._select_args == (0, 2048, 0.0, 384, 128, 256, 64, 128, 0, (0, 0, 0, 128, 32))
+    assert config._select_args[-1] == (0, 0, 0, 64, 16, 0)
+    assert dhsa.Config(method="rows", by_length=False)._select_args == config._select_args
+    assert dhsa.Config(score="rows", by_length=True)._select_args == dhsa.Config()._select_args
 
 
 def test_config_fits_default_forced_keys_into_a_small_budget():
-    assert (dhsa.Config(budget=384).sink, dhsa.Config(budget=384).local) == (128, 256)
-    assert (dhsa.Config(budget=128).sink, dhsa.Config(budget=128).local) == (32, 64)
+    assert (dhsa.Config(budget=144).sink, dhsa.Config(budget=144).local) == (16, 128)
+    assert (dhsa.Config(budget=128).sink, dhsa.Config(budget=128).local) == (16, 64)
     assert (dhsa.Config(budget=128, local=120).sink, dhsa.Config(budget=128, local=120).local) == (8, 120)
     assert dhsa.Config(budget=128, local=120).replace(budget=2048) == dhsa.Config(local=120)
     assert dhsa.Config().replace(budget=1).local == 0

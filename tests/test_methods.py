@@ -20,7 +20,8 @@ few = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def normal(*shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+    """Multiples of 2^-12, so that sums of a few are exact: "rows" rounds means to bf16, where a hair may decide."""
+    return (np.round(np.random.default_rng(seed).standard_normal(shape) * 4096) / 4096).astype(dtype)
 
 
 def small(**options):
@@ -31,7 +32,7 @@ def small(**options):
 
 def twin_options(config, **layer):
     names = ("budget", "mass", "floor", "query_block", "sink", "local", "dense_tail", "heads", "key_block", "stride",
-             "pooling", "rows")  # fmt: skip
+             "pooling", "rows", "by_length", "shortlist")  # fmt: skip
     return {name: getattr(config, name) for name in names} | layer
 
 
@@ -172,6 +173,80 @@ def test_nothing_but_nan(method):
     for x, y in ((np.full_like(q, np.nan), k), (q, np.full_like(k, np.nan)), (np.full_like(q, np.inf), -k)):
         got, _ = check(x, y, small(method=method, dense_tail=0))
         assert np.diff(got.indptr).tolist() == [16, 32, 40, 40, 40, 40]
+
+
+# ---- the shortlist of "rows" ----------------------------------------------------------------------------------------
+
+
+def long_prompt(**options):
+    return small(**{"budget": 70, "shortlist": 130, "rows": 9, "dense_tail": 0, **options})
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+@pytest.mark.parametrize("heads", ["all", "group", "head"])
+def test_shortlist(isa, heads, window):
+    q, k = normal(2, 4, 450, 8), normal(2, 2, 500, 8, seed=1)
+    for options in ({}, {"by_length": False}, {"sink": 0, "local": 0}, {"boundaries": "fixed", "chunk_size": 3}):
+        config = long_prompt(heads=heads, **options)
+        got, chosen = check(q, k, config, window=window, scale=0.7, softcap=5.0)
+        assert chosen > 0
+        whole = dhsa.select(q, k, config.replace(shortlist=0), scale=0.7, softcap=5.0, window=window)
+        assert (got == whole) == (window == 100)  # a window with fewer candidates needs no shortlist
+
+
+def test_shortlist_of_rows_of_boundaries_with_padding_and_chunks_of_any_length():
+    q, k = normal(2, 2, 400, 8), normal(2, 1, 400, 8, seed=1)
+    cuts = [np.unique(np.random.default_rng(s).integers(1, 400, n)) for s, n in ((0, 150), (1, 60))]
+    edges = np.full((2, 152), 400, np.int32)
+    for row, cut in zip(edges, cuts, strict=True):
+        row[0], row[1 : 1 + len(cut)] = 0, cut
+    edges[0, 40:44] = edges[0, 40]  # empty chunks inside
+    check(q, k, long_prompt(), edges=edges)
+    check(q, k, long_prompt(), edges=np.tile(np.append(np.arange(0, 33), 400).astype(np.int32), (2, 1)))
+
+
+def test_shortlist_never_loses_keys_that_are_not_finite(isa):
+    q, k = normal(1, 4, 480, 8), normal(1, 2, 480, 8, seed=1)
+    k[0, 1, [37, 201], 2] = np.nan
+    q[0, 1, 333, 3] = np.inf
+    got, _ = check(q, k, long_prompt(heads="head"))
+    for i in range(14, 30):
+        assert {37, 201} <= set(row_of(got, 3 * 30 + i).tolist())
+    check(q, np.full_like(k, np.nan), long_prompt())
+    check(np.full_like(q, np.nan), k, long_prompt())
+
+
+def test_shortlist_is_what_makes_a_needle_found_or_lost():
+    """One key answers the last block's queries: the coarse look finds its unit, though its group's mean hides it."""
+    q, k = normal(1, 1, 512, 16), 0.2 * normal(1, 1, 512, 16, seed=1)
+    k[0, 0, 100] = 3 * q[0, 0, 480:].mean(0) / np.linalg.norm(q[0, 0, 480:].mean(0))
+    q[0, 0, 480:] += 4 * k[0, 0, 100]
+    got = dhsa.select(q, k, long_prompt(query_block=32, boundaries="fixed", chunk_size=4))
+    assert 100 in row_of(got, 15)
+
+
+def test_threads_and_attention_with_a_shortlist():
+    q, k, v = normal(2, 4, 400, 8), normal(2, 2, 450, 8, seed=1), normal(2, 2, 450, 8, seed=2)
+    dhsa.set_num_threads(1)
+    want = dhsa.select(q, k, long_prompt())
+    out = dhsa.attention(q, k, v, long_prompt())
+    for threads in (2, 5):
+        dhsa.set_num_threads(threads)
+        assert dhsa.select(q, k, long_prompt()) == want
+        np.testing.assert_array_equal(dhsa.attention(q, k, v, long_prompt()), out)
+    np.testing.assert_array_equal(dhsa.sparse_attention(q, k, v, want), out)
+
+
+def test_no_shortlist_under_a_mass_and_bad_ones_are_refused():
+    q, k = normal(1, 2, 400, 8), normal(1, 1, 400, 8, seed=1)
+    config = long_prompt(mass=0.7, budget=100)
+    assert dhsa.select(q, k, config) == dhsa.select(q, k, config.replace(shortlist=0))
+    with pytest.raises(ValueError, match="shortlist: 50 keys are fewer than the budget of 70"):
+        long_prompt(shortlist=50)
+    with pytest.raises(TypeError, match="shortlist"):
+        long_prompt(shortlist="all")
+    with pytest.raises(TypeError, match="by_length"):
+        long_prompt(by_length=2)
 
 
 # ---- shares of mass --------------------------------------------------------------------------------------------------

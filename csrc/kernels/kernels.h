@@ -127,6 +127,8 @@ typedef struct dhsa_kernels {
     void (*add_squares)(const float *p, int n, const float *weight, float *score);
     /* The same without squaring. */
     void (*add_sums)(const float *p, int n, const float *weight, float *mass);
+    /* sum[r] = sum[r] * alpha[r] + sum over j < n of p[j * lanes + r] * weight[j]; sum, alpha and p aligned to DHSA_ALIGN. */
+    void (*weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum);
     /* dst[d] = sum of n >= 1 rows, `stride` bytes apart, one after the other from the first on. */
     void (*sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst);
     /* high = x rounded to bf16 (the largest finite number at most); low, if not NULL, = what is left of x, rounded. */

@@ -102,3 +102,18 @@ K_INLINE void add_keys(const float *p, int n, const float *weight, float *score,
 static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score) { add_keys(p, n, weight, score, 1); }
 
 static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *mass) { add_keys(p, n, weight, mass, 0); }
+
+/* Adding by key, all rows at once: the sums stay in registers. */
+static void K_NAME(weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum)
+{
+    vf x[V_PER];
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) x[u] = v_mul(v_load(sum + u * V_LEN), v_load(alpha + u * V_LEN));
+    for (int j = 0; j < n; j++) {
+        const vf by = v_set1(weight[j]);
+#pragma GCC unroll 8
+        for (int u = 0; u < V_PER; u++) x[u] = v_fma(by, v_load(p + (ptrdiff_t)j * K_LANES + u * V_LEN), x[u]);
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < V_PER; u++) v_store(sum + u * V_LEN, x[u]);
+}

@@ -375,6 +375,7 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .store_panel = K_NAME(store_panel),
     .add_squares = K_NAME(add_squares),
     .add_sums = K_NAME(add_sums),
+    .weigh_keys = K_NAME(weigh_keys),
     .sum_rows = K_NAME(sum_rows),
     .split_bf16 = K_NAME(split_bf16),
     .load = K_NAME(load),

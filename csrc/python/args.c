@@ -278,16 +278,18 @@ int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_bo
 
 int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config)
 {
-    int64_t score = 0, pooling = 0, heads = 0;
+    int64_t score = 0, pooling = 0, heads = 0, by_length = 0;
     memset(config, 0, sizeof *config);
-    if (check_tuple(tuple, "score config", 5) != 0 ||
+    if (check_tuple(tuple, "score config", 6) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 0), "score", 0, DHSA_SCORE_BLOCK, &score) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 1), "pooling", 0, DHSA_POOL_MEAN_SQRT, &pooling) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 2), "heads", 0, DHSA_HEADS_HEAD, &heads) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 3), "query_block", 1, INT32_MAX, &config->query_block) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 4), "rows", 1, config->query_block, &config->rows) != 0) {
+        dhsa_py_int(PyTuple_GetItem(tuple, 4), "rows", 1, config->query_block, &config->rows) != 0 ||
+        dhsa_py_int(PyTuple_GetItem(tuple, 5), "by_length", 0, 1, &by_length) != 0) {
         return -1;
     }
+    config->by_length = (int)by_length;
     config->score = (dhsa_score_kind)score;
     config->pooling = (dhsa_pooling)pooling;
     config->heads = (dhsa_heads)heads;
@@ -299,7 +301,7 @@ int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config)
 {
     memset(config, 0, sizeof *config);
     int64_t method = 0;
-    if (check_tuple(tuple, "select config", 10) != 0 ||
+    if (check_tuple(tuple, "select config", 11) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 0), "method", 0, DHSA_METHOD_ORACLE, &method) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 1), "budget", 1, INT64_MAX, &config->budget) != 0 ||
         dhsa_py_double(PyTuple_GetItem(tuple, 2), "mass", 0, &config->mass) != 0 ||
@@ -309,7 +311,8 @@ int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config)
         dhsa_py_int(PyTuple_GetItem(tuple, 6), "dense_tail", 0, INT64_MAX, &config->dense_tail) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 7), "key_block", 0, INT64_MAX, &config->key_block) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 8), "stride", 0, INT64_MAX, &config->stride) != 0 ||
-        dhsa_py_score_config(PyTuple_GetItem(tuple, 9), &config->score) != 0) {
+        dhsa_py_int(PyTuple_GetItem(tuple, 9), "shortlist", 0, INT64_MAX, &config->shortlist) != 0 ||
+        dhsa_py_score_config(PyTuple_GetItem(tuple, 10), &config->score) != 0) {
         return -1;
     }
     config->method = (dhsa_method_kind)method;

@@ -35,33 +35,27 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
     return 0;
 }
 
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to,
-                     uint16_t *low)
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to)
 {
     if (kind == DHSA_MEANS_F32) {
         memcpy(to, mean, (size_t)dim * sizeof *mean);
         return;
     }
-    kernels->split_bf16(mean, dim, to, low);
-    memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * sizeof *low);
-    if (low) memset(low + dim, 0, (size_t)(row - dim) * sizeof *low);
+    kernels->split_bf16(mean, dim, to, NULL);
+    memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * 2);
 }
 
-void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
-                   uint16_t *low, int64_t at)
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, int64_t at)
 {
     const int64_t row = chunks->row;
-    uint16_t line[2][256];
+    uint16_t line[256];
     if (!chunks->squares) {
-        char *to = (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2);
-        dhsa_mean_store(kernels, chunks->kind, mean, dim, row, to, low ? low + at * row : NULL);
+        dhsa_mean_store(kernels, chunks->kind, mean, dim, row, (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2));
         return;
     }
-    dhsa_mean_store(kernels, chunks->kind, mean, dim, row, line[0], low ? line[1] : NULL);
-    for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP) {
-        memcpy((uint16_t *)means + dhsa_square(at, d, row), line[0] + d, DHSA_PAIR_STEP * 2);
-        if (low) memcpy(low + dhsa_square(at, d, row), line[1] + d, DHSA_PAIR_STEP * 2);
-    }
+    dhsa_mean_store(kernels, chunks->kind, mean, dim, row, line);
+    for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP)
+        memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
 }
 
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim)
@@ -73,18 +67,16 @@ int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int
     chunks->pitch = dhsa_round_up(capacity, 16); /* a whole number of squares */
     if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
     chunks->row = half ? dhsa_round_up(dim, DHSA_PAIR_STEP) : dim;
-    chunks->means = chunks->low = NULL;
+    chunks->means = NULL;
     chunks->state = dhsa_alloc(cells, 1);
     if (!chunks->state) return 0;
     chunks->means = dhsa_alloc(cells + spare, chunks->row * (half ? 2 : 4));
-    if (kind == DHSA_MEANS_SPLIT) chunks->low = dhsa_alloc(cells + spare, chunks->row * 2);
-    return chunks->means && (chunks->low || kind != DHSA_MEANS_SPLIT);
+    return chunks->means != NULL;
 }
 
 void dhsa_chunks_close(dhsa_chunks *chunks)
 {
     dhsa_free(chunks->means);
-    dhsa_free(chunks->low);
     dhsa_free(chunks->state);
 }
 
@@ -113,7 +105,7 @@ static void fill_group(void *context, int64_t index, int thread)
             const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, mean + dim);
             *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
-        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->low, head * chunks->pitch + c);
+        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, head * chunks->pitch + c);
     }
 }
 

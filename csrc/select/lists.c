@@ -36,6 +36,9 @@ dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
         return dhsa_fail(error, DHSA_ERR_VALUE,
                          "floor: got %" PRId64 ", expected sink + local = %" PRId64 " to the budget of %" PRId64, c->floor,
                          c->sink + c->local, c->budget);
+    if (c->shortlist < 0 || (c->shortlist > 0 && c->mass == 0 && c->shortlist < c->budget))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "shortlist: got %" PRId64 ", expected at least the budget of %" PRId64,
+                         c->shortlist, c->budget);
     if (c->key_block < 0 || c->key_block > INT32_MAX)
         return dhsa_fail(error, DHSA_ERR_VALUE, "key_block: got %" PRId64 ", expected 1 to %d", c->key_block, INT32_MAX);
     if (c->stride < 0 || c->stride > INT32_MAX)

@@ -81,6 +81,10 @@ typedef struct {
  * the share of mass asked for. Of equal scores, and within a unit that only partly fits, the most recent keys come first.
  * Returns its length. `row` has room for `room` keys. */
 int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int32_t *row, int64_t room);
+/* Whole units, best first, until they hold `keys` candidates (all, if there are no more), ascending into chosen [room]; returns how
+ * many. Of equal scores the most recent come first. */
+int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen,
+                        int64_t room);
 /* Writes keys [from, to) to row and returns how many. */
 int64_t dhsa_write_keys(int32_t *row, int64_t from, int64_t to);
 

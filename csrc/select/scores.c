@@ -96,15 +96,17 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     return low;
 }
 
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, float *mass, int64_t *first,
-                     int64_t *last)
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups, char *arena,
+                     float *score, float *mass, int64_t *first, int64_t *last)
 {
     const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
     const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
     const int32_t *edges = s->chunks.edges;
     *first = search(edges, chunks + 1, span.lo, 1) - 1;
     *last = search(edges, chunks + 1, span.end, 0);
-    dhsa_block_job job = {set, block * s->config->query_block, 0, *first, *last - *first, 0};
+    dhsa_block_job job = {.set = set, .from = block * s->config->query_block, .first = *first, .n = *last - *first};
+    job.groups = groups;
+    job.n_groups = n_groups;
     job.to = DHSA_MIN(job.from + s->config->query_block, q_len);
     const int rows = s->config->score == DHSA_SCORE_ROWS;
     const int64_t kv = set * s->k->shape[1] / s->sets; /* the first KV head of the set */
@@ -128,7 +130,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *are
 /* ---- the scorer -------------------------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, dhsa_error *error)
+                             int64_t n_boundaries, int64_t most, int rounded, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
     const int rows = config->score == DHSA_SCORE_ROWS;
@@ -140,14 +142,11 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->sets = dhsa_score_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
     s->capacity = n_boundaries - 1;
+    s->most = DHSA_MIN(most, s->capacity);
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
-    dhsa_means_kind kind = DHSA_MEANS_F32;
-    if (rows && q->dtype == DHSA_BF16)
-        kind = DHSA_MEANS_BF16;
-    else if (rows && s->kernels->bf16 && s->kernels->bf16->fast)
-        kind = DHSA_MEANS_SPLIT;
-    if (kind != DHSA_MEANS_F32) s->bf16 = s->kernels->bf16;
+    const dhsa_means_kind kind = rows && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
+    if (kind == DHSA_MEANS_BF16) s->bf16 = s->kernels->bf16;
     const int opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
     s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_round_up(2 * dim * 4, DHSA_ALIGN);
     if (opened) return DHSA_OK;
@@ -170,21 +169,20 @@ void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int
     dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, arenas, stride, num_threads);
 }
 
-/* ---- the methods ------------------------------------------------------------------------------------------------- */
+/* ---- the paper's method ------------------------------------------------------------------------------------------ */
 
 static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
 {
     dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
-    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, error);
+    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, INT64_MAX, 0, error);
     if (status) {
         dhsa_free(scorer);
         return status;
     }
     s->state = scorer;
     s->units = scorer->capacity;
-    /* What the scorer works in, then scores and mass. */
-    s->arena_size = scorer->arena_size + scorer->capacity * (s->config->mass > 0 ? 8 : 4);
+    s->arena_size = scorer->arena_size + scorer->capacity * 4; /* what the scorer works in, then scores */
     return DHSA_OK;
 }
 
@@ -207,19 +205,12 @@ static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, d
 {
     const dhsa_scorer *scorer = s->state;
     char *arena = dhsa_selector_arena(s, thread);
-    float *score = (float *)(arena + scorer->arena_size), *mass = s->config->mass > 0 ? score + scorer->capacity : NULL;
-    dhsa_units units = {.edges = scorer->chunks.edges, .score = score, .mass = mass};
-    dhsa_scorer_run(scorer, set, block, arena, score, mass, &units.first, &units.last);
+    float *score = (float *)(arena + scorer->arena_size);
+    dhsa_units units = {.edges = scorer->chunks.edges, .score = score};
+    dhsa_scorer_run(scorer, set, block, NULL, 0, arena, score, NULL, &units.first, &units.last);
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
-const dhsa_method dhsa_method_rows = {.name = "rows",
-                                      .has_mass = 1,
-                                      .has_chunks = 1,
-                                      .open = open_chunks,
-                                      .close = close_chunks,
-                                      .begin = begin_chunks,
-                                      .list = list_chunks};
 const dhsa_method dhsa_method_dhsa = {
     .name = "dhsa", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};
 
@@ -239,7 +230,7 @@ static void scores_task(void *context, int64_t index, int thread)
     const int64_t block = s->blocks - 1 - index / s->sets, set = index % s->sets;
     float *score = job->scores + ((s->b * s->sets + set) * s->blocks + block) * job->width;
     int64_t first, last;
-    dhsa_scorer_run(s, set, block, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
+    dhsa_scorer_run(s, set, block, NULL, 0, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
     for (int64_t c = 0; c < first; c++) score[c] = -INFINITY;
     for (int64_t c = last; c < job->width; c++) score[c] = -INFINITY;
 }
@@ -252,7 +243,7 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     dhsa_status status;
     if ((status = dhsa_score_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
-        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, error)))
+        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, INT64_MAX, 0, error)))
         return status;
     num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
     job.arenas = dhsa_alloc(s->arena_size, num_threads);

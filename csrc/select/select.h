@@ -35,10 +35,13 @@ static inline int64_t dhsa_block_count(const dhsa_score_config *config, int64_t 
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
-/* How means are kept for the products of row scores. bf16 input: rounded to bf16 once they are made, on every tier, so that
- * tiers choose alike. Other input: fp32, or in two bf16 parts that keep 16 bits of each number, where the CPU's bf16
- * products are so fast that three of them are cheaper than one of fp32. The paper's block score takes fp32. */
-typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16, DHSA_MEANS_SPLIT } dhsa_means_kind;
+/* How means are kept for products. Selection by_length rounds them to bf16 once they are made, on every tier, so that tiers
+ * choose alike: it only orders what it scores, and the means of many keys are then small. Plain row scores, those that a caller
+ * asks for and the paper's are of fp32 means (row scores of bf16 input are not, either way). */
+typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16 } dhsa_means_kind;
+
+/* Neighbouring chunks that a shortlist takes or leaves together: whole squares of means. */
+enum { DHSA_CHUNK_GROUP = 16 };
 
 typedef struct {
     dhsa_means_kind kind;
@@ -48,7 +51,6 @@ typedef struct {
     int64_t pitch;        /* means from one KV head to the next */
     int squares;          /* means lie as the products of pairs take keys, dhsa_square() */
     void *means;          /* [kv_heads, pitch, row] fp32 or bf16; zeros where the state is not good */
-    uint16_t *low;        /* the second parts, alike */
     unsigned char *state; /* [kv_heads, chunks] */
 } dhsa_chunks;
 
@@ -57,12 +59,10 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
  */
 int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to,
                     float *mean, float *sum);
-/* Writes a mean as `kind` asks: at to, and its second part at low. */
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to,
-                     uint16_t *low);
+/* Writes a mean as `kind` asks. */
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to);
 /* The same as mean number `at` of means that lie as those of chunks do. */
-void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
-                   uint16_t *low, int64_t at);
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, int64_t at);
 /* Room for the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim);
 void dhsa_chunks_close(dhsa_chunks *chunks);
@@ -80,6 +80,7 @@ typedef struct {
     int64_t b, sets, blocks;
     dhsa_chunks chunks;
     int64_t capacity;     /* chunks, padding included */
+    int64_t most;         /* chunks that are scored for one block, at most */
     int64_t step;         /* queries of a mean row */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
@@ -92,20 +93,25 @@ typedef struct {
     int64_t set, from, to; /* queries [from, to) */
     int64_t first, n;
     int64_t cut_end; /* rows: the last chunk is cut here; 0: it is not */
+    /* rows: only chunks of these groups take part, ascending; and the cut one. NULL: all. Group g: chunks from g *
+     * DHSA_CHUNK_GROUP on. */
+    const int32_t *groups;
+    int64_t n_groups;
 } dhsa_block_job;
 
-/* Allocates the means for boundaries rows of n_boundaries entries. Arguments have been checked. */
+/* Allocates the means for boundaries rows of n_boundaries entries. most: the chunks scored for one block at most. rounded: row
+ * scores of means in bf16, whatever the input. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, dhsa_error *error);
+                             int64_t n_boundaries, int64_t most, int rounded, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
 /* Turns to batch row b and its boundaries: chunk means, in parallel. Thread t works at arenas + t * stride. */
 void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas, int64_t stride,
                        int num_threads);
 /* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
- * empty chunks -inf, chunks without a finite mean +inf. mass: NULL, or alike the sums of probabilities (row scores only), 0 for
- * these two. */
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, char *arena, float *score, float *mass, int64_t *first,
-                     int64_t *last);
+ * empty chunks -inf, chunks without a finite mean +inf. groups: NULL, or [n_groups], at most `most` chunks of them: the others
+ * score -inf. mass: NULL, or alike the sums of probabilities (row scores only), 0 for chunks that are not finite scored. */
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups, char *arena,
+                     float *score, float *mass, int64_t *first, int64_t *last);
 
 /* The mean of queries [from, to) of head h, times sign: -1, 0 or 1. */
 void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to, float sign,

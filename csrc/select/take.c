@@ -125,6 +125,28 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
     return DHSA_MIN(DHSA_MAX(size, config->floor), room);
 }
 
+int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen,
+                        int64_t room)
+{
+    char *arena = dhsa_selector_arena(s, thread) + s->arena_size;
+    const scratch w = {(uint32_t *)arena, (int32_t *)(arena + s->units * 4)};
+    const free_keys f = {units, span.lo, span.end};
+    int64_t left = 0, count = 0;
+    const uint32_t least = threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
+    for (int64_t c = units->last - 1; c >= units->first && count < room; c--) {
+        const int64_t n = free_in(&f, c);
+        if (n == 0 || w.key[c] < least || (w.key[c] == least && left <= 0)) continue;
+        if (w.key[c] == least) left -= n;
+        chosen[count++] = (int32_t)c;
+    }
+    for (int64_t i = 0; i < count / 2; i++) {
+        const int32_t other = chosen[count - 1 - i];
+        chosen[count - 1 - i] = chosen[i];
+        chosen[i] = other;
+    }
+    return count;
+}
+
 int64_t dhsa_write_keys(int32_t *row, int64_t from, int64_t to)
 {
     for (int64_t j = from; j < to; j++) row[j - from] = (int32_t)j;

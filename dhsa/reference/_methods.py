@@ -48,18 +48,54 @@ def _scored(edges, finite, score, mass=None) -> Units:
     return Units(edges, np.where(finite, score, np.inf), mass)
 
 
+# The coarse look of "rows": chunks of what it scores, units of a group, and how many times fewer rows.
+UNIT, UNITS_OF_GROUP, COARSER = 4, 4, 8
+
+
+def _row_scores(block: Block, edges, rows: int, by_length: bool, live):
+    """Row scores, mass and finite means of chunks ``edges``, 0 and True where not live; by_length of rounded means."""
+    o = block.options
+    score, mass, finite = np.zeros(len(live)), np.zeros(len(live)), np.ones(len(live), bool)
+    means = chunk_means(block.k[None, :, : block.end], edges)[0]
+    score[live], mass[live], finite[live] = row_scores(
+        block.queries, means[:, live], rows, o["query_block"], o["scale"], o["softcap"], range(len(block.q)),
+        len(block.q) // len(block.k), by_length, np.diff(edges)[live] if by_length else None,
+    )  # fmt: skip
+    return score, mass, finite
+
+
+def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
+    """Which chunks a coarse look leaves: whole groups of 16, as good as the best of their four units."""
+    o = block.options
+    groups = np.append(cuts[:-1][:: UNIT * UNITS_OF_GROUP], cuts[-1])
+    edges = np.minimum(np.append(cuts[:-1][::UNIT], cuts[-1]), block.end)
+    live = np.maximum(edges[:-1], block.lo) < edges[1:]
+    score, _, finite = _row_scores(block, edges, -(-o["rows"] // COARSER), True, live)
+    score[~finite], score[~live] = np.inf, -np.inf
+    best = np.maximum.reduceat(score, np.arange(0, len(score), UNITS_OF_GROUP))
+    best[(groups[:-1] < o["sink"]) | (groups[1:] > block.end - o["local"])] = np.inf
+    keys = np.maximum(np.minimum(groups[1:], block.end) - np.maximum(groups[:-1], block.lo), 0)
+    chosen, held = np.zeros(len(best), bool), 0
+    for g in np.lexsort((-np.arange(len(best)), -best)):
+        if held < o["shortlist"] and keys[g] > 0:
+            chosen[g], held = True, held + keys[g]
+    return np.repeat(chosen, UNIT * UNITS_OF_GROUP)[: len(cuts) - 1]
+
+
 def rows(block: Block) -> Units:
-    """Row scores on chunks, see ``chunk_scores``; the mass of a chunk is the sum of its row probabilities."""
+    """Row scores on chunks, see ``chunk_scores``, by_length of means rounded to bf16; the mass of a chunk is the sum of
+    its row probabilities. With more candidates than ``shortlist``, only chunks on one are scored (not with ``mass``).
+    """
     o = block.options
     edges = np.minimum(o["edges"], block.end)  # a chunk that straddles the block's end is cut there
-    live = np.maximum(edges[:-1], block.lo) < edges[1:]
-    score, mass = np.full(len(live), -np.inf), np.zeros(len(live))
-    means = chunk_means(block.k[None, :, : block.end], edges)[0]
-    squares, sums, finite = row_scores(
-        block.queries, means[:, live], o["rows"], o["query_block"], o["scale"], o["softcap"], range(len(block.q)),
-        len(block.q) // len(block.k), False,
-    )  # fmt: skip
-    score[live], mass[live] = np.where(finite, squares, np.inf), np.where(finite, sums, 0.0)
+    candidate = np.maximum(edges[:-1], block.lo) < edges[1:]
+    live = candidate.copy()
+    if 0 < o["shortlist"] < block.end - block.lo and o["mass"] is None:
+        live &= _shortlist(block, o["edges"]) | (edges[1:] < o["edges"][1:])
+    score, mass, _ = _row_scores(block, edges, o["rows"], o["by_length"], live)
+    finite = np.isfinite(chunk_means(block.k[None, :, : block.end], edges)[0]).all(axis=(0, 2))
+    score[~live] = -np.inf
+    score[~finite & candidate], mass[~finite] = np.inf, 0.0
     return Units(edges, score, mass)
 
 
@@ -141,15 +177,17 @@ def method_blocks(
     budget: int | None = 2048,
     mass: float | None = None,
     floor: int | None = None,
-    query_block: int = 128,
-    sink: int = 128,
-    local: int = 256,
+    query_block: int = 64,
+    sink: int = 16,
+    local: int = 128,
     dense_tail: int = 64,
     heads: str = "group",
     key_block: int = 128,
     stride: int | None = None,
     pooling: str = "mean",
     rows: int | None = None,
+    by_length: bool = True,
+    shortlist: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
@@ -165,7 +203,9 @@ def method_blocks(
     edges = None if boundaries is None else boundary_rows(boundaries, len(q), k_len)
     options = {
         "query_block": query_block, "key_block": key_block, "stride": stride, "pooling": pooling, "softcap": softcap,
-        "rows": max(1, query_block // 4) if rows is None else rows, "window": window, "sink": sink, "local": local,
+        "rows": max(1, query_block // (2 if by_length else 4)) if rows is None else rows, "by_length": by_length,
+        "shortlist": max(8192, 4 * (budget or 0)) if shortlist is None else shortlist,
+        "window": window, "sink": sink, "local": local,
         "scale": q.shape[3] ** -0.5 if scale is None else scale, "budget": budget, "mass": mass,
     }  # fmt: skip
     least = budget if mass is None else sink + local if floor is None else floor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dhsa.reference._attention import check, softmax
+from dhsa.reference._attention import check
 
 
 def boundary_rows(boundaries, batch: int, k_len: int) -> np.ndarray:
@@ -82,11 +82,13 @@ def round_to_bf16(x) -> np.ndarray:
     return np.where(np.isnan(x), np.nan, kept.view(np.float32).astype(np.float64))
 
 
-def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16):
+def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16, lengths=None):
     """Sums of squared row probabilities over the candidate chunks, of the probabilities themselves, and which chunks
     have a finite mean.
 
     q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], float64 [C], bool [C].
+    With lengths [C], a chunk counts as often in a row's softmax as it has keys, and what is squared is the probability
+    of one of them.
     """
     rounded = round_to_bf16 if bf16 else np.asarray
     finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
@@ -101,9 +103,11 @@ def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16
                 continue
             if softcap is not None:
                 s = softcap * np.tanh(s / softcap)
-            p = softmax(s, axis=0)
+            weights = np.ones(len(s)) if lengths is None else lengths[finite_here]
+            p = np.exp(s - s.max())
+            p /= (weights * p).sum()
             squares[finite_here] += p**2
-            sums[finite_here] += p
+            sums[finite_here] += weights * p
     return squares, sums, finite
 
 
@@ -120,6 +124,7 @@ def chunk_scores(
     softcap: float | None = None,
     window: int | None = None,
     rows: int | None = None,
+    by_length: bool = False,
     bf16: bool = False,
 ) -> np.ndarray:
     """How much each block of queries wants each chunk: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
@@ -134,8 +139,9 @@ def chunk_scores(
     last group of a short block may be smaller), each such row and head takes a softmax of
     ``cap(scale * row . meankey)`` over the chunks with a candidate key, and a chunk's score is the sum of the squared
     probabilities over rows and heads of the set. A chunk straddling the block's end is cut there. rows None means
-    ``max(1, query_block // 4)``, scale None ``D ** -0.5``. pooling does not apply. bf16: the mean rows and mean keys
-    are rounded to bf16 before the product, which is what the core does where q and k are bf16.
+    ``max(1, query_block // 4)``, scale None ``D ** -0.5``. pooling does not apply. by_length: a chunk counts as often
+    in the softmax as it has keys, and its score is made of the probability of one of them. bf16: the mean rows and mean
+    keys are rounded to bf16 before the product, which is what the core does where q and k are bf16, and for selection.
 
     A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. A chunk whose mean
     key is not finite scores +inf, so that it is picked and the NaN reaches the rows that see it, and is left out of
@@ -167,6 +173,7 @@ def chunk_scores(
                 if score == "rows" and straddles.size:
                     c = straddles[0]
                     means[:, c] = k[b, :, edges[b, c] : end].mean(axis=1)
+                    lengths[c] = end - edges[b, c]
                 for s, members in enumerate(sets):
                     if score == "block":
                         value, finite = block_scores(queries, means[:, live], lengths[live], pooling, members, group)
@@ -175,7 +182,8 @@ def chunk_scores(
                             value = softcap * np.tanh(value / softcap)
                     else:
                         value, _, finite = row_scores(
-                            queries, means[:, live], rows, query_block, scale, softcap, members, group, bf16
-                        )
+                            queries, means[:, live], rows, query_block, scale, softcap, members, group, bf16,
+                            lengths[live] if by_length else None,
+                        )  # fmt: skip
                     scores[b, s, i, live] = np.where(finite, value, np.inf)
     return scores

@@ -163,20 +163,22 @@ def select(
     k,
     boundaries,
     *,
-    query_block: int = 128,
+    query_block: int = 64,
     budget: int | None = 2048,
-    sink: int = 128,
-    local: int = 256,
+    sink: int = 16,
+    local: int = 128,
     dense_tail: int = 64,
     heads: str = "group",
     score: str = "rows",
     pooling: str = "mean",
     rows: int | None = None,
+    by_length: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
 ) -> Selection:
-    """``chunk_scores`` and then ``select_from_scores``; the defaults are those of ``dhsa.Config``."""
+    """``chunk_scores`` and then ``select_from_scores``; the defaults are those of ``dhsa.Config``, but every chunk is
+    scored: for the shortlist of longer prompts see ``method_lists``."""
     q, k = np.asarray(q), np.asarray(k)
     scores = chunk_scores(
         q,
@@ -190,7 +192,9 @@ def select(
         scale=None if score == "block" else scale,
         softcap=softcap,
         window=window,
-        rows=rows,
+        rows=max(1, query_block // (2 if by_length else 4)) if rows is None else rows,
+        by_length=by_length,
+        bf16=by_length,
     )
     return select_from_scores(
         scores,
@@ -227,18 +231,22 @@ def prefill(
     window: int | None = None,
     boundaries=None,
     boundary_options: Mapping[str, Any] | None = None,
-    query_block: int = 128,
+    query_block: int = 64,
     budget: int | None = 2048,
     **select_options: Any,
 ) -> Prefill:
     """boundaries -> chunk scores -> selection -> attention, causal.
 
-    ``boundaries`` int [B, C + 1] or None: cut by ``reference.boundaries(k, query_block=..., **boundary_options)``.
+    ``boundaries`` int [B, C + 1] or None: cut by ``reference.boundaries(k, query_block=..., **boundary_options)``, for
+    row scores with n = L // 4 and nms 2.
     ``select_options`` are those of ``select``. Where the selection leaves out no visible key the path is exact:
     "window" if a window cuts anything, else "dense".
     """
     if boundaries is None:
-        boundaries = cut(k, query_block=query_block, **(boundary_options or {}))
+        rows = select_options.get("score", "rows") == "rows"
+        rows &= select_options.get("by_length", True)
+        fine = {"num_chunks": np.shape(k)[2] // 4, "nms": 2} if rows else {}
+        boundaries = cut(k, query_block=query_block, **(fine | dict(boundary_options or {})))
     selection = select(
         q,
         k,

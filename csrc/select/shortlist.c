@@ -1,0 +1,124 @@
+/* shortlist.c: the method "rows", this project's: row scores of chunks, in two stages where there are many keys. A coarse look at
+ * groups of neighbouring chunks, by fewer rows, leaves a shortlist of so many keys; only chunks on it are scored. That is one level
+ * more of DHSA's hierarchy (arXiv 2510.24606), and what keeps the cost of a block from growing with the prompt: the coarse look is
+ * a hundredth of scoring every chunk. The scores are rows.c's. */
+#include <inttypes.h>
+#include <math.h>
+
+#include "select/method.h"
+
+enum {
+    COARSER = 8, /* rows of the coarse look: one for so many */
+    UNIT = 4,    /* chunks of what it scores: a group is as good as the best of its units, since the mean */
+    UNITS_OF_GROUP = DHSA_CHUNK_GROUP / UNIT, /* of a whole group hides a single key */
+    SPARE = 2                                 /* groups that the last key of a shortlist, and the cut chunk, may add to it */
+};
+
+typedef struct {
+    dhsa_score_config coarse_config;
+    dhsa_scorer fine, coarse;
+    int32_t *edges;       /* [edges_size] of the batch row's units */
+    int32_t *group_edges; /* [groups + 1] */
+    int64_t edges_size, groups;
+    int64_t listed; /* groups of a shortlist at most */
+} rows_state;
+
+/* A share of mass is one of all candidates: there is no shortlist then. */
+static int two_stages(const dhsa_select_config *c, int64_t keys) { return c->shortlist > 0 && c->mass == 0 && keys > c->shortlist; }
+
+static void close_rows(dhsa_selector *s)
+{
+    rows_state *state = s->state;
+    if (!state) return;
+    dhsa_scorer_close(&state->fine);
+    dhsa_scorer_close(&state->coarse);
+    dhsa_free(state->edges);
+    dhsa_free(state->group_edges);
+    dhsa_free(state);
+}
+
+static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
+{
+    const dhsa_select_config *config = s->config;
+    const int two = two_stages(config, s->k->shape[2]);
+    rows_state *state = s->state = dhsa_alloc(1, sizeof *state);
+    if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
+    *state = (rows_state){.listed = two ? config->shortlist / DHSA_CHUNK_GROUP + 1 + SPARE : 0};
+    const int64_t most = two ? state->listed * DHSA_CHUNK_GROUP : INT64_MAX;
+    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most,
+                                          config->score.by_length, error);
+    if (status) return status;
+    s->units = state->fine.capacity;
+    s->arena_size = state->fine.arena_size + state->fine.capacity * (config->mass > 0 ? 8 : 4);
+    if (!two) return DHSA_OK;
+    state->coarse_config = config->score;
+    state->coarse_config.rows = dhsa_ceil_div(config->score.rows, COARSER);
+    state->coarse_config.by_length = 1; /* groups differ more in length than in what they say */
+    state->edges_size = dhsa_ceil_div(state->fine.capacity, UNIT) + 1;
+    state->groups = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_GROUP);
+    state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);
+    state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
+    if (!state->edges || !state->group_edges)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups", state->groups);
+    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, INT64_MAX, 1, error);
+    s->arena_size =
+        DHSA_MAX(state->fine.arena_size, state->coarse.arena_size) + (state->fine.capacity + state->edges_size + state->listed) * 4;
+    return status;
+}
+
+static dhsa_status begin_rows(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    rows_state *state = s->state;
+    const int32_t *boundaries = s->boundaries + b * s->n_boundaries;
+    (void)error;
+    dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas, s->arena_stride, s->num_threads);
+    if (!state->edges) return DHSA_OK;
+    for (int64_t u = 0; u < state->edges_size; u++) state->edges[u] = boundaries[DHSA_MIN(u * UNIT, s->n_boundaries - 1)];
+    for (int64_t g = 0; g <= state->groups; g++)
+        state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
+    dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads);
+    return DHSA_OK;
+}
+
+/* The groups on a block's shortlist, ascending, into groups; returns how many. What is selected anyway is on it: its mass belongs
+ * to the softmax of the scores. */
+static int64_t make_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, float *score,
+                              int32_t *groups)
+{
+    const rows_state *state = s->state;
+    dhsa_units units = {.edges = state->group_edges, .score = score};
+    int64_t first, last;
+    dhsa_scorer_run(&state->coarse, set, block, NULL, 0, dhsa_selector_arena(s, thread), score, NULL, &first, &last);
+    units.first = first / UNITS_OF_GROUP;
+    units.last = dhsa_ceil_div(last, UNITS_OF_GROUP);
+    for (int64_t g = units.first; g < units.last; g++) {
+        float best = -INFINITY;
+        for (int64_t u = DHSA_MAX(g * UNITS_OF_GROUP, first); u < DHSA_MIN((g + 1) * UNITS_OF_GROUP, last); u++)
+            best = DHSA_MAX(best, score[u]);
+        const int forced = units.edges[g] < s->config->sink || units.edges[g + 1] > span.end - s->config->local;
+        score[g] = forced ? INFINITY : best;
+    }
+    return dhsa_take_units(s, thread, span, &units, s->config->shortlist, groups, state->listed);
+}
+
+static int64_t list_rows(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+{
+    const rows_state *state = s->state;
+    const dhsa_scorer *fine = &state->fine;
+    char *arena = dhsa_selector_arena(s, thread);
+    float *score = (float *)(arena + DHSA_MAX(fine->arena_size, state->coarse.arena_size));
+    float *mass = s->config->mass > 0 ? score + fine->capacity : NULL;
+    dhsa_units units = {.edges = fine->chunks.edges, .score = score, .mass = mass};
+    int32_t *groups = NULL;
+    int64_t n_groups = 0;
+    if (two_stages(s->config, span.end - span.lo)) {
+        float *coarse = score + fine->capacity;
+        groups = (int32_t *)(coarse + state->edges_size);
+        n_groups = make_shortlist(s, set, block, span, thread, coarse, groups);
+    }
+    dhsa_scorer_run(fine, set, block, groups, n_groups, arena, score, mass, &units.first, &units.last);
+    return dhsa_take(s, thread, span, &units, row, room);
+}
+
+const dhsa_method dhsa_method_rows = {
+    .name = "rows", .has_mass = 1, .has_chunks = 1, .open = open_rows, .close = close_rows, .begin = begin_rows, .list = list_rows};
