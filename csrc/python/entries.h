@@ -6,11 +6,12 @@
 
 /* X(name, signature): one function of the module, called with positional arguments only; the signature as inspect reads it. */
 #define DHSA_PY_ENTRIES(X)                                                                                                         \
-    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, /")                      \
-    X(attend_sparse, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, indptr, indices, "      \
-                     "shape, query_block, /")                                                                                      \
-    X(prefill,                                                                                                                     \
-      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, boundary_config, select_config, /")    \
+    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, /")                \
+    X(attend_sparse,                                                                                                               \
+      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, indptr, indices, "               \
+      "shape, query_block, /")                                                                                                     \
+    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, boundary_config, "      \
+               "select_config, /")                                                                                                 \
     X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
     X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
     X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
