@@ -1,6 +1,7 @@
 # The project's commands. Each makes the virtual environment it needs the first time and is quick after that.
 #
 #   make demo     a real model prefills a long text by several attentions: one table, one picture   (ARGS="--tokens 4096")
+#   make eval     what the model loses by each method of selection: perplexity, needles and more (ARGS="all --quick")
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
 #   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
@@ -17,11 +18,14 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
 CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
-.PHONY: demo test bench bench-model bench-report lint clean
+.PHONY: demo eval test bench bench-model bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(PY) -m dhsa demo $(ARGS)
+
+eval: $(VENV)/.demo
+	$(PY) -m dhsa eval $(ARGS)
 
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
@@ -72,6 +76,6 @@ $(VENV)/.lint: $(VENV)/.python
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info demo-output eval-output .pytest_cache .ruff_cache .hypothesis
 	rm -f dhsa/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
 from dhsa import loading  # noqa: E402
 from dhsa.evaluation import pairing, report, runner, settings, store, texts  # noqa: E402
-from dhsa.evaluation.engine import Engine, weights_products  # noqa: E402
+from dhsa.evaluation.engine import Engine, refusals, weights_products  # noqa: E402
 from dhsa.loading import UserError  # noqa: E402
 
 
@@ -154,6 +154,12 @@ def test_generation_is_that_of_transformers(engine):
     assert work["replayed_layers"] == 0
 
 
+def test_what_is_not_there_is_named():
+    setting = settings.setting("rows:heads=all", 640)
+    with pytest.raises(UserError, match="--methods: rows:heads=all: heads: not yet"), refusals(setting):
+        raise NotImplementedError("heads: not yet")
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -176,12 +182,19 @@ def test_specs():
         32,
     )
     assert settings.setting("rows:budget=900", 640).given == "900"
+    shares = settings.setting("rows:floor=600", None, mass=0.9)
+    assert (shares.given, shares.config.mass, shares.config.budget, shares.config.floor) == ("mass 0.9", 0.9, None, 600)
+    assert (shares.config.sink, shares.config.local) == (128, 256)
+    source = settings.setting("xattention:source", 640)
+    assert (source.given, source.config.stride, source.config.dense_tail) == ("mass 0.9", 8, 0)
+    assert "oracle" not in settings.methods("all")
     assert settings.methods("rows, dense,window,rows") == ["rows", "window"]
     assert set(settings.methods("all")) >= {"rows", "dhsa", "window"}
     for spec, message in [
         ("rowz", "no method 'rowz'"),
         ("rows:blocks=3", "expected source or field=value"),
         ("rows:query_block=0", "query_block: "),
+        ("window:mass=0.5", "no shares of attention mass"),
     ]:
         with pytest.raises(UserError, match=message):
             settings.setting(spec, 640)
@@ -204,8 +217,9 @@ def test_every_field_counts():
         key(settings.setting("rows:theta=0.5", 640)), key(build="c"), key(model="n"), key(products="bf16"),
         key(item=Item("b", [1, 2, 3], {"length": 3})), key(item=Item("a", [1, 2, 4], {"length": 3})),
         key(item=Item("a", [1, 2, 3], {"length": 4})), key(layers="1"), key(dtype="bfloat16"),
+        key(settings.setting("rows", None, mass=0.9)), key(settings.setting("rows", 640, mass=0.9)),
     }  # fmt: skip
-    assert len(keys) == 13
+    assert len(keys) == 15
     assert key(settings.dense(), build="c") == key(settings.dense())
 
 
@@ -364,6 +378,7 @@ def make(path):
         (["nope"], "no task 'nope'"),
         (["ppl", "--budget", "3"], "3 is less than 16"),
         (["ppl", "--mass", "1.5"], "1.5 is no share"),
+        (["ppl", "--mass", "0.5", "--methods", "window,dhsa"], "window, dhsa are no shares of attention mass"),
         (["ppl", "--layers", "a"], "invalid layers value"),
         (["ppl", "--layers", "0,9"], r"--layers: \[9\] not in this model of 4 layers"),
         (["ppl", "--methods", "nope"], "no method 'nope'"),

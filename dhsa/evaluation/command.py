@@ -31,10 +31,11 @@ QUICK = {
     "budget": [512],
     "documents": 2,
     "depths": 2,
-    "keys": 2,
+    "keys": 1,
     "samples": 1,
-    "answer_tokens": 8,
+    "answer_tokens": 4,
 }
+QUICK_LENGTH = 768
 DEFAULTS = {"methods": "all", "documents": 12, "depths": 10, "keys": 5, "samples": 10}
 _NEEDED = ("torch", "transformers", "rich", "matplotlib")
 
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     from dhsa.evaluation.store import Store
 
     names = _tasks(args.tasks)
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -189,7 +190,7 @@ def _resolve(args: argparse.Namespace) -> None:
     for name, value in {"budget": BUDGETS, **defaults}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.lengths = {name: args.lengths or ([1024] if args.quick else LENGTHS[name]) for name in TASKS}
+    args.lengths = {name: args.lengths or ([QUICK_LENGTH] if args.quick else LENGTHS[name]) for name in TASKS}
 
 
 def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:

@@ -137,14 +137,16 @@ def _found(rows: list[dict[str, Any]]) -> list[str]:
 def pictures(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     from dhsa.evaluation import pictures as draw
 
-    dense = {r["item"]: r["loglik"] for r in rows if r["method"] == "dense"}
-    panels: dict[str, dict[tuple[float, int], tuple[float, str]]] = {}
-    for (given, method), same in report.grouped(rows, "given", "method"):
-        cells = panels.setdefault(f"{method}, {given}" if given else method, {})
-        for (depth, length), few in report.grouped(same, "depth", "length"):
+    plain = [r for r in rows if r["method"] == "dense"]
+    dense = {r["item"]: r["loglik"] for r in plain}
+    made = []
+    for given, same in report.grouped([r for r in rows if r["method"] != "dense"], "given"):
+        panels: dict[str, dict[tuple[float, int], tuple[float, str]]] = {}
+        for (method, depth, length), few in report.grouped(plain + same, "method", "depth", "length"):
             diff = paired({r["item"]: r["loglik"] for r in few}, dense)
-            cells[depth, length] = (min(diff.mean, 0.0), f"{sum(r['found'] for r in few)}/{len(few)}")
-    if not panels:
-        return []
-    title = "Needles found (in the cells), and the answer's log-likelihood against dense"
-    return [draw.heatmaps(panels, folder / "niah.png", title, "log-likelihood less dense's, nats")]
+            found = f"{sum(r['found'] for r in few)}/{len(few)}"
+            panels.setdefault(method, {})[depth, length] = (min(diff.mean, 0.0), found)
+        name = given.replace(",", "").replace(" ", "_").replace("<=", "to")
+        title = f"Needles at {report.budget_words(given)}: found (in the cells), log-likelihood against dense"
+        made.append(draw.heatmaps(panels, folder / f"niah_{name}.png", title, "log-likelihood less dense's, nats"))
+    return made
