@@ -20,7 +20,8 @@ import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
 from dhsa import loading  # noqa: E402
 from dhsa.evaluation import pairing, report, runner, settings, store, texts  # noqa: E402
-from dhsa.evaluation.engine import Engine, refusals, weights_products  # noqa: E402
+from dhsa.evaluation.engine import Engine, refusals, weights_products, work  # noqa: E402
+from dhsa.hf import LayerRun  # noqa: E402
 from dhsa.loading import UserError  # noqa: E402
 
 
@@ -68,14 +69,14 @@ def test_replayed_layers_change_no_bit(engine):
     made = [settings.setting(spec, 96) for spec in ("rows", "window", "rows:query_block=32")]
     assert [engine.first_sparse(s, 500) for s in made] == [1, 1, 1]
     shared = [engine.prefill(ids, s) for s in (settings.dense(), *made)]
-    assert [work["replayed_layers"] for _, work in shared] == [0, 0, 1, 1]
-    for setting, (hidden, work) in zip(made, shared[1:], strict=True):
+    assert [done["replayed_layers"] for _, done in shared] == [0, 0, 1, 1]
+    for setting, (hidden, done) in zip(made, shared[1:], strict=True):
         engine.prefill(prompt(seed=9), settings.dense())  # another prompt: nothing kept is of use
         alone, own = engine.prefill(ids, setting)
         assert own["replayed_layers"] == 0
         assert torch.equal(hidden, alone)
-        assert (work["density"], work["sparse_layers"]) == (own["density"], own["sparse_layers"]) == (own["density"], 2)
-        assert 0.1 < work["density"] < 0.6
+        assert (done["density"], done["sparse_layers"]) == (own["density"], own["sparse_layers"]) == (own["density"], 2)
+        assert 0.1 < done["density"] < 0.6
     assert not torch.equal(shared[1][0], shared[2][0])
 
 
@@ -88,14 +89,14 @@ def test_what_is_exact_for_a_setting(engine, folder):
     assert some.first_sparse(settings.setting("rows", 96), 500) == 3
     assert some.prefill(prompt(), settings.setting("rows", 96))[1]["sparse_layers"] == 1
     # A prompt within the budget is dense, to the bit, and says so.
-    hidden, work = engine.prefill(prompt(), settings.setting("rows", 500))
+    hidden, done = engine.prefill(prompt(), settings.setting("rows", 500))
     assert torch.equal(hidden, engine.prefill(prompt(), settings.dense())[0])
-    assert (work["density"], work["sparse_layers"]) == (1.0, 0)
+    assert (done["density"], done["sparse_layers"]) == (1.0, 0)
 
 
 def test_likelihood_is_that_of_transformers(engine):
     ids = prompt(300)
-    hidden, work = engine.prefill(ids, settings.dense())
+    hidden, done = engine.prefill(ids, settings.dense())
     values, best = engine.likelihood(hidden, ids, 17, best=True)
     with torch.no_grad():
         logits = engine.model(torch.tensor([ids])).logits[0, 16:-1].double()
@@ -103,7 +104,7 @@ def test_likelihood_is_that_of_transformers(engine):
     torch.testing.assert_close(values, expected, rtol=0, atol=2e-5)
     assert values.dtype == torch.float64
     assert best.tolist() == (logits.argmax(-1) == torch.tensor(ids[17:])).tolist()
-    assert work["density"] == 1.0
+    assert done["density"] == 1.0
     assert engine.likelihood(hidden, ids, 17)[1] is None
 
 
@@ -146,18 +147,41 @@ def test_products_in_bf16_are_put_back(engine):
 
 def test_generation_is_that_of_transformers(engine):
     ids = prompt(200)
-    text, work = engine.generate(ids, settings.dense(), 12)
+    text, done = engine.generate(ids, settings.dense(), 12)
     with torch.no_grad():
         out = engine.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert text == engine.tokenizer.decode(out[0, 200:], skip_special_tokens=True)
     assert engine.generate(ids, settings.dense(), 12, stop=text[3])[0] == text[: text.index(text[3])]
-    assert work["replayed_layers"] == 0
+    assert done["replayed_layers"] == 0
 
 
 def test_what_is_not_there_is_named():
     setting = settings.setting("rows:heads=all", 640)
     with pytest.raises(UserError, match="--methods: rows:heads=all: heads: not yet"), refusals(setting):
         raise NotImplementedError("heads: not yet")
+
+
+def test_skipped_tiles_are_no_exact_layers(engine):
+    """With `skip`, layers before the first sparse one may differ as well: nothing is replayed; rows say how much."""
+    ids = prompt()
+    engine.prefill(ids, settings.setting("rows", 96))
+    for spec in ("rows:skip=0.9", "exact:skip=0.9"):
+        assert engine.first_sparse(settings.setting(spec, 96), 500) == 0
+        _, done = engine.prefill(ids, settings.setting(spec, 96))
+        assert (done["replayed_layers"], done["sparse_layers"]) == (0, 2 if spec.startswith("rows") else 0)
+    assert settings.setting("exact:skip=0.9", 96) == settings.setting("exact:skip=0.9", 640)  # measured once
+
+    def layer(kind, path, density, skipped):
+        return LayerRun(0, kind, "prefill", path, density, 1.0, 2.0, (1, 1, 1, 1), (1, 1, 1, 1), skipped=skipped)
+
+    runs = [layer("sliding", "window", 1.0, 0.9), layer("full", "sparse", 0.5, 0.2), layer("full", "sparse", 0.3, 0.4)]
+    said = work(runs, 9.0, 1, dense=False)
+    assert (said["density"], said["skipped"], said["sparse_layers"]) == (pytest.approx(0.4), pytest.approx(0.3), 2)
+    assert (said["select_seconds"], said["attend_seconds"], said["replayed_layers"]) == (2.0, 4.0, 1)
+    exact = work([runs[0], layer("full", "dense", 1.0, 0.5)], 9.0, 0, dense=False)
+    assert (exact["density"], exact["skipped"], exact["sparse_layers"]) == (1.0, 0.5, 0)
+    row = {**said, "tokens": 7}
+    assert report.work_cells([row, row]) == ["2", "14", "40.00 %, 30.0 % skipped", "2.000", "4.000"]
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

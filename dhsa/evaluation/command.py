@@ -200,7 +200,7 @@ def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
     made = [settings_of.dense()]
     for budget in args.budget:
         made += [settings_of.setting(spec, budget, **options) for spec in specs]
-    able = [spec for spec in specs if spec.partition(":")[0] not in (*NO_MASS, "paper")]
+    able = [spec for spec in specs if spec.partition(":")[0] not in (*NO_MASS, "paper", "exact")]
     if args.mass and not able:
         raise UserError(f"--mass: the scores of {', '.join(specs)} are no shares of attention mass; give --budget")
     for mass in args.mass:

@@ -20,7 +20,7 @@ from dhsa.evaluation.likelihood import likelihood
 from dhsa.evaluation.settings import Setting
 from dhsa.loading import UserError
 
-__all__ = ["Engine", "refusals", "weights_products"]
+__all__ = ["Engine", "refusals", "weights_products", "work"]
 
 
 @contextmanager
@@ -76,7 +76,7 @@ class Engine:
         for layer in range(self.depth):
             if self.layers is not None and layer not in self.layers:
                 continue
-            if mass is not None:
+            if mass is not None or setting.config.skip is not None:
                 return layer
             window = self.windows[layer]
             if limit is not None and length > limit and not (window is not None and window <= limit):
@@ -182,14 +182,17 @@ def forget_runs(model: Any) -> None:
 
 
 def work(runs: list[Any], seconds: float, replayed: int, dense: bool) -> dict[str, Any]:
-    """What a row says of a prefill: the layers that were sparse (for dense: those without a window), their mean
-    realised density, their seconds of selecting and attending; the whole prefill's seconds, less `replayed` layers."""
-    sparse = [r for r in runs if (r.kind == "full" if dense else r.path == "sparse")]
+    """What a row says of a prefill: the layers that were sparse (where none was: those without a window), their mean
+    realised density, the share of their tiles that `Config.skip` left out, their seconds of selecting and attending;
+    the whole prefill's seconds, less `replayed` layers."""
+    sparse = [] if dense else [r for r in runs if r.path == "sparse"]
+    shown = sparse or [r for r in runs if r.kind == "full"]
     return {
-        "density": sum(r.density for r in sparse) / len(sparse) if sparse else 1.0,
-        "sparse_layers": 0 if dense else len(sparse),
-        "select_seconds": sum(r.select_seconds for r in sparse),
-        "attend_seconds": sum(r.attend_seconds for r in sparse),
+        "density": sum(r.density for r in shown) / len(shown) if shown else 1.0,
+        "skipped": sum(r.skipped for r in shown) / len(shown) if shown else 0.0,
+        "sparse_layers": len(sparse),
+        "select_seconds": sum(r.select_seconds for r in shown),
+        "attend_seconds": sum(r.attend_seconds for r in shown),
         "prefill_seconds": seconds,
         "replayed_layers": replayed,
     }

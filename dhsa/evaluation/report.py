@@ -33,7 +33,8 @@ def write(rows: Iterable[dict[str, Any]], folder: Path, command: str) -> tuple[P
                 drawn += made
     lines += [
         "Density: (query, key) pairs attended over pairs visible, in the layers that were sparse; the seconds are of "
-        "those layers too, a prompt each (dense: the layers without a window). ±: one standard error over prompts.",
+        "those layers too, a prompt each (where none was: of the layers without a window). ±: one standard error over "
+        "prompts.",
         "",
     ]
     path = folder / "report.md"
@@ -102,6 +103,8 @@ def work_cells(rows: Sequence[dict[str, Any]]) -> list[str]:
 
     tokens = sum(r["tokens"] for r in rows)
     density = f"{mean('density') * 100:.2f} %"
+    if any(r.get("skipped") for r in rows):
+        density += f", {mean('skipped') * 100:.1f} % skipped"
     return [f"{count}", f"{tokens:,}", density, number(mean("select_seconds")), number(mean("attend_seconds"))]
 
 

@@ -62,7 +62,7 @@ def key(base: dict[str, Any], task: str, item: Item, setting: Setting, build: st
             "prompt": prompt_hash(item.ids),
             "facts": item.facts,
             "method": "dense" if setting.dense else "sparse",
-            "config": setting.fields(),
+            "config": None if setting.dense else setting.fields(),
             "build": None if setting.dense else build,
         }
     )

@@ -1,8 +1,8 @@
 """Settings: a method of selection, its options and a budget, named as on the command line and made into a Config.
 
-A spec is `name[:field=value]...`: a method of `dhsa.Config` (or "paper" for `Config.paper()`), then fields of Config.
-`name:source` takes what the method's source prescribes. Rules that hold for every method alike are here, so that a
-comparison cannot favour one by accident.
+A spec is `name[:field=value]...`: a method of `dhsa.Config` (or "paper" for `Config.paper()`, or "exact" for no
+selection at all, of use with `exact:skip=0.001`), then fields of Config. `name:source` takes what the method's source
+prescribes. Rules that hold for every method alike are here, so that a comparison cannot favour one by accident.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
 
 DENSE = "dense"
 METHODS = configs.METHODS
+NAMES = (*METHODS, "paper", "exact")
 _SLOW = ("oracle",)  # for study: left out unless asked for
 
 
@@ -70,7 +71,7 @@ def methods(names: str) -> list[str]:
             continue
         specs += [m for m in METHODS if m not in _SLOW] if name == "all" else [name]
     if not specs:
-        raise UserError(f"--methods: none given; there are {', '.join(METHODS)}, paper")
+        raise UserError(f"--methods: none given; there are {', '.join(NAMES)}")
     return list(dict.fromkeys(specs))
 
 
@@ -90,8 +91,8 @@ def setting(
     Raises UserError for what there is not, or what Config refuses.
     """
     name, *words = spec.split(":")
-    if name not in (*METHODS, "paper"):
-        raise UserError(f"--methods: no method {name!r}; there are {', '.join(METHODS)}, paper")
+    if name not in NAMES:
+        raise UserError(f"--methods: no method {name!r}; there are {', '.join(NAMES)}")
     source = "source" in words
     asked = dict(_override(spec, word) for word in words if word != "source")
     base = dhsa.Config.paper() if name == "paper" else dhsa.Config()
@@ -106,7 +107,7 @@ def setting(
         values["mass"] = mass
     if source:
         del values["budget"]  # the source's own
-    values.update(asked)
+    values = {**asked, "budget": None} if name == "exact" else values | asked
     try:
         config = _config(name, source, values)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -129,6 +130,8 @@ def _override(spec: str, word: str) -> tuple[str, Any]:
 
 
 def _config(name: str, source: bool, values: dict[str, Any]) -> dhsa.Config:
+    if name == "exact":
+        return dhsa.Config(**values)
     if name == "paper":
         return dhsa.Config.paper(**values)
     return dhsa.Config.source(name, **values) if source else dhsa.Config(method=name, **values)
