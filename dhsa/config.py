@@ -28,6 +28,7 @@ METHOD_OF = {score: method for method, score in SCORE_OF.items()}
 NO_MASS = ("dhsa", "window", "vertical_slash", "power")  # scores that are no shares of attention mass
 PER_HEAD = ("vertical_slash", "xattention", "proxy")  # as their sources have it
 STRIDES = {"xattention": 8, "proxy": 4}
+MAX_STRIDE = 1024  # a row of xattention holds so many queries
 
 PAPER_GAPS_PER_BLOCK = 8
 MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
@@ -118,8 +119,8 @@ class Config(_CoreArgs):
             plain row scores and under "dhsa"; 8 for "predictor".
         score: another name of two methods, kept: "rows" for "rows", "block" for "dhsa". Afterwards the name of the
             chunks' score, None for methods without chunks.
-        rows: mean queries that a full block is reduced to for "rows", 1 to query_block. None: query_block // 2, for
-            plain row scores query_block // 4.
+        rows: mean queries that a full block is reduced to for "rows" and "hisa", 1 to query_block. None:
+            query_block // 2, for plain row scores and "hisa" query_block // 4.
         by_length: for "rows": a chunk counts in the softmax as often as it has keys, and its score is that of one key;
             means are rounded to bf16. False: plain row scores in float32, with defaults of their own. None: True,
             unless the method was named by `score="rows"`, as before there was a choice.
@@ -128,7 +129,7 @@ class Config(_CoreArgs):
             least the budget; 0: never. None: 4 budgets, at least 8192; never under `mass`.
         pooling: for "dhsa": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
         key_block: keys of a block for "block", "xattention", "proxy" and "hisa".
-        stride: of the samples of "xattention" and "proxy". None: 8 and 4.
+        stride: of the samples of "xattention" and "proxy", a divisor of key_block. None: 8 and 4.
         predictor: a BoundaryPredictor, for boundaries="predictor".
         skip: leaves out tiles of keys in which every probability is less than `skip` times the largest that its row has
             met in the keys before, 0 < skip < 1; None: none. Works with any method and with exact attention, not for so
@@ -201,6 +202,14 @@ class Config(_CoreArgs):
             keep("stride", check_int(self.stride, "stride", 1, 2**31 - 1))
         else:
             keep("stride", STRIDES.get(self.method))
+        if (
+            self.stride is not None
+            and self.method in STRIDES
+            and (self.stride > MAX_STRIDE or self.key_block % self.stride)
+        ):
+            raise ValueError(
+                f"stride: got {self.stride}, expected a divisor of key_block = {self.key_block}, at most {MAX_STRIDE}"
+            )
         forced = self.sink + self.local
         if self.budget is not None and forced > self.budget:
             raise ValueError(

@@ -4,6 +4,8 @@ exact blocks, windows, threads, the pipeline. A method joins by its entry in ref
 What is particular to chunks (boundaries, their scores) is tested in test_select.py.
 """
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 import dhsa
 from dhsa import functional, reference
-from dhsa.config import METHODS, NO_MASS
+from dhsa.config import METHODS, NO_MASS, STRIDES
 
 TOLERANCE = 1e-5  # relative, of fp32 scores
 TWINS = sorted(reference.METHODS)
@@ -25,9 +27,10 @@ def normal(*shape, seed=0, dtype=np.float32):
 
 
 def small(**options):
-    return dhsa.Config(
-        **{"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, "key_block": 12, **options}
-    )
+    values = {"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, "key_block": 12, **options}
+    if values.get("method") in STRIDES:
+        values.setdefault("stride", math.gcd(values["key_block"], 4))
+    return dhsa.Config(**values)
 
 
 def twin_options(config, **layer):
@@ -171,7 +174,7 @@ def test_not_finite_keys_are_always_selected(isa, method, heads):
 def test_nothing_but_nan(method):
     q, k = normal(1, 2, 90, 8), normal(1, 1, 90, 8, seed=1)
     for x, y in ((np.full_like(q, np.nan), k), (q, np.full_like(k, np.nan)), (np.full_like(q, np.inf), -k)):
-        got, _ = check(x, y, small(method=method, dense_tail=0))
+        got, _ = check(x, y, small(method=method, dense_tail=0, heads="all"))
         assert np.diff(got.indptr).tolist() == [16, 32, 40, 40, 40, 40]
 
 
@@ -326,7 +329,7 @@ def test_halves_are_read_as_their_float32(method):
     assert dhsa.select(q, k, config) == dhsa.select(q.astype(np.float32), k.astype(np.float32), config)
 
 
-@pytest.mark.parametrize("method", TWINS)
+@pytest.mark.parametrize("method", [method for method in TWINS if method != "vertical_slash"])  # asks the last queries
 def test_later_keys_change_nothing(method):
     """Lists of a block depend on the keys up to its end alone."""
     config = small(method=method, dense_tail=0, boundaries="fixed", chunk_size=5)

@@ -124,4 +124,5 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
-const dhsa_method dhsa_method_block = {.name = "block", .has_mass = 1, .open = open, .close = close, .begin = begin, .list = list};
+const dhsa_method dhsa_method_block = {
+    .name = "block", .has_mass = 1, .has_blocks = 1, .open = open, .close = close, .begin = begin, .list = list};

@@ -4,6 +4,8 @@
 
 #include "select/method.h"
 
+enum { MAX_STRIDE = 1024 }; /* a row of xattention holds so many queries */
+
 dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *c, dhsa_error *error)
 {
     const dhsa_method *method = dhsa_method_find(c->method);
@@ -13,7 +15,7 @@ dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
             return dhsa_fail(error, DHSA_ERR_VALUE, "method: unknown kind %d", (int)c->method);
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "method: number %d is not there yet", (int)c->method);
     }
-    if (!method->has_chunks) score.rows = 1; /* has no say */
+    if (!method->has_chunks && !method->has_rows) score.rows = 1; /* has no say */
     const dhsa_status status = dhsa_score_check(q, k, &score, error);
     if (status) return status;
     if ((c->method == DHSA_METHOD_DHSA) != (score.score == DHSA_SCORE_BLOCK))
@@ -39,10 +41,12 @@ dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
     if (c->shortlist < 0 || (c->shortlist > 0 && c->mass == 0 && c->shortlist < c->budget))
         return dhsa_fail(error, DHSA_ERR_VALUE, "shortlist: got %" PRId64 ", expected at least the budget of %" PRId64,
                          c->shortlist, c->budget);
-    if (c->key_block < 0 || c->key_block > INT32_MAX)
+    if (c->key_block < method->has_blocks || c->key_block > INT32_MAX)
         return dhsa_fail(error, DHSA_ERR_VALUE, "key_block: got %" PRId64 ", expected 1 to %d", c->key_block, INT32_MAX);
-    if (c->stride < 0 || c->stride > INT32_MAX)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "stride: got %" PRId64 ", expected 1 to %d", c->stride, INT32_MAX);
+    if (method->has_stride && (c->stride < 1 || c->stride > MAX_STRIDE || c->key_block % c->stride != 0))
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "stride: got %" PRId64 ", expected a divisor of key_block = %" PRId64 ", at most %d", c->stride,
+                         c->key_block, MAX_STRIDE);
     return DHSA_OK;
 }
 

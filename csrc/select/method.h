@@ -12,6 +12,9 @@ typedef struct {
     const char *name;
     int has_mass;   /* its scores are shares of attention mass, so that a share may be asked for in place of a budget */
     int has_chunks; /* needs boundaries */
+    int has_rows;   /* without chunks, but with mean rows: config->score.rows */
+    int has_blocks; /* of config->key_block keys */
+    int has_stride; /* config->stride, a divisor of key_block */
     /* Sizes s->arena_size and s->units and allocates s->state; whatever it leaves in s, close frees, after a failure as well.
      * open, close and begin may be NULL. */
     dhsa_status (*open)(dhsa_selector *s, dhsa_error *error);

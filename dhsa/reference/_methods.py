@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dhsa.reference import _peers
 from dhsa.reference._attention import check, softmax
 from dhsa.reference._scores import block_scores, boundary_rows, candidates, chunk_means, head_sets, row_scores
 from dhsa.reference._selection import Selection, Units, is_exact, selection_of, take
@@ -29,6 +30,7 @@ class Block(NamedTuple):
     lo: int  # its candidates are keys [lo, end)
     end: int
     room: int  # the most keys of its list, forced ones counted
+    group_q: np.ndarray  # [Hg, Lq, D]: all queries of the heads that read k, be they of the set or not
     options: dict[str, Any]  # of method_lists, None replaced by what it stands for; "edges": chunks of the batch row
 
     @property
@@ -165,6 +167,11 @@ METHODS: dict[str, Callable[[Block], Units | np.ndarray]] = {
     "window": window,
     "block": block,
     "power": power,
+    "vertical_slash": _peers.vertical_slash,
+    "xattention": _peers.xattention,
+    "proxy": _peers.proxy,
+    "hisa": _peers.hisa,
+    "oracle": _peers.oracle,
 }
 
 
@@ -222,7 +229,7 @@ def method_blocks(
                 begin = i * query_block
                 here = Block(
                     q[b, list(members)], k[b, kv], i, begin, min(begin + query_block, q_len), k_len - q_len + begin,
-                    lo, end, room, options,
+                    lo, end, room, q[b, kv.start * group : kv.stop * group], options,
                 )  # fmt: skip
                 with np.errstate(invalid="ignore", over="ignore"):
                     yield here, None if exact else METHODS[method](here)

@@ -1,0 +1,200 @@
+/* hisa.c: single keys, but only those of the best blocks. Source: HISA, arXiv 2603.28458. There a trained indexer scores blocks
+ * and tokens; a frozen model has none, so the mean rows of a block's queries stand in for it (coarse.c), with a softmax over what
+ * is scored, both times. The definition is hisa_units in the reference. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "select/coarse.h"
+#include "select/finite.h"
+
+enum { KEPT = 4 }; /* keys of the blocks that are looked into, in budgets */
+
+typedef struct {
+    float score;
+    int32_t unit;
+} ranked;
+
+typedef struct {
+    dhsa_coarse coarse;
+    dhsa_probe fine;
+    dhsa_finite finite;
+    int64_t most;                                                                 /* keys of kept blocks */
+    int64_t rows, coarse_scores, ranks, keys, fine_scores, edges, scores, masses; /* offsets in an arena */
+} state;
+
+/* The fine stage of one KV head. */
+typedef struct {
+    const state *st;
+    dhsa_mean_rows rows;
+    const int32_t *keys; /* those of the kept blocks, ascending */
+    float *score;
+} job;
+
+static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+{
+    const job *w = of;
+    (void)lo, (void)hi;
+    dhsa_mean_rows_pack(&w->rows, w->st->fine.kernels, first, n, panel);
+}
+
+static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
+{
+    const job *w = of;
+    const dhsa_selector *s = w->rows.s;
+    const int64_t kv_head = w->rows.head / s->group;
+    const int32_t *at = w->keys + first;
+    if (at[n - 1] - at[0] == n - 1) return dhsa_probe_rows(s->kernels, s->k, s->b, kv_head, at[0], 1, n, tile, stride);
+    for (int j = 0; j < n; j++)
+        s->kernels->load(dhsa_row(s->k, s->b, kv_head, at[j]), s->k->dtype, s->k->shape[3], tile + j * s->k->shape[3]);
+    *stride = s->k->shape[3];
+    return tile;
+}
+
+static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+{
+    const job *w = of;
+    (void)row;
+    w->st->fine.kernels->add_sums(p, n, weight, w->score + first);
+}
+
+/* Best score first; of equal ones the later block. */
+static int compare(const void *a, const void *b)
+{
+    const ranked *x = a, *y = b;
+    return x->score != y->score ? (x->score < y->score ? 1 : -1) : y->unit - x->unit;
+}
+
+/* Candidate keys of a block of keys. */
+static dhsa_span held_by(const dhsa_selector *s, dhsa_span span, int64_t unit)
+{
+    const int64_t key_block = s->config->key_block;
+    return (dhsa_span){DHSA_MAX(unit * key_block, span.lo), DHSA_MIN((unit + 1) * key_block, span.end)};
+}
+
+/* Marks the kept blocks: those of forced keys, and the best of the others until they hold KEPT budgets of candidates. In: coarse
+ * scores; out: 1 kept, 0 not. */
+static void filter(const dhsa_selector *s, dhsa_span span, float *score, ranked *ranks)
+{
+    const dhsa_select_config *c = s->config;
+    const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
+    const int64_t want = c->budget >= span.end ? span.end : KEPT * c->budget;
+    int64_t held = 0, n = 0;
+    for (int64_t u = first; u < last; u++) {
+        const dhsa_span keys = held_by(s, span, u);
+        const int forced = keys.lo < c->sink || keys.end > span.end - c->local;
+        if (!forced) ranks[n++] = (ranked){score[u], (int32_t)u};
+        if (forced) held += keys.end - keys.lo;
+        score[u] = (float)forced;
+    }
+    qsort(ranks, (size_t)n, sizeof *ranks, compare);
+    for (int64_t i = 0; i < n && held < want; i++) {
+        const dhsa_span keys = held_by(s, span, ranks[i].unit);
+        held += keys.end - keys.lo;
+        score[ranks[i].unit] = 1;
+    }
+}
+
+static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+{
+    const state *st = s->state;
+    char *arena = dhsa_selector_arena(s, thread);
+    float *coarse = (float *)(arena + st->coarse_scores), *fine = (float *)(arena + st->fine_scores);
+    int32_t *key = (int32_t *)(arena + st->keys), *edges = (int32_t *)(arena + st->edges);
+    float *score = (float *)(arena + st->scores), *mass = (float *)(arena + st->masses);
+    const int64_t first = span.lo / s->config->key_block, last = dhsa_ceil_div(span.end, s->config->key_block);
+    dhsa_coarse_score(&st->coarse, s, set, block, span, arena, coarse);
+    dhsa_finite_blocks(&st->finite, s, set, span, coarse, NULL);
+    filter(s, span, coarse, (ranked *)(arena + st->ranks));
+
+    int64_t n = 0;
+    for (int64_t u = first; u < last; u++) {
+        const dhsa_span keys_here = held_by(s, span, u);
+        for (int64_t j = keys_here.lo; coarse[u] != 0 && j < keys_here.end; j++) key[n++] = (int32_t)j;
+    }
+    for (int64_t i = 0; i < n; i++) fine[i] = 0;
+    const int64_t head = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
+    job w = {st, {s, dhsa_block_queries(s, block), st->coarse.run, head, heads, (float *)(arena + st->rows)}, key, fine};
+    for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) {
+        const dhsa_probe_run run = {.rows = dhsa_mean_rows_count(&w.rows),
+                                    .to = n,
+                                    .scale = (float)(s->config->score.scale * dhsa_probe_sign(s)),
+                                    .softcap = (float)s->config->score.softcap,
+                                    .of = &w,
+                                    .pack = pack,
+                                    .keys = keys,
+                                    .take = take};
+        dhsa_probe_do(&st->fine, &run, arena);
+    }
+
+    /* A kept key is a unit of its own, what lies between them is one unit that nobody wants. */
+    int64_t units = 0;
+    edges[0] = (int32_t)span.lo;
+    for (int64_t i = 0; i <= n; i++) {
+        const int64_t to = i < n ? key[i] : span.end;
+        if (edges[units] < to) {
+            score[units] = -INFINITY;
+            mass[units++] = 0;
+            edges[units] = (int32_t)to;
+        }
+        if (i == n) break;
+        const int bad = dhsa_finite_next(&st->finite, s, set, key[i], key[i] + 1) == key[i];
+        score[units] = bad ? INFINITY : fine[i];
+        mass[units] = bad ? 0 : fine[i];
+        edges[++units] = key[i] + 1;
+    }
+    const dhsa_units all = {edges, 0, units, score, mass};
+    return dhsa_take(s, thread, span, &all, row, room);
+}
+
+static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+{
+    const dhsa_select_config *c = s->config;
+    const int64_t k_len = s->k->shape[2], dim = s->q->shape[3], blocks = dhsa_ceil_div(k_len, c->key_block);
+    const int64_t queries = DHSA_MIN(c->score.query_block, s->q->shape[2]);
+    state *st = s->state = calloc(1, sizeof *st);
+    if (!st || !dhsa_finite_open(&st->finite, s) ||
+        !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.rows)))
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys", (long long)blocks);
+    /* The blocks of forced keys and the last one that is kept may reach beyond what was asked for. */
+    st->most = c->budget >= k_len ? k_len : DHSA_MIN((KEPT + 1) * c->budget + 4 * c->key_block, k_len);
+    dhsa_probe_plan(&st->fine, DHSA_PROBE_KEYS, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group),
+                    st->most, dim, 1);
+    s->units = 2 * st->most + 1;
+    int64_t at = DHSA_MAX(st->coarse.arena_size, dhsa_round_up(st->fine.arena_size + DHSA_MAX_LANES * dim * 4, DHSA_ALIGN));
+    st->rows = st->fine.arena_size;
+    const struct {
+        int64_t *offset, bytes;
+    } parts[] = {
+        {&st->coarse_scores, blocks * 4}, {&st->ranks, blocks * (int64_t)sizeof(ranked)},
+        {&st->keys, st->most * 4},        {&st->fine_scores, st->most * 4},
+        {&st->edges, (s->units + 1) * 4}, {&st->scores, s->units * 4},
+        {&st->masses, s->units * 4},
+    };
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].offset = at;
+        at += dhsa_round_up(parts[i].bytes, DHSA_ALIGN);
+    }
+    s->arena_size = at;
+    return DHSA_OK;
+}
+
+static void close(dhsa_selector *s)
+{
+    state *st = s->state;
+    if (!st) return;
+    dhsa_finite_close(&st->finite);
+    dhsa_coarse_close(&st->coarse);
+    free(st);
+}
+
+static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    (void)b, (void)error;
+    state *st = s->state;
+    dhsa_finite_begin(&st->finite, s);
+    dhsa_coarse_begin(&st->coarse, s);
+    return DHSA_OK;
+}
+
+const dhsa_method dhsa_method_hisa = {
+    .name = "hisa", .has_mass = 1, .has_rows = 1, .has_blocks = 1, .open = open, .close = close, .begin = begin, .list = list};

@@ -1,0 +1,109 @@
+/* oracle.c: single keys by their exact attention mass: dense probabilities of a block's queries, summed. Twice the products of
+ * dense attention: slow, for study. The definition is oracle_units in the reference. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "select/finite.h"
+#include "select/probe.h"
+
+typedef struct {
+    dhsa_probe probe;
+    dhsa_finite finite;
+} state;
+
+typedef struct {
+    const dhsa_selector *s;
+    dhsa_span queries;
+    int64_t head, heads; /* query heads of one KV head, which share the work on its keys */
+    float *score;
+} job;
+
+/* Row r is query r / heads of head r % heads. */
+static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+{
+    const job *w = of;
+    const dhsa_selector *s = w->s;
+    const int64_t window = s->config->score.window, offset = s->k->shape[2] - s->q->shape[2];
+    const void *rows[DHSA_MAX_LANES];
+    for (int r = 0; r < n; r++) {
+        const int64_t query = w->queries.lo + (first + r) / w->heads;
+        rows[r] = dhsa_row(s->q, s->b, w->head + (first + r) % w->heads, query);
+        hi[r] = (int32_t)(offset + query + 1);
+        lo[r] = (int32_t)(window ? DHSA_MAX(hi[r] - window, 0) : 0);
+    }
+    ((const state *)s->state)->probe.kernels->pack_panel(rows, s->q->dtype, n, (int)s->q->shape[3], dhsa_probe_sign(s), panel);
+}
+
+static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
+{
+    const job *w = of;
+    return dhsa_probe_rows(w->s->kernels, w->s->k, w->s->b, w->head / w->s->group, first, 1, n, tile, stride);
+}
+
+static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+{
+    const job *w = of;
+    (void)row;
+    ((const state *)w->s->state)->probe.kernels->add_sums(p, n, weight, w->score + first);
+}
+
+static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+{
+    const state *st = s->state;
+    char *arena = dhsa_selector_arena(s, thread);
+    const int64_t first = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
+    job w = {s, dhsa_block_queries(s, block), 0, heads, (float *)(arena + st->probe.arena_size)};
+    for (int64_t j = span.lo; j < span.end; j++) w.score[j] = 0;
+    for (w.head = first; w.head < first + s->heads_per_set; w.head += heads) {
+        const dhsa_probe_run run = {.rows = (w.queries.end - w.queries.lo) * heads,
+                                    .from = span.lo,
+                                    .to = span.end,
+                                    .scale = (float)(s->config->score.scale * dhsa_probe_sign(s)),
+                                    .softcap = (float)s->config->score.softcap,
+                                    .of = &w,
+                                    .pack = pack,
+                                    .keys = keys,
+                                    .take = take};
+        dhsa_probe_do(&st->probe, &run, arena);
+    }
+    float *mass = w.score + s->units;
+    memcpy(mass + span.lo, w.score + span.lo, (size_t)(span.end - span.lo) * sizeof *mass);
+    for (int64_t j = span.lo; (j = dhsa_finite_next(&st->finite, s, set, j, span.end)) < span.end; j++) {
+        w.score[j] = INFINITY;
+        mass[j] = 0;
+    }
+    const dhsa_units units = {NULL, span.lo, span.end, w.score, mass};
+    return dhsa_take(s, thread, span, &units, row, room);
+}
+
+static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+{
+    state *st = s->state = calloc(1, sizeof *st);
+    if (!st || !dhsa_finite_open(&st->finite, s))
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "oracle: no memory for flags of %lld keys", (long long)s->k->shape[2]);
+    const int64_t queries = DHSA_MIN(s->config->score.query_block, s->q->shape[2]);
+    dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, queries * DHSA_MIN(s->heads_per_set, s->group), s->k->shape[2], s->q->shape[3],
+                    1);
+    s->units = s->k->shape[2];
+    s->arena_size = st->probe.arena_size + 2 * s->units * (int64_t)sizeof(float);
+    return DHSA_OK;
+}
+
+static void close(dhsa_selector *s)
+{
+    state *st = s->state;
+    if (!st) return;
+    dhsa_finite_close(&st->finite);
+    free(st);
+}
+
+static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    (void)b, (void)error;
+    dhsa_finite_begin(&((const state *)s->state)->finite, s);
+    return DHSA_OK;
+}
+
+const dhsa_method dhsa_method_oracle = {
+    .name = "oracle", .has_mass = 1, .open = open, .close = close, .begin = begin, .list = list};

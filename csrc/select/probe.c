@@ -1,0 +1,240 @@
+/* probe.c: the loop that methods share which look at real logits: panels of rows, tiles of keys, an online softmax, and each
+ * probability (or the sum or maximum of a unit's) handed on with the weight that brings it to the final maximum and sum. */
+#include "select/probe.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+enum {
+    TILE = 128,          /* keys of a tile: its products stay in L1; */
+    NUMBERS = 64 * 1024, /* of long rows fewer, so that it stays in L2 */
+    PANELS = 12,         /* panels that share a tile, */
+    PARTS = 1 << 20      /* if what they keep is no more than so many bytes */
+};
+
+/* What one thread works in; pointers into its arena. */
+typedef struct {
+    float *panel;          /* [panels] of [dim, lanes] */
+    int32_t *lo, *hi;      /* [panels, lanes]: the keys that rows see */
+    float *m, *l, *alpha;  /* [panels, lanes]; alpha [panels] of [tiles, lanes] */
+    float *weight, *spare; /* [lanes] */
+    float *s, *tile;
+    float *part; /* [panels] of [part_rows, lanes] */
+} scratch;
+
+static int64_t lay_out(const dhsa_probe *b, char *base, scratch *w)
+{
+    const int64_t lanes = b->kernels->lanes, twice = b->way == DHSA_PROBE_TWICE;
+    const struct {
+        void *to;
+        int64_t numbers;
+    } parts[] = {
+        {&w->panel, b->panels * b->dim * lanes},
+        {&w->lo, b->panels * lanes},
+        {&w->hi, b->panels * lanes},
+        {&w->m, b->panels * lanes},
+        {&w->l, b->panels * lanes},
+        {&w->alpha, twice ? lanes : b->panels * b->tiles * lanes},
+        {&w->weight, lanes},
+        {&w->spare, lanes},
+        {&w->s, b->tile * lanes},
+        {&w->tile, b->tile * b->dim},
+        {&w->part, b->panels * b->part_rows * lanes},
+    };
+    int64_t at = 0;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        char *here = base ? base + at : NULL;
+        memcpy(parts[i].to, &here, sizeof here);
+        at += dhsa_round_up(parts[i].numbers * 4, DHSA_ALIGN);
+    }
+    return at;
+}
+
+static int in_units(const dhsa_probe *b) { return b->way == DHSA_PROBE_SUMS || b->way == DHSA_PROBE_TOPS; }
+
+/* Tiles of a unit; without units, one long unit. */
+static int64_t tiles_of_unit(const dhsa_probe *b) { return dhsa_ceil_div(b->unit, b->tile); }
+
+static int64_t count_tiles(const dhsa_probe *b, int64_t from, int64_t to)
+{
+    if (!in_units(b)) return dhsa_ceil_div(to - from, b->tile);
+    return (dhsa_ceil_div(to, b->unit) - from / b->unit) * tiles_of_unit(b);
+}
+
+/* Keys [lo, end) of a tile; it may be empty. */
+static dhsa_span find_tile(const dhsa_probe *b, int64_t from, int64_t to, int64_t index)
+{
+    int64_t first = from + index * b->tile, last = to;
+    if (in_units(b)) {
+        const int64_t per = tiles_of_unit(b), unit = from / b->unit + index / per;
+        first = unit * b->unit + index % per * b->tile;
+        last = DHSA_MIN(to, (unit + 1) * b->unit);
+    }
+    return (dhsa_span){DHSA_MAX(first, from), DHSA_MIN(first + b->tile, last)};
+}
+
+void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
+{
+    scratch unused;
+    b->kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32);
+    b->way = way;
+    b->dim = dim;
+    b->unit = unit;
+    b->tile = DHSA_MAX(DHSA_MIN(TILE, NUMBERS / dim), 16);
+    if (in_units(b)) b->tile = DHSA_MIN(b->tile, unit);
+    b->tiles = count_tiles(b, 0, keys);
+    b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
+    const int64_t lanes = b->kernels->lanes, fit = PARTS / DHSA_MAX(b->part_rows * lanes * 4, 1);
+    b->panels = DHSA_MIN(DHSA_MIN(PANELS, DHSA_MAX(fit, 1)), dhsa_ceil_div(rows, lanes));
+    b->arena_size = lay_out(b, NULL, &unused);
+}
+
+/* The part of a tile that any row of a panel sees; *masked: whether not all rows see all of it. */
+static dhsa_span clip(const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
+{
+    int64_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
+    for (int r = 0; r < used; r++) {
+        lo_min = DHSA_MIN(lo_min, lo[r]);
+        lo_max = DHSA_MAX(lo_max, lo[r]);
+        hi_min = DHSA_MIN(hi_min, hi[r]);
+        hi_max = DHSA_MAX(hi_max, hi[r]);
+    }
+    const dhsa_span seen = {DHSA_MAX(tile.lo, lo_min), DHSA_MIN(tile.end, hi_max)};
+    *masked = lo_max > seen.lo || hi_min < seen.end;
+    return seen;
+}
+
+/* Probabilities of one panel and tile, relative to the maximum so far; returns the keys they are of. */
+static dhsa_span multiply(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t p, int used, dhsa_span tile,
+                          const float *keys, ptrdiff_t stride, float *s, float *l, float *alpha)
+{
+    const int64_t lanes = b->kernels->lanes;
+    const int32_t *lo = w->lo + p * lanes, *hi = w->hi + p * lanes;
+    int masked;
+    const dhsa_span seen = clip(lo, hi, used, tile, &masked);
+    const int n = (int)(seen.end - seen.lo);
+    if (n <= 0) return seen;
+    b->kernels->qk(w->panel + p * b->dim * lanes, keys + (seen.lo - tile.lo) * stride, stride, n, (int)b->dim, used, s, NULL);
+    b->kernels->softmax(s, n, used, (int)seen.lo, masked ? lo : NULL, hi, run->scale, run->softcap, w->m + p * lanes, l, alpha);
+    return seen;
+}
+
+/* One number for each row in place of n. */
+static void reduce(const float *s, int n, int lanes, int used, int tops, float *part)
+{
+    memcpy(part, s, (size_t)lanes * sizeof *part);
+    for (int j = 1; j < n; j++) {
+        const float *p = s + (ptrdiff_t)j * lanes;
+        if (tops)
+            for (int r = 0; r < used; r++) part[r] = part[r] > p[r] ? part[r] : p[r];
+        else
+            for (int r = 0; r < used; r++) part[r] += p[r];
+    }
+}
+
+static void find_weights(const float *l, int64_t lanes, int used, float *weight)
+{
+    /* NaN and inf turn up in the sum. */
+    for (int r = 0; r < lanes; r++) weight[r] = r < used && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
+}
+
+/* One pass over the keys: what is kept goes on to w->part. */
+static void first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t at, int64_t panels)
+{
+    const int64_t lanes = b->kernels->lanes, tiles = count_tiles(b, run->from, run->to);
+    for (int64_t i = 0; i < tiles; i++) {
+        const dhsa_span tile = find_tile(b, run->from, run->to, i);
+        if (tile.lo >= tile.end) continue;
+        ptrdiff_t stride;
+        const float *keys = run->keys(run->of, tile.lo, (int)(tile.end - tile.lo), w->tile, &stride);
+        for (int64_t p = 0; p < panels; p++) {
+            const int used = (int)DHSA_MIN(lanes, run->rows - at - p * lanes);
+            float *part = w->part + p * b->part_rows * lanes, *s = b->way == DHSA_PROBE_KEYS ? part + i * b->tile * lanes : w->s;
+            float *alpha = b->way == DHSA_PROBE_TWICE ? w->alpha : w->alpha + (p * b->tiles + i) * lanes;
+            const dhsa_span seen = multiply(b, run, w, p, used, tile, keys, stride, s, w->l + p * lanes, alpha);
+            if (seen.lo < seen.end && in_units(b))
+                reduce(s, (int)(seen.end - seen.lo), (int)lanes, used, b->way == DHSA_PROBE_TOPS, part + i * lanes);
+        }
+    }
+}
+
+/* What was kept, backwards: earlier numbers are relative to the maximum of their time. */
+static void hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t at, int64_t p)
+{
+    const int64_t lanes = b->kernels->lanes, row = at + p * lanes;
+    const int used = (int)DHSA_MIN(lanes, run->rows - row);
+    const float *part = w->part + p * b->part_rows * lanes;
+    find_weights(w->l + p * lanes, lanes, used, w->weight);
+    for (int64_t i = count_tiles(b, run->from, run->to) - 1; i >= 0; i--) {
+        const dhsa_span tile = find_tile(b, run->from, run->to, i);
+        int masked;
+        const dhsa_span seen = clip(w->lo + p * lanes, w->hi + p * lanes, used, tile, &masked);
+        if (tile.lo >= tile.end || seen.lo >= seen.end) continue;
+        if (in_units(b))
+            run->take(run->of, row, seen.lo, 1, part + i * lanes, w->weight);
+        else
+            run->take(run->of, row, seen.lo, (int)(seen.end - seen.lo), part + i * b->tile * lanes, w->weight);
+        const float *alpha = w->alpha + (p * b->tiles + i) * lanes;
+        for (int r = 0; r < used; r++) w->weight[r] = w->weight[r] == 0 ? 0 : w->weight[r] * alpha[r];
+    }
+}
+
+/* The maxima stay what they are now, so that probabilities come out relative to them. */
+static void second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t at, int64_t panels)
+{
+    const int64_t lanes = b->kernels->lanes, tiles = count_tiles(b, run->from, run->to);
+    for (int64_t i = 0; i < tiles; i++) {
+        const dhsa_span tile = find_tile(b, run->from, run->to, i);
+        ptrdiff_t stride;
+        const float *keys = run->keys(run->of, tile.lo, (int)(tile.end - tile.lo), w->tile, &stride);
+        for (int64_t p = 0; p < panels; p++) {
+            const int used = (int)DHSA_MIN(lanes, run->rows - at - p * lanes);
+            const dhsa_span seen = multiply(b, run, w, p, used, tile, keys, stride, w->s, w->spare, w->alpha);
+            if (seen.lo >= seen.end) continue;
+            find_weights(w->l + p * lanes, lanes, used, w->weight);
+            run->take(run->of, at + p * lanes, seen.lo, (int)(seen.end - seen.lo), w->s, w->weight);
+        }
+    }
+}
+
+void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
+{
+    const int64_t lanes = b->kernels->lanes;
+    scratch w;
+    lay_out(b, arena, &w);
+    for (int64_t at = 0; at < run->rows; at += b->panels * lanes) {
+        const int64_t panels = DHSA_MIN(b->panels, dhsa_ceil_div(run->rows - at, lanes));
+        for (int64_t p = 0; p < panels; p++) {
+            const int used = (int)DHSA_MIN(lanes, run->rows - at - p * lanes);
+            int32_t *lo = w.lo + p * lanes, *hi = w.hi + p * lanes;
+            for (int r = 0; r < lanes; r++) {
+                lo[r] = (int32_t)run->from;
+                hi[r] = (int32_t)run->to;
+                w.m[p * lanes + r] = -INFINITY;
+                w.l[p * lanes + r] = w.spare[r] = 0;
+            }
+            run->pack(run->of, at + p * lanes, used, w.panel + p * b->dim * lanes, lo, hi);
+        }
+        first_pass(b, run, &w, at, panels);
+        if (b->way == DHSA_PROBE_TWICE)
+            second_pass(b, run, &w, at, panels);
+        else
+            for (int64_t p = 0; p < panels; p++) hand_on(b, run, &w, at, p);
+    }
+}
+
+const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
+                             int64_t step, int n, float *tile, ptrdiff_t *stride)
+{
+    const int64_t dim = k->shape[3];
+    if (k->dtype == DHSA_F32) { /* read where they lie */
+        *stride = (ptrdiff_t)(k->stride[2] * step);
+        return dhsa_row(k, b, kv_head, at);
+    }
+    const void *rows[TILE];
+    for (int j = 0; j < n; j++) rows[j] = dhsa_row(k, b, kv_head, at + j * step);
+    kernels->pack_rows(rows, k->dtype, n, (int)dim, tile);
+    *stride = dim;
+    return tile;
+}

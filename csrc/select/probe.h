@@ -1,0 +1,60 @@
+/* probe.h: rows of queries against keys, a tile at a time: products, softmax, and what a method makes of the probabilities.
+ * What the rows and keys are (single ones, means, groups of neighbours) is the method's affair, which lends functions. */
+#ifndef DHSA_PROBE_H
+#define DHSA_PROBE_H
+
+#include "select/method.h"
+
+/* What becomes of the probabilities. All but TWICE take one pass over the keys and keep numbers relative to the maximum of
+ * their time, which is made good once the sums are known. */
+typedef enum {
+    DHSA_PROBE_KEYS,  /* each is kept: for few keys */
+    DHSA_PROBE_SUMS,  /* their sums over units of keys are kept, */
+    DHSA_PROBE_TOPS,  /* or the largest of each unit */
+    DHSA_PROBE_TWICE, /* nothing is kept: they are computed anew when the sums are known */
+} dhsa_probe_way;
+
+typedef struct {
+    const dhsa_kernels *kernels;
+    dhsa_probe_way way;
+    int64_t dim;        /* numbers of a row and of a key */
+    int64_t unit;       /* SUMS, TOPS: keys of a unit, which begins at a multiple of it */
+    int64_t tile;       /* keys of a tile at most */
+    int64_t tiles;      /* of a run over all keys, at most */
+    int64_t part_rows;  /* numbers kept for a lane */
+    int64_t panels;     /* worked on at a time */
+    int64_t arena_size; /* bytes: what a run works in */
+} dhsa_probe;
+
+/* A run: `rows` rows against keys [from, to). Logits are cap(scale * product), scale >= 0. */
+typedef struct dhsa_probe_run {
+    int64_t rows, from, to;
+    float scale, softcap; /* 0: none */
+    void *of;             /* handed to the functions */
+    /* Packs rows [first, first + n), n <= lanes, and says which keys [lo, hi) each sees: not needed if it is all of them. */
+    void (*pack)(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi);
+    /* Keys [first, first + n) as fp32 numbers, *stride from one to the next: where they lie, or in tile [n * dim]. */
+    const float *(*keys)(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride);
+    /* p[j * lanes + r] * weight[r] is the probability of key first + j for row `row` + r, j < n; with SUMS and TOPS n is 1 and
+     * first lies in the unit. A row of weight 0 says nothing, whatever p holds: it saw no key, or its logits have a NaN or +inf. */
+    void (*take)(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight);
+} dhsa_probe_run;
+
+/* Sizes a probe of at most `rows` rows and keys [0, keys). */
+void dhsa_probe_plan(dhsa_probe *probe, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit);
+/* Runs it; arena aligned to DHSA_ALIGN. */
+void dhsa_probe_do(const dhsa_probe *probe, const dhsa_probe_run *run, char *arena);
+
+/* The sign of a scale, which goes into the rows so that the largest product stays the largest logit. */
+static inline float dhsa_probe_sign(const dhsa_selector *s) { return s->config->score.scale < 0 ? -1.0f : 1.0f; }
+/* Keys [first, first + n) of a KV head, `step` apart, from key `at` on: dhsa_probe_run.keys for rows of the tensor. */
+const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
+                             int64_t step, int n, float *tile, ptrdiff_t *stride);
+/* Positions of a block's queries: first one and end. */
+static inline dhsa_span dhsa_block_queries(const dhsa_selector *s, int64_t block)
+{
+    const int64_t from = block * s->config->score.query_block;
+    return (dhsa_span){from, DHSA_MIN(from + s->config->score.query_block, s->q->shape[2])};
+}
+
+#endif

@@ -1,0 +1,139 @@
+/* proxy.c: blocks of keys by the scores of a proxy head, the mean of the heads that share it. Source: ProxyAttn,
+ * arXiv 2509.24745. Every stride-th query and key take part; a block's score is the largest probability in it. Where a share of
+ * mass is asked for, how far a list goes down that order is each head's own affair: its mass is what the head's own mean rows
+ * give to a block (coarse.c). The definition is proxy_units in the reference. */
+#include <stdlib.h>
+
+#include "select/coarse.h"
+#include "select/finite.h"
+
+enum { RUN = 16 }; /* queries of a mean row of a head's own estimate */
+
+typedef struct {
+    dhsa_probe probe;
+    dhsa_finite finite;
+    dhsa_coarse own;   /* only with a mass */
+    int32_t *edges;    /* of the key blocks */
+    int64_t rows;      /* offsets in an arena: rows to work in, */
+    int64_t scores;    /* and scores of the key blocks, then their masses */
+    int64_t heads, kv; /* query and KV heads of a proxy */
+} state;
+
+typedef struct {
+    const dhsa_selector *s;
+    dhsa_span queries;
+    int64_t head;
+    float *rows, *score;
+} job;
+
+static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+{
+    const job *w = of;
+    const dhsa_selector *s = w->s;
+    const state *st = s->state;
+    const int64_t stride = s->config->stride, window = s->config->score.window, dim = s->q->shape[3];
+    const int64_t offset = s->k->shape[2] - s->q->shape[2], apart = s->q->stride[1] * dhsa_dtype_size(s->q->dtype);
+    const void *rows[DHSA_MAX_LANES];
+    for (int r = 0; r < n; r++) {
+        const int64_t query = w->queries.lo + (first + r) * stride;
+        rows[r] = w->rows + r * dim;
+        s->kernels->sum_rows(dhsa_row(s->q, s->b, w->head, query), (ptrdiff_t)apart, s->q->dtype, st->heads, dim,
+                             w->rows + r * dim);
+        hi[r] = (int32_t)((offset + query) / stride + 1);
+        lo[r] = (int32_t)(window ? dhsa_ceil_div(DHSA_MAX(offset + query - window + 1, 0), stride) : 0);
+    }
+    st->probe.kernels->pack_panel(rows, DHSA_F32, n, (int)dim, dhsa_probe_sign(s) / (float)st->heads, panel);
+}
+
+static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
+{
+    const job *w = of;
+    const dhsa_tensor *k = w->s->k;
+    const state *st = w->s->state;
+    const int64_t kv_head = w->head / w->s->group, step = w->s->config->stride, dim = k->shape[3];
+    if (st->kv == 1) return dhsa_probe_rows(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
+    const ptrdiff_t apart = (ptrdiff_t)(k->stride[1] * dhsa_dtype_size(k->dtype));
+    for (int j = 0; j < n; j++)
+        w->s->kernels->sum_rows(dhsa_row(k, w->s->b, kv_head, (first + j) * step), apart, k->dtype, st->kv, dim, tile + j * dim);
+    for (int64_t d = 0; d < n * dim; d++) tile[d] /= (float)st->kv;
+    *stride = dim;
+    return tile;
+}
+
+static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+{
+    const job *w = of;
+    const dhsa_probe *probe = &((const state *)w->s->state)->probe;
+    float *score = w->score + first / probe->unit;
+    (void)row, (void)n;
+    for (int r = 0; r < probe->kernels->lanes; r++)
+        if (weight[r] != 0) *score = DHSA_MAX(*score, p[r] * weight[r]);
+}
+
+static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+{
+    const state *st = s->state;
+    const dhsa_select_config *c = s->config;
+    char *arena = dhsa_selector_arena(s, thread);
+    float *score = (float *)(arena + st->scores), *mass = c->mass > 0 ? score + s->units : NULL;
+    job w = {s, dhsa_block_queries(s, block), set * s->heads_per_set / st->heads * st->heads, (float *)(arena + st->rows), score};
+    const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
+    for (int64_t u = first; u < last; u++) score[u] = 0;
+    const dhsa_probe_run run = {.rows = dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride),
+                                .from = span.lo / c->stride,
+                                .to = dhsa_ceil_div(span.end, c->stride),
+                                .scale = (float)(c->score.scale * dhsa_probe_sign(s)),
+                                .softcap = (float)c->score.softcap,
+                                .of = &w,
+                                .pack = pack,
+                                .keys = keys,
+                                .take = take};
+    dhsa_probe_do(&st->probe, &run, arena);
+    if (mass) dhsa_coarse_score(&st->own, s, set, block, span, arena, mass);
+    dhsa_finite_blocks(&st->finite, s, set, span, score, mass);
+    const dhsa_units units = {st->edges, first, last, score, mass};
+    return dhsa_take(s, thread, span, &units, row, room);
+}
+
+static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+{
+    const dhsa_select_config *c = s->config;
+    const int64_t k_len = s->k->shape[2], dim = s->q->shape[3];
+    state *st = s->state = calloc(1, sizeof *st);
+    int opened = st != NULL;
+    s->units = dhsa_ceil_div(k_len, c->key_block);
+    if (opened) {
+        st->heads = DHSA_MAX(s->heads_per_set, s->group);
+        st->kv = st->heads / s->group;
+        dhsa_probe_plan(&st->probe, DHSA_PROBE_TOPS, dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
+                        dhsa_ceil_div(k_len, c->stride), dim, c->key_block / c->stride);
+        st->edges = dhsa_block_edges(k_len, c->key_block);
+        opened = st->edges && dhsa_finite_open(&st->finite, s) && (c->mass == 0 || dhsa_coarse_open(&st->own, s, RUN));
+        st->rows = st->probe.arena_size;
+        st->scores = DHSA_MAX(st->rows + DHSA_MAX_LANES * dim * 4, st->own.arena_size);
+        s->arena_size = st->scores + 2 * s->units * 4;
+    }
+    return opened ? DHSA_OK : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys", (long long)s->units);
+}
+
+static void close(dhsa_selector *s)
+{
+    state *st = s->state;
+    if (!st) return;
+    dhsa_coarse_close(&st->own);
+    dhsa_finite_close(&st->finite);
+    dhsa_free(st->edges);
+    free(st);
+}
+
+static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    (void)b, (void)error;
+    state *st = s->state;
+    dhsa_finite_begin(&st->finite, s);
+    if (s->config->mass > 0) dhsa_coarse_begin(&st->own, s);
+    return DHSA_OK;
+}
+
+const dhsa_method dhsa_method_proxy = {
+    .name = "proxy", .has_mass = 1, .has_blocks = 1, .has_stride = 1, .open = open, .close = close, .begin = begin, .list = list};
