@@ -439,6 +439,36 @@ def test_config_paper():
     assert learned._boundary_args(1000)[:6] == (2, 8, 24, 4, 1.1, 8)
 
 
+def test_config_methods_and_their_other_names():
+    assert (dhsa.Config().method, dhsa.Config().score, dhsa.Config().heads) == ("rows", "rows", "group")
+    paper = dhsa.Config(score="block")
+    assert (paper.method, paper.score, paper.heads) == ("dhsa", "block", "group")
+    assert paper == dhsa.Config(method="dhsa") == dhsa.Config(method="dhsa", score="block")
+    assert paper.replace(method="window") == dhsa.Config(method="window")
+    assert paper.replace(score="rows") == dhsa.Config()
+    assert dhsa.Config(method="window").score is None
+    assert dhsa.Config.paper().replace(method="rows").score == "rows"
+    per_head = dhsa.Config(method="proxy", heads=None)
+    assert (per_head.heads, per_head.stride) == ("head", 4)
+    assert (per_head.replace(method="block").heads, per_head.replace(method="block").stride) == ("group", None)
+    assert per_head.replace(heads="all").heads == "all"
+    assert pickle.loads(pickle.dumps(per_head)) == per_head
+
+
+def test_config_mass():
+    config = dhsa.Config(mass=0.9, budget=None)
+    assert config._select_args[1:4] == (2**63 - 1, 0.9, 384)
+    assert dhsa.Config(mass=0.9, floor=600)._select_args[1:4] == (2048, 0.9, 600)
+    assert config.replace(mass=None) == dhsa.Config(budget=None)
+
+
+def test_config_of_a_source():
+    assert dhsa.Config.source("window", budget=512) == dhsa.Config(method="window", budget=512)
+    stem = dhsa.Config.source("xattention", dense_tail=0)
+    assert (stem.mass, stem.budget, stem.key_block, stem.stride, stem.heads) == (0.9, None, 128, 8, "head")
+    assert dhsa.Config.source("proxy", mass=0.5).mass == 0.5
+
+
 def test_config_is_a_value():
     config = dhsa.Config(budget=512, sink=np.int64(4))
     assert config == dhsa.Config(budget=512, sink=4) != dhsa.Config(budget=512)

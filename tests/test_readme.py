@@ -69,7 +69,8 @@ def test_table_of_settings():
         names, values = re.findall(r"`(\w+)`", names), [v.strip(" `") for v in values.split(",")]
         printed.update(zip(names, values, strict=True))
     fields = {f.name for f in dataclasses.fields(dhsa.Config)}
-    assert {"budget", "query_block", "sink", "local", "dense_tail", "heads", "boundaries", "score"} <= set(printed)
+    expected = {"budget", "query_block", "sink", "local", "dense_tail", "heads", "boundaries", "method", "mass"}
+    assert expected <= set(printed)
     assert set(printed) <= fields
     for name, value in printed.items():
         assert str(getattr(dhsa.Config(), name)) == value.strip('"'), name

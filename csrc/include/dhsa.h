@@ -168,8 +168,8 @@ typedef struct {
     int64_t floor;  /* with a mass: the least keys, sink + local to budget */
     int64_t sink, local;
     int64_t dense_tail;      /* blocks that hold one of the last dense_tail queries see every candidate */
-    int64_t shortlist; /* rows: keys that a coarse look leaves to be scored, at least the budget; 0: no coarse look */
-    int64_t key_block;       /* keys of a block, for methods of fixed blocks */
+    int64_t shortlist;       /* rows: keys that a coarse look leaves to be scored, at least the budget; 0: no coarse look */
+    int64_t key_block;       /* keys of a block, for methods of fixed blocks; at least 1 */
     int64_t stride;          /* xattention, proxy */
     dhsa_score_config score; /* score: block goes with method dhsa and only with it; rows for methods without chunks: ignored */
 } dhsa_select_config;
