@@ -445,7 +445,7 @@ def test_config_methods_and_their_other_names():
     assert (paper.method, paper.score, paper.heads) == ("dhsa", "block", "group")
     assert paper == dhsa.Config(method="dhsa") == dhsa.Config(method="dhsa", score="block")
     assert paper.replace(method="window") == dhsa.Config(method="window")
-    assert paper.replace(score="rows") == dhsa.Config()
+    assert paper.replace(score="rows") == dhsa.Config(score="rows")
     assert dhsa.Config(method="window").score is None
     assert dhsa.Config.paper().replace(method="rows").score == "rows"
     per_head = dhsa.Config(method="proxy", heads=None)
@@ -457,7 +457,7 @@ def test_config_methods_and_their_other_names():
 
 def test_config_mass():
     config = dhsa.Config(mass=0.9, budget=None)
-    assert config._select_args[1:4] == (2**63 - 1, 0.9, 384)
+    assert config._select_args[1:4] == (2**63 - 1, 0.9, 144)
     assert dhsa.Config(mass=0.9, floor=600)._select_args[1:4] == (2048, 0.9, 600)
     assert config.replace(mass=None) == dhsa.Config(budget=None)
 
