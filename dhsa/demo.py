@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     text = loading.read_text(args.text)
 
     started = time.perf_counter()
-    with loading.progress(console) as step:
+    with loading.progress(console) as step, ExitStack() as held:
         with step(
             "assembling the packaged weights (the first time only)" if args.model is None else "finding the model"
         ):
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
         import dhsa
 
-        torch.set_grad_enabled(False)
+        held.enter_context(torch.no_grad())
         length = ids.shape[1]
         rest_mib = _resident_mib()
         with step("warming up"):

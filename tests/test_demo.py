@@ -117,14 +117,16 @@ def test_demo_says_when_nothing_was_left_out(tiny_model, tmp_path, capsys):
 
 
 def test_demo_leaves_transformers_as_it_was(tiny_model, tmp_path, capsys):
+    import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = dict(ALL_ATTENTION_FUNCTIONS)
+    before, gradients = dict(ALL_ATTENTION_FUNCTIONS), torch.is_grad_enabled()
     model, text = tiny_model
     argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--out", tmp_path]
     assert command_line.main([str(a) for a in argv]) == 0
     before.setdefault("dhsa", ALL_ATTENTION_FUNCTIONS["dhsa"])
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    assert torch.is_grad_enabled() == gradients
     assert ALL_ATTENTION_FUNCTIONS["dhsa"] is dhsa.hf.attention_forward
 
 

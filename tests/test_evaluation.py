@@ -187,11 +187,17 @@ def test_skipped_tiles_are_no_exact_layers(engine):
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("budget", "sink", "local"), [(640, 128, 192), (1152, 128, 256), (96, 24, 24), (16, 4, 4)])
-def test_forced_keys_take_at_most_half(budget, sink, local):
-    for spec in ("rows", "dhsa"):
-        config = settings.setting(spec, budget).config
-        assert (config.sink, config.local, config.budget, config.dense_tail) == (sink, local, budget, 0)
+@pytest.mark.parametrize("budget", [16, 96, 640, 1152])
+def test_forced_keys_take_at_most_half(budget):
+    default = dhsa.Config()
+    forced = {"sink": 4096, "local": 4096}
+    for spec, options in [(spec, options) for spec in ("rows", "dhsa", "window") for options in ({}, forced)]:
+        config = settings.setting(spec, budget, **options).config
+        sink, local = (4096, 4096) if options else (default.sink, default.local)
+        sink = min(sink, budget // 4)
+        assert (config.sink, config.local) == (sink, min(local, budget // 2 - sink))
+        assert (config.budget, config.dense_tail) == (budget, 0)
+    assert settings.setting("rows", 640, **forced).config.local == 160
     assert settings.setting("rows", 640, sink=0, local=100).config.local == 100
     assert settings.setting("rows:local=500", 640).config.local == 500  # asked for by name
     assert settings.setting("paper", 640).config.query_block == 256
@@ -208,7 +214,7 @@ def test_specs():
     assert settings.setting("rows:budget=900", 640).given == "900"
     shares = settings.setting("rows:floor=600", None, mass=0.9)
     assert (shares.given, shares.config.mass, shares.config.budget, shares.config.floor) == ("mass 0.9", 0.9, None, 600)
-    assert (shares.config.sink, shares.config.local) == (128, 256)
+    assert (shares.config.sink, shares.config.local) == (dhsa.Config().sink, dhsa.Config().local)
     source = settings.setting("xattention:source", 640)
     assert (source.given, source.config.stride, source.config.dense_tail) == ("mass 0.9", 8, 0)
     assert "oracle" not in settings.methods("all")
@@ -257,13 +263,8 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
     assert len(whole) == 3 * (1 + 3 * 2) == len({r["key"] for r in whole})
     assert [r["method"] for r in whole[:7]] == ["dense", "rows", "dhsa", "window", "rows", "dhsa", "window"]
     row = whole[2]
-    assert (row["tokens"], row["scored"], row["budget"], row["given"], row["config"]["sink"]) == (
-        400,
-        200,
-        96,
-        "96",
-        24,
-    )
+    assert (row["tokens"], row["scored"], row["budget"], row["given"]) == (400, 200, 96, "96")
+    assert row["config"] == settings.setting("dhsa", 96).fields()
     assert 0 < row["density"] < 1
     assert row["select_seconds"] > 0 < row["attend_seconds"]
     # A row is what its words say, found another way.
