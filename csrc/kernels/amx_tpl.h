@@ -132,4 +132,4 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
     }
 }
 
-const dhsa_pair_kernels PAIR_TABLE = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv, 1};
+const dhsa_pair_kernels PAIR_TABLE = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};

@@ -80,7 +80,6 @@ typedef struct dhsa_pair_kernels {
      * meanwhile: another panel's job that may be worked on while the tile registers compute; NULL: none. */
     void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
                dhsa_ahead *ahead, dhsa_exp_job *meanwhile);
-    int fast; /* whether three of these products are sooner done than one of fp32 */
 } dhsa_pair_kernels;
 
 static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t length)
@@ -131,8 +130,8 @@ typedef struct dhsa_kernels {
     void (*weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum);
     /* dst[d] = sum of n >= 1 rows, `stride` bytes apart, one after the other from the first on. */
     void (*sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst);
-    /* high = x rounded to bf16 (the largest finite number at most); low, if not NULL, = what is left of x, rounded. */
-    void (*split_bf16)(const float *x, int64_t n, uint16_t *high, uint16_t *low);
+    /* dst = x rounded to bf16, the largest finite number at most. */
+    void (*round_bf16)(const float *x, int64_t n, uint16_t *dst);
 
     /* Vectors of n fp32 numbers, any alignment. */
     void (*load)(const void *src, int dtype, int64_t n, float *dst); /* dst = src, converted */

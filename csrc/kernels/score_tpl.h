@@ -1,5 +1,5 @@
-/* score_tpl.h: the kernels that only selection needs, a part of tile_tpl.h's body: sums of neighbouring rows, splitting
- * numbers into bf16 parts, and the probabilities of row scores, squared or as they are. */
+/* score_tpl.h: the kernels that only selection needs, a part of tile_tpl.h's body: sums of neighbouring rows, rounding
+ * numbers to bf16, and the probabilities of row scores, squared or as they are. */
 
 /* n numbers of a row from column d on, of type dtype. */
 K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
@@ -46,7 +46,7 @@ static void K_NAME(sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int6
         sum_as(rows, stride, n, dim, dst, DHSA_BF16);
 }
 
-static void K_NAME(split_bf16)(const float *x, int64_t n, uint16_t *high, uint16_t *low)
+static void K_NAME(round_bf16)(const float *x, int64_t n, uint16_t *dst)
 {
     const vf most = v_set1(0x1.fep127f), least = v_set1(-0x1.fep127f);
     for (int64_t i = 0; i < n; i += V_LEN) {
@@ -54,12 +54,8 @@ static void K_NAME(split_bf16)(const float *x, int64_t n, uint16_t *high, uint16
         uint16_t half[V_LEN];
         const int count = n - i < V_LEN ? (int)(n - i) : V_LEN;
         memcpy(line, x + i, (size_t)count * sizeof *line);
-        const vf all = v_load(line);
-        v_to_bf16(v_max(least, v_min(most, all)), half);
-        memcpy(high + i, half, (size_t)count * sizeof *half);
-        if (!low) continue;
-        v_to_bf16(v_sub(all, v_from_bf16(half)), half);
-        memcpy(low + i, half, (size_t)count * sizeof *half);
+        v_to_bf16(v_max(least, v_min(most, v_load(line))), half);
+        memcpy(dst + i, half, (size_t)count * sizeof *half);
     }
 }
 

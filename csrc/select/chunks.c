@@ -41,7 +41,7 @@ void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const fl
         memcpy(to, mean, (size_t)dim * sizeof *mean);
         return;
     }
-    kernels->split_bf16(mean, dim, to, NULL);
+    kernels->round_bf16(mean, dim, to);
     memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * 2);
 }
 

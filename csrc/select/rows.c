@@ -202,7 +202,7 @@ static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         if (s->bf16) {
             dhsa_mean_put(s->kernels, &s->chunks, w->mean, dim, w->tile, 0);
         } else if (half) {
-            s->kernels->split_bf16(w->mean, dim, narrow, NULL);
+            s->kernels->round_bf16(w->mean, dim, narrow);
             s->kernels->load(narrow, DHSA_BF16, dim, (float *)w->tile);
         } else {
             memcpy(w->tile, w->mean, (size_t)dim * sizeof *w->mean);

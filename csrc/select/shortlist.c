@@ -45,8 +45,8 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
     *state = (rows_state){.listed = two ? config->shortlist / DHSA_CHUNK_GROUP + 1 + SPARE : 0};
     const int64_t most = two ? state->listed * DHSA_CHUNK_GROUP : INT64_MAX;
-    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most,
-                                          config->score.by_length, error);
+    dhsa_status status =
+        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most, config->score.by_length, error);
     if (status) return status;
     s->units = state->fine.capacity;
     s->arena_size = state->fine.arena_size + state->fine.capacity * (config->mass > 0 ? 8 : 4);

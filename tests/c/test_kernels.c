@@ -266,23 +266,37 @@ static void test_sum_rows(int n, int dim, int dtype)
     }
 }
 
-static void test_split(int dim)
+static void test_round(int dim)
 {
     float *x = random_floats((size_t)dim);
     const float odd[] = {FLT_MAX, -FLT_MAX, NAN, 0};
-    uint16_t *high = guarded((size_t)dim * 2), *low = guarded((size_t)dim * 2), *alone = guarded((size_t)dim * 2);
+    uint16_t *half = guarded((size_t)dim * 2);
     for (int i = 0; i < 4 && i < dim - 4; i++) x[i] = odd[i];
-    kn->split_bf16(x, dim, high, low);
-    kn->split_bf16(x, dim, alone, NULL);
+    kn->round_bf16(x, dim, half);
     for (int d = 0; d < dim; d++) {
-        const float h = dhsa_from_bf16(high[d]), l = dhsa_from_bf16(low[d]);
-        near("split alone", dim, d, alone[d], high[d], 0);
-        if (isnan(x[d])) {
-            near("split NaN", dim, d, (float)isnan(h), 1, 0);
-            continue;
+        const float h = dhsa_from_bf16(half[d]);
+        if (isnan(x[d]))
+            near("round NaN", dim, d, (float)isnan(h), 1, 0);
+        else
+            near("round", dim, d, h, fminf(fmaxf(dhsa_from_bf16(dhsa_to_bf16(x[d])), -0x1.fep127f), 0x1.fep127f), 0);
+    }
+}
+
+/* Sums over keys, all rows at once, on top of what there was. */
+static void test_weigh_keys(int n)
+{
+    const int lanes = kn->lanes;
+    float *p = random_floats((size_t)n * lanes), *weight = random_floats((size_t)n);
+    float *alpha = random_floats((size_t)lanes), *sum = random_floats((size_t)lanes), *before = floats((size_t)lanes);
+    memcpy(before, sum, (size_t)lanes * sizeof *sum);
+    kn->weigh_keys(p, n, weight, alpha, sum);
+    for (int r = 0; r < lanes; r++) {
+        double want = (double)before[r] * alpha[r], size = fabs(want);
+        for (int j = 0; j < n; j++) {
+            want += (double)p[j * lanes + r] * weight[j];
+            size += fabs((double)p[j * lanes + r] * weight[j]);
         }
-        near("split high", dim, d, h, fminf(fmaxf(dhsa_from_bf16(dhsa_to_bf16(x[d])), -0x1.fep127f), 0x1.fep127f), 0);
-        near("split low", dim, d, (float)((double)x[d] - h - l), 0, fabsf(x[d]) * 0x1p-17f);
+        near("weigh_keys", n, r, sum[r], (float)want, (float)(size * 1e-6 + 1e-30));
     }
 }
 
@@ -561,7 +575,7 @@ int main(void)
                     test_moves(n, dims[d], dtype);
                     test_sum_rows(n, dims[d], dtype);
                 }
-                test_split(dims[d]);
+                test_round(dims[d]);
                 if (kn->bf16) test_pairs(kn->bf16, n, dims[d], DHSA_BF16);
                 if (kn->f16) test_pairs(kn->f16, n, dims[d], DHSA_F16);
                 for (int dtype = DHSA_F32; dtype <= DHSA_BF16; dtype++)
@@ -578,6 +592,7 @@ int main(void)
             test_read(37 * n);
             test_add_rows(n, 1);
             test_add_rows(n, 0);
+            test_weigh_keys(n);
             forget();
         }
         test_conversions(DHSA_F16);
