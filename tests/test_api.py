@@ -446,6 +446,7 @@ def test_config_methods_and_their_other_names():
     assert paper == dhsa.Config(method="dhsa") == dhsa.Config(method="dhsa", score="block")
     assert paper.replace(method="window") == dhsa.Config(method="window")
     assert paper.replace(score="rows") == dhsa.Config(score="rows")
+    assert paper.replace(method="rows") == dhsa.Config()
     assert dhsa.Config(method="window").score is None
     assert dhsa.Config.paper().replace(method="rows").score == "rows"
     per_head = dhsa.Config(method="proxy", heads=None)
@@ -456,10 +457,10 @@ def test_config_methods_and_their_other_names():
 
 
 def test_config_mass():
-    config = dhsa.Config(mass=0.9, budget=None)
-    assert config._select_args[1:4] == (2**63 - 1, 0.9, 144)
+    config = dhsa.Config(mass=0.9, budget=None, sink=100, local=200)
+    assert config._select_args[1:4] == (2**63 - 1, 0.9, 300)
     assert dhsa.Config(mass=0.9, floor=600)._select_args[1:4] == (2048, 0.9, 600)
-    assert config.replace(mass=None) == dhsa.Config(budget=None)
+    assert config.replace(mass=None) == dhsa.Config(budget=None, sink=100, local=200)
 
 
 def test_config_of_a_source():

@@ -400,11 +400,11 @@ def test_power_takes_powers_of_two_first():
         (dhsa.Config(), 0, 1, ValueError, "^score: the block score goes with method dhsa"),
         (dhsa.Config(method="window"), 2, 0.5, ValueError, "^mass: the scores of method window are no shares"),
         (dhsa.Config(mass=0.5), 2, 1.5, ValueError, "^mass: got 1.5, expected above 0, at most 1"),
-        (dhsa.Config(mass=0.5), 3, 383, ValueError, r"^floor: got 383, expected sink \+ local = 384 to"),
+        (dhsa.Config(mass=0.5, local=99), 3, 114, ValueError, r"^floor: got 114, expected sink \+ local = 115 to"),
         (dhsa.Config(mass=0.5), 3, 2049, ValueError, "^floor: got 2049, expected .* budget of 2048"),
         (dhsa.Config(method="block"), 7, 0, ValueError, "^key_block: got 0, expected 1 to"),
         (dhsa.Config(method="block"), 7, 2**40, ValueError, "^key_block: got 1099511627776, expected 1 to"),
-        (dhsa.Config(), 8, 2**40, ValueError, "^stride: got 1099511627776, expected"),
+        (dhsa.Config(method="proxy", heads="group"), 8, 3, ValueError, "^stride: got 3, expected a divisor of key_block"),
     ],
 )
 def test_the_core_checks_for_itself(config, at, value, error, message):
