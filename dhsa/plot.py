@@ -1,10 +1,14 @@
-"""Pictures of a Selection: which keys each block of queries sees, and how densely the keys were cut into chunks.
+"""Pictures of selections: which keys each block of queries sees, how densely the keys were cut into chunks, several
+methods side by side, and a text's tokens shaded by what a block of queries sees of them.
 
-Draws with matplotlib (extra `demo`), off screen; decides nothing about what is selected.
+Draws with matplotlib (extra `demo`), off screen, or writes HTML; decides nothing about what is selected.
 """
 
 from __future__ import annotations
 
+import html
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +20,20 @@ if TYPE_CHECKING:
     from dhsa.config import Config
     from dhsa.selection import Selection
 
-__all__ = ["key_shares", "plot_selection"]
+__all__ = ["key_shares", "mass_kept", "plot_methods", "plot_selection", "tokens_html"]
 
 _INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
 _UNSEEN = "#ecebe6"  # keys in the future
 _LEFT_OUT = "#ffffff"  # keys that could have been selected
 _FORCED = (0.64, 0.70, 0.76)  # sink and local keys, there whatever the scores say
 _BINS = 512
+_STYLES = {  # why a token is seen
+    "sink": "background:#c3d4e3",
+    "local": "background:#cfe0c8",
+    "score": "background:#fbc78d",
+    "left out": "color:#b4b0a6",
+}
+_MISSED = ";border-bottom:2px solid #d0342c"
 
 
 def key_shares(
@@ -41,17 +52,14 @@ def key_shares(
     Raises:
         IndexError: batch or head out of range. ValueError: bins below 1.
     """
-    size, sets, blocks = selection.shape
-    if not (0 <= batch < size and 0 <= head < sets):
-        raise IndexError(f"batch {batch}, head {head}: the selection has shape {selection.shape}")
+    lists = _lists(selection, batch, head)
+    blocks = len(lists)
     if bins < 1:
         raise ValueError(f"bins: expected at least 1, got {bins}")
-    first = (batch * sets + head) * blocks
-    indptr = selection.indptr[first : first + blocks + 1]
-    keys = selection.indices[indptr[0] : indptr[-1]]
+    keys = np.concatenate(lists)
     length = selection.k_len if selection.k_len is not None else int(selection.indices.max(initial=0)) + 1
     edges = np.unique(np.linspace(0, length, min(bins, max(length, 1)) + 1).astype(np.int64))
-    block = np.repeat(np.arange(blocks), np.diff(indptr))
+    block = np.repeat(np.arange(blocks), [len(x) for x in lists])
     where = block * (len(edges) - 1) + np.searchsorted(edges, keys, side="right") - 1
     counts = np.bincount(where, minlength=blocks * (len(edges) - 1)).reshape(blocks, -1)
     return (counts / np.diff(edges)).astype(np.float32), edges
@@ -95,7 +103,7 @@ def plot_selection(
     length = int(edges[-1])
     blocks = len(shares)
     offset = length - selection.q_len if selection.q_len is not None else 0
-    ends = np.minimum(offset + (np.arange(blocks) + 1) * selection.query_block, length)
+    ends = _ends(selection, length)
     attended, visible = _pairs(selection, batch, head, offset, length, ends)
     density = attended / np.maximum(visible, 1)
 
@@ -157,6 +165,181 @@ def plot_selection(
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _lists(selection: Selection, batch: int, head: int) -> list[np.ndarray]:
+    """The keys of each query block of one set."""
+    size, sets, blocks = selection.shape
+    if not (0 <= batch < size and 0 <= head < sets):
+        raise IndexError(f"batch {batch}, head {head}: the selection has shape {selection.shape}")
+    first = (batch * sets + head) * blocks
+    indptr = selection.indptr[first : first + blocks + 1]
+    return [selection.indices[a:b] for a, b in itertools.pairwise(indptr)]
+
+
+def _checked_mass(mass: Any, selection: Selection) -> np.ndarray:
+    array = np.asarray(mass)
+    blocks, length = selection.shape[2], selection.k_len
+    if array.ndim != 2 or array.shape[0] != blocks or (length is not None and array.shape[1] != length):
+        expected = f"[{blocks}, {'keys' if length is None else length}]"
+        raise ValueError(f"mass: expected shape {expected}, got {list(array.shape)}")
+    return array
+
+
+def mass_kept(selection: Selection, mass: Any, *, batch: int = 0, head: int = 0) -> np.ndarray:
+    """How much of its attention each query block would find on its list.
+
+    Args:
+        selection: a `dhsa.Selection`.
+        mass: [nq, Lk], the attention that each block pays to each key: the mean probability over its queries and the
+            heads that share the list, so that a row sums to 1.
+        batch, head: which lists, as in `key_shares`.
+
+    Returns: float64 [nq].
+
+    Raises: IndexError: batch or head out of range. ValueError: a mass of another shape.
+    """
+    array = _checked_mass(mass, selection)
+    lists = _lists(selection, batch, head)
+    return np.array([array[i, keys].sum(dtype=np.float64) for i, keys in enumerate(lists)])
+
+
+def plot_methods(
+    selections: Mapping[str, Selection],
+    path: str | Path | None = None,
+    *,
+    mass: Any,
+    config: Config | None = None,
+    batch: int = 0,
+    head: int = 0,
+    columns: int = 4,
+) -> Figure:
+    """Maps of several selections of one text side by side, the attention itself first: query blocks downward, keys to
+    the right.
+
+    Args:
+        selections: a `dhsa.Selection` for each name.
+        path: where to write a PNG (or what else the ending says), or None.
+        mass: [nq, Lk], as in `mass_kept`.
+        config: a Config of theirs; the keys that sink and local force are then told apart.
+        batch, head: which lists, as in `key_shares`.
+        columns: maps in a row.
+
+    Returns:
+        the matplotlib Figure.
+
+    Raises: ImportError: matplotlib is not installed. IndexError, ValueError: as in `mass_kept`, no selections, or
+    columns below 1. OSError: `path` cannot be written.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import to_rgb
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("dhsa.plot needs matplotlib: pip install 'dhsa[demo]'") from error
+    if not selections or columns < 1:
+        raise ValueError(f"selections: expected at least one, and one column; got {len(selections)} and {columns}")
+
+    rows = -(-(len(selections) + 1) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.9 * rows), facecolor=_PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(selections) + 1 :]:
+        axis.axis("off")
+    array = np.asarray(mass)
+    for axis, name in zip(axes, [None, *selections], strict=False):
+        if name is None:
+            shares, edges = _binned(array)
+            image = colormaps["magma_r"]((np.log10(np.maximum(shares, 1e-5)) + 5) / 4)[..., :3]
+            ends = _ends(next(iter(selections.values())), array.shape[1])
+            image[edges[:-1][None, :] >= ends[:, None]] = to_rgb(_UNSEEN)
+            title = "dense attention\n(a key's share, 1e-5 to 0.1)"
+        else:
+            kept = mass_kept(selections[name], array, batch=batch, head=head)
+            shares, edges = key_shares(selections[name], batch=batch, head=head, bins=256)
+            image = _colours(shares, edges, _ends(selections[name], array.shape[1]), config)
+            title = f"{name}\n{kept.mean():.1%} of the attention"
+        axis.imshow(image, aspect="auto", interpolation="nearest", extent=(0, array.shape[1], len(array), 0))
+        axis.set_title(title, fontsize=9, color=_INK)
+        axis.tick_params(colors=_QUIET, labelsize=7)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _binned(mass: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """The largest of each bin of columns: one key that matters is not to vanish among those that do not. And the edges
+    of the bins."""
+    edges = np.unique(np.linspace(0, mass.shape[1], min(bins, mass.shape[1]) + 1).astype(np.int64))
+    return np.maximum.reduceat(mass, edges[:-1], axis=1), edges
+
+
+def tokens_html(
+    tokens: Sequence[str],
+    selections: Mapping[str, Selection],
+    block: int,
+    *,
+    mass: Any,
+    config: Config,
+    batch: int = 0,
+    head: int = 0,
+    height: int = 260,
+) -> str:
+    """A text as each method has one block of queries see it, as HTML: one box for the attention itself and one for each
+    selection.
+
+    Tokens are shaded by why a list has them: a sink, local, or by their score; what is left out is grey. Of those, the
+    ones that attention would have paid most to are underlined in red, as many as would hold half of what was lost.
+
+    Args:
+        tokens: the text's tokens as strings, one for each key.
+        selections: a `dhsa.Selection` for each name.
+        block: which block of queries.
+        mass, batch, head: as in `mass_kept`.
+        config: a Config of theirs, for `sink` and `local`.
+        height: of a box, in pixels; boxes scroll.
+
+    Raises: IndexError: batch, head or block out of range. ValueError: mass or tokens of another length.
+    """
+    row = np.asarray(mass)[block : block + 1]
+    if block < 0 or not len(row):
+        raise IndexError(f"block {block}: the mass has {len(np.asarray(mass))} blocks")
+    row = row[0]
+    if len(tokens) != len(row):
+        raise ValueError(f"tokens: expected {len(row)}, got {len(tokens)}")
+    words = [html.escape(t).replace("\n", "↵<br>") for t in tokens]
+    strength = np.clip(np.log10(np.maximum(row, 1e-6)) / 3 + 1.5, 0, 1)  # from 10^-4.5 to 10^-1.5
+    end = int(max((_ends(s, len(row))[block] for s in selections.values()), default=len(row)))
+    boxes = [("dense attention", [f"background:rgba(190,60,60,{x:.2f})" if x >= 0.01 else "" for x in strength[:end]])]
+    for name, selection in selections.items():
+        kept = mass_kept(selection, mass, batch=batch, head=head)[block]
+        keys = _lists(selection, batch, head)[block]
+        why = np.full(end, "left out", object)
+        why[keys] = "score"
+        forced = np.arange(end)[np.isin(np.arange(end), keys)]
+        why[forced[forced < config.sink]] = "sink"
+        why[forced[forced >= end - config.local]] = "local"
+        lost = np.flatnonzero(why == "left out")
+        lost = lost[np.argsort(-row[lost], kind="stable")]
+        missed = set(lost[np.cumsum(row[lost]) <= row[lost].sum() / 2].tolist())
+        styles = [_STYLES[str(w)] + (_MISSED if i in missed else "") for i, w in enumerate(why)]
+        boxes.append((f"{name}: {len(keys):,} of {end:,} keys, {kept:.1%} of the attention", styles))
+    parts = []
+    for title, styles in boxes:
+        spans = "".join(f'<span style="{style}">{word}</span>' for word, style in zip(words, styles, strict=False))
+        parts.append(
+            f'<div style="min-width:0"><b>{html.escape(title)}</b><div style="height:{height}px;overflow:auto;'
+            f'border:1px solid #c9c6bd;padding:4px;font:10px/1.5 monospace;color:{_INK};background:{_PAPER}">'
+            f"{spans}</div></div>"
+        )
+    return f'<div style="display:grid;grid-template-columns:1fr 1fr;gap:10px">{"".join(parts)}</div>'
+
+
+def _ends(selection: Selection, length: int) -> np.ndarray:
+    """Of each block, the position after its last query."""
+    offset = length - selection.q_len if selection.q_len is not None else 0
+    return np.minimum(offset + (np.arange(selection.shape[2]) + 1) * selection.query_block, length)
 
 
 def _pairs(

@@ -1,0 +1,98 @@
+"""Pictures of several methods side by side, and of a text's tokens: what they show is what the lists hold."""
+
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the demo extra: matplotlib")
+
+import dhsa
+from dhsa.plot import key_shares, mass_kept, plot_methods, tokens_html
+
+LENGTH, SIZE = 300, 32
+CONFIG = dhsa.Config(budget=96, query_block=SIZE, sink=8, local=40, dense_tail=0)
+
+
+@pytest.fixture
+def text(make_qkv):
+    """(selections by method, mass [nq, Lk]) of random queries after 20 earlier keys."""
+    q, k, _ = make_qkv(1, 2, 1, LENGTH - 20, LENGTH, 16)
+    q *= 3
+    seen = np.arange(LENGTH) <= np.arange(20, LENGTH)[:, None]
+    s = np.where(seen, np.einsum("hqd,kd->hqk", q[0], k[0, 0]) / 4, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p = (p / p.sum(-1, keepdims=True)).mean(0)
+    mass = np.stack([p[i : i + SIZE].mean(0) for i in range(0, len(p), SIZE)])
+    return {m: dhsa.select(q, k, CONFIG.replace(method=m)) for m in ("rows", "window")}, mass
+
+
+def listed(selection, block):
+    return selection.indices[selection.indptr[block] : selection.indptr[block + 1]]
+
+
+def test_mass_kept_sums_what_is_listed(text):
+    selections, mass = text
+    for selection in selections.values():
+        want = [mass[i][listed(selection, i)].sum() for i in range(9)]
+        np.testing.assert_allclose(mass_kept(selection, mass), want)
+    assert mass_kept(selections["rows"], mass).mean() > mass_kept(selections["window"], mass).mean() + 0.05
+    np.testing.assert_allclose(mass_kept(selections["rows"], mass)[:2], 1)  # within the budget: everything
+    for bad in (mass[1:], mass[:, 1:], mass[0]):
+        with pytest.raises(ValueError, match=r"^mass: expected shape \[9, 300\]"):
+            mass_kept(selections["rows"], bad)
+    with pytest.raises(IndexError, match="head 1"):
+        mass_kept(selections["rows"], mass, head=1)
+
+
+def test_maps_side_by_side(text, tmp_path):
+    selections, mass = text
+    figure = plot_methods(selections, tmp_path / "maps.png", mass=mass, config=CONFIG, columns=2)
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
+    shown = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title().partition("\n")[0] for axis in shown] == ["dense attention", "rows", "window"]
+    assert f"{mass_kept(selections['rows'], mass).mean():.1%}" in shown[1].get_title()
+    shares, edges = key_shares(selections["rows"], bins=256)
+    image = np.asarray(shown[1].images[0].get_array())
+    # Every key is its own bin or one of two: what is left out, and only that, is white.
+    ends = np.minimum(20 + (np.arange(9) + 1) * SIZE, LENGTH)
+    past = edges[:-1] < ends[:, None]
+    np.testing.assert_array_equal((image == 1).all(-1), (shares == 0) & past)
+    dense = np.asarray(shown[0].images[0].get_array())
+    assert len({tuple(c) for c in dense[~past]}) == 1
+    with pytest.raises(ValueError, match="at least one"):
+        plot_methods({}, mass=mass)
+    with pytest.raises(ValueError, match=r"^mass"):
+        plot_methods(selections, mass=mass[:, 1:])
+
+
+def test_tokens_are_shaded_by_why_they_are_seen(text):
+    selections, mass = text
+    tokens = [f"<t{i}>" for i in range(LENGTH)]
+    tokens[5] = "a\nb"
+    page = tokens_html(tokens, selections, 7, mass=mass, config=CONFIG)
+    boxes = page.split("<b>")[1:]
+    assert len(boxes) == 3
+    end = 20 + 8 * SIZE
+    for name, box in zip(selections, boxes[1:], strict=True):
+        spans = re.findall(r'<span style="([^"]*)">(.*?)</span>', box)
+        assert [word for _, word in spans[:2]] == ["&lt;t0&gt;", "&lt;t1&gt;"]
+        assert spans[5][1] == "a↵<br>b"
+        assert len(spans) == end
+        inside = np.isin(np.arange(end), listed(selections[name], 7))
+        grey = np.array(["color:#b4b0a6" in style for style, _ in spans])
+        np.testing.assert_array_equal(grey, ~inside)
+        kinds = [style.partition(";")[0] for style, _ in spans]
+        assert set(kinds[:8]) == {"background:#c3d4e3"}
+        assert set(kinds[end - 40 :]) == {"background:#cfe0c8"}
+        missed = np.array(["border-bottom" in style for style, _ in spans])
+        lost = mass[7, :end][~inside]
+        assert (missed & ~inside).sum() == missed.sum() > 0
+        assert 0.4 * lost.sum() < mass[7, :end][missed].sum() <= lost.sum() / 2
+        assert mass[7, :end][missed].min() >= mass[7, :end][~inside & ~missed].max()
+        assert f"{name}: 96 of {end} keys, {mass_kept(selections[name], mass)[7]:.1%}" in box
+    for block in (-1, 9):
+        with pytest.raises(IndexError, match=f"block {block}: the mass has 9 blocks"):
+            tokens_html(tokens, selections, block, mass=mass, config=CONFIG)
+    with pytest.raises(ValueError, match="tokens: expected 300, got 299"):
+        tokens_html(tokens[1:], selections, 7, mass=mass, config=CONFIG)
