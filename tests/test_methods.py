@@ -404,7 +404,13 @@ def test_power_takes_powers_of_two_first():
         (dhsa.Config(mass=0.5), 3, 2049, ValueError, "^floor: got 2049, expected .* budget of 2048"),
         (dhsa.Config(method="block"), 7, 0, ValueError, "^key_block: got 0, expected 1 to"),
         (dhsa.Config(method="block"), 7, 2**40, ValueError, "^key_block: got 1099511627776, expected 1 to"),
-        (dhsa.Config(method="proxy", heads="group"), 8, 3, ValueError, "^stride: got 3, expected a divisor of key_block"),
+        (
+            dhsa.Config(method="proxy", heads="group"),
+            8,
+            3,
+            ValueError,
+            "^stride: got 3, expected a divisor of key_block",
+        ),
     ],
 )
 def test_the_core_checks_for_itself(config, at, value, error, message):
