@@ -32,6 +32,7 @@ MAX_STRIDE = 1024  # a row of xattention holds so many queries
 
 PAPER_GAPS_PER_BLOCK = 8
 MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
+MOST_SHORT_CHUNKS = 8192
 MAX_QUERY_BLOCK = 65536
 
 
@@ -110,9 +111,10 @@ class Config(_CoreArgs):
         boundaries: how keys are cut into chunks: "similarity" (at dips of the cosine between neighbouring means, no
             training), "fixed" (every `chunk_size` keys), "predictor" (the paper's trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
-        num_chunks: the most gaps to cut at (so one chunk more). None: for "similarity" L // 4 under "rows", L // 8 for
-            plain row scores and under "dhsa", the paper's (L // query_block) * 8 for "predictor"; "paper" asks for the
-            latter with "similarity" too. L is the number of keys.
+        num_chunks: the most gaps to cut at (so one chunk more). None: for "similarity" L // 4 under "rows" (8192
+            from 32K keys on, L // 8 from 64K), L // 8 for plain row scores and under "dhsa", the paper's
+            (L // query_block) * 8 for "predictor"; "paper" asks for the latter with "similarity" too. L is the number
+            of keys.
         boundary_window: tokens on each side of a gap that the similarity looks at.
         theta: a gap's score must exceed it. None: -inf for "similarity", 1.1 for "predictor".
         nms: a gap must lie more than this many keys from every better one. None: for "similarity" 2 under "rows", 4 for
@@ -286,7 +288,8 @@ class Config(_CoreArgs):
             return self.num_chunks
         if self.num_chunks == "paper" or self.boundaries == "predictor":
             return length // self.query_block * PAPER_GAPS_PER_BLOCK
-        return length // (4 if self.by_length else 8)
+        # Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: beyond 32K keys that is enough.
+        return max(length // 8, min(length // 4, MOST_SHORT_CHUNKS) if self.by_length else 0)
 
     def _boundary_args(self, length: int) -> tuple:
         """The boundary config of _core for `length` keys."""

@@ -402,6 +402,8 @@ def test_config_defaults():
     assert config._boundary_args(1000) == (0, 8, 250, 4, -math.inf, 2, None)
     assert config._select_args == (0, 2048, 0.0, 144, 16, 128, 64, 128, 0, 8192, (0, 0, 0, 64, 32, 1))
     assert dhsa.Config(budget=3000)._select_args[-2] == 12000
+    chunks = [config._boundary_args(length)[2] for length in (32_000, 40_000, 65_536, 131_072)]
+    assert chunks == [8000, 8192, 8192, 16_384]
 
 
 def test_config_of_plain_row_scores():

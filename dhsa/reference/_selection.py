@@ -238,14 +238,15 @@ def prefill(
     """boundaries -> chunk scores -> selection -> attention, causal.
 
     ``boundaries`` int [B, C + 1] or None: cut by ``reference.boundaries(k, query_block=..., **boundary_options)``, for
-    row scores with n = L // 4 and nms 2.
+    row scores with n = L // 4, but at most 8192 or L // 8, and nms 2.
     ``select_options`` are those of ``select``. Where the selection leaves out no visible key the path is exact:
     "window" if a window cuts anything, else "dense".
     """
     if boundaries is None:
         rows = select_options.get("score", "rows") == "rows"
         rows &= select_options.get("by_length", True)
-        fine = {"num_chunks": np.shape(k)[2] // 4, "nms": 2} if rows else {}
+        length = np.shape(k)[2]
+        fine = {"num_chunks": max(length // 8, min(length // 4, 8192)), "nms": 2} if rows else {}
         boundaries = cut(k, query_block=query_block, **(fine | dict(boundary_options or {})))
     selection = select(
         q,
