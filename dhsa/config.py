@@ -288,7 +288,7 @@ class Config(_CoreArgs):
             return self.num_chunks
         if self.num_chunks == "paper" or self.boundaries == "predictor":
             return length // self.query_block * PAPER_GAPS_PER_BLOCK
-        # Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: beyond 32K keys that is enough.
+        # Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough.
         return max(length // 8, min(length // 4, MOST_SHORT_CHUNKS) if self.by_length else 0)
 
     def _boundary_args(self, length: int) -> tuple:
