@@ -202,6 +202,29 @@ def whole(
     )
 
 
+def selecting(shape: Shape, length: int, dtype: torch.dtype, threads: int) -> Rows:
+    """Selection's share of the whole call, without a peer: up to lengths where one would take an hour."""
+    q, k, v = inputs(shape, length, dtype)
+    out = torch.empty_like(q)
+    stats: list[Any] = []
+    timing = interleave(
+        {"dhsa": lambda: stats.append(dhsa.functional.run(q, k, v, dhsa.Config(), out=out)[2])}, 3, threads, dtype
+    )
+    share = statistics.median(s.select_seconds / (s.select_seconds + s.attend_seconds) for s in stats)
+    yield row(
+        "selecting",
+        "selection's share",
+        dtype,
+        at(shape, length),
+        flop=flop(shape, length) * stats[-1].density,
+        timing=timing,
+        checks=[check("selection", share, 0.10, "%", at_most=True) if dtype == FP32 else None],
+        detail=f"selection {share:.1%} of the call",
+        selection_share=share,
+        length=length,
+    )
+
+
 def scaling(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: int) -> Rows:
     q, k, v = inputs(shape, length, dtype)
     out = torch.empty_like(q)
@@ -320,6 +343,10 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
             for shape in (GEMMA2, GEMMA3) if length in WHOLE_GOALS[dtype] else (GEMMA3,):
                 goal = WHOLE_GOALS[dtype].get(length)
                 add("whole", whole, shape, length, dtype, goal, shape == GEMMA3, times(length), threads)
+        for length in (8192, 16384, 32768, 65536, 131072) if not args.quick else (8192,):
+            for shape in (GEMMA2, GEMMA3):
+                if args.min_length <= length <= 2 * args.max_length:
+                    add("selecting", selecting, shape, length, dtype, threads)
         for shape in (GEMMA2, GEMMA3):
             for length in (128, 512):
                 add("short", short, shape, length, dtype, repeats, threads)
@@ -340,7 +367,19 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
     return [job for job in jobs if not args.only or job.section in args.only]
 
 
-SECTIONS = ("dense", "softcap", "window", "executor", "whole", "short", "scaling", "decode", "growth", "memory")
+SECTIONS = (
+    "dense",
+    "softcap",
+    "window",
+    "executor",
+    "whole",
+    "selecting",
+    "short",
+    "scaling",
+    "decode",
+    "growth",
+    "memory",
+)
 
 
 def main() -> None:

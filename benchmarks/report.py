@@ -143,6 +143,7 @@ TITLES = {
     "window": "Sliding window",
     "executor": "Sparse executor alone, lists of budget 2,048",
     "whole": "Whole DHSA call, selection included",
+    "selecting": "The share of it that selection takes",
     "decode": "Decoding",
     "short": "Short inputs",
     "scaling": "Scaling",

@@ -114,4 +114,5 @@ void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t
 {
     fill_job job = {kernels, k, chunks, scratch, stride, b, dhsa_ceil_div(chunks->chunks, GROUP)};
     dhsa_parallel(k->shape[1] * job.groups, num_threads, fill_group, &job);
+    chunks->bad = memchr(chunks->state, DHSA_CHUNK_BAD, (size_t)(k->shape[1] * chunks->chunks)) != NULL;
 }

@@ -118,6 +118,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
         rows ? dhsa_rows_score(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
+        if (score[c] == -INFINITY && !s->chunks.bad) continue; /* on no shortlist */
         for (int64_t h = kv; h < kv + s->kv_per_set; h++) state = DHSA_MAX(state, s->chunks.state[h * chunks + job.first + c]);
         if (c == job.n - 1) state = last_state;
         /* A NaN must reach the rows that see it, as in exact attention: such a chunk is always picked.

@@ -52,6 +52,7 @@ typedef struct {
     int squares;          /* means lie as the products of pairs take keys, dhsa_square() */
     void *means;          /* [kv_heads, pitch, row] fp32 or bf16; zeros where the state is not good */
     unsigned char *state; /* [kv_heads, chunks] */
+    int bad;              /* a mean somewhere is not finite */
 } dhsa_chunks;
 
 int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);

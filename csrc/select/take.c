@@ -32,16 +32,28 @@ static inline int64_t keys_within(const dhsa_units *u, int64_t c, int64_t from, 
 
 static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_within(f->units, c, f->from, f->to); }
 
-/* Fills w->key, and w->alive with the units that have free keys; returns how many. */
-static int64_t order(const free_keys *f, const scratch *w)
+/* Fills w->key, and w->alive with the units that have free keys, but for those that score -inf where the others have `enough`
+ * keys: most units of a long prompt are not on its shortlist. Returns how many. */
+static int64_t order(const free_keys *f, const scratch *w, int64_t enough)
 {
-    int64_t count = 0;
-    for (int64_t c = f->units->first; c < f->units->last; c++) {
+    enum { LOWEST = 0x007fffff /* the image of -inf */ };
+    const int64_t first = f->units->first, last = f->units->last;
+    int64_t count = 0, keys = 0;
+    for (int64_t c = first; c < last; c++) {
         uint32_t u;
         memcpy(&u, f->units->score + c, sizeof u);
-        w->key[c] = u & 0x80000000u ? ~u : u | 0x80000000u;
-        if (free_in(f, c) > 0) w->alive[count++] = (int32_t)c;
+        w->key[c] = u ^ ((uint32_t)-(int32_t)(u >> 31) | 0x80000000u);
     }
+    for (int64_t c = first; c < last; c++) {
+        if (w->key[c] == LOWEST) continue;
+        const int64_t n = free_in(f, c);
+        keys += n;
+        if (n > 0) w->alive[count++] = (int32_t)c;
+    }
+    if (keys >= enough) return count;
+    count = 0;
+    for (int64_t c = first; c < last; c++)
+        if (free_in(f, c) > 0) w->alive[count++] = (int32_t)c;
     return count;
 }
 
@@ -59,7 +71,7 @@ static int64_t keep(const scratch *w, int64_t count, int pass, uint32_t digit)
 static uint32_t threshold(const free_keys *f, const scratch *w, int64_t need, int64_t *left)
 {
     uint32_t prefix = 0;
-    int64_t count = order(f, w);
+    int64_t count = order(f, w, need);
     for (int pass = 0; pass < PASSES; pass++) {
         int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most INT32_MAX / 2 in all */
         for (int64_t i = 0; i < count; i++)
@@ -78,7 +90,7 @@ static uint32_t threshold(const free_keys *f, const scratch *w, int64_t need, in
 static int64_t keys_for(const free_keys *f, dhsa_span span, const scratch *w, double need)
 {
     const dhsa_units *u = f->units;
-    int64_t count = order(f, w), keys = 0;
+    int64_t count = order(f, w, INT64_MAX), keys = 0;
     for (int pass = 0; pass < PASSES; pass++) {
         double histogram[MOST_DIGITS] = {0};
         int32_t sizes[MOST_DIGITS] = {0};
