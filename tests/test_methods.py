@@ -252,6 +252,21 @@ def test_no_shortlist_under_a_mass_and_bad_ones_are_refused():
         long_prompt(by_length=2)
 
 
+def test_hisa_looks_into_more_keys_than_it_keeps_numbers_of():
+    q, k = normal(1, 2, 40, 4), normal(1, 1, 17000, 4, seed=1)
+    config = small(method="hisa", budget=None, mass=0.3, key_block=128, dense_tail=0)
+    got, chosen = check(q, k, config)
+    assert chosen == 3
+    assert np.diff(got.indptr).min() > 1000
+    check(q, k, config.replace(budget=2000, mass=None))
+
+
+@pytest.mark.parametrize("method", ["block", "xattention", "proxy", "hisa"])
+def test_blocks_longer_than_any_prompt(method):
+    q, k = normal(1, 2, 60, 4), normal(1, 1, 60, 4, seed=1)
+    check(q, k, small(method=method, key_block=2**31 - 8, stride=8 if method in STRIDES else None))
+
+
 # ---- shares of mass --------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,10 @@
 #include "select/coarse.h"
 #include "select/finite.h"
 
-enum { KEPT = 4 }; /* keys of the blocks that are looked into, in budgets */
+enum {
+    KEPT = 4,    /* keys of the blocks that are looked into, in budgets */
+    FEW = 16384, /* keys whose probabilities are kept; more are computed twice */
+};
 
 typedef struct {
     float score;
@@ -157,8 +160,9 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys", (long long)blocks);
     /* The blocks of forced keys and the last one that is kept may reach beyond what was asked for. */
     st->most = c->budget >= k_len ? k_len : DHSA_MIN((KEPT + 1) * c->budget + 4 * c->key_block, k_len);
-    dhsa_probe_plan(&st->fine, DHSA_PROBE_KEYS, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group),
-                    st->most, dim, 1);
+    const dhsa_probe_way way = st->most > FEW ? DHSA_PROBE_TWICE : DHSA_PROBE_KEYS;
+    dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group), st->most, dim,
+                    1);
     s->units = 2 * st->most + 1;
     int64_t at = DHSA_MAX(st->coarse.arena_size, dhsa_round_up(st->fine.arena_size + DHSA_MAX_LANES * dim * 4, DHSA_ALIGN));
     st->rows = st->fine.arena_size;

@@ -80,9 +80,9 @@ void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t ke
     b->kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32);
     b->way = way;
     b->dim = dim;
-    b->unit = unit;
+    b->unit = DHSA_MIN(unit, keys); /* one unit is no longer than all */
     b->tile = DHSA_MAX(DHSA_MIN(TILE, NUMBERS / dim), 16);
-    if (in_units(b)) b->tile = DHSA_MIN(b->tile, unit);
+    if (in_units(b)) b->tile = DHSA_MIN(b->tile, b->unit);
     b->tiles = count_tiles(b, 0, keys);
     b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
     const int64_t lanes = b->kernels->lanes, fit = PARTS / DHSA_MAX(b->part_rows * lanes * 4, 1);
