@@ -19,20 +19,10 @@ typedef struct {
     float *score;
 } job;
 
-/* Row r is query r / heads of head r % heads. */
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
     const job *w = of;
-    const dhsa_selector *s = w->s;
-    const int64_t window = s->config->score.window, offset = s->k->shape[2] - s->q->shape[2];
-    const void *rows[DHSA_MAX_LANES];
-    for (int r = 0; r < n; r++) {
-        const int64_t query = w->queries.lo + (first + r) / w->heads;
-        rows[r] = dhsa_row(s->q, s->b, w->head + (first + r) % w->heads, query);
-        hi[r] = (int32_t)(offset + query + 1);
-        lo[r] = (int32_t)(window ? DHSA_MAX(hi[r] - window, 0) : 0);
-    }
-    ((const state *)s->state)->probe.kernels->pack_panel(rows, s->q->dtype, n, (int)s->q->shape[3], dhsa_probe_sign(s), panel);
+    dhsa_probe_pack(w->s, ((const state *)w->s->state)->probe.kernels, w->head, w->heads, w->queries.lo, first, n, panel, lo, hi);
 }
 
 static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)

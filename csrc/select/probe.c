@@ -224,6 +224,20 @@ void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
     }
 }
 
+void dhsa_probe_pack(const dhsa_selector *s, const dhsa_kernels *kernels, int64_t head, int64_t heads, int64_t query, int64_t first,
+                     int n, float *panel, int32_t *lo, int32_t *hi)
+{
+    const int64_t window = s->config->score.window, offset = s->k->shape[2] - s->q->shape[2];
+    const void *rows[DHSA_MAX_LANES];
+    for (int r = 0; r < n; r++) {
+        const int64_t at = query + (first + r) / heads;
+        rows[r] = dhsa_row(s->q, s->b, head + (first + r) % heads, at);
+        hi[r] = (int32_t)(offset + at + 1);
+        lo[r] = (int32_t)(window ? DHSA_MAX(hi[r] - window, 0) : 0);
+    }
+    kernels->pack_panel(rows, s->q->dtype, n, (int)s->q->shape[3], dhsa_probe_sign(s), panel);
+}
+
 const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
                              int64_t step, int n, float *tile, ptrdiff_t *stride)
 {

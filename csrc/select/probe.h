@@ -47,6 +47,9 @@ void dhsa_probe_do(const dhsa_probe *probe, const dhsa_probe_run *run, char *are
 
 /* The sign of a scale, which goes into the rows so that the largest product stays the largest logit. */
 static inline float dhsa_probe_sign(const dhsa_selector *s) { return s->config->score.scale < 0 ? -1.0f : 1.0f; }
+/* dhsa_probe_run.pack for single queries and the keys they see: row r is query `query` + r / heads of head `head` + r % heads. */
+void dhsa_probe_pack(const dhsa_selector *s, const dhsa_kernels *kernels, int64_t head, int64_t heads, int64_t query, int64_t first,
+                     int n, float *panel, int32_t *lo, int32_t *hi);
 /* Keys [first, first + n) of a KV head, `step` apart, from key `at` on: dhsa_probe_run.keys for rows of the tensor. */
 const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
                              int64_t step, int n, float *tile, ptrdiff_t *stride);

@@ -43,15 +43,8 @@ static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
     const job *w = of;
-    const dhsa_selector *s = w->s;
-    const int64_t window = s->config->score.window, k_len = s->k->shape[2];
-    const void *rows[DHSA_MAX_LANES];
-    for (int r = 0; r < n; r++) {
-        rows[r] = dhsa_row(s->q, s->b, w->head, s->q->shape[2] - w->queries + first + r);
-        hi[r] = (int32_t)(k_len - w->queries + first + r + 1);
-        lo[r] = (int32_t)(window ? DHSA_MAX(hi[r] - window, 0) : 0);
-    }
-    ((const state *)s->state)->probe.kernels->pack_panel(rows, s->q->dtype, n, (int)s->q->shape[3], dhsa_probe_sign(s), panel);
+    const int64_t asked = w->s->q->shape[2] - w->queries;
+    dhsa_probe_pack(w->s, ((const state *)w->s->state)->probe.kernels, w->head, 1, asked, first, n, panel, lo, hi);
 }
 
 static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
