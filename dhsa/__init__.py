@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dhsa.config import Config
 from dhsa.functional import (
     attention,
+    attention_ratios,
     boundaries,
     boundary_ratios,
     build_info,
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "Selection",
     "attention",
+    "attention_ratios",
     "boundaries",
     "boundary_ratios",
     "build_info",

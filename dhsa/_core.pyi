@@ -81,6 +81,17 @@ def boundaries(
 def boundary_ratios(
     attn: Array, window: int, sliding_window: int | None, ratios: Array, num_threads: int, /
 ) -> None: ...
+def attention_ratios(
+    q: Array,
+    k: Array,
+    window: int,
+    sliding_window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    ratios: Array,
+    num_threads: int,
+    /,
+) -> None: ...
 def chunk_scores(
     q: Array,
     k: Array,

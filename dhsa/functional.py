@@ -34,6 +34,7 @@ from dhsa.selection import Selection
 __all__ = [
     "RunStats",
     "attention",
+    "attention_ratios",
     "boundaries",
     "boundary_ratios",
     "build_info",
@@ -507,6 +508,41 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
     result = empty((array.shape[0],), np.float64, "attn")
     _core.boundary_ratios(array, window, sliding_window, result, get_num_threads())
     kind = kind_of(attn, "attn") if hasattr(attn, "__dlpack__") else NumpyKind
+    return kind.result(result)
+
+
+def attention_ratios(
+    q: Array,
+    k: Array,
+    *,
+    window: int = 4,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Array:
+    """The training label straight from queries and keys: `boundary_ratios` of the head-mean of their causal attention
+    matrix, which is never formed. Memory grows with L alone, about 190 bytes a key at the default window.
+
+    Args:
+        q, k: as in `attention`, with as many queries as keys.
+        window: w, keys on each side of a gap, 1 to 64.
+        sliding_window, scale, softcap: the layer's; None: none, 1 / sqrt(D), none.
+
+    Returns:
+        float64 [B, L] of q's kind; entry j as in `boundary_ratios`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `attention`; ValueError also for logits that are not finite.
+
+    Source: arXiv 2510.24606, boundary labels.
+    """
+    kind = kind_of(q, "q")
+    q, k = kind.accept(q, "q"), kind.accept(k, "k")
+    if len(q.shape) != 4:
+        raise ValueError(f"q: expected 4 dimensions [B, H, L, D], got {len(q.shape)}")
+    check_int(q.shape[2], "q: its length", 1, MAX_LENGTH)
+    result = empty((q.shape[0], q.shape[2]), np.float64, "q")
+    _core.attention_ratios(q, k, window, sliding_window, scale, softcap, result, get_num_threads())
     return kind.result(result)
 
 

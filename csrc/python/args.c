@@ -356,3 +356,28 @@ PyObject *dhsa_py_result(dhsa_status status, const dhsa_error *error)
     }
     Py_RETURN_NONE;
 }
+
+int dhsa_py_count(const char *function, Py_ssize_t have, Py_ssize_t want)
+{
+    if (have != want) {
+        PyErr_Format(PyExc_TypeError, "%s: expected %zd positional arguments, got %zd", function, want, have);
+        return -1;
+    }
+    return 0;
+}
+
+int dhsa_py_threads(PyObject *object, int *threads)
+{
+    int64_t value = 0;
+    if (dhsa_py_int(object, "num_threads", 1, DHSA_MAX_THREADS, &value) != 0) {
+        return -1;
+    }
+    *threads = (int)value;
+    return 0;
+}
+
+int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view, dhsa_tensor *tensor)
+{
+    const char *axes = *name == 'q' ? "[B, H, Lq, D]" : "[B, Hkv, Lk, D]";
+    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, 0, tensor) == 0 ? 0 : -1;
+}

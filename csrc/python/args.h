@@ -5,6 +5,8 @@
 
 #include "python/tensor.h"
 
+/* Exactly `want` positional arguments. */
+int dhsa_py_count(const char *function, Py_ssize_t have, Py_ssize_t want);
 /* An int by __index__, no bool, min <= value <= max. */
 int dhsa_py_int(PyObject *object, const char *name, int64_t min, int64_t max, int64_t *value);
 /* The same with None allowed, which gives `none`. */
@@ -15,6 +17,10 @@ int dhsa_py_double(PyObject *object, const char *name, int infinite, double *val
 /* scale (None: 1 / sqrt(head_dim)), softcap (None: 0) and window (None: 0) of a problem or a score config. */
 int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out, double *softcap_out,
                     int64_t *window_out);
+
+int dhsa_py_threads(PyObject *object, int *threads);
+/* A tensor "q", "k" or "v" as [B, heads, L, D]; the view must be released. */
+int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view, dhsa_tensor *tensor);
 
 /* Everything one attention call borrows. Zero it, open it, use .problem without the GIL, release it. */
 typedef struct {

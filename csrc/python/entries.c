@@ -1,36 +1,11 @@
-/* entries.c: the functions of dhsa._core: open the arguments, release the GIL, call dhsa.h, hand back the result.
- * Output arrays are made by the caller (functional.py). */
+/* entries.c: the functions of dhsa._core but those of boundaries.c: open the arguments, release the GIL, call dhsa.h, hand back the
+ * result. Output arrays are made by the caller (functional.py). */
 #include "python/entries.h"
 
 #include <string.h>
 
 #include "core/threads.h"
 #include "python/args.h"
-
-static int check_count(const char *function, Py_ssize_t have, Py_ssize_t want)
-{
-    if (have != want) {
-        PyErr_Format(PyExc_TypeError, "%s: expected %zd positional arguments, got %zd", function, want, have);
-        return -1;
-    }
-    return 0;
-}
-
-static int get_threads(PyObject *object, int *threads)
-{
-    int64_t value = 0;
-    if (dhsa_py_int(object, "num_threads", 1, DHSA_MAX_THREADS, &value) != 0) {
-        return -1;
-    }
-    *threads = (int)value;
-    return 0;
-}
-
-static int open_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view, dhsa_tensor *tensor)
-{
-    const char *axes = *name == 'q' ? "[B, H, Lq, D]" : "[B, Hkv, Lk, D]";
-    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, 0, tensor) == 0 ? 0 : -1;
-}
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
@@ -44,7 +19,7 @@ static double skipped(const dhsa_py_problem *p)
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
-    if (check_count("attend_dense", nargs, 12) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
+    if (dhsa_py_count("attend_dense", nargs, 12) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
         return NULL;
     }
     dhsa_error error = {DHSA_OK, ""};
@@ -100,7 +75,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (check_count("attend_sparse", nargs, 16) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("attend_sparse", nargs, 16) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_py_view indptr, indices;
@@ -130,7 +105,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (check_count("prefill", nargs, 14) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("prefill", nargs, 14) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_boundary_config boundaries;
@@ -160,183 +135,6 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     return result;
 }
 
-/* ---- boundaries --------------------------------------------------------------------------------------------- */
-
-PyObject *dhsa_py_similarity_scores(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_py_view k, scores;
-    dhsa_tensor tensor;
-    int64_t window = 0;
-    int threads = 0;
-    PyObject *result = NULL;
-    memset(&scores, 0, sizeof scores);
-    memset(&k, 0, sizeof k);
-    if (check_count("similarity_scores", nargs, 4) != 0 || open_input(state, args[0], "k", &k, &tensor) != 0 ||
-        dhsa_py_int(args[1], "window", 1, INT64_MAX, &window) != 0 || get_threads(args[3], &threads) != 0) {
-        goto done;
-    }
-    const int64_t shape[2] = {tensor.shape[0], tensor.shape[2]};
-    if (dhsa_py_array_open(state, args[2], "scores", DL_FLOAT, 32, 2, shape, 1, &scores) == 0) {
-        dhsa_error error = {DHSA_OK, ""};
-        dhsa_status status;
-        Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_similarity_scores(&tensor, window, scores.data, threads, &error);
-        Py_END_ALLOW_THREADS;
-        result = dhsa_py_result(status, &error);
-    }
-done:
-    dhsa_py_view_release(&k);
-    dhsa_py_view_release(&scores);
-    return result;
-}
-
-PyObject *dhsa_py_predictor_logits(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_py_predictor predictor;
-    dhsa_py_view k, logits;
-    dhsa_tensor tensor;
-    int threads = 0;
-    PyObject *result = NULL;
-    memset(&k, 0, sizeof k);
-    memset(&logits, 0, sizeof logits);
-    if (check_count("predictor_logits", nargs, 4) != 0 || dhsa_py_predictor_open(state, args[0], &predictor) != 0) {
-        return NULL;
-    }
-    if (open_input(state, args[1], "k", &k, &tensor) == 0 && get_threads(args[3], &threads) == 0) {
-        const int64_t shape[2] = {tensor.shape[0], tensor.shape[2]};
-        if (dhsa_py_array_open(state, args[2], "logits", DL_FLOAT, 32, 2, shape, 1, &logits) == 0) {
-            dhsa_error error = {DHSA_OK, ""};
-            dhsa_status status;
-            Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_predictor_logits(&predictor.predictor, &tensor, logits.data, threads, &error);
-            Py_END_ALLOW_THREADS;
-            result = dhsa_py_result(status, &error);
-        }
-    }
-    dhsa_py_view_release(&k);
-    dhsa_py_view_release(&logits);
-    dhsa_py_predictor_release(&predictor);
-    return result;
-}
-
-/* -> how many entries of `boundaries` were written */
-PyObject *dhsa_py_pick_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_py_view scores, boundaries;
-    int64_t n = 0, nms = 0, instruction = 0, count = 0;
-    double theta = 0.0;
-    PyObject *result = NULL;
-    memset(&scores, 0, sizeof scores);
-    memset(&boundaries, 0, sizeof boundaries);
-    if (check_count("pick_boundaries", nargs, 6) != 0 || dhsa_py_int(args[1], "n", 0, INT64_MAX, &n) != 0 ||
-        dhsa_py_double(args[2], "theta", 1, &theta) != 0 || dhsa_py_int(args[3], "nms", 0, INT64_MAX, &nms) != 0 ||
-        dhsa_py_optional_int(args[4], "instruction", 1, INT64_MAX, 0, &instruction) != 0 ||
-        dhsa_py_array_open(state, args[0], "scores", DL_FLOAT, 32, 1, NULL, 0, &scores) != 0) {
-        return NULL;
-    }
-    const int64_t length = scores.shape[0];
-    const int64_t room[1] = {(n < length ? n : length) + 3};
-    if (dhsa_py_array_open(state, args[5], "boundaries", DL_INT, 32, 1, room, 1, &boundaries) == 0) {
-        dhsa_error error = {DHSA_OK, ""};
-        dhsa_status status;
-        Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_pick_boundaries(scores.data, length, n, theta, nms, instruction, boundaries.data, &count, &error);
-        Py_END_ALLOW_THREADS;
-        result = dhsa_py_result(status, &error);
-        if (result != NULL) {
-            Py_DECREF(result);
-            result = PyLong_FromLongLong(count);
-        }
-    }
-    dhsa_py_view_release(&scores);
-    dhsa_py_view_release(&boundaries);
-    return result;
-}
-
-PyObject *dhsa_py_boundaries_capacity(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    dhsa_boundary_config config;
-    dhsa_py_predictor predictor;
-    int64_t length = 0;
-    if (check_count("boundaries_capacity", nargs, 2) != 0 || dhsa_py_int(args[1], "length", 1, INT32_MAX, &length) != 0 ||
-        dhsa_py_boundary_config(PyModule_GetState(module), args[0], &config, &predictor) != 0) {
-        return NULL;
-    }
-    const int64_t capacity = dhsa_boundaries_capacity(&config, length);
-    dhsa_py_predictor_release(&predictor);
-    return PyLong_FromLongLong(capacity);
-}
-
-PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_boundary_config config;
-    dhsa_py_predictor predictor;
-    dhsa_py_view k, boundaries, counts;
-    dhsa_tensor tensor;
-    int threads = 0;
-    PyObject *result = NULL;
-    memset(&k, 0, sizeof k);
-    memset(&boundaries, 0, sizeof boundaries);
-    memset(&counts, 0, sizeof counts);
-    if (check_count("boundaries", nargs, 5) != 0 || dhsa_py_boundary_config(state, args[1], &config, &predictor) != 0) {
-        return NULL;
-    }
-    if (open_input(state, args[0], "k", &k, &tensor) == 0 && get_threads(args[4], &threads) == 0) {
-        const int64_t shape[2] = {tensor.shape[0], -1};
-        if (dhsa_py_array_open(state, args[2], "boundaries", DL_INT, 32, 2, shape, 1, &boundaries) == 0 &&
-            dhsa_py_array_open(state, args[3], "counts", DL_INT, 64, 1, shape, 1, &counts) == 0) {
-            dhsa_error error = {DHSA_OK, ""};
-            dhsa_status status;
-            Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_boundaries(&tensor, &config, boundaries.data, boundaries.shape[1], counts.data, threads, &error);
-            Py_END_ALLOW_THREADS;
-            result = dhsa_py_result(status, &error);
-        }
-    }
-    dhsa_py_view_release(&k);
-    dhsa_py_view_release(&boundaries);
-    dhsa_py_view_release(&counts);
-    dhsa_py_predictor_release(&predictor);
-    return result;
-}
-
-PyObject *dhsa_py_boundary_ratios(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_py_view attn, ratios;
-    int64_t window = 0, sliding = 0;
-    int threads = 0;
-    PyObject *result = NULL;
-    memset(&attn, 0, sizeof attn);
-    memset(&ratios, 0, sizeof ratios);
-    if (check_count("boundary_ratios", nargs, 5) != 0 || dhsa_py_int(args[1], "window", 1, INT64_MAX, &window) != 0 ||
-        dhsa_py_optional_int(args[2], "sliding_window", 1, INT64_MAX, 0, &sliding) != 0 || get_threads(args[4], &threads) != 0 ||
-        dhsa_py_view_open(state, args[0], "attn", &attn) != 0) {
-        return NULL;
-    }
-    if (attn.dtype.code != DL_FLOAT || attn.dtype.bits != 32) {
-        PyErr_SetString(PyExc_TypeError, "attn: expected float32");
-    } else if (attn.ndim != 2 || attn.shape[0] != attn.shape[1] || attn.shape[0] < 1) {
-        PyErr_SetString(PyExc_ValueError, "attn: expected one square matrix [L, L]");
-    } else if (attn.shape[1] > 1 && attn.stride[1] != 1) {
-        PyErr_SetString(PyExc_ValueError, "attn: the last dimension must be contiguous (stride 1)");
-    } else if (dhsa_py_array_open(state, args[3], "ratios", DL_FLOAT, 64, 1, attn.shape, 1, &ratios) == 0) {
-        dhsa_error error = {DHSA_OK, ""};
-        dhsa_status status;
-        Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_boundary_ratios(attn.data, attn.stride[0], attn.shape[0], window, sliding, ratios.data, threads, &error);
-        Py_END_ALLOW_THREADS;
-        result = dhsa_py_result(status, &error);
-    }
-    dhsa_py_view_release(&attn);
-    dhsa_py_view_release(&ratios);
-    return result;
-}
-
 /* ---- scores and selection ----------------------------------------------------------------------------------- */
 
 /* What chunk_scores, select_plan and select share. */
@@ -358,7 +156,7 @@ static void select_args_release(select_args *a)
 static int select_args_open(const dhsa_py_state *state, PyObject *const *args, PyObject *boundaries, select_args *a)
 {
     memset(a, 0, sizeof *a);
-    if (open_input(state, args[0], "q", &a->q_view, &a->q) == 0 && open_input(state, args[1], "k", &a->k_view, &a->k) == 0) {
+    if (dhsa_py_input(state, args[0], "q", &a->q_view, &a->q) == 0 && dhsa_py_input(state, args[1], "k", &a->k_view, &a->k) == 0) {
         const int64_t shape[2] = {a->k.shape[0], -1};
         if (boundaries == NULL ||
             dhsa_py_array_open(state, boundaries, "boundaries", DL_INT, 32, 2, shape, 0, &a->boundaries) == 0) {
@@ -389,8 +187,8 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
     dhsa_score_config config;
     int threads = 0;
     PyObject *result = NULL;
-    if (check_count("chunk_scores", nargs, 9) != 0 || dhsa_py_score_config(args[3], &config) != 0 ||
-        get_threads(args[8], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
+    if (dhsa_py_count("chunk_scores", nargs, 9) != 0 || dhsa_py_score_config(args[3], &config) != 0 ||
+        dhsa_py_threads(args[8], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
         return NULL;
     }
     const int64_t length = a.q.shape[2], block = config.query_block;
@@ -441,7 +239,7 @@ PyObject *dhsa_py_select_plan(PyObject *module, PyObject *const *args, Py_ssize_
     select_args a;
     dhsa_select_config config;
     PyObject *result = NULL;
-    if (check_count("select_plan", nargs, 7) != 0 || dhsa_py_select_config(args[2], &config) != 0 ||
+    if (dhsa_py_count("select_plan", nargs, 7) != 0 || dhsa_py_select_config(args[2], &config) != 0 ||
         select_args_open(state, args, NULL, &a) != 0) {
         return NULL;
     }
@@ -464,8 +262,8 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     dhsa_select_config config;
     int threads = 0;
     PyObject *result = NULL;
-    if (check_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 ||
-        get_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
+    if (dhsa_py_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 ||
+        dhsa_py_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
         return NULL;
     }
     if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 1, &config.score, &a) == 0) {
@@ -490,7 +288,7 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
 PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)module;
-    if (check_count("isa_set", nargs, 1) != 0) {
+    if (dhsa_py_count("isa_set", nargs, 1) != 0) {
         return NULL;
     }
     if (!PyUnicode_Check(args[0])) {
@@ -509,7 +307,7 @@ PyObject *dhsa_py_isa_current(PyObject *module, PyObject *const *args, Py_ssize_
 {
     (void)module;
     (void)args;
-    return check_count("isa_current", nargs, 0) != 0 ? NULL : PyUnicode_FromString(dhsa_isa_current());
+    return dhsa_py_count("isa_current", nargs, 0) != 0 ? NULL : PyUnicode_FromString(dhsa_isa_current());
 }
 
 static PyObject *name_list(const char *(*get)(int))
@@ -537,7 +335,7 @@ PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t
 {
     (void)module;
     (void)args;
-    if (check_count("build_info", nargs, 0) != 0) {
+    if (dhsa_py_count("build_info", nargs, 0) != 0) {
         return NULL;
     }
     static const char *const dtypes[] = {[DHSA_F32] = "float32", [DHSA_F16] = "float16", [DHSA_BF16] = "bfloat16"};
@@ -565,14 +363,14 @@ PyObject *dhsa_py_cpu_count(PyObject *module, PyObject *const *args, Py_ssize_t 
 {
     (void)module;
     (void)args;
-    return check_count("cpu_count", nargs, 0) != 0 ? NULL : PyLong_FromLong(dhsa_cpu_count());
+    return dhsa_py_count("cpu_count", nargs, 0) != 0 ? NULL : PyLong_FromLong(dhsa_cpu_count());
 }
 
 PyObject *dhsa_py_fma_peak(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)module;
     int threads = 0;
-    if (check_count("fma_peak", nargs, 1) != 0 || get_threads(args[0], &threads) != 0) {
+    if (dhsa_py_count("fma_peak", nargs, 1) != 0 || dhsa_py_threads(args[0], &threads) != 0) {
         return NULL;
     }
     double peak;
@@ -586,7 +384,7 @@ PyObject *dhsa_py_read_bandwidth(PyObject *module, PyObject *const *args, Py_ssi
 {
     int threads = 0;
     dhsa_py_view view;
-    if (check_count("read_bandwidth", nargs, 2) != 0 || get_threads(args[1], &threads) != 0 ||
+    if (dhsa_py_count("read_bandwidth", nargs, 2) != 0 || dhsa_py_threads(args[1], &threads) != 0 ||
         dhsa_py_view_open(PyModule_GetState(module), args[0], "array", &view) != 0) {
         return NULL;
     }

@@ -18,6 +18,7 @@
     X(boundaries_capacity, "$module, boundary_config, length, /")                                                                  \
     X(boundaries, "$module, k, boundary_config, boundaries, counts, num_threads, /")                                               \
     X(boundary_ratios, "$module, attn, window, sliding_window, ratios, num_threads, /")                                            \
+    X(attention_ratios, "$module, q, k, window, sliding_window, scale, softcap, ratios, num_threads, /")                           \
     X(chunk_scores, "$module, q, k, boundaries, score_config, scale, softcap, window, scores, num_threads, /")                     \
     X(select_plan, "$module, q, k, select_config, scale, softcap, window, indptr, /")                                              \
     X(select, "$module, q, k, boundaries, select_config, scale, softcap, window, indptr, indices, num_threads, /")                 \

@@ -7,8 +7,7 @@
 #include <string.h>
 
 enum {
-    TILE = 128,          /* keys of a tile: its products stay in L1; */
-    NUMBERS = 64 * 1024, /* of long rows fewer, so that it stays in L2 */
+    NUMBERS = 64 * 1024, /* a tile of long rows has fewer keys, so that it stays in L2 */
     PANELS = 12,         /* panels that share a tile, */
     PARTS = 1 << 20      /* if what they keep is no more than so many bytes */
 };
@@ -81,7 +80,7 @@ void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t ke
     b->way = way;
     b->dim = dim;
     b->unit = DHSA_MIN(unit, keys); /* one unit is no longer than all */
-    b->tile = DHSA_MAX(DHSA_MIN(TILE, NUMBERS / dim), 16);
+    b->tile = DHSA_MAX(DHSA_MIN(DHSA_PROBE_TILE, NUMBERS / dim), 16);
     if (in_units(b)) b->tile = DHSA_MIN(b->tile, b->unit);
     b->tiles = count_tiles(b, 0, keys);
     b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
@@ -246,7 +245,7 @@ const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, 
         *stride = (ptrdiff_t)(k->stride[2] * step);
         return dhsa_row(k, b, kv_head, at);
     }
-    const void *rows[TILE];
+    const void *rows[DHSA_PROBE_TILE];
     for (int j = 0; j < n; j++) rows[j] = dhsa_row(k, b, kv_head, at + j * step);
     kernels->pack_rows(rows, k->dtype, n, (int)dim, tile);
     *stride = dim;

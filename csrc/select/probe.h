@@ -14,6 +14,8 @@ typedef enum {
     DHSA_PROBE_TWICE, /* nothing is kept: they are computed anew when the sums are known */
 } dhsa_probe_way;
 
+enum { DHSA_PROBE_TILE = 128 /* keys of a tile at most: its products stay in L1 */ };
+
 typedef struct {
     const dhsa_kernels *kernels;
     dhsa_probe_way way;

@@ -10,6 +10,7 @@ Hierarchical Sparse Attention, arXiv 2510.24606.
 
 from dhsa.reference._attention import attention, masked_attention, selection_mask, sparse_attention
 from dhsa.reference._boundaries import (
+    attention_ratios,
     boundaries,
     boundary_ratios,
     pick_boundaries,
@@ -29,6 +30,7 @@ __all__ = [
     "Selection",
     "Units",
     "attention",
+    "attention_ratios",
     "boundaries",
     "boundary_ratios",
     "chunk_means",

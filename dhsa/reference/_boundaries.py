@@ -188,3 +188,28 @@ def boundary_ratios(attn, *, window: int, sliding_window: int | None = None) -> 
         future = rows[:, j + 1 : j + window + 1].sum()
         ratios[j] = (max(past, future) + 1e-6) / (min(past, future) + 1e-6)
     return ratios
+
+
+def attention_ratios(
+    q,
+    k,
+    *,
+    window: int = 4,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> np.ndarray:
+    """``boundary_ratios`` of the head-mean of causal attention: q [B, H, L, D], k [B, Hkv, L, D] -> float64 [B, L].
+
+    By its definition, through the [L, L] matrix.
+    """
+    q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
+    batch, heads, length, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    logits = scale * (q @ np.repeat(k, heads // k.shape[1], axis=1).transpose(0, 1, 3, 2))
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    distance = np.arange(length)[:, None] - np.arange(length)
+    hidden = (distance < 0) | (distance >= (length if sliding_window is None else sliding_window))
+    attn = softmax(np.where(hidden, -np.inf, logits), axis=-1).mean(axis=1)
+    return np.stack([boundary_ratios(a, window=window, sliding_window=sliding_window) for a in attn])

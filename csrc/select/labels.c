@@ -1,0 +1,182 @@
+/* labels.c: the label that a boundary predictor is trained on, straight from queries and keys: what ratios.c makes of the dense
+ * attention matrix, without the matrix. Nothing here is used when a model runs. Source: arXiv 2510.24606.
+ *
+ * Gap j asks what rows from j + w on give to 2w columns. In column c these are the rows from c + d on for some d < 2w, so of a
+ * column its first 2w - 1 rows are kept one by one and only the sum of all others: 2w numbers a key, and sums of positive
+ * numbers throughout. Rows of a window layer need no upper limit: columns end by themselves. */
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+#include "core/threads.h"
+#include "select/probe.h"
+
+enum {
+    QUERIES = 128,   /* a block of queries, whose heads share the keys */
+    STRIPES = 16,    /* blocks s, s + STRIPES, ... are added up by one task: as many sums of each column whatever the length */
+    MOST_WINDOW = 64 /* bounds what is kept of a key */
+};
+
+typedef struct {
+    const dhsa_tensor *q, *k;
+    double scale, softcap;
+    int64_t window, sliding;
+    dhsa_probe probe;
+    double *near;   /* [batch, L, 2w - 1]: rows c .. c + 2w - 2 of column c, summed over the heads */
+    double *far;    /* [batch, STRIPES, L]: the rows after them */
+    int64_t *bad;   /* [batch, STRIPES]: the first query with a logit that is no number, or -1 */
+    double *ratios; /* [batch, L] */
+    char *arenas;
+} label_job;
+
+/* One block of queries and the heads of one KV head. */
+typedef struct {
+    const label_job *job;
+    int64_t b, kv_head, heads, query;
+    double *near, *far;
+    int64_t *bad;
+} block;
+
+static int64_t query_of(const block *w, int64_t row) { return w->query + row / w->heads; }
+
+static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+{
+    const block *w = of;
+    const label_job *job = w->job;
+    const void *rows[DHSA_MAX_LANES];
+    for (int r = 0; r < n; r++) {
+        const int64_t at = query_of(w, first + r);
+        rows[r] = dhsa_row(job->q, w->b, w->kv_head * w->heads + (first + r) % w->heads, at);
+        hi[r] = (int32_t)(at + 1);
+        lo[r] = (int32_t)(job->sliding ? DHSA_MAX(at + 1 - job->sliding, 0) : 0);
+    }
+    job->probe.kernels->pack_panel(rows, job->q->dtype, n, (int)job->q->shape[3], job->scale < 0 ? -1.0f : 1.0f, panel);
+}
+
+static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
+{
+    const block *w = of;
+    return dhsa_probe_rows(w->job->probe.kernels, w->job->k, w->b, w->kv_head, first, 1, n, tile, stride);
+}
+
+static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+{
+    const block *w = of;
+    const label_job *job = w->job;
+    const int64_t lanes = job->probe.kernels->lanes, kept = 2 * job->window - 1;
+    const int64_t rows = DHSA_MIN(DHSA_MIN(QUERIES, job->q->shape[2] - w->query) * w->heads - row, lanes);
+    for (int64_t r = 0; r < rows; r++) /* every query sees itself: a weight of 0 is no number's */
+        if (weight[r] == 0 && *w->bad < 0) *w->bad = query_of(w, row + r);
+    if (first + n - 1 + kept <= query_of(w, row)) {
+        float sums[DHSA_PROBE_TILE] = {0};
+        job->probe.kernels->add_sums(p, n, weight, sums);
+        for (int j = 0; j < n; j++) w->far[first + j] += sums[j];
+        return;
+    }
+    for (int j = 0; j < n; j++)
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t after = query_of(w, row + r) - (first + j);
+            const double share = (double)p[j * lanes + r] * weight[r];
+            if (weight[r] == 0 || after < 0) continue;
+            *(after < kept ? &w->near[(first + j) * kept + after] : &w->far[first + j]) += share;
+        }
+}
+
+static void stripe_task(void *context, int64_t index, int thread)
+{
+    const label_job *job = context;
+    const int64_t length = job->q->shape[2], kv_heads = job->k->shape[1], kept = 2 * job->window - 1, b = index / STRIPES;
+    block w = {.job = job, .b = b, .heads = job->q->shape[1] / kv_heads, .bad = job->bad + index};
+    w.near = job->near + b * length * kept;
+    w.far = job->far + index * length;
+    memset(w.far, 0, (size_t)length * sizeof *w.far);
+    *w.bad = -1;
+    /* A block writes near rows of its own queries only, so that stripes do not meet there. */
+    for (w.query = index % STRIPES * QUERIES; w.query < length; w.query += STRIPES * QUERIES) {
+        const int64_t last = DHSA_MIN(w.query + QUERIES, length);
+        for (w.kv_head = 0; w.kv_head < kv_heads; w.kv_head++) {
+            const dhsa_probe_run run = {.rows = (last - w.query) * w.heads,
+                                        .from = job->sliding ? DHSA_MAX(w.query + 1 - job->sliding, 0) : 0,
+                                        .to = last,
+                                        .scale = (float)fabs(job->scale),
+                                        .softcap = (float)job->softcap,
+                                        .of = &w,
+                                        .pack = pack,
+                                        .keys = keys,
+                                        .take = take};
+            dhsa_probe_do(&job->probe, &run, job->arenas + thread * job->probe.arena_size);
+        }
+    }
+}
+
+/* What column c gives from row c + d on. The stripes have been added up in the first of them. */
+static double column(const label_job *job, int64_t b, int64_t c, int64_t d)
+{
+    const int64_t length = job->q->shape[2], kept = 2 * job->window - 1;
+    double sum = job->far[b * STRIPES * length + c];
+    for (int64_t e = kept - 1; e >= d; e--) sum += job->near[(b * length + c) * kept + e];
+    return sum;
+}
+
+static void ratio_task(void *context, int64_t b, int thread)
+{
+    const label_job *job = context;
+    const int64_t length = job->q->shape[2], w = job->window;
+    double *out = job->ratios + b * length, *far = job->far + b * STRIPES * length;
+    (void)thread;
+    for (int64_t s = 1; s < STRIPES; s++)
+        for (int64_t c = 0; c < length; c++) far[c] += far[s * length + c];
+    const double heads = (double)job->q->shape[1];
+    for (int64_t j = 0; j < length; j++) {
+        double past = 0, future = 0;
+        out[j] = 0;
+        if (j < 2 * w - 1 || j >= length - 2 * w) continue;
+        for (int64_t c = j - w + 1; c <= j; c++) past += column(job, b, c, j + w - c);
+        for (int64_t c = j + 1; c <= j + w; c++) future += column(job, b, c, j + w - c);
+        out[j] = (DHSA_MAX(past, future) / heads + 1e-6) / (DHSA_MIN(past, future) / heads + 1e-6);
+    }
+}
+
+dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window, double scale,
+                                  double softcap, double *ratios, int num_threads, dhsa_error *error)
+{
+    dhsa_status status;
+    if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_scaling_check(scale, softcap, error)) ||
+        (status = dhsa_threads_check(num_threads, error)))
+        return status;
+    const int64_t batch = q->shape[0], length = q->shape[2];
+    if (k->shape[2] != length)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " keys, expected as many as the %" PRId64 " queries", k->shape[2],
+                         length);
+    if (window < 1 || window > MOST_WINDOW)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected 1 to %d", window, MOST_WINDOW);
+    if (sliding_window < 0)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "sliding_window: got %" PRId64 ", expected at least 1", sliding_window);
+    label_job job = {.q = q, .k = k, .scale = scale, .softcap = softcap, .window = window, .ratios = ratios};
+    job.sliding = sliding_window < length ? sliding_window : 0;
+    dhsa_probe_plan(&job.probe, DHSA_PROBE_TWICE, DHSA_MIN(QUERIES, length) * (q->shape[1] / k->shape[1]), length, q->shape[3], 1);
+    num_threads = (int)DHSA_MIN(num_threads, batch * STRIPES);
+    job.near = dhsa_alloc(batch * length, (2 * window - 1) * (int64_t)sizeof *job.near);
+    job.far = dhsa_alloc(batch * length, STRIPES * (int64_t)sizeof *job.far);
+    job.bad = dhsa_alloc(batch, STRIPES * (int64_t)sizeof *job.bad);
+    job.arenas = dhsa_alloc(job.probe.arena_size, num_threads);
+    if (!job.near || !job.far || !job.bad || !job.arenas) {
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention_ratios: no memory for sums over %" PRId64 " keys", length);
+        goto cleanup;
+    }
+    memset(job.near, 0, (size_t)(batch * length * (2 * window - 1)) * sizeof *job.near);
+    dhsa_parallel(batch * STRIPES, num_threads, stripe_task, &job);
+    for (int64_t i = 0; i < batch * STRIPES && !status; i++)
+        if (job.bad[i] >= 0)
+            status = dhsa_fail(error, DHSA_ERR_VALUE,
+                               "q: the logits of query %" PRId64 " of batch item %" PRId64 " are not all finite numbers",
+                               job.bad[i], i / STRIPES);
+    if (status) goto cleanup;
+    dhsa_parallel(batch, (int)DHSA_MIN(num_threads, batch), ratio_task, &job);
+cleanup:
+    dhsa_free(job.near);
+    dhsa_free(job.far);
+    dhsa_free(job.bad);
+    dhsa_free(job.arenas);
+    return status;
+}
