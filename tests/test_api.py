@@ -35,7 +35,7 @@ def normal(*shape, dtype=np.float32, seed=0):
 
 
 def test_names():
-    functions = "attention boundaries pick_boundaries chunk_scores select sparse_attention boundary_ratios"
+    functions = "attention boundaries pick_boundaries chunk_scores select sparse_attention boundary_ratios attention_ratios"
     others = "Config Selection BoundaryPredictor set_num_threads get_num_threads set_isa build_info reference"
     hooks = "patch unpatch patched last_run"
     assert sorted(dhsa.__all__) == sorted(f"{functions} {others} {hooks}".split())

@@ -204,7 +204,7 @@ def attention_ratios(
     By its definition, through the [L, L] matrix.
     """
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
-    batch, heads, length, dim = q.shape
+    _, heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     logits = scale * (q @ np.repeat(k, heads // k.shape[1], axis=1).transpose(0, 1, 3, 2))
     if softcap is not None:
