@@ -57,11 +57,19 @@ def test_equals_boundary_ratios_of_torchs_matrix(torch):
         torch.testing.assert_close(got[0], want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("isa", _core.build_info()["isa_detected"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_low_precision_input_is_exact(torch, dtype):
-    q, k = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in qk(1, 4, 1, 200, 64))
-    want = reference.attention_ratios(q.double().numpy(), k.double().numpy())
-    np.testing.assert_allclose(dhsa.attention_ratios(q, k).numpy(), want, rtol=1e-5)
+@pytest.mark.parametrize("name", CASES)
+def test_low_precision_input_is_exact(torch, isa, dtype, name):
+    """Products of 16-bit numbers are exact in float32: only sums round."""
+    shape, options = CASES[name]
+    q, k = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in qk(*shape))
+    want = reference.attention_ratios(q.double().numpy(), k.double().numpy(), **options)
+    dhsa.set_isa(isa)
+    np.testing.assert_allclose(dhsa.attention_ratios(q, k, **options).numpy(), want, rtol=1e-5)
+    q[0, 0, -2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"^q: the logits of query \d+ of batch item 0 are not all finite"):
+        dhsa.attention_ratios(q, k, **options)
 
 
 def test_strides_and_threads(make_qkv):

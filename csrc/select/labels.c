@@ -50,12 +50,22 @@ static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int3
         hi[r] = (int32_t)(at + 1);
         lo[r] = (int32_t)(job->sliding ? DHSA_MAX(at + 1 - job->sliding, 0) : 0);
     }
-    job->probe.kernels->pack_panel(rows, job->q->dtype, n, (int)job->q->shape[3], job->scale < 0 ? -1.0f : 1.0f, panel);
+    const int dim = (int)job->q->shape[3];
+    if (job->probe.pair)
+        job->probe.pair->pack_panel(rows, n, dim, job->scale < 0, (uint16_t *)panel);
+    else
+        job->probe.kernels->pack_panel(rows, job->q->dtype, n, dim, job->scale < 0 ? -1.0f : 1.0f, panel);
 }
 
 static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
 {
     const block *w = of;
+    if (w->job->probe.pair) {
+        const void *rows[DHSA_PROBE_TILE];
+        for (int j = 0; j < n; j++) rows[j] = dhsa_row(w->job->k, w->b, w->kv_head, first + j);
+        w->job->probe.pair->pack_keys(rows, n, (int)w->job->k->shape[3], (uint16_t *)tile);
+        return tile;
+    }
     return dhsa_probe_rows(w->job->probe.kernels, w->job->k, w->b, w->kv_head, first, 1, n, tile, stride);
 }
 
@@ -154,7 +164,7 @@ dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, in
         return dhsa_fail(error, DHSA_ERR_VALUE, "sliding_window: got %" PRId64 ", expected at least 1", sliding_window);
     label_job job = {.q = q, .k = k, .scale = scale, .softcap = softcap, .window = window, .ratios = ratios};
     job.sliding = sliding_window < length ? sliding_window : 0;
-    dhsa_probe_plan(&job.probe, DHSA_PROBE_TWICE, DHSA_MIN(QUERIES, length) * (q->shape[1] / k->shape[1]), length, q->shape[3], 1);
+    dhsa_probe_plan_as(&job.probe, q->dtype, DHSA_MIN(QUERIES, length) * (q->shape[1] / k->shape[1]), length, q->shape[3]);
     num_threads = (int)DHSA_MIN(num_threads, batch * STRIPES);
     job.near = dhsa_alloc(batch * length, (2 * window - 1) * (int64_t)sizeof *job.near);
     job.far = dhsa_alloc(batch * length, STRIPES * (int64_t)sizeof *job.far);

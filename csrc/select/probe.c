@@ -18,6 +18,7 @@ typedef struct {
     int32_t *lo, *hi;      /* [panels, lanes]: the keys that rows see */
     float *m, *l, *alpha;  /* [panels, lanes]; alpha [panels] of [tiles, lanes] */
     float *weight, *spare; /* [lanes] */
+    float *top;            /* [lanes]: largest products, which the softmax finds anew */
     float *s, *tile;
     float *part; /* [panels] of [part_rows, lanes] */
 } scratch;
@@ -25,11 +26,12 @@ typedef struct {
 static int64_t lay_out(const dhsa_probe *b, char *base, scratch *w)
 {
     const int64_t lanes = b->kernels->lanes, twice = b->way == DHSA_PROBE_TWICE;
+    const int64_t dim = b->pair ? dhsa_round_up(b->dim, DHSA_PAIR_STEP) : b->dim;
     const struct {
         void *to;
         int64_t numbers;
     } parts[] = {
-        {&w->panel, b->panels * b->dim * lanes},
+        {&w->panel, b->panels * dim * lanes},
         {&w->lo, b->panels * lanes},
         {&w->hi, b->panels * lanes},
         {&w->m, b->panels * lanes},
@@ -37,8 +39,9 @@ static int64_t lay_out(const dhsa_probe *b, char *base, scratch *w)
         {&w->alpha, twice ? lanes : b->panels * b->tiles * lanes},
         {&w->weight, lanes},
         {&w->spare, lanes},
+        {&w->top, lanes},
         {&w->s, b->tile * lanes},
-        {&w->tile, b->tile * b->dim},
+        {&w->tile, b->tile * dim},
         {&w->part, b->panels * b->part_rows * lanes},
     };
     int64_t at = 0;
@@ -73,10 +76,9 @@ static dhsa_span find_tile(const dhsa_probe *b, int64_t from, int64_t to, int64_
     return (dhsa_span){DHSA_MAX(first, from), DHSA_MIN(first + b->tile, last)};
 }
 
-void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
+static void plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
 {
     scratch unused;
-    b->kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32);
     b->way = way;
     b->dim = dim;
     b->unit = DHSA_MIN(unit, keys); /* one unit is no longer than all */
@@ -89,8 +91,22 @@ void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t ke
     b->arena_size = lay_out(b, NULL, &unused);
 }
 
+void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
+{
+    b->kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32);
+    b->pair = NULL;
+    plan(b, way, rows, keys, dim, unit);
+}
+
+void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t keys, int64_t dim)
+{
+    b->kernels = dhsa_kernels_for(dhsa_kernels_current(), dtype);
+    b->pair = dhsa_pair_products(b->kernels, dtype);
+    plan(b, DHSA_PROBE_TWICE, rows, keys, dim, 1);
+}
+
 /* The part of a tile that any row of a panel sees; *masked: whether not all rows see all of it. */
-static dhsa_span clip(const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
+static dhsa_span clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
 {
     int64_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
     for (int r = 0; r < used; r++) {
@@ -99,7 +115,8 @@ static dhsa_span clip(const int32_t *lo, const int32_t *hi, int used, dhsa_span 
         hi_min = DHSA_MIN(hi_min, hi[r]);
         hi_max = DHSA_MAX(hi_max, hi[r]);
     }
-    const dhsa_span seen = {DHSA_MAX(tile.lo, lo_min), DHSA_MIN(tile.end, hi_max)};
+    dhsa_span seen = {DHSA_MAX(tile.lo, lo_min), DHSA_MIN(tile.end, hi_max)};
+    if (b->pair) seen.lo -= (seen.lo - tile.lo) % DHSA_PAIR_STEP; /* whole squares */
     *masked = lo_max > seen.lo || hi_min < seen.end;
     return seen;
 }
@@ -111,10 +128,15 @@ static dhsa_span multiply(const dhsa_probe *b, const dhsa_probe_run *run, const 
     const int64_t lanes = b->kernels->lanes;
     const int32_t *lo = w->lo + p * lanes, *hi = w->hi + p * lanes;
     int masked;
-    const dhsa_span seen = clip(lo, hi, used, tile, &masked);
+    const dhsa_span seen = clip(b, lo, hi, used, tile, &masked);
     const int n = (int)(seen.end - seen.lo);
     if (n <= 0) return seen;
-    b->kernels->qk(w->panel + p * b->dim * lanes, keys + (seen.lo - tile.lo) * stride, stride, n, (int)b->dim, used, s, NULL);
+    const int64_t padded = dhsa_round_up(b->dim, DHSA_PAIR_STEP);
+    if (b->pair)
+        b->pair->qk((const uint16_t *)(w->panel + p * padded * lanes), (const uint16_t *)keys + (seen.lo - tile.lo) * padded, n,
+                    (int)b->dim, s, w->top, NULL);
+    else
+        b->kernels->qk(w->panel + p * b->dim * lanes, keys + (seen.lo - tile.lo) * stride, stride, n, (int)b->dim, used, s, NULL);
     b->kernels->softmax(s, n, used, (int)seen.lo, masked ? lo : NULL, hi, run->scale, run->softcap, w->m + p * lanes, l, alpha);
     return seen;
 }
@@ -168,7 +190,7 @@ static void hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const scratc
     for (int64_t i = count_tiles(b, run->from, run->to) - 1; i >= 0; i--) {
         const dhsa_span tile = find_tile(b, run->from, run->to, i);
         int masked;
-        const dhsa_span seen = clip(w->lo + p * lanes, w->hi + p * lanes, used, tile, &masked);
+        const dhsa_span seen = clip(b, w->lo + p * lanes, w->hi + p * lanes, used, tile, &masked);
         if (tile.lo >= tile.end || seen.lo >= seen.end) continue;
         if (in_units(b))
             run->take(run->of, row, seen.lo, 1, part + i * lanes, w->weight);
@@ -202,6 +224,7 @@ void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
     const int64_t lanes = b->kernels->lanes;
     scratch w;
     lay_out(b, arena, &w);
+    if (b->pair) b->pair->begin();
     for (int64_t at = 0; at < run->rows; at += b->panels * lanes) {
         const int64_t panels = DHSA_MIN(b->panels, dhsa_ceil_div(run->rows - at, lanes));
         for (int64_t p = 0; p < panels; p++) {
@@ -213,7 +236,8 @@ void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
                 w.m[p * lanes + r] = -INFINITY;
                 w.l[p * lanes + r] = w.spare[r] = 0;
             }
-            run->pack(run->of, at + p * lanes, used, w.panel + p * b->dim * lanes, lo, hi);
+            const int64_t dim = b->pair ? dhsa_round_up(b->dim, DHSA_PAIR_STEP) : b->dim;
+            run->pack(run->of, at + p * lanes, used, w.panel + p * dim * lanes, lo, hi);
         }
         first_pass(b, run, &w, at, panels);
         if (b->way == DHSA_PROBE_TWICE)
@@ -221,6 +245,7 @@ void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
         else
             for (int64_t p = 0; p < panels; p++) hand_on(b, run, &w, at, p);
     }
+    if (b->pair) b->pair->end();
 }
 
 void dhsa_probe_pack(const dhsa_selector *s, const dhsa_kernels *kernels, int64_t head, int64_t heads, int64_t query, int64_t first,

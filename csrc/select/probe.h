@@ -18,6 +18,7 @@ enum { DHSA_PROBE_TILE = 128 /* keys of a tile at most: its products stay in L1 
 
 typedef struct {
     const dhsa_kernels *kernels;
+    const dhsa_pair_kernels *pair; /* NULL: products are fp32; else rows and keys are packed for it, by the method */
     dhsa_probe_way way;
     int64_t dim;        /* numbers of a row and of a key */
     int64_t unit;       /* SUMS, TOPS: keys of a unit, which begins at a multiple of it */
@@ -44,6 +45,9 @@ typedef struct dhsa_probe_run {
 
 /* Sizes a probe of at most `rows` rows and keys [0, keys). */
 void dhsa_probe_plan(dhsa_probe *probe, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit);
+/* The same for TWICE and rows and keys of a dtype, whose own products it takes where the tier has some. Keys that no row sees may
+ * then be among those handed on, with probabilities of 0. */
+void dhsa_probe_plan_as(dhsa_probe *probe, dhsa_dtype dtype, int64_t rows, int64_t keys, int64_t dim);
 /* Runs it; arena aligned to DHSA_ALIGN. */
 void dhsa_probe_do(const dhsa_probe *probe, const dhsa_probe_run *run, char *arena);
 
