@@ -2,6 +2,7 @@
 #
 #   make demo     a real model prefills a long text by several attentions: one table, one picture   (ARGS="--tokens 4096")
 #   make eval     what the model loses by each method of selection: perplexity, needles and more (ARGS="all --quick")
+#   make train-boundaries   the network that cuts keys into chunks, trained on a model and text  (ARGS="--out b.safetensors")
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
 #   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
@@ -18,7 +19,7 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
 CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
-.PHONY: demo eval test bench bench-model bench-report lint clean
+.PHONY: demo eval train-boundaries test bench bench-model bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -26,6 +27,9 @@ demo: $(VENV)/.demo
 
 eval: $(VENV)/.demo
 	$(PY) -m dhsa eval $(ARGS)
+
+train-boundaries: $(VENV)/.demo
+	$(PY) -m dhsa train-boundaries $(ARGS)
 
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)

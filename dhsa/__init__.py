@@ -1,7 +1,7 @@
 """dhsa: Dynamic Hierarchical Sparse Attention on any CPU. Names only; the work is in the modules named below.
 
-Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`)
-and the oracle `dhsa.reference` are imported when first used.
+Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`),
+`dhsa.training` and the oracle `dhsa.reference` are imported when first used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from dhsa.selection import Selection
 if TYPE_CHECKING:
     from dhsa import hf as hf
     from dhsa import reference as reference
+    from dhsa import training as training
     from dhsa.hf import last_run, patch, patched, unpatch
 
 __version__ = "0.1.0"
@@ -67,7 +68,7 @@ def __getattr__(name: str) -> Any:
             return _refusal(name, error)
         globals()[name] = value
         return value
-    if name in ("hf", "reference"):
+    if name in ("hf", "reference", "training"):
         return importlib.import_module(f"dhsa.{name}")
     raise AttributeError(f"module 'dhsa' has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m dhsa demo`, `eval` and `info`. Parses and dispatches, nothing more."""
+"""The command line: `python -m dhsa demo`, `eval`, `train-boundaries`, `info`. Parses and dispatches, nothing more."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ import dhsa
 from dhsa import demo
 from dhsa.evaluation import command as evaluation
 from dhsa.loading import UserError
+from dhsa.training import command as training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,13 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=evaluation.DESCRIPTION,
         )
     )
+    training.add_arguments(
+        commands.add_parser(
+            "train-boundaries",
+            help="train the network that cuts keys into chunks, on a model and text of yours",
+            description=training.DESCRIPTION,
+        )
+    )
     commands.add_parser("info", help="how the core was built and what of it runs here")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
-        return demo.run(args) if args.command == "demo" else evaluation.run(args)
+        return {"demo": demo, "eval": evaluation, "train-boundaries": training}[args.command].run(args)
     except UserError as error:
         print(f"dhsa {args.command}: {error}", file=sys.stderr)
         return 2

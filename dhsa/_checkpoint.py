@@ -126,9 +126,9 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     return archive.read(info)
 
 
-def read_checkpoint(path: str, anchor: str) -> dict[str, np.ndarray]:
+def read_checkpoint(path: str, anchors: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The state dict in the checkpoint at `path`: the dict, at the top or nested under string keys, that has a key
-    ending with `anchor`.
+    ending with one of `anchors`.
 
     Raises:
         ValueError: damaged, or holds anything but tensors and plain containers, or no such dict.
@@ -146,19 +146,19 @@ def read_checkpoint(path: str, anchor: str) -> dict[str, np.ndarray]:
                 contents = _Unpickler(file, archive, root, ">" if big else "<").load()
     except _DAMAGE as error:
         raise ValueError(f"{path}: refused as a checkpoint: {str(error) or type(error).__name__}") from None
-    found = find_state_dict(contents, anchor, 3)
+    found = find_state_dict(contents, anchors, 3)
     if found is None:
-        raise ValueError(f"{path}: holds no state dict with {anchor}")
+        raise ValueError(f"{path}: holds no state dict with {' or '.join(anchors)}")
     return {str(name): value for name, value in found.items()}
 
 
-def find_state_dict(contents: Any, anchor: str, depth: int) -> Mapping[str, Any] | None:
+def find_state_dict(contents: Any, anchors: tuple[str, ...], depth: int) -> Mapping[str, Any] | None:
     if not isinstance(contents, Mapping) or depth == 0:
         return None
-    if any(isinstance(name, str) and name.endswith(anchor) for name in contents):
+    if any(isinstance(name, str) and name.endswith(anchors) for name in contents):
         return contents
     for value in contents.values():
-        found = find_state_dict(value, anchor, depth - 1)
+        found = find_state_dict(value, anchors, depth - 1)
         if found is not None:
             return found
     return None

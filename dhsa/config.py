@@ -74,7 +74,7 @@ class _CoreArgs:
     _kind: int
     _theta: float
     _nms: int
-    _predictor_args: tuple[Any, ...] | None
+    _paper_gaps: bool
     _score_args: tuple[int, int, int, int, int, int]
     _select_args: tuple[Any, ...]
     _exact: bool  # no key is ever left out
@@ -109,16 +109,15 @@ class Config(_CoreArgs):
         heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none). None: the
             method's own, "head" for "vertical_slash", "xattention" and "proxy", else "group".
         boundaries: how keys are cut into chunks: "similarity" (at dips of the cosine between neighbouring means, no
-            training), "fixed" (every `chunk_size` keys), "predictor" (the paper's trained network, see `predictor`).
+            training), "fixed" (every `chunk_size` keys), "predictor" (a trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
-        num_chunks: the most gaps to cut at (so one chunk more). None: for "similarity" L // 4 under "rows" (8192
-            from 32K keys on, L // 8 from 64K), L // 8 for plain row scores and under "dhsa", the paper's
-            (L // query_block) * 8 for "predictor"; "paper" asks for the latter with "similarity" too. L is the number
-            of keys.
+        num_chunks: the most gaps to cut at (so one chunk more). None: L // 4 under "rows" (8192 from 32K keys on,
+            L // 8 from 64K), L // 8 for plain row scores and under "dhsa"; with the paper's network its own
+            (L // query_block) * 8, for which "paper" asks otherwise. L is the number of keys.
         boundary_window: tokens on each side of a gap that the similarity looks at.
-        theta: a gap's score must exceed it. None: -inf for "similarity", 1.1 for "predictor".
-        nms: a gap must lie more than this many keys from every better one. None: for "similarity" 2 under "rows", 4 for
-            plain row scores and under "dhsa"; 8 for "predictor".
+        theta: a gap's score must exceed it. None: -inf, with the paper's network 1.1.
+        nms: a gap must lie more than this many keys from every better one. None: 2 under "rows", 4 for plain row scores
+            and under "dhsa"; with the paper's network 8.
         score: another name of two methods, kept: "rows" for "rows", "block" for "dhsa". Afterwards the name of the
             chunks' score, None for methods without chunks.
         rows: mean queries that a full block is reduced to for "rows" and "hisa", 1 to query_block. None:
@@ -132,7 +131,9 @@ class Config(_CoreArgs):
         pooling: for "dhsa": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
         key_block: keys of a block for "block", "xattention", "proxy" and "hisa".
         stride: of the samples of "xattention" and "proxy", a divisor of key_block. None: 8 and 4.
-        predictor: a BoundaryPredictor, for boundaries="predictor".
+        predictor: a BoundaryPredictor, for boundaries="predictor". None: `BoundaryPredictor.default()`, the weights for
+            Gemma 3 270M that come with the package. In a patched model each layer takes its own network where there is
+            one; elsewhere the one for all layers is meant.
         skip: leaves out tiles of keys in which every probability is less than `skip` times the largest that its row has
             met in the keys before, 0 < skip < 1; None: none. Works with any method and with exact attention, not for so
             few rows as in a decoding step. By tile (128 keys, 256 where 16-bit numbers are multiplied as they are) for
@@ -252,18 +253,18 @@ class Config(_CoreArgs):
         if self.predictor is not None and not isinstance(self.predictor, BoundaryPredictor):
             raise TypeError(f"predictor: expected a dhsa.BoundaryPredictor, got {type_name(self.predictor)}")
         if self.boundaries == "predictor" and self.predictor is None:
-            raise ValueError("predictor: boundaries='predictor' needs one (dhsa.BoundaryPredictor.load)")
-
-        learned = self.boundaries == "predictor"
+            keep("predictor", BoundaryPredictor.default())
+        # The paper's network is picked from as the paper says, ours as similarity is.
+        paper = self.boundaries == "predictor" and self.predictor.architecture == "attention"
         rows = self.rows if self.rows is not None else max(1, self.query_block // (2 if self.by_length else 4))
         if self.shortlist is not None:
             keep("shortlist", check_int(self.shortlist, "shortlist", 0))
             if 0 < self.shortlist < (self.budget or 0):
                 raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {self.budget}")
         keep("_kind", kind)
-        keep("_theta", self.theta if self.theta is not None else (1.1 if learned else -math.inf))
-        keep("_nms", self.nms if self.nms is not None else 8 if learned else 2 if self.by_length else 4)
-        keep("_predictor_args", self.predictor._core_args if learned and self.predictor is not None else None)
+        keep("_paper_gaps", self.num_chunks == "paper" or paper)
+        keep("_theta", self.theta if self.theta is not None else (1.1 if paper else -math.inf))
+        keep("_nms", self.nms if self.nms is not None else 8 if paper else 2 if self.by_length else 4)
         score = SCORES.index(self.score or "rows")  # rules of candidates other than upstream's are those of rows
         keep(
             "_score_args",
@@ -286,13 +287,13 @@ class Config(_CoreArgs):
         """The most gaps to cut at for `length` keys."""
         if isinstance(self.num_chunks, int):
             return self.num_chunks
-        if self.num_chunks == "paper" or self.boundaries == "predictor":
+        if self._paper_gaps:
             return length // self.query_block * PAPER_GAPS_PER_BLOCK
         # Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough.
         return max(length // 8, min(length // 4, MOST_SHORT_CHUNKS) if self.by_length else 0)
 
     def _boundary_args(self, length: int) -> tuple:
-        """The boundary config of _core for `length` keys."""
+        """The boundary config of _core for `length` keys; ValueError if the predictor has no network for all layers."""
         return (
             self._kind,
             self.chunk_size,
@@ -300,7 +301,7 @@ class Config(_CoreArgs):
             self.boundary_window,
             self._theta,
             self._nms,
-            self._predictor_args,
+            self.predictor._args() if self.boundaries == "predictor" and self.predictor is not None else None,
         )
 
     def replace(self, **changes: Any) -> Config:

@@ -6,7 +6,7 @@ hf_masks.py, what is computed in functional.py and the C core; nothing numeric h
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ except ImportError as error:
 from . import functional
 from .config import Config
 from .hf_masks import key_range_mask, ranges_of, segments
+from .predictor import TRAIN
 
 __all__ = ["IMPLEMENTATION", "LayerRun", "attention_forward", "last_run", "patch", "patched", "unpatch"]
 
@@ -33,6 +34,7 @@ _EXACT = Config(budget=None)
 _DEFAULT = Config()
 _STATE = "_dhsa_state"  # on a patched model and on its modules
 _RUNS = "_dhsa_runs"  # on every attention module that ran
+_FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
 
 
 class LayerRun(NamedTuple):
@@ -63,9 +65,12 @@ class _State:
     config: Config
     layers: frozenset[int] | None
     former: tuple[tuple[Any, str | None], ...]
+    own: Mapping[int, Config]  # of layers that have a boundary network of their own
 
     def config_for(self, layer: int | None) -> Config:
-        return self.config if self.layers is None or layer in self.layers else _EXACT
+        if self.layers is not None and layer not in self.layers:
+            return _EXACT
+        return self.own.get(layer, self.config)
 
 
 # ---- the attention function ------------------------------------------------------------------------------------------
@@ -279,7 +284,8 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
     models built from one config share: `model` gets its own copy of it, for good, so that no other model is switched.
 
     Raises TypeError if `model` is no transformers model or `config` no Config, ValueError if a layer index does not
-    exist or the model cannot change its attention implementation (it is left as it was).
+    exist, boundaries are to come from a predictor that was trained for another model, or the model cannot change its
+    attention implementation (it is left as it was).
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
@@ -294,6 +300,7 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
         chosen = frozenset(_index(layer) for layer in layers)
         if missing := sorted(chosen - present):
             raise ValueError(f"layers: {missing} not in this model, whose layers are {_span(present)}")
+    own = _own_networks(model, config, present if chosen is None else chosen)
     if any(getattr(c, "output_attentions", False) for c in _configs(model)):
         raise ValueError(
             'model.config.output_attentions is True: "dhsa" never forms the attention weights; set it to False'
@@ -312,8 +319,33 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
         if current is None:
             _restore(former)
         raise
-    _install(model, _State(config, chosen, former))
+    _install(model, _State(config, chosen, former, own))
     return model
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells apart the models whose keys a boundary predictor was trained on."""
+    text = model.config.get_text_config()
+    return {name: getattr(text, name, None) for name in _FACTS}
+
+
+def _own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) -> dict[int, Config]:
+    """The configs of layers whose boundaries come from a network of their own; ValueError for networks of another
+    model, which would cut without complaint where it makes no sense."""
+    predictor = config.predictor
+    if config.boundaries != "predictor" or predictor is None:
+        return {}
+    if predictor.model is not None:
+        have = model_facts(model)
+        if other := [name for name in _FACTS if name in predictor.model and predictor.model[name] != have[name]]:
+            raise ValueError(
+                "predictor: trained for a model with "
+                + ", ".join(f"{name} {predictor.model[name]!r}" for name in other)
+                + ", but this one has "
+                + ", ".join(f"{have[name]!r}" for name in other)
+                + f"; train one for it: {TRAIN}"
+            )
+    return {layer: config.replace(predictor=predictor.layer(layer)) for layer in layers if predictor.layers}
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:

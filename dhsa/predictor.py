@@ -1,14 +1,19 @@
-"""BoundaryPredictor: the weights of the paper's boundary network, loaded, checked and saved; computed in C.
+"""BoundaryPredictor: the weights of boundary networks, loaded, checked and saved; computed in C.
 
-Reads safetensors and the authors' PyTorch checkpoints, the latter by `_checkpoint.py` without executing anything in
-them. Not here: training, and picking boundaries from the logits (functional.py).
+Two architectures, the paper's and a compact one; one network for all layers, or one for each, or both. Reads
+safetensors and the authors' PyTorch checkpoints, the latter by `_checkpoint.py` without executing anything in them. Not
+here: training (training/), and picking boundaries from the logits (functional.py).
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import re
 from collections.abc import Mapping
-from typing import Any
+from importlib import resources
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,53 +23,112 @@ from dhsa._checkpoint import read_checkpoint
 from dhsa._threads import get_num_threads
 
 DEFAULT_WINDOW = 4
+SHIPPED = "gemma-3-270m.safetensors"  # in dhsa/weights, with its card
+TRAIN = "python -m dhsa train-boundaries --model MODEL --text FILES --out FILE"
 
-# In the order that _core takes them. The shapes are in terms of C (channels = Hkv * D) and N (hidden).
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "enc.mha.in_proj_weight": ("3C", "C"),
-    "enc.mha.in_proj_bias": ("3C",),
-    "enc.mha.out_proj.weight": ("C", "C"),
-    "enc.mha.out_proj.bias": ("C",),
-    "enc.norm.weight": ("C",),
-    "enc.norm.bias": ("C",),
-    "pool.gate.weight": ("1", "C"),
-    "mlp.0.weight": ("N", "4C+1"),
-    "mlp.0.bias": ("N",),
-    "mlp.2.weight": ("1", "N"),
-    "mlp.2.bias": ("1",),
+
+class Architecture(NamedTuple):
+    """A kind of network: its parameters in the order that _core takes them, with shapes in terms of letters that its
+    own weights define; those that may be missing; and whether it has attention heads."""
+
+    parameters: dict[str, tuple[str, ...]]
+    optional: tuple[str, ...] = ()
+    heads: bool = False
+
+    @property
+    def anchor(self) -> str:
+        """The parameter by which it is recognised, whose columns are C."""
+        return next(iter(self.parameters))
+
+
+ARCHITECTURES = {
+    "attention": Architecture(
+        {
+            "enc.mha.in_proj_weight": ("3C", "C"),
+            "enc.mha.in_proj_bias": ("3C",),
+            "enc.mha.out_proj.weight": ("C", "C"),
+            "enc.mha.out_proj.bias": ("C",),
+            "enc.norm.weight": ("C",),
+            "enc.norm.bias": ("C",),
+            "pool.gate.weight": ("1", "C"),
+            "mlp.0.weight": ("N", "4C+1"),
+            "mlp.0.bias": ("N",),
+            "mlp.2.weight": ("1", "N"),
+            "mlp.2.bias": ("1",),
+        },
+        optional=("pool.gate.weight",),
+        heads=True,
+    ),
+    "compact": Architecture(
+        {
+            "project.weight": ("R", "C"),
+            "project.bias": ("R",),
+            "token.weight": ("M", "2R"),
+            "token.bias": ("M",),
+            "head.0.weight": ("N", "3M"),
+            "head.0.bias": ("N",),
+            "head.2.weight": ("1", "N"),
+            "head.2.bias": ("1",),
+        }
+    ),
 }
-GATE = "pool.gate.weight"  # only with gated pooling
-ANCHOR = "enc.mha.in_proj_weight"
+# Where each letter is read off: (parameter, axis).
+SIZES = {
+    "attention": {"C": ("enc.mha.in_proj_weight", 1), "N": ("mlp.0.weight", 0)},
+    "compact": {
+        "C": ("project.weight", 1),
+        "R": ("project.weight", 0),
+        "M": ("token.weight", 0),
+        "N": ("head.0.weight", 0),
+    },
+}
+ANCHORS = tuple(architecture.anchor for architecture in ARCHITECTURES.values())
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 class BoundaryPredictor:
-    """The boundary network of arXiv 2510.24606: is there a topic boundary between keys j and j + 1?
+    """Boundary networks: is there a boundary between keys j and j + 1?
 
-    A window of 2w keys around each gap goes through multi-head self-attention and LayerNorm; its two halves are pooled
-    (mean, or a softmax-gated sum), compared, and scored by a small MLP. Weights are float32 and immutable.
+    "attention" is the network of arXiv 2510.24606: a window of 2w keys around each gap goes through multi-head
+    self-attention and LayerNorm; its two halves are pooled (mean, or a softmax-gated sum), compared, and scored by a
+    small MLP. "compact" is this project's: keys are projected once per token to a few numbers, which are pooled
+    (maximum or mean) on either side of the gap, compared and scored by a small MLP: under 0.1 MFLOP a gap at 1,024
+    channels. Weights are float32 and immutable.
 
     Attributes:
+        architecture: "attention" or "compact".
         channels: C, the width it was trained for: KV heads times head_dim of the model.
-        heads: heads of its self-attention (they divide C; not stored in the weights themselves).
+        heads: heads of its self-attention (they divide C; not stored in the weights themselves); None for "compact".
         hidden: width of the MLP.
         window: w, keys on each side of a gap.
-        gated: whether the halves are pooled by a gate.
+        gated: whether the halves are pooled by a gate; False for "compact".
+        layers: the layers that have a network of their own, ascending; see `layer`.
+        shared: whether there is a network for all layers, which `logits` computes.
+        model: what is known of the model it was trained for ("model_type", "num_hidden_layers", ...), or None.
 
-    Made by `load` and `from_state_dict`.
+    Made by `load`, `default` and `from_state_dict`.
     """
 
-    __slots__ = ("_core_args", "_weights", "channels", "gated", "heads", "hidden", "window")
+    __slots__ = (
+        "_core_args", "_layers", "_weights", "architecture", "channels", "gated", "heads", "hidden", "layers", "model",
+        "shared", "window",
+    )  # fmt: skip
 
+    architecture: str
     channels: int
-    heads: int
+    heads: int | None
     hidden: int
     window: int
     gated: bool
+    layers: tuple[int, ...]
+    shared: bool
+    model: dict[str, Any] | None
     _weights: dict[str, np.ndarray]
-    _core_args: tuple[Any, ...]
+    _layers: dict[int, BoundaryPredictor]
+    _core_args: tuple[Any, ...] | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("use BoundaryPredictor.load or BoundaryPredictor.from_state_dict")
+        raise TypeError("use BoundaryPredictor.load, BoundaryPredictor.default or BoundaryPredictor.from_state_dict")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a BoundaryPredictor is immutable; cannot set {name!r}")
@@ -73,28 +137,38 @@ class BoundaryPredictor:
         raise AttributeError(f"a BoundaryPredictor is immutable; cannot delete {name!r}")
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.state_dict(), self.heads, self.window)
+        return _rebuild, (self.state_dict(), self.heads, self.window, self.model)
 
     def __repr__(self) -> str:
-        pooling = "gated" if self.gated else "mean"
+        inside = f"heads={self.heads}, " if self.architecture == "attention" else ""
+        pooling = f", pooling={'gated' if self.gated else 'mean'!r}" if self.architecture == "attention" else ""
+        layers = f", layers={self.layers}" if self.layers else ""
         return (
-            f"BoundaryPredictor(channels={self.channels}, heads={self.heads}, hidden={self.hidden}, "
-            f"window={self.window}, pooling={pooling!r})"
+            f"BoundaryPredictor({self.architecture!r}, channels={self.channels}, {inside}hidden={self.hidden}, "
+            f"window={self.window}{pooling}{layers})"
         )
 
     @classmethod
     def from_state_dict(
-        cls, state_dict: Mapping[str, Array], *, heads: int, window: int = DEFAULT_WINDOW
+        cls,
+        state_dict: Mapping[str, Array],
+        *,
+        heads: int | None = None,
+        window: int = DEFAULT_WINDOW,
+        model: Mapping[str, Any] | None = None,
     ) -> BoundaryPredictor:
         """A predictor from arrays under their PyTorch parameter names; they are copied to float32.
 
         Args:
-            state_dict: `enc.mha.in_proj_weight` [3C, C], `enc.mha.in_proj_bias` [3C], `enc.mha.out_proj.weight` [C, C],
-                `enc.mha.out_proj.bias` [C], `enc.norm.weight`, `enc.norm.bias` [C], `mlp.0.weight` [hidden, 4C + 1],
-                `mlp.0.bias` [hidden], `mlp.2.weight` [1, hidden], `mlp.2.bias` [1] and, with gated pooling,
-                `pool.gate.weight` [1, C]. A common prefix (`module.`) is allowed.
-            heads: heads of the self-attention, which must divide C.
+            state_dict: for "attention" `enc.mha.in_proj_weight` [3C, C], `enc.mha.in_proj_bias` [3C],
+                `enc.mha.out_proj.weight` [C, C], `enc.mha.out_proj.bias` [C], `enc.norm.weight`, `enc.norm.bias` [C],
+                `mlp.0.weight` [N, 4C + 1], `mlp.0.bias` [N], `mlp.2.weight` [1, N], `mlp.2.bias` [1] and, with gated
+                pooling, `pool.gate.weight` [1, C]; for "compact" `project.weight` [R, C], `token.weight` [M, 2R],
+                `head.0.weight` [N, 3M], `head.2.weight` [1, N] and the bias of each. Networks of single layers have the
+                same names after `layers.<number>.`. A prefix common to all names (`module.`) is allowed.
+            heads: heads of the self-attention, which must divide C; needed for "attention", None for "compact".
             window: keys on each side of a gap.
+            model: what is known of the model, kept as `model`.
 
         Raises:
             TypeError: not a mapping, or no float array. ValueError: a parameter is missing, unknown, not finite or of
@@ -102,41 +176,35 @@ class BoundaryPredictor:
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type_name(state_dict)}")
-        heads = check_int(heads, "heads", 1, 65536)
+        if model is not None and not isinstance(model, Mapping):
+            raise TypeError(f"model: expected a mapping or None, got {type_name(model)}")
         window = check_int(window, "window", 1, 4096)
-        weights = _strip_prefix(state_dict)
-        missing = [name for name in PARAMETERS if name not in weights and name != GATE]
-        if missing:
-            raise ValueError(f"state_dict: lacks {', '.join(missing)}")
-        unknown = [str(name) for name in weights if name not in PARAMETERS]
-        if unknown:
-            raise ValueError(f"state_dict: unknown parameters {', '.join(unknown)}; expected {', '.join(PARAMETERS)}")
-        arrays = {name: _float32(weights[name], name) for name in PARAMETERS if name in weights}
-        channels = _size(arrays, ANCHOR, 1)
-        hidden = _size(arrays, "mlp.0.weight", 0)
-        sizes = {"C": channels, "3C": 3 * channels, "4C+1": 4 * channels + 1, "N": hidden, "1": 1}
-        for name, array in arrays.items():
-            expected = tuple(sizes[size] for size in PARAMETERS[name])
-            if array.shape != expected:
-                raise ValueError(
-                    f"{name}: expected shape {list(expected)} ([{', '.join(PARAMETERS[name])}] with C = {channels}, "
-                    f"N = {hidden}), got {list(array.shape)}"
-                )
-        if channels % heads:
-            raise ValueError(f"heads: {heads} heads do not divide the {channels} channels of {ANCHOR}")
-        self = object.__new__(cls)
-        core_args = (heads, window, *(arrays.get(name) for name in PARAMETERS))
-        for name, value in (
-            ("channels", channels),
-            ("heads", heads),
-            ("hidden", hidden),
-            ("window", window),
-            ("gated", GATE in arrays),
-            ("_weights", arrays),
-            ("_core_args", core_args),
-        ):
-            object.__setattr__(self, name, value)
-        return self
+        parts: dict[int | None, dict[str, Array]] = {}
+        for name, value in _strip_prefix(state_dict).items():
+            match = _LAYER.fullmatch(name) if isinstance(name, str) else None
+            layer, name = (int(match[1]), match[2]) if match else (None, name)
+            parts.setdefault(layer, {})[name] = value
+        networks = {layer: _network(weights, layer, heads, window) for layer, weights in parts.items()}
+        if not networks:
+            raise ValueError(f"state_dict: is empty; expected the parameters of one of {', '.join(ARCHITECTURES)}")
+        first = networks[next(iter(networks))]
+        for layer, network in networks.items():
+            for name in ("architecture", "channels"):
+                if getattr(network, name) != getattr(first, name):
+                    raise ValueError(
+                        f"state_dict: networks of one {name} expected, but layer {layer} has "
+                        f"{getattr(network, name)!r}, not {getattr(first, name)!r}"
+                    )
+        own = {layer: networks[layer] for layer in sorted(layer for layer in networks if layer is not None)}
+        shared = networks.get(None)
+        fields = {name: getattr(shared or first, name) for name in cls.__slots__ if name not in ("layers", "model")}
+        if own:
+            fields["_weights"] = {} if shared is None else fields["_weights"]
+            fields["_core_args"] = None if shared is None else fields["_core_args"]
+        return _make(
+            **fields | {"shared": shared is not None, "layers": tuple(own), "_layers": own},
+            model=None if model is None else dict(model),
+        )
 
     @classmethod
     def load(
@@ -149,7 +217,8 @@ class BoundaryPredictor:
 
         Args:
             path: the file; which kind it is comes from its contents, not its name.
-            heads: heads of the self-attention. None: what `save` stored; required where nothing is stored.
+            heads: heads of the self-attention. None: what `save` stored; required where nothing is stored and the
+                network is the paper's.
             window: keys on each side of a gap. None: what `save` stored, else 4.
 
         Raises:
@@ -161,7 +230,7 @@ class BoundaryPredictor:
             magic = file.read(16)
         stored: dict[str, str] = {}
         if magic[:4] == b"PK\x03\x04":
-            state_dict: Mapping[str, Array] = read_checkpoint(path, ANCHOR)
+            state_dict: Mapping[str, Array] = read_checkpoint(path, ANCHORS)
         elif len(magic) > 8 and magic[8:9] == b"{":
             state_dict, stored = _read_safetensors(path)
         else:
@@ -169,7 +238,7 @@ class BoundaryPredictor:
                 f"{path}: neither safetensors nor a PyTorch checkpoint in zip format (torch >= 1.6); "
                 "older checkpoints cannot be read safely, save them again"
             )
-        if heads is None:
+        if heads is None and any(name.endswith(ANCHORS[0]) for name in state_dict):
             if "heads" not in stored:
                 raise ValueError(
                     f"heads: not stored in {path}; give the number of attention heads (4 or 8 in the paper)"
@@ -177,52 +246,174 @@ class BoundaryPredictor:
             heads = _stored_int(stored, "heads", path)
         if window is None:
             window = _stored_int(stored, "window", path) if "window" in stored else DEFAULT_WINDOW
-        return cls.from_state_dict(state_dict, heads=heads, window=window)
+        return cls.from_state_dict(state_dict, heads=heads, window=window, model=_stored_model(stored, path))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes safetensors with the weights and, as metadata, `heads` and `window`. Needs the package
-        `safetensors`."""
-        metadata = {"heads": str(self.heads), "window": str(self.window)}
-        _safetensors().save_file(self._weights, os.fspath(path), metadata=metadata)
+    @classmethod
+    def default(cls) -> BoundaryPredictor:
+        """The weights that come with this package: for Gemma 3 270M, see the card beside them in `dhsa/weights`.
+
+        Raises:
+            ImportError: no `safetensors`.
+        """
+        return _shipped()
+
+    def layer(self, index: int) -> BoundaryPredictor:
+        """The network of one layer: its own if it has one, else the one for all layers.
+
+        Raises:
+            TypeError: no int. ValueError: there is neither.
+        """
+        index = check_int(index, "index", 0)
+        if index in self._layers:
+            return self._layers[index]
+        if not self.shared:
+            raise ValueError(f"index: there are networks of layers {_listed(self.layers)} only, not of {index}")
+        return self if not self.layers else _make(**{name: getattr(self, name) for name in self.__slots__} | _ALONE)
+
+    def save(
+        self, path: str | os.PathLike[str], *, dtype: str = "float32", notes: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes safetensors with the weights, in `dtype` "float32" or "float16" (half the size; numbers are rounded),
+        and, as metadata, `heads`, `window`, `model` and `notes`. Needs the package `safetensors`."""
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype: expected 'float32' or 'float16', got {dtype!r}")
+        metadata = {**(notes or {}), "architecture": self.architecture, "window": str(self.window)}
+        if self.heads is not None:
+            metadata["heads"] = str(self.heads)
+        if self.model is not None:
+            metadata["model"] = json.dumps(self.model, sort_keys=True)
+        with np.errstate(over="ignore"):  # said below, by name
+            weights = {name: array.astype(dtype) for name, array in self.state_dict().items()}
+        for name, array in weights.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name}: holds numbers beyond {dtype}; save as float32")
+        _safetensors().save_file(weights, os.fspath(path), metadata=metadata)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The weights under their parameter names, float32, as copies."""
-        return {name: array.copy() for name, array in self._weights.items()}
+        own = {name: array.copy() for name, array in self._weights.items()}
+        for layer, network in self._layers.items():
+            own |= {f"layers.{layer}.{name}": array for name, array in network.state_dict().items()}
+        return own
 
     def logits(self, k: Array) -> Array:
-        """The score of every gap.
+        """The score of every gap, by the network for all layers (`layer(i).logits` for that of one).
 
         Args:
             k: keys [B, Hkv, L, D] with Hkv * D = channels; float32, float16 or bfloat16; NumPy, torch CPU or DLPack.
 
         Returns:
             float32 [B, L] of the kind of `k`: entry j scores the gap between keys j and j + 1. The first w - 1 and the
-            last w gaps, whose windows are not full, are -100.
+            last w gaps, whose windows are not full, are -100; so are all of an input shorter than two windows.
 
         Raises:
-            TypeError, ValueError: naming `k`, or the predictor where its width does not fit.
+            TypeError, ValueError: naming `k`, or the predictor where its width does not fit or it has networks of
+            single layers only.
         """
         kind = kind_of(k, "k")
         k = kind.accept(k, "k")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, L, D], got {len(k.shape)}")
         out = empty((k.shape[0], k.shape[2]), np.float32, "k")
-        _core.predictor_logits(self._core_args, k, out, get_num_threads())
+        _core.predictor_logits(self._args(), k, out, get_num_threads())
         return kind.result(out)
 
+    def _args(self) -> tuple[Any, ...]:
+        """What _core takes."""
+        if self._core_args is None:
+            raise ValueError(
+                f"predictor: has networks of layers {_listed(self.layers)} only; take one of them by .layer(number)"
+            )
+        return self._core_args
 
-def _rebuild(state_dict: dict[str, np.ndarray], heads: int, window: int) -> BoundaryPredictor:
-    return BoundaryPredictor.from_state_dict(state_dict, heads=heads, window=window)
+
+_ALONE: dict[str, Any] = {"layers": (), "_layers": {}}
+
+
+def _make(**fields: Any) -> BoundaryPredictor:
+    self = object.__new__(BoundaryPredictor)
+    for name, value in fields.items():
+        object.__setattr__(self, name, value)
+    return self
+
+
+def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | None, window: int) -> BoundaryPredictor:
+    """One checked network."""
+    where = "state_dict" if layer is None else f"state_dict: layer {layer}"
+    kind = next((kind for kind, a in ARCHITECTURES.items() if a.anchor in state_dict), None)
+    if kind is None:  # the likeliest one says what is missing
+        kind = max(ARCHITECTURES, key=lambda kind: len(ARCHITECTURES[kind].parameters.keys() & state_dict.keys()))
+    parameters = ARCHITECTURES[kind].parameters
+    if missing := [name for name in parameters if name not in state_dict and name not in ARCHITECTURES[kind].optional]:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}")
+    if unknown := [str(name) for name in state_dict if name not in parameters]:
+        raise ValueError(f"{where}: unknown parameters {', '.join(unknown)}; expected {', '.join(parameters)}")
+    arrays = {name: _float32(state_dict[name], name) for name in parameters if name in state_dict}
+    letters = {letter: _size(arrays, kind, name, axis) for letter, (name, axis) in SIZES[kind].items()}
+    for name, array in arrays.items():
+        expected = tuple(_dimension(size, letters) for size in parameters[name])
+        if array.shape != expected:
+            given = ", ".join(f"{letter} = {size}" for letter, size in letters.items())
+            raise ValueError(
+                f"{name}: expected shape {list(expected)} ([{', '.join(parameters[name])}] with {given}), "
+                f"got {list(array.shape)}"
+            )
+    channels = letters["C"]
+    if ARCHITECTURES[kind].heads:
+        if heads is None:
+            raise ValueError("heads: needed for the paper's network (4 or 8 in the paper)")
+        heads = check_int(heads, "heads", 1, 65536)
+        if channels % heads:
+            raise ValueError(f"heads: {heads} heads do not divide the {channels} channels of {ANCHORS[0]}")
+    elif heads is not None:
+        raise ValueError(f"heads: the compact network has no attention heads; expected None, got {heads}")
+    ordered = tuple(arrays.get(name) for name in parameters)
+    return _make(
+        architecture=kind,
+        channels=channels,
+        heads=heads,
+        hidden=letters["N"],
+        window=window,
+        gated="pool.gate.weight" in arrays,
+        shared=True,
+        model=None,
+        _weights=arrays,
+        _core_args=(window, *ordered) if heads is None else (heads, window, *ordered),
+        **_ALONE,
+    )
+
+
+def _dimension(size: str, letters: dict[str, int]) -> int:
+    """ "3C", "4C+1", "N" or "1" as a number."""
+    times, letter, plus = re.fullmatch(r"(\d*)([A-Z]?)(\+\d+)?", size).groups()  # type: ignore[union-attr]
+    return int(times or 1) * letters.get(letter, 1) + int(plus or 0)
+
+
+@functools.cache
+def _shipped() -> BoundaryPredictor:
+    with resources.as_file(resources.files("dhsa") / "weights" / SHIPPED) as path:
+        return BoundaryPredictor.load(path)
+
+
+def _rebuild(
+    state_dict: dict[str, np.ndarray], heads: int | None, window: int, model: dict[str, Any] | None
+) -> BoundaryPredictor:
+    return BoundaryPredictor.from_state_dict(state_dict, heads=heads, window=window, model=model)
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _strip_prefix(state_dict: Mapping[str, Array]) -> dict[str, Array]:
     """The mapping with a prefix common to all names (as wrappers add) removed."""
     names = [name for name in state_dict if isinstance(name, str)]
     for name in names:
-        if name.endswith(ANCHOR):
-            prefix = name[: -len(ANCHOR)]
-            if prefix and len(names) == len(state_dict) and all(other.startswith(prefix) for other in names):
-                return {other[len(prefix) :]: value for other, value in state_dict.items()}
+        for anchor in ANCHORS:
+            if name.endswith(anchor):
+                prefix = re.sub(r"layers\.\d+\.$", "", name[: -len(anchor)])
+                if prefix and len(names) == len(state_dict) and all(other.startswith(prefix) for other in names):
+                    return {other[len(prefix) :]: value for other, value in state_dict.items()}
     return dict(state_dict)
 
 
@@ -239,10 +430,12 @@ def _float32(value: Array, name: str) -> np.ndarray:
     return array
 
 
-def _size(arrays: dict[str, np.ndarray], name: str, axis: int) -> int:
+def _size(arrays: dict[str, np.ndarray], kind: str, name: str, axis: int) -> int:
     shape = arrays[name].shape
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{name}: expected shape [{', '.join(PARAMETERS[name])}], got {list(shape)}")
+        raise ValueError(
+            f"{name}: expected shape [{', '.join(ARCHITECTURES[kind].parameters[name])}], got {list(shape)}"
+        )
     return shape[axis]
 
 
@@ -251,6 +444,18 @@ def _stored_int(stored: dict[str, str], name: str, path: str) -> int:
         return int(stored[name])
     except ValueError:
         raise ValueError(f"{name}: {path} stores {stored[name]!r}, expected an int") from None
+
+
+def _stored_model(stored: dict[str, str], path: str) -> dict[str, Any] | None:
+    if "model" not in stored:
+        return None
+    try:
+        model = json.loads(stored["model"])
+    except ValueError:
+        model = None
+    if not isinstance(model, dict):
+        raise ValueError(f"model: {path} stores {stored['model']!r}, expected a JSON object")
+    return model
 
 
 def _safetensors() -> Any:

@@ -405,7 +405,6 @@ OTHER_CALLS = {
     "predictor type": (
         lambda: dhsa.Config(predictor="p.pt"),
         TypeError, r"^predictor: expected a dhsa.BoundaryPredictor"),
-    "predictor missing": (lambda: dhsa.Config(boundaries="predictor"), ValueError, r"^predictor: "),
     # BoundaryPredictor
     "wrong width": (lambda: predictor().logits(k[:, :1]), ValueError, "(?i)8.*16|16.*8"),
     "wrong width, boundaries": (

@@ -46,7 +46,7 @@ def test_source_distribution_holds_every_file_that_the_build_and_the_tests_read(
         str(path.relative_to(ROOT))
         for folder, suffixes in (
             ("csrc", {".c", ".h", ".inc"}),
-            ("dhsa", {".py", ".pyi", ".typed"}),
+            ("dhsa", {".py", ".pyi", ".typed", ".safetensors", ".md"}),
             ("tests", {".py", ".c"}),
         )
         for path in (ROOT / folder).rglob("*")
@@ -55,6 +55,20 @@ def test_source_distribution_holds_every_file_that_the_build_and_the_tests_read(
     assert len(wanted) > 50
     assert wanted <= sdist, sorted(wanted - sdist)
     assert {"README.md", "Makefile", "notebooks/quickstart.ipynb", "docs/ARCHITECTURE.md"} <= sdist
+
+
+def test_a_wheel_holds_every_module_and_the_weights(tmp_path):
+    """By the step that collects a wheel's Python files and data; compiling is shown by every installation."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "build_py", "-d", tmp_path / "lib"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=120)
+    made = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "dhsa").rglob("*")
+        if path.suffix in {".py", ".pyi", ".typed", ".safetensors", ".md"} or path.name == "py.typed"
+    }
+    assert any(name.endswith(".safetensors") for name in wanted)
+    assert wanted <= made, sorted(wanted - made)
 
 
 def test_source_distribution_holds_nothing_built(sdist):

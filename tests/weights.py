@@ -1,4 +1,4 @@
-"""Random weights of a boundary network, for the tests that need one. Not here: real ones (vectors.py)."""
+"""Random weights of boundary networks, for the tests that need them. Not here: real ones (vectors.py)."""
 
 import numpy as np
 
@@ -20,3 +20,18 @@ def random_weights(channels, hidden, gated=False, seed=0):
     if gated:
         shapes["pool.gate.weight"] = (1, channels)
     return {name: rng.standard_normal(shape).astype(np.float32) / 4 for name, shape in shapes.items()}
+
+
+def compact_weights(channels, width=6, pooled=5, hidden=7, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "project.weight": (width, channels),
+        "project.bias": (width,),
+        "token.weight": (pooled, 2 * width),
+        "token.bias": (pooled,),
+        "head.0.weight": (hidden, 3 * pooled),
+        "head.0.bias": (hidden,),
+        "head.2.weight": (1, hidden),
+        "head.2.bias": (1,),
+    }
+    return {name: (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32) for name, shape in shapes.items()}

@@ -90,6 +90,20 @@ typedef struct {
     float mlp2_bias;
 } dhsa_predictor;
 
+/* The compact boundary network, this project's: see select/compact.c. Weights alike. */
+typedef struct {
+    int64_t channels, width, pooled, hidden; /* C, R, M, N */
+    int64_t window;
+    const float *project_weight; /* [R, C] */
+    const float *project_bias;   /* [R] */
+    const float *token_weight;   /* [M, 2R] */
+    const float *token_bias;     /* [M] */
+    const float *head0_weight;   /* [N, 3M] */
+    const float *head0_bias;     /* [N] */
+    const float *head2_weight;   /* [N] */
+    float head2_bias;
+} dhsa_compact;
+
 typedef enum { DHSA_BOUNDARIES_SIMILARITY = 0, DHSA_BOUNDARIES_FIXED, DHSA_BOUNDARIES_PREDICTOR } dhsa_boundary_kind;
 typedef enum { DHSA_SCORE_ROWS = 0, DHSA_SCORE_BLOCK } dhsa_score_kind;
 typedef enum { DHSA_POOL_MEAN = 0, DHSA_POOL_MEAN_SQRT } dhsa_pooling;
@@ -97,12 +111,13 @@ typedef enum { DHSA_HEADS_GROUP = 0, DHSA_HEADS_ALL, DHSA_HEADS_HEAD } dhsa_head
 
 typedef struct {
     dhsa_boundary_kind kind;
-    int64_t chunk_size; /* fixed */
-    int64_t num_chunks; /* similarity, predictor: n, the most gaps to pick */
-    int64_t window;     /* w of the similarity score */
-    double theta;       /* a gap's score must exceed it; -INFINITY: any */
-    int64_t nms;        /* an accepted gap lies more than this away from all accepted so far */
-    const dhsa_predictor *predictor;
+    int64_t chunk_size;              /* fixed */
+    int64_t num_chunks;              /* similarity, predictor: n, the most gaps to pick */
+    int64_t window;                  /* w of the similarity score */
+    double theta;                    /* a gap's score must exceed it; -INFINITY: any */
+    int64_t nms;                     /* an accepted gap lies more than this away from all accepted so far */
+    const dhsa_predictor *predictor; /* predictor: one of the two, the other NULL */
+    const dhsa_compact *compact;
 } dhsa_boundary_config;
 
 /* Scores of gap j (between keys j and j + 1) of one batch row: minus the cosine of the mean key of the w tokens up to j
@@ -111,6 +126,9 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
 /* logits [B, Lk] of the predictor; the first w - 1 and last w gaps are -100. */
 dhsa_status dhsa_predictor_logits(const dhsa_predictor *predictor, const dhsa_tensor *k, float *logits, int num_threads,
                                   dhsa_error *error);
+/* The same of the compact network; a gap whose window holds a key that makes it infinite or NaN is NaN. */
+dhsa_status dhsa_compact_logits(const dhsa_compact *compact, const dhsa_tensor *k, float *logits, int num_threads,
+                                dhsa_error *error);
 /* Greedy picking: score > theta, best first (ties: lower index first), more than nms apart, at most n.
  * instruction > 0: gap L - instruction is taken first and gaps at or after it are skipped. boundaries has room for
  * min(n, L) + 3 entries; *count receives how many were written: 0, ..., L. */

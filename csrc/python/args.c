@@ -179,9 +179,50 @@ static int check_tuple(PyObject *tuple, const char *name, Py_ssize_t size)
     return 0;
 }
 
+/* Sizes are known after the weights that have them: rows and columns of the first, rows of the third and fifth. */
+static int compact_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *p)
+{
+    static const char *const names[] = {"project.weight", "project.bias", "token.weight",  "token.bias",
+                                        "head.0.weight",  "head.0.bias",  "head.2.weight", "head.2.bias"};
+    dhsa_compact *w = &p->small;
+    if (dhsa_py_int(PyTuple_GetItem(tuple, 0), "window", 1, INT32_MAX, &w->window) != 0) {
+        return -1;
+    }
+    for (int i = 0; i < 8; i++) {
+        const int64_t r = w->width, m = w->pooled, n = w->hidden;
+        const int64_t shapes[8][2] = {{-1, -1}, {r, 0}, {-1, 2 * r}, {m, 0}, {-1, 3 * m}, {n, 0}, {1, n}, {1, 0}};
+        if (dhsa_py_array_open(state, PyTuple_GetItem(tuple, 1 + i), names[i], DL_FLOAT, 32, i % 2 == 0 ? 2 : 1, shapes[i], 0,
+                               &p->arrays[i]) != 0) {
+            dhsa_py_predictor_release(p);
+            return -1;
+        }
+        if (i == 0) {
+            w->width = p->arrays[0].shape[0];
+            w->channels = p->arrays[0].shape[1];
+        } else if (i == 2) {
+            w->pooled = p->arrays[2].shape[0];
+        } else if (i == 4) {
+            w->hidden = p->arrays[4].shape[0];
+        }
+    }
+    w->project_weight = p->arrays[0].data;
+    w->project_bias = p->arrays[1].data;
+    w->token_weight = p->arrays[2].data;
+    w->token_bias = p->arrays[3].data;
+    w->head0_weight = p->arrays[4].data;
+    w->head0_bias = p->arrays[5].data;
+    w->head2_weight = p->arrays[6].data;
+    memcpy(&w->head2_bias, p->arrays[7].data, sizeof w->head2_bias);
+    p->compact = w;
+    return 0;
+}
+
 int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *p)
 {
     memset(p, 0, sizeof *p);
+    if (PyTuple_Check(tuple) && PyTuple_Size(tuple) == 9) {
+        return compact_open(state, tuple, p);
+    }
     dhsa_predictor *w = &p->predictor;
     if (check_tuple(tuple, "predictor", 2 + DHSA_PY_PREDICTOR_ARRAYS) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 0), "heads", 1, INT32_MAX, &w->heads) != 0 ||
@@ -239,6 +280,7 @@ int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_
     w->mlp0_bias = p->arrays[8].data;
     w->mlp2_weight = p->arrays[9].data;
     memcpy(&w->mlp2_bias, p->arrays[10].data, sizeof w->mlp2_bias);
+    p->attention = w;
     return 0;
 fail:
     dhsa_py_predictor_release(p);
@@ -271,7 +313,8 @@ int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_bo
         if (dhsa_py_predictor_open(state, PyTuple_GetItem(tuple, 6), predictor) != 0) {
             return -1;
         }
-        config->predictor = &predictor->predictor;
+        config->predictor = predictor->attention;
+        config->compact = predictor->compact;
     }
     return 0;
 }

@@ -33,10 +33,14 @@ typedef struct {
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *problem);
 void dhsa_py_problem_release(dhsa_py_problem *problem);
 
-/* The weights of a boundary network; from (heads, window, in_proj_weight, ..., mlp2_bias), see predictor.py. */
+/* The weights of a boundary network; from (heads, window, in_proj_weight, ..., mlp2_bias) or, compact, (window, project_weight,
+ * ..., head2_bias), see predictor.py. One of attention and compact points here, the other is NULL. */
 #define DHSA_PY_PREDICTOR_ARRAYS 11
 typedef struct {
+    const dhsa_predictor *attention;
+    const dhsa_compact *compact;
     dhsa_predictor predictor;
+    dhsa_compact small;
     dhsa_py_view arrays[DHSA_PY_PREDICTOR_ARRAYS];
 } dhsa_py_predictor;
 

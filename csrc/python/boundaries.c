@@ -53,7 +53,8 @@ PyObject *dhsa_py_predictor_logits(PyObject *module, PyObject *const *args, Py_s
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_predictor_logits(&predictor.predictor, &tensor, logits.data, threads, &error);
+            status = predictor.compact != NULL ? dhsa_compact_logits(predictor.compact, &tensor, logits.data, threads, &error)
+                                               : dhsa_predictor_logits(predictor.attention, &tensor, logits.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }

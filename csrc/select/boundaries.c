@@ -1,5 +1,5 @@
 /* boundaries.c: where keys are cut into chunks: fixed sizes, similarity scores, greedy picking with non-maximum suppression.
- * The paper's network is predictor.c's, its training label ratios.c's. */
+ * The networks are predictor.c's and compact.c's, their training label ratios.c's and labels.c's. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -230,9 +230,9 @@ static void row_task(void *context, int64_t b, int thread)
         fixed_row(DHSA_MIN(c->chunk_size, job->length), job->length, row, job->counts + b);
     } else {
         float *scores = job->scores + b * job->length;
-        if (c->kind == DHSA_BOUNDARIES_PREDICTOR) /* gaps without a full window never win, whatever theta is */
-            for (int64_t j = 0; j < job->length; j++)
-                if (j < c->predictor->window - 1 || j >= job->length - c->predictor->window) scores[j] = -INFINITY;
+        const int64_t window = c->kind != DHSA_BOUNDARIES_PREDICTOR ? 0 : c->compact ? c->compact->window : c->predictor->window;
+        for (int64_t j = 0; window && j < job->length; j++) /* gaps without a full window never win, whatever theta is */
+            if (j < window - 1 || j >= job->length - window) scores[j] = -INFINITY;
         if (pick(scores, job->length, c->num_chunks, c->theta, c->nms, 0, row, job->counts + b, job->errors + b)) return;
     }
     for (int64_t at = job->counts[b]; at < job->capacity; at++) row[at] = (int32_t)job->length;
@@ -265,7 +265,8 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
     if (config->kind == DHSA_BOUNDARIES_SIMILARITY)
         status = dhsa_similarity_scores(k, config->window, job.scores, num_threads, error);
     if (config->kind == DHSA_BOUNDARIES_PREDICTOR)
-        status = dhsa_predictor_logits(config->predictor, k, job.scores, num_threads, error);
+        status = config->compact ? dhsa_compact_logits(config->compact, k, job.scores, num_threads, error)
+                                 : dhsa_predictor_logits(config->predictor, k, job.scores, num_threads, error);
     if (status) goto cleanup;
     dhsa_parallel(batch, num_threads, row_task, &job);
     for (int64_t b = 0; b < batch && !status; b++)

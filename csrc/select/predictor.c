@@ -244,6 +244,15 @@ static void tile_task(void *context, int64_t index, int thread)
     }
 }
 
+dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_error *error)
+{
+    if (channels == k->shape[1] * k->shape[3]) return DHSA_OK;
+    return dhsa_fail(error, DHSA_ERR_VALUE,
+                     "predictor: made for %" PRId64 " channels, but k has %" PRId64 " (%" PRId64 " heads of %" PRId64
+                     "); train one for this model: python -m dhsa train-boundaries --model MODEL --text FILES --out FILE",
+                     channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
+}
+
 static dhsa_status predictor_check(const dhsa_predictor *p, const dhsa_tensor *k, dhsa_error *error)
 {
     if (!p) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: none given");
@@ -251,10 +260,8 @@ static dhsa_status predictor_check(const dhsa_predictor *p, const dhsa_tensor *k
                                   p->norm_bias,      p->mlp0_weight,  p->mlp0_bias,       p->mlp2_weight};
     for (int i = 0; i < 9; i++)
         if (!needed[i]) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: weights are missing");
-    if (p->channels != k->shape[1] * k->shape[3])
-        return dhsa_fail(error, DHSA_ERR_VALUE,
-                         "predictor: made for %" PRId64 " channels, but k has %" PRId64 " (%" PRId64 " heads of %" PRId64 ")",
-                         p->channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
+    const dhsa_status status = dhsa_predictor_width(p->channels, k, error);
+    if (status) return status;
     if (p->channels > 1 << 20 || p->hidden < 1 || p->hidden > 1 << 24)
         return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " channels and %" PRId64 " hidden units are not supported",
                          p->channels, p->hidden);

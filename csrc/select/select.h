@@ -24,6 +24,8 @@ dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const d
 dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, dhsa_error *error);
 /* Rows [batch, n]: from 0, never falling, ending in length. */
 dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error);
+/* Whether a boundary network of so many channels fits k; else a message that says how to get one that does. */
+dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_error *error);
 /* Sharing sets: 1, Hkv or H. */
 int64_t dhsa_score_sets(const dhsa_score_config *config, const dhsa_tensor *q, const dhsa_tensor *k);
 static inline int64_t dhsa_block_count(const dhsa_score_config *config, int64_t q_len)

@@ -90,6 +90,43 @@ def predictor_logits(k, weights: Mapping[str, Any], *, heads: int, window: int =
     return logits
 
 
+def compact_logits(k, weights: Mapping[str, Any], *, window: int = 4) -> np.ndarray:
+    """The compact boundary network, this project's, on the keys of one layer: k [B, Hkv, L, D] -> float64 [B, L].
+
+    Keys with KV heads concatenated have ``C = Hkv * D`` channels. Each token on its own: ``z = project(k)``, of R
+    numbers, and ``t = token([z, max(z, 0)])``, of M. Each run of ``window`` tokens: ``u``, the maximum of the first
+    ``M // 2`` numbers of t and the mean of the others. Gap j compares l, the u of tokens ``j - window + 1 .. j``, with
+    r, that of ``j + 1 .. j + window``: ``[|l - r|, l, r]`` goes through ``Linear -> ReLU -> Linear``.
+    The first ``window - 1`` and the last ``window`` gaps see less than a full window; their logit is -100. A token
+    whose t is not finite makes the gaps that see it NaN.
+
+    weights, in torch's layouts: ``project.weight [R, C]``, ``token.weight [M, 2R]``, ``head.0.weight [N, 3M]``,
+    ``head.2.weight [1, N]`` and the bias of each.
+    """
+    w = {name: np.asarray(value).astype(np.float64) for name, value in weights.items()}
+    keys = _channels(k)
+    if w["project.weight"].shape[1] != keys.shape[2]:
+        raise ValueError(
+            f"weights: project.weight is {w['project.weight'].shape}, the keys have {keys.shape[2]} channels"
+        )
+    with np.errstate(invalid="ignore"):
+        z = keys @ w["project.weight"].T + w["project.bias"]
+        t = np.concatenate([z, np.maximum(z, 0)], axis=-1) @ w["token.weight"].T + w["token.bias"]
+    t[~np.isfinite(t).all(axis=-1)] = np.nan
+    half, length = t.shape[2] // 2, t.shape[1]
+
+    def pooled(tokens):
+        return np.concatenate([tokens[:, :, :half].max(axis=1), tokens[:, :, half:].mean(axis=1)], axis=-1)
+
+    logits = np.full(t.shape[:2], -100.0)
+    for j in range(window - 1, length - window):
+        l, r = pooled(t[:, j - window + 1 : j + 1]), pooled(t[:, j + 1 : j + window + 1])
+        features = np.concatenate([np.abs(l - r), l, r], axis=-1)
+        hidden = np.maximum(features @ w["head.0.weight"].T + w["head.0.bias"], 0)
+        logits[:, j] = hidden @ w["head.2.weight"][0] + w["head.2.bias"][0]
+    return logits
+
+
 def pick_boundaries(
     scores, n: int, *, theta: float = -np.inf, nms: int = 0, instruction: int | None = None
 ) -> np.ndarray:

@@ -1,0 +1,135 @@
+"""`python -m dhsa train-boundaries`: arguments, progress and files around the training loop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dhsa import loading
+from dhsa.loading import UserError, at_least
+
+__all__ = ["DESCRIPTION", "add_arguments", "run"]
+
+DESCRIPTION = (
+    "Trains a boundary predictor on the keys of a model reading a text, and writes it with a card that says how good "
+    "it is. Keys and labels are streamed layer by layer: nothing of them goes to disk, and at most --pool-mib stay in "
+    "memory. An interrupted run goes on where it was when the same command is given again."
+)
+NEEDED = ("torch", "transformers", "safetensors", "rich")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options; defaults of None are Settings' own."""
+    parser.add_argument("--model", help="a GGUF file, a model folder, gemma3 or smollm2; default: gemma3")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", help="UTF-8 files, a document each; default: Python's own documentation"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the .safetensors to write; its card goes beside it, .md"
+    )
+    parser.add_argument("--architecture", choices=("compact", "attention"), default="compact")
+    parser.add_argument(
+        "--networks", choices=("both", "layers", "shared"), help="one for each layer, one for all, or both"
+    )
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to learn from; default: all")
+    parser.add_argument("--tokens", type=at_least(64), default=8192, help="length of the pieces that are read")
+    parser.add_argument("--pieces", type=at_least(1), help="at most so many pieces to learn from")
+    parser.add_argument("--held-out", type=at_least(1), default=4, help="at most so many pieces to be judged by")
+    parser.add_argument("--epochs", type=at_least(1), default=2)
+    parser.add_argument("--rate", type=float, help="Adam's learning rate; default: 3e-3, of the paper's network 1e-4")
+    parser.add_argument("--schedule", choices=("constant", "cosine"))
+    parser.add_argument("--heads", type=at_least(1), default=4, help="of the paper's network")
+    parser.add_argument("--hidden", type=at_least(1), help="units of the MLP")
+    parser.add_argument("--pool-mib", type=at_least(1), default=256, help="most memory for keys, in MiB")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the weights in the file")
+    parser.add_argument("--threads", type=at_least(1), help="default: all CPUs")
+    parser.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit status."""
+    loading.prepare(NEEDED, "train-boundaries")
+    import torch
+    from rich.console import Console
+
+    import dhsa
+    from dhsa import training
+    from dhsa.training import report
+
+    try:
+        settings = training.Settings(
+            architecture=args.architecture,
+            networks=args.networks,
+            layers=None if args.layers is None else tuple(args.layers),
+            tokens=args.tokens,
+            epochs=args.epochs,
+            rate=args.rate,
+            schedule=args.schedule,
+            heads=args.heads,
+            hidden=args.hidden,
+            pool_mib=args.pool_mib,
+            seed=args.seed,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--{str(error).replace('_', '-')}") from error
+    if args.out.suffix != ".safetensors":
+        raise UserError(f"--out: expected a name that ends in .safetensors, got {args.out}")
+    if not args.out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {args.out.parent}")
+    dhsa.set_num_threads(args.threads)
+    torch.set_num_threads(dhsa.get_num_threads())
+    console = Console(stderr=True)
+    source = loading.find_model(args.model)
+    with loading.progress(console, remaining=True) as step:
+        with step("reading the model"):
+            tokenizer, model = loading.load(source)
+        with step("reading the text"):
+            text = read(args, tokenizer)
+        state = args.out.with_suffix(".state")
+        if args.restart:
+            state.unlink(missing_ok=True)
+        if state.exists():
+            console.print(f"going on from {state}")
+        total = settings.epochs * len(text.train) + len(text.held_out)
+        with step(
+            f"{len(text.train)} pieces, {settings.epochs} epochs, {len(text.held_out)} to judge", total
+        ) as advance:
+            done = training.train(model, text, settings, state=state, advance=advance)
+    sizes = (sum(map(len, text.train)), sum(map(len, text.held_out)))
+    losses = {who: [round(h[who], 5) for h in done.history] for who in done.history[0]}
+    notes = {"settings": json.dumps(settings.fields()), "losses": json.dumps(losses), "text": text.source}
+    done.predictor.save(args.out, dtype=args.dtype, notes=notes)
+    name = args.model or "gemma3"
+    described = report.card(done, settings, model=Path(name).name, source=text.source, sizes=sizes, name=args.out.name)
+    args.out.with_suffix(".md").write_text(described, encoding="utf-8")
+    Console().print(report.table(done))
+    console.print(
+        f"{done.seconds:.0f} s; {args.out} ({args.out.stat().st_size / 1024:.0f} KiB) and its card "
+        f"{args.out.with_suffix('.md').name}. Use it:\n"
+        f'  dhsa.Config(boundaries="predictor", predictor=dhsa.BoundaryPredictor.load("{args.out}"))',
+        highlight=False,
+    )
+    return 0
+
+
+def read(args: argparse.Namespace, tokenizer: object):
+    """The text of the command line, packed."""
+    from dhsa.training import Text, pack, python_documents, read_documents, split
+
+    documents = python_documents() if args.text is None else read_documents(args.text)
+    if args.text is None:
+        source = "Python's language reference and the docstrings of its standard library (PSF License)"
+    else:
+        source = ", ".join(path.name for path in args.text[:8]) + (" and others" if len(args.text) > 8 else "")
+    learn, judge = split(documents, args.seed)
+    text = Text(
+        pack(tokenizer, learn, args.tokens, args.pieces), pack(tokenizer, judge, args.tokens, args.held_out), source
+    )
+    if not text.train or not text.held_out:
+        raise UserError(
+            f"--text: too little: {sum(map(len, documents)):,} characters in {len(documents)} documents, of which an "
+            "eighth is held out and must make a piece of at least 128 tokens"
+        )
+    return text

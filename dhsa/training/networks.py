@@ -1,0 +1,110 @@
+"""The boundary networks in torch, as they are trained, and the loss. Their twins that run are csrc/select/compact.c and
+predictor.c; parameters have the same names, so that a state dict is all that passes from one to the other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dhsa.training.settings import Settings
+
+__all__ = ["AttentionNetwork", "CompactNetwork", "build", "focal_loss", "soft_labels"]
+
+
+class CompactNetwork(nn.Module):
+    """This project's: a narrow projection of every key, pooled on either side of a gap. See csrc/select/compact.c.
+
+    `scale`: keys are divided by it; `state_dict` of the result has it folded into the projection (`folded`).
+    """
+
+    def __init__(self, channels: int, *, width: int, pooled: int, hidden: int, window: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.window, self.scale = window, scale
+        self.project = nn.Linear(channels, width)
+        self.token = nn.Linear(2 * width, pooled)
+        self.head = nn.Sequential(nn.Linear(3 * pooled, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """keys [T, C] -> logits [T - 2w + 1] of the gaps that have w keys on either side."""
+        z = self.project(keys / self.scale)
+        t = self.token(torch.cat([z, F.relu(z)], dim=1))
+        runs = t.unfold(0, self.window, 1)
+        half = t.shape[1] // 2
+        u = torch.cat([runs[:, :half].amax(-1), runs[:, half:].mean(-1)], dim=1)
+        left, right = u[: -self.window], u[self.window :]
+        return self.head(torch.cat([(left - right).abs(), left, right], dim=1))[:, 0]
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        """The state dict of the network that takes keys as they are."""
+        state = {name: value.detach().clone() for name, value in self.state_dict().items()}
+        state["project.weight"] /= self.scale
+        return state
+
+
+class AttentionNetwork(nn.Module):
+    """The paper's (BoundarySimilarityAttn), parameter names as the authors have them. See csrc/select/predictor.c."""
+
+    def __init__(self, channels: int, *, heads: int, hidden: int, window: int, gated: bool = False) -> None:
+        super().__init__()
+        self.window = window
+        self.enc = nn.Module()
+        self.enc.mha = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.enc.norm = nn.LayerNorm(channels)
+        if gated:
+            self.pool = nn.Module()
+            self.pool.gate = nn.Linear(channels, 1, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(4 * channels + 1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def _pooled(self, half: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "pool"):
+            return half.mean(dim=1)
+        return (self.pool.gate(half).softmax(dim=1) * half).sum(dim=1)
+
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """keys [T, C] -> logits [T - 2w + 1]."""
+        windows = keys.unfold(0, 2 * self.window, 1).transpose(1, 2)
+        x = self.enc.norm(self.enc.mha(windows, windows, windows, need_weights=False)[0])
+        left, right = self._pooled(x[:, : self.window]), self._pooled(x[:, self.window :])
+        norms = left.norm(dim=1).clamp_min(1e-6) * right.norm(dim=1).clamp_min(1e-6)
+        cosine = ((left * right).sum(dim=1) / norms)[:, None]
+        return self.mlp(torch.cat([left, right, (left - right).abs(), left * right, cosine], dim=1))[:, 0]
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        """The state dict."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+
+def build(settings: Settings, channels: int, scale: float, seed: int) -> CompactNetwork | AttentionNetwork:
+    """A network with fresh weights that depend on the seed alone. `scale`: root mean square of a key's numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.architecture == "compact":
+            return CompactNetwork(
+                channels,
+                width=settings.width,
+                pooled=settings.pooled,
+                hidden=settings.hidden,
+                window=settings.window,
+                scale=scale,
+            )
+        return AttentionNetwork(
+            channels, heads=settings.heads, hidden=settings.hidden, window=settings.window, gated=settings.gated
+        )
+
+
+def soft_labels(ratios: torch.Tensor) -> torch.Tensor:
+    """sigmoid(2 (log(ratio + 1e-6) - log 2)): 1/2 where one side of the gap gets twice the other's attention."""
+    return torch.sigmoid(2 * (torch.log(ratios + 1e-6) - math.log(2)))
+
+
+def focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float, pos_weight: float) -> torch.Tensor:
+    """Mean binary cross-entropy of soft labels, positives times `pos_weight`, each times (1 - p_t)^gamma with p_t the
+    probability given to the label: what is already right counts little."""
+    p = torch.sigmoid(logits)
+    loss = F.binary_cross_entropy_with_logits(
+        logits, labels, pos_weight=torch.tensor(pos_weight, dtype=logits.dtype), reduction="none"
+    )
+    return ((1 - (p * labels + (1 - p) * (1 - labels))) ** gamma * loss).mean()

@@ -1,0 +1,95 @@
+"""What a training says of itself: a table of scores for people, and the model card that lies beside the weights."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+from typing import Any
+
+import dhsa
+from dhsa.training.loop import Training
+from dhsa.training.settings import Settings
+
+__all__ = ["card", "mean_scores", "table"]
+
+WHO = {"own": "own network", "shared": "shared network", "similarity": "similarity", "random": "random"}
+MEASURES = {"average_precision": "average precision", "recall": "recall"}
+
+
+def present(training: Training) -> list[str]:
+    """Those of WHO that were judged."""
+    first = next(iter(training.scores.values()))
+    return [who for who in WHO if who in first]
+
+
+def mean_scores(training: Training) -> dict[str, dict[str, float]]:
+    """{who: {measure: mean over layers}}."""
+    rows = training.scores.values()
+    return {
+        who: {m: _mean([row[who][m] for row in rows]) for m in MEASURES} for who in present(training)
+    }  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    known = [x for x in values if not math.isnan(x)]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def table(training: Training) -> Any:
+    """A rich table: a row a layer, and their means."""
+    from rich.table import Table
+
+    shown = Table(title="Held-out text: average precision / recall at the operating point")
+    shown.add_column("layer")
+    shown.add_column("boundaries", justify="right")
+    who = present(training)
+    for name in who:
+        shown.add_column(WHO[name], justify="right")
+    for layer, row in training.scores.items():
+        shown.add_row(str(layer), f"{row['positive']:.0%}", *(_pair(row[name]) for name in who))
+    shown.add_section()
+    means = mean_scores(training)
+    shown.add_row("mean", "", *(_pair(means[name]) for name in who))
+    return shown
+
+
+def _pair(scores: dict[str, float]) -> str:
+    return f"{scores['average_precision']:.3f} / {scores['recall']:.3f}"
+
+
+def card(training: Training, settings: Settings, *, model: str, source: str, sizes: tuple[int, int], name: str) -> str:
+    """The model card, Markdown. `sizes`: tokens learned from and held out."""
+    predictor, means, who = training.predictor, mean_scores(training), present(training)
+    facts = ", ".join(f"{key} {value}" for key, value in (predictor.model or {}).items())
+    losses = [
+        f"{part}: {training.history[0][part]:.4f} to {training.history[-1][part]:.4f}" for part in training.history[0]
+    ]
+    lines = [
+        f"# {name}",
+        "",
+        f"Boundary predictor for `dhsa` ({predictor.architecture} architecture), for {model} ({facts}).",
+        "It scores the gaps between the keys of one attention layer; it holds no part of the model and of no text.",
+        "",
+        f"- Made: {datetime.date.today().isoformat()} by `python -m dhsa train-boundaries`, dhsa {dhsa.__version__}, "
+        f"Python {platform.python_version()}, in {training.seconds / 60:.1f} minutes"
+        + (f", interrupted {training.resumed} times" if training.resumed else ""),
+        f"- Text: {source}; {sizes[0]:,} tokens to learn from, {sizes[1]:,} held out",
+        f"- Networks: {'one for all layers' if predictor.shared else 'none for all layers'}"
+        + (f", one for each of {len(predictor.layers)} layers" if predictor.layers else ""),
+        "- Settings: " + ", ".join(f"{key} {value}" for key, value in settings.fields().items()),
+        f"- Loss of the first and the last piece: {'; '.join(losses)}",
+        "",
+        "Scores on the held-out text, by layer. A boundary is a gap one side of which gets more than twice the other's",
+        "attention from later tokens. Average precision is over all gaps; recall is the share of the boundaries that",
+        "the labels would cut at (a quarter of the keys, more than 2 apart) that are cut at.",
+        "",
+        "| layer | boundaries | " + " | ".join(f"{WHO[name]}: {m}" for name in who for m in MEASURES.values()) + " |",
+        "|" + "---|" * (2 + 2 * len(who)),
+    ]
+    for layer, row in training.scores.items():
+        numbers = [f"{row[name][m]:.3f}" for name in who for m in MEASURES]
+        lines.append(f"| {layer} | {row['positive']:.3f} | " + " | ".join(numbers) + " |")
+    numbers = [f"{means[name][m]:.3f}" for name in who for m in MEASURES]
+    lines.append("| mean | | " + " | ".join(numbers) + " |")
+    return "\n".join(lines) + "\n"

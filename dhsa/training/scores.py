@@ -1,0 +1,57 @@
+"""How good scores of gaps are, against the labels: NumPy only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import dhsa
+from dhsa import _core
+from dhsa._threads import get_num_threads
+
+__all__ = ["POSITIVE", "average_precision", "recall", "score", "similarity"]
+
+POSITIVE = 2.0  # a ratio above it is a boundary: where the soft label is 1/2
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Mean precision at each positive, going down the scores; equal scores count as one step. NaN without positives."""
+    order = np.argsort(-scores, kind="stable")
+    ordered, hits = scores[order], np.cumsum(positive[order])
+    last = np.append(ordered[1:] != ordered[:-1], True)  # the end of each run of equal scores
+    hits, seen = hits[last], np.flatnonzero(last) + 1
+    if not hits[-1]:
+        return float("nan")
+    return float((np.diff(hits, prepend=0) * hits / seen).sum() / hits[-1])
+
+
+def _picked(scores: np.ndarray, config: dhsa.Config) -> set[int]:
+    length = len(scores)
+    cuts = dhsa.pick_boundaries(scores, config._num_chunks(length), theta=-np.inf, nms=config._nms)
+    return set(np.asarray(cuts)[1:-1].tolist())
+
+
+def recall(scores: np.ndarray, ratios: np.ndarray) -> float:
+    """Of the boundaries that the labels would cut at, the share that the scores cut at too, both picked as `Config()`
+    picks them for so many keys."""
+    config = dhsa.Config()
+    valid = ratios > 0
+    wanted = _picked(np.where(valid, ratios, -np.inf), config)
+    found = _picked(np.where(valid, scores, -np.inf), config)
+    return len(wanted & found) / len(wanted) if wanted else float("nan")
+
+
+def similarity(keys: object, window: int) -> np.ndarray:
+    """[L], the scores of boundaries="similarity" for keys [1, Hkv, L, D]."""
+    scores = np.empty((1, keys.shape[2]), np.float32)
+    _core.similarity_scores(keys, window, scores, get_num_threads())
+    return scores[0]
+
+
+def score(scores: np.ndarray, ratios: np.ndarray) -> dict[str, float]:
+    """{"average_precision", "recall"} of the scores [L] of one layer's gaps against their ratios [L], 0 where a gap has
+    no label."""
+    valid = ratios > 0
+    return {
+        "average_precision": average_precision(scores[valid], ratios[valid] > POSITIVE),
+        "recall": recall(scores, ratios),
+    }

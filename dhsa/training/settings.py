@@ -1,0 +1,99 @@
+"""Settings: every choice of a training, validated, in one object that goes into the file it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dhsa._arrays import check_int
+from dhsa.config import check_choice
+from dhsa.predictor import ARCHITECTURES, DEFAULT_WINDOW
+
+__all__ = ["NETWORKS", "SCHEDULES", "Settings"]
+
+NETWORKS = ("both", "layers", "shared")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a boundary predictor is trained.
+
+    Args:
+        architecture: "compact" (this project's) or "attention" (the paper's).
+        networks: "layers" (one for each layer), "shared" (one for all) or "both". None: "both" for "compact", "shared"
+            for "attention", as the paper.
+        layers: the layers whose keys are learned from; None: all.
+        window: keys on each side of a gap.
+        width, pooled: of the compact network: numbers of a token after the projection, and those that are pooled.
+        hidden: of the MLP; None: 32 for "compact", 128 for "attention".
+        heads, gated: of the paper's network: attention heads, and pooling by a gate.
+        tokens: length of the pieces that text is read in; attention does not reach across them.
+        epochs: times that the text is read.
+        rate: Adam's learning rate; None: the paper's 1e-4 for "attention", 3e-3 for "compact".
+        schedule: "constant" or "cosine" (rising over the first 2 %, then falling to 0); None: the paper's "constant"
+            for "attention", "cosine" for "compact".
+        crop: neighbouring gaps of a step.
+        gamma, pos_weight: of the focal binary cross-entropy.
+        pool_mib: the most memory, in MiB, that keys taken out of the model may occupy at a time (nothing is put on
+            disk). Where a piece has more, gaps are left out at random, as many of each layer.
+        seed: of weights, order and split. The same seed, text, model, machine and number of threads: the same weights.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+
+    Source: arXiv 2510.24606 for labels, loss and the defaults of "attention"; the rest is this project's.
+    """
+
+    architecture: str = "compact"
+    networks: str | None = None
+    layers: tuple[int, ...] | None = None
+    window: int = DEFAULT_WINDOW
+    width: int = 32
+    pooled: int = 32
+    hidden: int | None = None
+    heads: int = 4
+    gated: bool = False
+    tokens: int = 8192
+    epochs: int = 2
+    rate: float | None = None
+    schedule: str | None = None
+    crop: int = 256
+    gamma: float = 2.0
+    pos_weight: float = 1.3
+    pool_mib: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def default(name: str, value: Any) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+        check_choice(self.architecture, "architecture", tuple(ARCHITECTURES))
+        compact = self.architecture == "compact"
+        default("networks", "both" if compact else "shared")
+        default("hidden", 32 if compact else 128)
+        default("rate", 3e-3 if compact else 1e-4)
+        default("schedule", "cosine" if compact else "constant")
+        check_choice(self.networks, "networks", NETWORKS)
+        check_choice(self.schedule, "schedule", SCHEDULES)
+        for name, low, high in (
+            ("window", 1, 64), ("width", 1, 4096), ("pooled", 2, 4096), ("hidden", 1, 65536), ("heads", 1, 65536),
+            ("tokens", 64, 2**24), ("epochs", 1, 10**6), ("crop", 1, 2**20), ("pool_mib", 1, 2**20),
+            ("seed", 0, 2**31 - 1),
+        ):  # fmt: skip
+            check_int(getattr(self, name), name, low, high)
+        for name in ("rate", "pos_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma: expected a number of at least 0, got {self.gamma}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(sorted({check_int(i, "layers", 0) for i in self.layers})))
+            if not self.layers:
+                raise ValueError("layers: expected at least one, got none")
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        values = dataclasses.asdict(self)
+        return values | {"layers": None if self.layers is None else list(self.layers)}
