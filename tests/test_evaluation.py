@@ -222,7 +222,7 @@ def test_specs():
     assert set(settings.methods("all")) >= {"rows", "dhsa", "window"}
     for spec, message in [
         ("rowz", "no method 'rowz'"),
-        ("rows:blocks=3", "expected source or field=value"),
+        ("rows:blocks=3", "expected source, cuts=WORD or field=value"),
         ("rows:query_block=0", "query_block: "),
         ("window:mass=0.5", "no shares of attention mass"),
     ]:

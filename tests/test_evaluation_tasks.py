@@ -257,7 +257,7 @@ def test_losses_inside_a_layer(engine):  # noqa: F811
     for window, softcap in ((None, None), (200, 2.0)):
         made = [settings.setting(spec, 96) for spec in ("rows", "dhsa:query_block=64", "rows:heads=head")]
         options = {"window": window, "scale": 0.3, "softcap": softcap}
-        found = output.losses(q, k, v, made, **options)
+        found = output.losses(q, k, v, {s: s.config for s in made}, **options)
         assert list(found) == made
         s = 0.3 * q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3)
         s = s if softcap is None else softcap * torch.tanh(s / softcap)
@@ -284,7 +284,8 @@ def test_losses_inside_a_layer(engine):  # noqa: F811
                     same += len(keys & set(of.argsort(descending=True)[: len(keys)].tolist()))
                     total += len(keys)
             assert facts["agreement"] == pytest.approx(same / total, abs=0.003)  # equal masses may swap
-        assert output.losses(q, k, v, [settings.setting("rows", 300)], **options) == {}
+        exact = settings.setting("rows", 300)
+        assert output.losses(q, k, v, {exact: exact.config}, **options) == {}
 
 
 def test_every_task_in_miniature(folder, tmp_path, capsys):  # noqa: F811

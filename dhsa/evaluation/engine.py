@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 import dhsa
 from dhsa import loading
+from dhsa.evaluation.cuts import cutting
 from dhsa.evaluation.likelihood import likelihood
 from dhsa.evaluation.settings import Setting
 from dhsa.loading import UserError
@@ -102,7 +103,13 @@ class Engine:
 
     @contextmanager
     def _attending(self, setting: Setting) -> Iterator[None]:
-        with torch.no_grad(), refusals(setting), dhsa.patched(self.model, setting.config, self.layers):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(dhsa.patched(self.model, setting.config, self.layers))
+            except ValueError as error:  # a predictor of another model
+                raise UserError(f"--methods: {setting.label}: {error}") from error
+            for context in (torch.no_grad(), refusals(setting), cutting(setting.cuts)):
+                stack.enter_context(context)
             yield
 
     @contextmanager

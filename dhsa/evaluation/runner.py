@@ -24,9 +24,10 @@ VERSION = 1  # of the rows' meaning: raise it when a measurement changes, so tha
 def build_hash() -> str:
     """A hash of the compiled core and the rules around it: rows of another selector are not this one's."""
     from dhsa import _core, functional
+    from dhsa.evaluation import cuts
 
     digest = hashlib.sha256()
-    for path in (_core.__file__, functional.__file__):
+    for path in (_core.__file__, functional.__file__, cuts.__file__):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:12]
 

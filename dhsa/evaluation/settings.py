@@ -1,18 +1,21 @@
 """Settings: a method of selection, its options and a budget, named as on the command line and made into a Config.
 
 A spec is `name[:field=value]...`: a method of `dhsa.Config` (or "paper" for `Config.paper()`, or "exact" for no
-selection at all, of use with `exact:skip=0.001`), then fields of Config. `name:source` takes what the method's source
-prescribes. Rules that hold for every method alike are here, so that a comparison cannot favour one by accident.
+selection at all, of use with `exact:skip=0.001`), then fields of Config; `predictor=FILE` is loaded. `name:source`
+takes what the method's source prescribes, `cuts=WORD` boundaries that are no Config's (cuts.py). Rules that hold for
+every method alike are here, so that a comparison cannot favour one by accident.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
 import dhsa
 from dhsa import config as configs
+from dhsa.evaluation.cuts import WORDS
 from dhsa.loading import UserError
 
 __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
@@ -25,12 +28,14 @@ _SLOW = ("oracle",)  # for study: left out unless asked for
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One column of a comparison: a label, what it was given (keys or mass, None for dense), and the Config."""
+    """One column of a comparison: a label, what it was given (keys or mass, None for dense), the Config, and
+    where it cuts keys if not as the Config says."""
 
     label: str
     config: dhsa.Config
     budget: int | None = None
     mass: float | None = None
+    cuts: str = ""
 
     @property
     def dense(self) -> bool:
@@ -43,19 +48,28 @@ class Setting:
             return f"mass {self.mass:g}" + ("" if self.budget is None else f" <= {self.budget:,}")
         return "" if self.budget is None else f"{self.budget:,}"
 
+    def at(self, layer: int) -> dhsa.Config:
+        """The Config in one layer, for which a predictor may have a network of its own."""
+        predictor = self.config.predictor
+        if predictor is None or not predictor.layers:
+            return self.config
+        return self.config.replace(predictor=predictor.layer(layer))
+
     def fields(self) -> dict[str, Any]:
-        """Every field of the Config as JSON can hold it; a predictor by the hash of its weights."""
+        """Every field of the Config as JSON can hold it, a predictor by the hash of its weights; `cuts` if set."""
         values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         if values.get("predictor") is not None:
             values["predictor"] = _predictor_hash(values["predictor"])
+        if self.cuts:
+            values["cuts"] = self.cuts
         # JSON has no infinity.
         return {k: str(v) if isinstance(v, float) and abs(v) == float("inf") else v for k, v in values.items()}
 
 
 def _predictor_hash(predictor: Any) -> str:
-    digest = hashlib.sha256()
-    for part in predictor._core_args:
-        digest.update(part.tobytes() if hasattr(part, "tobytes") else repr(part).encode())
+    digest = hashlib.sha256(repr(predictor).encode())
+    for name, weights in predictor.state_dict().items():
+        digest.update(name.encode() + weights.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -94,7 +108,8 @@ def setting(
     if name not in NAMES:
         raise UserError(f"--methods: no method {name!r}; there are {', '.join(NAMES)}")
     source = "source" in words
-    asked = dict(_override(spec, word) for word in words if word != "source")
+    cuts = [word[5:] for word in words if word.startswith("cuts=")][-1:]
+    asked = dict(_override(spec, word) for word in words if word != "source" and not word.startswith("cuts="))
     base = dhsa.Config.paper() if name == "paper" else dhsa.Config()
     values: dict[str, Any] = {"budget": budget, "dense_tail": dense_tail}
     ceiling = asked.get("budget", budget)
@@ -112,13 +127,36 @@ def setting(
         config = _config(name, source, values)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"--methods: {spec}: {error}") from error
-    return Setting(spec, config, config.budget, config.mass)
+    if asked.get("predictor") is not None and config.boundaries != "predictor":
+        raise UserError(f"--methods: {spec}: predictor= needs boundaries=predictor, got {config.boundaries}")
+    for word in cuts:
+        _check_cuts(spec, word, config)
+    return Setting(spec, config, config.budget, config.mass, "".join(cuts))
+
+
+def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
+    """`cuts=word` for what it cannot change or would change in silence."""
+    problem = None
+    if word not in WORDS:
+        problem = f"cuts: expected one of {', '.join(WORDS)}, got {word!r}"
+    elif config.score is None or config._exact:
+        problem = "cuts: only methods of chunks that have a budget or a mass cut keys"
+    elif "label" in word and config.boundaries != "similarity":
+        problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} has no say, leave it out"
+    elif config.skip is not None:
+        problem = "cuts: not with skip, whose share of tiles would go unreported"
+    if problem:
+        raise UserError(f"--methods: {spec}: {problem}")
 
 
 def _override(spec: str, word: str) -> tuple[str, Any]:
     field, equals, text = word.partition("=")
     if not equals or field not in configs.FIELDS:
-        raise UserError(f"--methods: {spec}: expected source or field=value with a field of dhsa.Config, got {word!r}")
+        raise UserError(
+            f"--methods: {spec}: expected source, cuts=WORD or field=value with a field of dhsa.Config, got {word!r}"
+        )
+    if field == "predictor":
+        return field, _load(spec, text)
     if text.lower() in ("none", "true", "false"):
         return field, {"none": None, "true": True, "false": False}[text.lower()]
     for kind in (int, float):
@@ -127,6 +165,14 @@ def _override(spec: str, word: str) -> tuple[str, Any]:
         except ValueError:
             pass
     return field, text
+
+
+@functools.cache
+def _load(spec: str, path: str) -> dhsa.BoundaryPredictor:
+    try:
+        return dhsa.BoundaryPredictor.load(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--methods: {spec}: predictor: {error}") from error
 
 
 def _config(name: str, source: bool, values: dict[str, Any]) -> dhsa.Config:

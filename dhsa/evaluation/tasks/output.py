@@ -10,7 +10,7 @@ A low-mass list may still serve the model well, and the other way round: these n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 import dhsa
 from dhsa.evaluation import report, texts
+from dhsa.evaluation.cuts import Cuts
 from dhsa.evaluation.engine import refusals
 from dhsa.evaluation.pairing import estimate
 from dhsa.evaluation.settings import Setting, dense
@@ -41,10 +42,12 @@ def items(context: Context) -> list[Item]:
 def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
     first = {setting: engine.first_sparse(setting, len(item.ids)) for setting in settings}
     found: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings}
+    cuts = {setting: Cuts(setting.cuts) for setting in settings if setting.cuts}
 
     def layer(index: int, q: Any, k: Any, v: Any, window: int | None, scale: float, softcap: float | None) -> None:
         wanted = [s for s in settings if index >= first[s] and (engine.layers is None or index in engine.layers)]
-        for setting, facts in losses(q, k, v, wanted, window=window, scale=scale, softcap=softcap).items():
+        options = {"window": window, "scale": scale, "softcap": softcap}
+        for setting, facts in losses(q, k, v, {s: s.at(index) for s in wanted}, cuts, **options).items():
             found[setting].append({"layer": index, **facts})
 
     with _watched(layer):
@@ -78,20 +81,30 @@ def _watched(layer: Any) -> Iterator[None]:
 
 
 def losses(
-    q: Any, k: Any, v: Any, settings: list[Setting], *, window: int | None, scale: float, softcap: float | None
+    q: Any,
+    k: Any,
+    v: Any,
+    settings: Mapping[Setting, dhsa.Config],
+    cuts: Mapping[Setting, Cuts] | None = None,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> dict[Setting, dict[str, float]]:
     """{setting: mass, error, agreement, density and seconds} of one layer: q [1, H, L, D], k and v [1, Hkv, L, D].
 
-    Settings that leave nothing out here are absent.
+    settings: with their Config in this layer; those that leave nothing out here are absent from the result. `cuts`: of
+    the settings that have any, for all layers of a prompt.
     """
     options = {"scale": scale, "softcap": softcap, "window": window}
     exact = dhsa.attention(q, k, v, **options).float()
     norm = float(exact.norm())
     made: dict[Setting, dict[str, float]] = {}
     lists: dict[Setting, Any] = {}
-    for setting in settings:
+    for setting, config in settings.items():
+        own = (cuts or {}).get(setting)
         with refusals(setting):
-            out, _, stats = dhsa.functional.run(q, k, v, setting.config, **options)
+            out, _, stats = (own or dhsa.functional).run(q, k, v, config, **options)
         if stats.path != "sparse":
             continue
         made[setting] = {
@@ -100,7 +113,7 @@ def losses(
             "select_seconds": stats.select_seconds,
             "attend_seconds": stats.attend_seconds,
         }
-        lists[setting] = dhsa.select(q, k, setting.config, **options)
+        lists[setting] = own.selection if own else dhsa.select(q, k, config, **options)
     for setting, (mass, agreement) in _against_best(q, k, lists, **options).items():
         made[setting] |= {"mass": mass, "agreement": agreement}
     return made

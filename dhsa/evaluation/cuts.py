@@ -1,0 +1,99 @@
+"""Boundaries that no Config has, for study: those of the training label itself, and one layer's for all layers.
+
+`label`: a layer's keys are cut at the gaps whose label is highest, as many and as far apart as the Config's own
+boundaries would be. The label is read off the layer's own attention, which costs more than sparse attention saves: it
+is what a perfect predictor would give, an upper bound for trained ones. `shared`: boundaries are found once, in the
+first layer that leaves keys out, and all later layers use them. `shared-label`: both.
+
+Only where keys are cut differs from the plain pipeline; scores, lists and attention are the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import dhsa
+from dhsa import functional
+from dhsa.functional import RunStats
+
+__all__ = ["WORDS", "Cuts", "cutting", "label_boundaries"]
+
+WORDS = ("label", "shared", "shared-label")
+
+_run = functional.run  # while `cutting`, that name is ours
+
+
+def label_boundaries(q: Any, k: Any, config: dhsa.Config, **layer: Any) -> np.ndarray:
+    """int32 [B, C + 1] as `dhsa.boundaries`, of the gaps with the highest labels. `layer`: its sliding_window, scale
+    and softcap."""
+    ratios = np.asarray(dhsa.attention_ratios(q, k, window=config.boundary_window, **layer))
+    # A ratio of 0 says that the gap has no label, not that it is smooth.
+    scores = np.where(ratios > 0, np.log(np.where(ratios > 0, ratios, 1)), -np.inf)
+    length = k.shape[2]
+    rows = [dhsa.pick_boundaries(s, config._num_chunks(length), theta=config._theta, nms=config._nms) for s in scores]
+    made = np.full((len(rows), max(map(len, rows))), length, np.int32)
+    for row, picked in zip(made, rows, strict=True):
+        row[: len(picked)] = picked
+    return made
+
+
+class Cuts:
+    """Where the layers of one prefill cut their keys, by a word of WORDS or, with "", as the Config says."""
+
+    def __init__(self, word: str) -> None:
+        self.label, self.shared = "label" in word, word.startswith("shared")
+        self.selection: Any = None  # the last sparse call's
+        self._first: Any = None
+
+    def boundaries(self, q: Any, k: Any, config: dhsa.Config, window: int | None, **layer: Any) -> Any:
+        """The boundaries of a layer that is sparse."""
+        if self._first is not None:
+            return self._first
+        cuts = label_boundaries(q, k, config, sliding_window=window, **layer) if self.label else None
+        if cuts is None:
+            cuts = dhsa.boundaries(k, config)
+        if self.shared:
+            self._first = cuts
+        return cuts
+
+    def run(self, q: Any, k: Any, v: Any, config: dhsa.Config | None = None, **options: Any) -> tuple:
+        """`dhsa.functional.run` with these boundaries. Calls that leave nothing out neither use nor set them."""
+        layer = {name: options.get(name) for name in ("scale", "softcap", "window")}
+        plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
+        if plain or config is None or config._exact or not _sparse(config, q.shape[2], k.shape[2], layer["window"]):
+            return _run(q, k, v, config, **options)
+        start = perf_counter()
+        cuts = self.boundaries(q, k, config, **layer)
+        self.selection = dhsa.select(q, k, config, boundaries=cuts, **layer)
+        chosen = perf_counter()
+        kept = {name: options[name] for name in ("out", "return_lse") if name in options}
+        made = dhsa.sparse_attention(q, k, v, self.selection, **layer, **kept)
+        done = perf_counter()
+        out, lse = made if options.get("return_lse") else (made, None)
+        return out, lse, RunStats("sparse", self.selection.density(), chosen - start, done - chosen)
+
+
+def _sparse(config: dhsa.Config, q_len: int, k_len: int, window: int | None) -> bool:
+    """Does any block leave keys out? The core's rule: the last block before the dense tail has the most candidates."""
+    forced = config.sink + config.local if config.floor is None else config.floor
+    least = config.budget if config.mass is None else forced
+    end = q_len if not config.dense_tail else (q_len - config.dense_tail) // config.query_block * config.query_block
+    return end > 0 and k_len - q_len + end > least and not (window is not None and window <= least)
+
+
+@contextmanager
+def cutting(word: str) -> Iterator[None]:
+    """Has one prefill of a patched model cut its keys by `word`; "" changes nothing."""
+    if not word:
+        yield
+        return
+    functional.run = Cuts(word).run
+    try:
+        yield
+    finally:
+        functional.run = _run
