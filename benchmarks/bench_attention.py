@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_boundaries
 import torch
 from growth import growth_rows, memory_rows
 from harness import DTYPES, RESULTS, Job, check, interleave, machine, row, run_jobs
@@ -355,6 +356,8 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
             add("scaling", scaling, GEMMA2, 8192, dtype, repeats, threads)
     if importlib.util.find_spec("bench_decode"):
         jobs.append(Job("decode", "decode", lambda: decode_rows(threads, repeats, dtypes)))
+    kept = [d for d in dtypes if d != FP16]
+    jobs.append(Job("boundaries", "boundaries", lambda: bench_boundaries.rows(threads, repeats, kept)))
     if not args.quick:
         if BF16 in dtypes:
             lengths = [n for n in (16384, 32768, 65536, 131072) if n <= args.max_length * 2]
@@ -374,6 +377,7 @@ SECTIONS = (
     "executor",
     "whole",
     "selecting",
+    "boundaries",
     "short",
     "scaling",
     "decode",

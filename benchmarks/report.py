@@ -144,6 +144,7 @@ TITLES = {
     "executor": "Sparse executor alone, lists of budget 2,048",
     "whole": "Whole DHSA call, selection included",
     "selecting": "The share of it that selection takes",
+    "boundaries": "Boundary networks and their labels, 8K",
     "decode": "Decoding",
     "short": "Short inputs",
     "scaling": "Scaling",
