@@ -1,5 +1,5 @@
 """Pictures of selections: which keys each block of queries sees, how densely the keys were cut into chunks, several
-methods side by side, and a text's tokens shaded by what a block of queries sees of them.
+methods side by side, and a text's tokens, shaded by what a block of queries sees of them or coloured by chunk.
 
 Draws with matplotlib (extra `demo`), off screen, or writes HTML; decides nothing about what is selected.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from dhsa._arrays import int_array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from dhsa.config import Config
     from dhsa.selection import Selection
 
-__all__ = ["key_shares", "mass_kept", "plot_methods", "plot_selection", "tokens_html"]
+__all__ = ["chunks_html", "key_shares", "mass_kept", "plot_methods", "plot_selection", "tokens_html"]
 
 _INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
 _UNSEEN = "#ecebe6"  # keys in the future
@@ -33,6 +36,7 @@ _STYLES = {  # why a token is seen
     "score": "background:#fbc78d",
     "left out": "color:#b4b0a6",
 }
+_CHUNKS = ("#c3d4e3", "#fbc78d", "#cfe0c8", "#e2cbe4")  # in turn, so that neighbours differ
 _MISSED = ";border-bottom:2px solid #d0342c"
 
 
@@ -325,14 +329,68 @@ def tokens_html(
         missed = set(lost[np.cumsum(row[lost]) <= row[lost].sum() / 2].tolist())
         styles = [_STYLES[str(w)] + (_MISSED if i in missed else "") for i, w in enumerate(why)]
         boxes.append((f"{name}: {len(keys):,} of {end:,} keys, {kept:.1%} of the attention", styles))
-    parts = []
+    texts = {}
     for title, styles in boxes:
-        spans = "".join(f'<span style="{style}">{word}</span>' for word, style in zip(words, styles, strict=False))
-        parts.append(
-            f'<div style="min-width:0"><b>{html.escape(title)}</b><div style="height:{height}px;overflow:auto;'
-            f'border:1px solid #c9c6bd;padding:4px;font:10px/1.5 monospace;color:{_INK};background:{_PAPER}">'
-            f"{spans}</div></div>"
+        spans = (f'<span style="{style}">{word}</span>' for word, style in zip(words, styles, strict=False))
+        texts[title] = "".join(spans)
+    return _boxes(texts, height)
+
+
+def chunks_html(tokens: Sequence[str], boundaries: Mapping[str, Any], *, height: int = 260) -> str:
+    """A text's tokens coloured by chunk, as HTML: one box for each way to cut it.
+
+    Four colours take turns, so that neighbouring chunks differ; a space is a middle dot, a line break an arrow.
+    Pointing at a chunk tells its number and its tokens.
+
+    Args:
+        tokens: the text's tokens as strings, one for each key.
+        boundaries: int [C + 1] for each name, as a row of `dhsa.boundaries`: from 0 to the number of tokens, never
+            falling; a repeated entry is an empty chunk, as in padding, and is not shown.
+        height: of a box, in pixels; boxes scroll.
+
+    Raises: TypeError: boundaries that are no integers. ValueError: boundaries that do not cut so many tokens. Both
+    name them.
+    """
+    words = [re.sub(" +", _dots, html.escape(t)).replace("\n", "↵<br>") for t in tokens]
+    texts = {}
+    for name, given in boundaries.items():
+        cuts = int_array(given, f"boundaries[{name!r}]", np.int64)
+        if cuts.ndim != 1 or len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != len(words) or (cuts[1:] < cuts[:-1]).any():
+            raise ValueError(
+                f"boundaries[{name!r}]: expected one row of positions from 0 to {len(words)} (the tokens) that never "
+                f"fall, got shape {list(cuts.shape)}, {_few(cuts)}"
+            )
+        cuts = np.unique(cuts).tolist()
+        spans = (
+            f'<span style="background:{_CHUNKS[i % len(_CHUNKS)]}" title="chunk {i}: {_span(a, b)}">'
+            f"{''.join(words[a:b])}</span>"
+            for i, (a, b) in enumerate(itertools.pairwise(cuts))
         )
+        texts[f"{name}: {len(cuts) - 1:,} chunks"] = "".join(spans)
+    return _boxes(texts, height)
+
+
+def _dots(spaces: re.Match[str]) -> str:
+    """A run of spaces, visible, and a place where a line may end."""
+    return "<wbr>" + "·" * len(spaces[0])
+
+
+def _few(cuts: np.ndarray) -> str:
+    return np.array2string(cuts, threshold=8, edgeitems=3, separator=", ")
+
+
+def _span(start: int, stop: int) -> str:
+    return f"token {start}" if stop - start == 1 else f"tokens {start} to {stop - 1}"
+
+
+def _boxes(texts: Mapping[str, str], height: int) -> str:
+    """Titled boxes of HTML, two in a row. They bring their own paper and ink, so a dark page changes nothing."""
+    parts = (
+        f'<div style="min-width:0"><b>{html.escape(title)}</b><div style="height:{height}px;overflow:auto;'
+        f'border:1px solid #c9c6bd;padding:4px;font:10px/1.5 monospace;color:{_INK};background:{_PAPER}">'
+        f"{text}</div></div>"
+        for title, text in texts.items()
+    )
     return f'<div style="display:grid;grid-template-columns:1fr 1fr;gap:10px">{"".join(parts)}</div>'
 
 

@@ -1,5 +1,7 @@
-"""Pictures of several methods side by side, and of a text's tokens: what they show is what the lists hold."""
+"""Pictures of several methods side by side, and of a text's tokens: what they show is what the lists or chunks hold."""
 
+import html
+import itertools
 import re
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the demo extra: matplotlib")
 
 import dhsa
-from dhsa.plot import key_shares, mass_kept, plot_methods, tokens_html
+from dhsa.plot import chunks_html, key_shares, mass_kept, plot_methods, tokens_html
 
 LENGTH, SIZE = 300, 32
 CONFIG = dhsa.Config(budget=96, query_block=SIZE, sink=8, local=40, dense_tail=0)
@@ -96,3 +98,49 @@ def test_tokens_are_shaded_by_why_they_are_seen(text):
             tokens_html(tokens, selections, block, mass=mass, config=CONFIG)
     with pytest.raises(ValueError, match="tokens: expected 300, got 299"):
         tokens_html(tokens[1:], selections, 7, mass=mass, config=CONFIG)
+
+
+def test_tokens_are_coloured_by_chunk():
+    tokens = ["<b>", " a", "&", "  b", "\n", " c", '"', "d", " e", "f"]
+    cuts = {"one & <two>": [0, 3, 4, 5, 6, 9, 10], "padded": np.array([0, 4, 4, 10, 10], np.int32)}
+    page = chunks_html(tokens, cuts)
+    boxes = page.split('<div style="min-width:0">')[1:]
+    assert len(boxes) == 2
+    chunks = r'<span style="background:(#[0-9a-f]{6})" title="([^"]*)">(.*?)</span>'
+    first, second = (re.findall(chunks, box) for box in boxes)
+    # Markup in a text or a name is shown, not obeyed.
+    assert boxes[0].startswith("<b>one &amp; &lt;two&gt;: 6 chunks</b>")
+    assert [text for *_, text in first] == [
+        "&lt;b&gt;<wbr>·a&amp;", "<wbr>··b", "↵<br>", "<wbr>·c", "&quot;d<wbr>·e", "f",
+    ]  # fmt: skip
+    assert [title for _, title, _ in first[:2]] == ["chunk 0: tokens 0 to 2", "chunk 1: token 3"]
+    colours = [colour for colour, *_ in first]
+    assert all(a != b for a, b in itertools.pairwise(colours))
+    # Padding is no chunk, and takes no colour from one.
+    assert boxes[1].startswith("<b>padded: 2 chunks</b>")
+    assert [title for _, title, _ in second] == ["chunk 0: tokens 0 to 3", "chunk 1: tokens 4 to 9"]
+    assert second[0][0] != second[1][0]
+    # Nothing of the text is lost.
+    plain = html.unescape(re.sub("<[^>]*>", "", "".join(text for *_, text in second)))
+    assert plain.replace("·", " ").replace("↵", "\n") == "".join(tokens)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "kind", "message"),
+    [
+        (
+            [0, 2],
+            ValueError,
+            r"^boundaries\['x'\]: expected one row of positions from 0 to 3 .* shape \[2\], \[0, 2\]",
+        ),
+        ([1, 3], ValueError, r"got shape \[2\], \[1, 3\]"),
+        ([0, 2, 1, 3], ValueError, r"that never fall, got shape \[4\], \[0, 2, 1, 3\]"),
+        (np.array([0, 2, 1, 3], np.uint8), ValueError, r"that never fall"),
+        ([[0, 3]], ValueError, r"got shape \[1, 2\]"),
+        ([3], ValueError, r"got shape \[1\], \[3\]"),
+        ([0.0, 3.0], TypeError, r"^boundaries\['x'\]: expected integers, got float64"),
+    ],
+)
+def test_chunks_that_do_not_cut_the_text(cuts, kind, message):
+    with pytest.raises(kind, match=message):
+        chunks_html(["a", "b", "c"], {"x": cuts})
