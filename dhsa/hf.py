@@ -284,8 +284,8 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
     models built from one config share: `model` gets its own copy of it, for good, so that no other model is switched.
 
     Raises TypeError if `model` is no transformers model or `config` no Config, ValueError if a layer index does not
-    exist, boundaries are to come from a predictor that was trained for another model, or the model cannot change its
-    attention implementation (it is left as it was).
+    exist, boundaries are to come from a predictor that was trained for another model or lacks a network of a layer, or
+    the model cannot change its attention implementation (it is left as it was).
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
@@ -331,7 +331,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 def _own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) -> dict[int, Config]:
     """The configs of layers whose boundaries come from a network of their own; ValueError for networks of another
-    model, which would cut without complaint where it makes no sense."""
+    model, which would cut without complaint where it makes no sense, and for layers that have none."""
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None:
         return {}
@@ -345,7 +345,14 @@ def _own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int])
                 + ", ".join(f"{have[name]!r}" for name in other)
                 + f"; train one for it: {TRAIN}"
             )
-    return {layer: config.replace(predictor=predictor.layer(layer)) for layer in layers if predictor.layers}
+    if not predictor.layers:
+        return {}
+    if not predictor.shared and (bare := sorted(set(layers) - set(predictor.layers))):
+        raise ValueError(
+            f"predictor: has networks of layers {list(predictor.layers)} only, none of {bare}; leave those exact by "
+            f"layers={list(predictor.layers)}, or train one for all layers: {TRAIN}"
+        )
+    return {layer: config.replace(predictor=predictor.layer(layer)) for layer in layers}
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:

@@ -297,7 +297,9 @@ def test_a_model_takes_the_networks_of_its_layers(torch, models):
         dhsa.patch(model, config.replace(predictor=other))
     bare = {name: x for name, x in weights.items() if name.startswith("layers.")}
     only = dhsa.BoundaryPredictor.from_state_dict(bare)
-    with pytest.raises(ValueError, match=r"^index: there are networks of layers 1, 3 only"):
+    with pytest.raises(
+        ValueError, match=r"^predictor: has networks of layers \[1, 3\] only, none of \[0, 2\]; .* layers=\[1, 3\]"
+    ):
         dhsa.patch(model, config.replace(predictor=only))
     dhsa.patch(model, config.replace(predictor=only), layers=[1, 3])
     dhsa.unpatch(model)
