@@ -83,6 +83,7 @@ SIZES = {
     },
 }
 ANCHORS = tuple(architecture.anchor for architecture in ARCHITECTURES.values())
+_STORED = ("architecture", "heads", "window", "model", "format")  # what a file says of itself besides notes
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
@@ -105,13 +106,14 @@ class BoundaryPredictor:
         layers: the layers that have a network of their own, ascending; see `layer`.
         shared: whether there is a network for all layers, which `logits` computes.
         model: what is known of the model it was trained for ("model_type", "num_hidden_layers", ...), or None.
+        notes: what else its file says, str to str; of a training its "settings", "losses" (JSON) and "text".
 
     Made by `load`, `default` and `from_state_dict`.
     """
 
     __slots__ = (
         "_core_args", "_layers", "_weights", "architecture", "channels", "gated", "heads", "hidden", "layers", "model",
-        "shared", "window",
+        "notes", "shared", "window",
     )  # fmt: skip
 
     architecture: str
@@ -123,6 +125,7 @@ class BoundaryPredictor:
     layers: tuple[int, ...]
     shared: bool
     model: dict[str, Any] | None
+    notes: dict[str, str]
     _weights: dict[str, np.ndarray]
     _layers: dict[int, BoundaryPredictor]
     _core_args: tuple[Any, ...] | None
@@ -137,7 +140,7 @@ class BoundaryPredictor:
         raise AttributeError(f"a BoundaryPredictor is immutable; cannot delete {name!r}")
 
     def __reduce__(self) -> tuple:
-        return _rebuild, (self.state_dict(), self.heads, self.window, self.model)
+        return _rebuild, (self.state_dict(), self.heads, self.window, self.model, self.notes)
 
     def __repr__(self) -> str:
         inside = f"heads={self.heads}, " if self.architecture == "attention" else ""
@@ -156,6 +159,7 @@ class BoundaryPredictor:
         heads: int | None = None,
         window: int = DEFAULT_WINDOW,
         model: Mapping[str, Any] | None = None,
+        notes: Mapping[str, str] | None = None,
     ) -> BoundaryPredictor:
         """A predictor from arrays under their PyTorch parameter names; they are copied to float32.
 
@@ -168,7 +172,7 @@ class BoundaryPredictor:
                 same names after `layers.<number>.`. A prefix common to all names (`module.`) is allowed.
             heads: heads of the self-attention, which must divide C; needed for "attention", None for "compact".
             window: keys on each side of a gap.
-            model: what is known of the model, kept as `model`.
+            model, notes: kept under these names.
 
         Raises:
             TypeError: not a mapping, or no float array. ValueError: a parameter is missing, unknown, not finite or of
@@ -178,6 +182,8 @@ class BoundaryPredictor:
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type_name(state_dict)}")
         if model is not None and not isinstance(model, Mapping):
             raise TypeError(f"model: expected a mapping or None, got {type_name(model)}")
+        if notes is not None and not isinstance(notes, Mapping):
+            raise TypeError(f"notes: expected a mapping or None, got {type_name(notes)}")
         window = check_int(window, "window", 1, 4096)
         parts: dict[int | None, dict[str, Array]] = {}
         for name, value in _strip_prefix(state_dict).items():
@@ -197,13 +203,16 @@ class BoundaryPredictor:
                     )
         own = {layer: networks[layer] for layer in sorted(layer for layer in networks if layer is not None)}
         shared = networks.get(None)
-        fields = {name: getattr(shared or first, name) for name in cls.__slots__ if name not in ("layers", "model")}
+        fields = {
+            name: getattr(shared or first, name) for name in cls.__slots__ if name not in ("layers", "model", "notes")
+        }
         if own:
             fields["_weights"] = {} if shared is None else fields["_weights"]
             fields["_core_args"] = None if shared is None else fields["_core_args"]
         return _make(
             **fields | {"shared": shared is not None, "layers": tuple(own), "_layers": own},
             model=None if model is None else dict(model),
+            notes=dict(notes or {}),
         )
 
     @classmethod
@@ -246,7 +255,10 @@ class BoundaryPredictor:
             heads = _stored_int(stored, "heads", path)
         if window is None:
             window = _stored_int(stored, "window", path) if "window" in stored else DEFAULT_WINDOW
-        return cls.from_state_dict(state_dict, heads=heads, window=window, model=_stored_model(stored, path))
+        notes = {name: text for name, text in stored.items() if name not in _STORED}
+        return cls.from_state_dict(
+            state_dict, heads=heads, window=window, model=_stored_model(stored, path), notes=notes
+        )
 
     @classmethod
     def default(cls) -> BoundaryPredictor:
@@ -274,10 +286,10 @@ class BoundaryPredictor:
         self, path: str | os.PathLike[str], *, dtype: str = "float32", notes: Mapping[str, str] | None = None
     ) -> None:
         """Writes safetensors with the weights, in `dtype` "float32" or "float16" (half the size; numbers are rounded),
-        and, as metadata, `heads`, `window`, `model` and `notes`. Needs the package `safetensors`."""
+        and, as metadata, `heads`, `window`, `model` and its own `notes` with these. Needs the package `safetensors`."""
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: expected 'float32' or 'float16', got {dtype!r}")
-        metadata = {**(notes or {}), "architecture": self.architecture, "window": str(self.window)}
+        metadata = {**self.notes, **(notes or {}), "architecture": self.architecture, "window": str(self.window)}
         if self.heads is not None:
             metadata["heads"] = str(self.heads)
         if self.model is not None:
@@ -377,6 +389,7 @@ def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | No
         gated="pool.gate.weight" in arrays,
         shared=True,
         model=None,
+        notes={},
         _weights=arrays,
         _core_args=(window, *ordered) if heads is None else (heads, window, *ordered),
         **_ALONE,
@@ -396,9 +409,13 @@ def _shipped() -> BoundaryPredictor:
 
 
 def _rebuild(
-    state_dict: dict[str, np.ndarray], heads: int | None, window: int, model: dict[str, Any] | None
+    state_dict: dict[str, np.ndarray],
+    heads: int | None,
+    window: int,
+    model: dict[str, Any] | None,
+    notes: dict[str, str],
 ) -> BoundaryPredictor:
-    return BoundaryPredictor.from_state_dict(state_dict, heads=heads, window=window, model=model)
+    return BoundaryPredictor.from_state_dict(state_dict, heads=heads, window=window, model=model, notes=notes)
 
 
 def _listed(layers: tuple[int, ...]) -> str:

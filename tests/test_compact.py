@@ -142,7 +142,8 @@ def layered(shared=True, layers=(1, 3)):
     weights = compact_weights(16) if shared else {}
     for layer in layers:
         weights |= {f"layers.{layer}.{name}": x for name, x in compact_weights(16, seed=layer).items()}
-    return dhsa.BoundaryPredictor.from_state_dict(weights, model={"model_type": "m", "num_hidden_layers": 4})
+    facts = {"model_type": "m", "num_hidden_layers": 4}
+    return dhsa.BoundaryPredictor.from_state_dict(weights, model=facts, notes={"by": "hand"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -151,9 +152,11 @@ def test_layers_survive_files_and_pickles(tmp_path, dtype):
     k = keys(1, 2, 90, 8)
     predictor = layered()
     predictor.save(tmp_path / "p.safetensors", dtype=dtype, notes={"losses": "[1]"})
-    for other in (dhsa.BoundaryPredictor.load(tmp_path / "p.safetensors"), pickle.loads(pickle.dumps(predictor))):
+    again = pickle.loads(pickle.dumps(predictor))
+    for other in (dhsa.BoundaryPredictor.load(tmp_path / "p.safetensors"), again):
         assert (other.layers, other.shared, other.architecture, other.heads) == ((1, 3), True, "compact", None)
         assert other.model == {"model_type": "m", "num_hidden_layers": 4}
+        assert other.notes == {"by": "hand", **({} if other is again else {"losses": "[1]"})}
         for mine, its in ((predictor, other), *((predictor.layer(i), other.layer(i)) for i in (0, 1, 3))):
             np.testing.assert_allclose(its.logits(k), mine.logits(k), atol=0 if dtype == "float32" else 5e-3)
     wide = compact_weights(16) | {"head.2.bias": np.full(1, 1e30)}

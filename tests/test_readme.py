@@ -3,14 +3,17 @@
 Models named there are replaced by tiny ones; its timings are those of the machine it names and are not tested.
 """
 
+import argparse
 import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from weights import compact_weights
 
 import dhsa
+from dhsa.training import command as training
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -58,8 +61,21 @@ def test_snippet_on_arrays():
     assert 0 < names["selection"].density() < 1
 
 
+def test_snippet_on_a_predictor(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors", reason="needs the predictor extra: safetensors")
+    monkeypatch.chdir(tmp_path)
+    dhsa.BoundaryPredictor.from_state_dict(compact_weights(16)).save("mine.safetensors")
+    (code,) = (s for s in SNIPPETS if "mine.safetensors" in s)
+    config = eval(code, {"dhsa": dhsa})
+    assert (config.boundaries, config.predictor.channels) == ("predictor", 16)
+    (command,) = re.findall(r"^python -m (dhsa train-boundaries .*)$", TEXT, re.M)
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    assert str(parser.parse_args(command.split()[2:]).out) == "mine.safetensors"
+
+
 def test_every_snippet_is_run():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
 def test_table_of_settings():

@@ -133,19 +133,19 @@ def test_keys_and_labels_are_those_of_the_models_attention(models, family):
 
 
 def test_models_without_labels_are_refused(models):
-    with pytest.raises(UserError, match=r"^--layers: \[9\] are no attention layers of this model; there are \[0, 1"):
+    with pytest.raises(UserError, match=r"^layers: \[9\] are no attention layers of this model; there are \[0, 1"):
         stream.layer_keys(models("llama"), [1] * 40, lambda found: None, window=4, layers=[1, 9])
     import transformers
 
     mamba = transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
-    with pytest.raises(UserError, match=r"^--model: "):
+    with pytest.raises(UserError, match=r"^model: "):
         stream.layer_keys(mamba.eval(), [1] * 40, lambda found: None, window=4)
     bad = build("llama")
     with torch.no_grad():
         bad.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"^--model: layer 1: q: the logits of query"):
+    with pytest.raises(UserError, match=r"^model: layer 1: q: the logits of query"):
         stream.layer_keys(bad, [5] * 40, lambda found: None, window=4)
 
 
@@ -281,7 +281,7 @@ def test_the_pool_is_bounded(models):
     assert sum(c.keys.nbytes + c.labels.nbytes for c in some) <= 2**20 < sum(c.keys.nbytes for c in pool)
     assert len({sum(c.layer == i for c in some) for i in range(4)}) == 1
     assert all(len(c.keys) == len(c.labels) + 7 for c in some + pool)
-    with pytest.raises(UserError, match=r"^--pool-mib: 1 MiB do not hold 100000 gaps of each of 4 layers"):
+    with pytest.raises(UserError, match=r"^pool_mib: 1 MiB do not hold 100000 gaps of each of 4 layers"):
         loop._pool(model, piece, Settings(crop=100_000, pool_mib=1), np.random.default_rng(0))
 
 
@@ -304,13 +304,15 @@ def test_crops_hold_the_labels_of_their_gaps(models):
 
 def test_failures_are_named(monkeypatch):
     model = build("llama")
-    with pytest.raises(UserError, match=r"^--text: too little"):
+    with pytest.raises(UserError, match=r"^text: too little"):
         loop.train(model, documents.Text([], [[1] * 200], ""), SMALL)
-    with pytest.raises(UserError, match=r"the loss is no longer finite after \d pieces; try a lower --rate"):
+    with pytest.raises(UserError, match=r"^text: a piece of 300 tokens, but the settings say at most 256"):
+        loop.train(model, text(length=300), SMALL)
+    with pytest.raises(UserError, match=r"the loss is no longer finite after \d pieces; try a lower rate"):
         loop.train(model, text(2), Settings(**SMALL.fields() | {"rate": 1e30, "schedule": "constant"}))
     with pytest.raises(UserError, match="the loss of the own networks did not fall"):
         loop._check(None, [{"own": 0.1}, {"own": 0.2}])
-    with pytest.raises(UserError, match=r"^--heads: 3 do not divide the 32 channels"):
+    with pytest.raises(UserError, match=r"^heads: 3 do not divide the 32 channels"):
         loop.train(model, text(2), Settings(architecture="attention", heads=3))
 
     def two_widths(model, ids, visit, **options):
@@ -318,7 +320,7 @@ def test_failures_are_named(monkeypatch):
             visit(stream.LayerKeys(layer, torch.randn(1, 1, 100, width), torch.ones(100, dtype=torch.float64)))
 
     monkeypatch.setattr(loop, "layer_keys", two_widths)
-    with pytest.raises(UserError, match=r"^--layers: keys of layer 1 have 16 channels, those of layer 0 8"):
+    with pytest.raises(UserError, match=r"^layers: keys of layer 1 have 16 channels, those of layer 0 8"):
         loop.train(model, text(2), SMALL)
 
 
@@ -431,7 +433,7 @@ def test_the_command(folder, tmp_path, capsys):
         (("--out", "nowhere/made.safetensors"), "--out: there is no folder nowhere"),
         (("--model", "nowhere"), "--model: nowhere does not exist"),
         (("--rate", "-1"), "--rate: expected a number above 0"),
-        (("--layers", "7"), r"--layers: \[7\] are no attention layers"),
+        (("--layers", "7"), r"layers: \[7\] are no attention layers"),
     ],
 )
 def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, args, message):

@@ -98,13 +98,13 @@ def _pool(model: Any, ids: list[int], settings: Settings, generator: np.random.G
         rows = found.rows()
         if crops and rows.shape[1] != crops[0].keys.shape[1]:
             raise UserError(
-                f"--layers: keys of layer {found.layer} have {rows.shape[1]} channels, those of layer "
+                f"layers: keys of layer {found.layer} have {rows.shape[1]} channels, those of layer "
                 f"{crops[0].layer} {crops[0].keys.shape[1]}: train layers of one width at a time"
             )
         labels = soft_labels(found.ratios.float())
         room = settings.pool_mib * 2**20 // (layers * (crop + 2 * w) * (rows.shape[1] + 1) * 4)
         if room < 1:
-            raise UserError(f"--pool-mib: {settings.pool_mib} MiB do not hold {crop} gaps of each of {layers} layers")
+            raise UserError(f"pool_mib: {settings.pool_mib} MiB do not hold {crop} gaps of each of {layers} layers")
         chosen = starts if len(starts) <= room else np.sort(generator.choice(starts, room, replace=False))
         for a in chosen.tolist():
             b = min(a + crop, last)
@@ -127,7 +127,7 @@ def _learners(settings: Settings, pool: list[_Crop]) -> dict[str, _Learner]:
     numbers = {name: 4095 if name == SHARED else int(name) for name in names}
     channels = pool[0].keys.shape[1]
     if settings.architecture == "attention" and channels % settings.heads:
-        raise UserError(f"--heads: {settings.heads} do not divide the {channels} channels of this model's keys")
+        raise UserError(f"heads: {settings.heads} do not divide the {channels} channels of this model's keys")
     return {name: _Learner(settings, channels, rms[name], numbers[name]) for name in names}
 
 
@@ -163,7 +163,11 @@ def train(
     """
     settings = Settings() if settings is None else settings
     if not text.train or not text.held_out:
-        raise UserError("--text: too little: at least one piece to learn from and one to be held out are needed")
+        raise UserError("text: too little: at least one piece to learn from and one to be held out are needed")
+    if (longest := max(map(len, text.train + text.held_out))) > settings.tokens:
+        raise UserError(
+            f"text: a piece of {longest} tokens, but the settings say at most {settings.tokens}; pack it so"
+        )
     start = time.perf_counter()
     identity = json.dumps([settings.fields(), text.digest(), hf.model_facts(model)], sort_keys=True)
     learners: dict[str, _Learner] = {}
@@ -190,9 +194,7 @@ def train(
                     learners[name].step(crop, rate)
         history.append(_losses(learners))
         if not all(map(math.isfinite, history[-1].values())):
-            raise UserError(
-                f"training failed: the loss is no longer finite after {done + 1} pieces; try a lower --rate"
-            )
+            raise UserError(f"training failed: the loss is no longer finite after {done + 1} pieces; try a lower rate")
         done += 1
         advance()
         if state is not None:
@@ -232,7 +234,7 @@ def _predictor(model: Any, settings: Settings, learners: dict[str, _Learner]) ->
         prefix = "" if name == SHARED else f"layers.{name}."
         for parameter, value in learner.network.folded().items():
             if not torch.isfinite(value).all():
-                raise UserError(f"training failed: {prefix}{parameter} is not finite; try a lower --rate")
+                raise UserError(f"training failed: {prefix}{parameter} is not finite; try a lower rate")
             weights[prefix + parameter] = value
     return BoundaryPredictor.from_state_dict(
         weights,
@@ -250,7 +252,7 @@ def _check(predictor: BoundaryPredictor, history: list[dict[str, float]]) -> Non
         if len(history) > 1 and not last < first:
             raise UserError(
                 f"training failed: the loss of the {who} networks did not fall, {first:.4f} at first and {last:.4f} at "
-                "the end; try more text, more epochs or another --rate"
+                "the end; try more text, more epochs or another rate"
             )
 
 

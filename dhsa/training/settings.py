@@ -28,7 +28,7 @@ class Settings:
         width, pooled: of the compact network: numbers of a token after the projection, and those that are pooled.
         hidden: of the MLP; None: 32 for "compact", 128 for "attention".
         heads, gated: of the paper's network: attention heads, and pooling by a gate.
-        tokens: length of the pieces that text is read in; attention does not reach across them.
+        tokens: the most tokens of a piece of text (`pack` makes pieces of a length); attention does not reach across.
         epochs: times that the text is read.
         rate: Adam's learning rate; None: the paper's 1e-4 for "attention", 3e-3 for "compact".
         schedule: "constant" or "cosine" (rising over the first 2 %, then falling to 0); None: the paper's "constant"

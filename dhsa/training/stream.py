@@ -56,7 +56,7 @@ def layer_keys(
         if layer is not None and (wanted is None or layer in wanted):
             plain, window = _plain(module, query, key, mask, options.get("sliding_window"))
             if not plain:
-                raise UserError(f"--model: layer {layer} is not plain causal self-attention; it has no labels")
+                raise UserError(f"model: layer {layer} is not plain causal self-attention; it has no labels")
             try:
                 ratios = dhsa.attention_ratios(
                     query,
@@ -67,7 +67,7 @@ def layer_keys(
                     softcap=options.get("softcap"),
                 )
             except ValueError as error:
-                raise UserError(f"--model: layer {layer}: {error}") from error
+                raise UserError(f"model: layer {layer}: {error}") from error
             try:
                 visit(LayerKeys(layer, key, ratios[0]))
             except Exception as error:
@@ -86,11 +86,11 @@ def layer_keys(
     except (NotImplementedError, TypeError, ValueError) as error:
         if own:
             raise
-        raise UserError(f"--model: its attention cannot be read: {error}") from error
+        raise UserError(f"model: its attention cannot be read: {error}") from error
     if wanted is not None and (missing := sorted(wanted - seen)):
-        raise UserError(f"--layers: {missing} are no attention layers of this model; there are {sorted(seen)}")
+        raise UserError(f"layers: {missing} are no attention layers of this model; there are {sorted(seen)}")
     if not seen:
-        raise UserError(f"--model: {type(model).__name__} never called an attention function; it has no labels")
+        raise UserError(f"model: {type(model).__name__} never called an attention function; it has no labels")
 
 
 def _plain(module: Any, query: Any, key: Any, mask: Any, sliding_window: int | None) -> tuple[bool, int | None]:
