@@ -8,7 +8,7 @@ hf_masks.py, what is computed in functional.py and the C core; nothing numeric h
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ class _State:
     config: Config
     layers: frozenset[int] | None
     former: tuple[tuple[Any, str | None], ...]
-    own: Mapping[int, Config]  # of layers that have a boundary network of their own
+    own: Mapping[int, Config] = field(default_factory=dict)  # of layers that have a boundary network of their own
 
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
