@@ -149,6 +149,18 @@ def test_models_without_labels_are_refused(models):
         stream.layer_keys(bad, [5] * 40, lambda found: None, window=4)
 
 
+def test_other_models_are_not_read(models):
+    other, seen = build("llama", "dhsa"), []
+
+    def visit(found):
+        seen.append(found.layer)
+        with torch.no_grad():
+            other(tokens(1, 40))
+
+    stream.layer_keys(models("gemma3"), [5] * 40, visit, window=4)
+    assert seen == [0, 1, 2, 3]
+
+
 def test_errors_of_a_visitor_are_its_own(models):
     def visit(found):
         raise ValueError("mine")

@@ -48,9 +48,10 @@ def layer_keys(
     wanted, gap_window = None if layers is None else frozenset(layers), window
     seen: set[int] = set()
     own: list[Exception] = []  # the visitor's, which say nothing of the model
+    inside = {id(module) for module in model.modules()}  # other threads may run other models meanwhile
 
     def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
-        layer = getattr(module, "layer_idx", None)
+        layer = getattr(module, "layer_idx", None) if id(module) in inside else None
         if layer is not None:
             seen.add(layer)
         if layer is not None and (wanted is None or layer in wanted):
