@@ -1,7 +1,7 @@
 """dhsa: Dynamic Hierarchical Sparse Attention on any CPU. Names only; the work is in the modules named below.
 
 Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`),
-`dhsa.training` and the oracle `dhsa.reference` are imported when first used.
+the doctor (`check`; `dhsa.doctor`), `dhsa.training` and the oracle `dhsa.reference` are imported when first used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dhsa import hf as hf
     from dhsa import reference as reference
     from dhsa import training as training
+    from dhsa.doctor.run import check
     from dhsa.hf import last_run, patch, patched, unpatch
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "boundaries",
     "boundary_ratios",
     "build_info",
+    "check",
     "chunk_scores",
     "get_num_threads",
     "last_run",
@@ -55,15 +57,17 @@ __all__ = [
     "unpatch",
 ]
 
-_FROM_HF = ("last_run", "patch", "patched", "unpatch")
+# Where each name that needs transformers is.
+_HOME = {"check": "dhsa.doctor.run", **dict.fromkeys(("last_run", "patch", "patched", "unpatch"), "dhsa.hf")}
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in _FROM_HF:
+    if name in _HOME:
         try:
-            value = getattr(importlib.import_module("dhsa.hf"), name)
+            importlib.import_module("dhsa.hf")  # its error says what to install
+            value = getattr(importlib.import_module(_HOME[name]), name)
         except ImportError as error:
             return _refusal(name, error)
         globals()[name] = value
@@ -74,7 +78,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _refusal(name: str, error: ImportError) -> Any:
-    """A stand-in for a function of dhsa.hf that cannot be imported: asking for it must not fail, or a star import and
+    """A stand-in for a function that cannot be imported: asking for it must not fail, or a star import and
     `help(dhsa)` would need torch, but calling it says what is missing."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `python -m dhsa demo`, `eval`, `train-boundaries`, `info`. Parses and dispatches, nothing more."""
+"""The command line, `python -m dhsa COMMAND`. Parses and dispatches, nothing more."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import dhsa
 from dhsa import demo
+from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
 from dhsa.loading import UserError
 from dhsa.training import command as training
@@ -29,6 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
         )
     )
+    doctor.add_arguments(
+        commands.add_parser(
+            "check",
+            help="read a prompt exact and sparse: what each layer did, and does the model answer the same",
+            description=doctor.DESCRIPTION,
+        )
+    )
     evaluation.add_arguments(
         commands.add_parser(
             "eval",
@@ -49,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
-        return {"demo": demo, "eval": evaluation, "train-boundaries": training}[args.command].run(args)
+        run = {"demo": demo, "check": doctor, "eval": evaluation, "train-boundaries": training}[args.command].run
+        return run(args)
     except UserError as error:
         print(f"dhsa {args.command}: {error}", file=sys.stderr)
         return 2

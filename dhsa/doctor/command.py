@@ -1,0 +1,80 @@
+"""`python -m dhsa check`: arguments, progress and the table around `dhsa.check`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from dhsa import loading
+from dhsa.loading import at_least
+
+__all__ = ["DESCRIPTION", "add_arguments", "run"]
+
+DESCRIPTION = (
+    "Reads the start of a text with a model twice, by exact and by sparse attention, and says of each layer what was "
+    "left out, what that cost and saved, and whether the model still answers the same. Exit status 1 if it does not."
+)
+NEEDED = ("torch", "transformers", "rich")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="a GGUF file, a folder, gemma3 or smollm2; default: gemma3")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: Python's language reference")
+    parser.add_argument("--tokens", type=at_least(64), default=8192, metavar="N", help="prompt length; default: 8192")
+    parser.add_argument(
+        "--budget", type=at_least(4), default=2048, metavar="N", help="keys a block of queries may see; default: 2048"
+    )
+    kinds = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=kinds, default=kinds[0], help=f"of the weights; default: {kinds[0]}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the check for parsed arguments; 0 if all is well, 1 if not."""
+    loading.prepare(NEEDED, "check")
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    text = loading.read_text(args.text)
+    with loading.progress(console) as step:
+        with step("finding the model"):
+            source = loading.find_model(args.model)
+        with step(f"loading {source.name} into {args.dtype}"):
+            tokenizer, model = loading.load(source, args.dtype)
+        with step("tokenizing"):
+            ids = loading.tokenize(tokenizer, text, args.tokens)
+        import dhsa
+
+        total = 2 * loading.model_layers(model)
+        with step(f"prefill of {ids.shape[1]:,} tokens, exact and sparse", total=total) as advance:
+            found = dhsa.check(model, ids, dhsa.Config(budget=args.budget), advance=advance)
+    console.print(_table(found, source.name, args.dtype))
+    for line in found.summary():
+        console.print(line, highlight=False, markup=False, soft_wrap=True, style=_style(line))
+    return 0 if found.ok else 1
+
+
+def _style(line: str) -> str | None:
+    return {"warning": "yellow", "not ok": "bold red", "ok": "bold green"}.get(line.partition(":")[0])
+
+
+def _table(found: Any, name: str, dtype: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    import dhsa
+    from dhsa.doctor.report import HEADINGS, cells
+
+    table = Table(
+        title=f"{name}, {found.shape[1]:,} tokens in {dtype}, budget {found.config.budget:,}, "
+        f"{dhsa.get_num_threads()} threads, {dhsa.build_info()['isa']}",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+    )
+    for i, heading in enumerate(HEADINGS):
+        words = i in (1, 2, len(HEADINGS) - 1)
+        table.add_column(heading, justify="left" if words else "right", no_wrap=i < len(HEADINGS) - 1)
+    for layer in found.layers:
+        table.add_row(*cells(layer), style=None if layer.path == "sparse" else "dim")
+    return table

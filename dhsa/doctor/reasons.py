@@ -1,0 +1,61 @@
+"""Why an attention call left no key out though its config might have: the rules of hf.py and of the core, in words.
+
+The core decides block by block (dhsa_span_exact in csrc/select/lists.c); here the same is asked of whole calls.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dhsa.config import Config
+from dhsa.hf_masks import ranges_of, segments
+
+__all__ = ["Reason", "reason"]
+
+
+class Reason(NamedTuple):
+    """`kind`: "config", "causal", "mask", "short", "window", "tail" or "other" (run.py adds "layers" and "network").
+    `text`: the same in words that go on from "Layer 3 ran exact: "."""
+
+    kind: str
+    text: str
+
+
+def reason(
+    config: Config, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, window: int | None, causal: bool
+) -> Reason:
+    """Of a prefill call that was not sparse, with the arguments of the attention function."""
+    if config._exact:
+        return Reason("config", "the config is exact, with neither a budget nor a mass")
+    batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
+    if not causal:
+        return Reason("causal", "attention is not causal")
+    if mask is None:
+        return _plain(config, q_len, k_len, window)
+    ranges = ranges_of(mask, batch, q_len, k_len, window)
+    if ranges.shape[1] > 1:
+        return Reason("mask", f"the mask has queries that see {ranges.shape[1]} separate intervals of keys")
+    parts = segments(ranges[:, 0])
+    if parts is None:
+        return Reason("mask", "the mask is neither causal nor a sliding window (a span seen from both sides?)")
+    if not parts:
+        return Reason("mask", "the mask hides every key")
+    part = max(parts, key=lambda part: part.k_stop - part.k_start)  # of padded and packed prompts the longest
+    return _plain(config, part.q_stop - part.q_start, part.k_stop - part.k_start, part.window)
+
+
+def _plain(config: Config, q_len: int, k_len: int, window: int | None) -> Reason:
+    """Of causal attention within `window`, the last query at the last key."""
+    name, least = ("budget", config._select_args[1]) if config.mass is None else ("floor", config._select_args[3])
+    if k_len <= least:
+        return Reason("short", f"the prompt's {k_len:,} keys are within the {name} of {least:,}")
+    if window is not None and window <= least:
+        return Reason("window", f"a window of {window:,} keys is within the {name} of {least:,}")
+    # The last block that may be sparse is the one before the first that holds a query of the tail.
+    end = (q_len - config.dense_tail) // config.query_block * config.query_block if config.dense_tail else q_len
+    if end <= 0 or k_len - q_len + end <= least:
+        tail = f"a block of the last {config.dense_tail:,} queries (dense_tail)"
+        return Reason("tail", f"every query that sees more than the {name} of {least:,} keys is in {tail}")
+    return Reason("other", "every block of queries saw all its keys")

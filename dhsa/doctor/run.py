@@ -1,0 +1,363 @@
+"""`check`: one prompt by exact and by sparse prefill, watched layer by layer; the model is left as it was.
+
+Both runs use this package's attention, so that nothing grows with the square of the prompt. Beside each layer that
+left keys out, exact attention is computed from the same inputs. What the findings are is in findings.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from dhsa import functional, hf
+from dhsa.config import Config
+from dhsa.doctor.findings import Facts, findings
+from dhsa.doctor.reasons import Reason, reason
+from dhsa.doctor.report import Check, LayerCheck
+from dhsa.hf_masks import key_range_mask
+
+__all__ = ["TAIL", "check"]
+
+TAIL = 64  # positions at the end whose distributions are compared
+_WATCHED = "dhsa_watched"  # an implementation of its own, so that calls of other models go on unwatched
+_WATCH = "_dhsa_watch"  # on every module of a model under check
+_EXACT = Config(budget=None)
+
+
+def check(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    config: Config | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    layers: Iterable[int] | None = None,
+    advance: Callable[[], None] | None = None,
+) -> Check:
+    """Reads a prompt by exact and by sparse prefill and says what differs: `print(dhsa.check(model, input_ids))`.
+
+    Takes two prefills, and exact attention once more in the layers that were sparse; memory is linear in the prompt.
+    The model is run in eval mode without gradients, and left exactly as it was, patched or not.
+
+    Args:
+        model: a transformers model with a language modelling head, on the CPU.
+        input_ids: int64 or int32 [B, L], L at least 2.
+        config: what to check. None: what a patched model is patched with, else the default.
+        attention_mask: None, [B, L] of 1 (a token) and 0 (padding), or a complete 4-D mask as transformers takes it.
+        layers: those that may be sparse, as for `patch`. None: all; of a patched model with a config of None, its own.
+        advance: called after each attention layer of either run.
+
+    Returns:
+        A `Check`; its `warnings` are sentences, `ok` says whether the sparse prefill answers as the exact one.
+
+    Raises:
+        TypeError, ValueError: naming the argument; also as `patch` does, but not for layers that lack a boundary
+        network, which run exact and are reported. NotImplementedError: as the attention function does.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model: {type(model).__name__} has no language modelling head")
+    ids, mask = _checked(model, input_ids, attention_mask)
+    state: hf._State | None = model.__dict__.get(hf._STATE)
+    own = model.config._attn_implementation if state is None else state.former[0][1]
+    if config is None:
+        config = hf._DEFAULT if state is None else state.config
+        layers = state.layers if state is not None and layers is None else layers
+    if not isinstance(config, Config):
+        raise TypeError(f"config: expected a dhsa.Config or None, got {type(config).__name__}")
+    prompt = _Prompt(ids, mask, _positions(ids, mask))
+
+    with _untouched(model), torch.no_grad():
+        with hf.patched(model, _EXACT, layers):  # so that nothing of a first call is measured, and layers are checked
+            chosen = model.__dict__[hf._STATE].layers
+            _last_logits(model, head, _Prompt(ids[:, :TAIL], None, torch.zeros_like(ids[:, :1])))
+        chosen, unserved, shared = _served(model, config, chosen)
+        exact = _Watch(advance)
+        exact_logits, exact_seconds = _prefill(model, head, prompt, _EXACT, None, exact)
+        sparse = _Watch(advance, unserved, compare=True)
+        sparse_logits, sparse_seconds = _prefill(model, head, prompt, config, chosen, sparse)
+        if not exact.calls:
+            raise ValueError(f"model: no layer of {type(model).__name__} called the attention function it names")
+        kl, same, tokens = _compared(exact_logits, sparse_logits)
+
+    result = Check(
+        config=config,
+        shape=(ids.shape[0], ids.shape[1]),
+        layers=[_layer(a, b) for a, b in zip(exact.calls, sparse.calls, strict=True)],
+        kl=tuple(kl[:, -1].tolist()),
+        next_tokens=tokens,
+        agree=tuple(same[:, -1].tolist()),
+        tail=kl.shape[1],
+        tail_kl=float(kl.mean()),
+        tail_agree=float(same.double().mean()),
+        exact_seconds=exact_seconds,
+        sparse_seconds=sparse_seconds,
+    )
+    info = functional.build_info()
+    facts = Facts(
+        implementation=own,
+        dtype=exact.calls[0].dtype,
+        isa=info["isa"],
+        products=tuple(info["products"]),
+        reasons=tuple(call.reason.kind for call in sparse.calls),
+        exact_fault=next(((call.run.layer, call.fault) for call in exact.calls if call.fault), None),
+        logits_finite=tuple(bool((logits < torch.inf).all()) for logits in (exact_logits, sparse_logits)),
+        unserved=unserved,
+        shared=shared,
+    )
+    warnings, notes, ok = findings(result, facts)
+    return dataclasses.replace(result, warnings=warnings, notes=notes, ok=ok)
+
+
+# ---- the prompt ------------------------------------------------------------------------------------------------------
+
+
+class _Prompt(NamedTuple):
+    """What the model reads, and the positions [B, n] of each row whose logits are wanted, ascending."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    positions: torch.Tensor
+
+
+def _checked(model: PreTrainedModel, ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The arguments; what a 4-D mask holds is checked where it is read (hf_masks.py)."""
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"input_ids: expected an int64 or int32 tensor, got {got}")
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(f"input_ids: expected shape [B, L] with L at least 2, got {list(ids.shape)}")
+    words = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if words is not None and not ((ids >= 0) & (ids < words)).all():
+        raise ValueError(f"input_ids: expected 0 to {words - 1}, got {int(ids.min())} to {int(ids.max())}")
+    if mask is None:
+        return ids, None
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask: expected a tensor or None, got {type(mask).__name__}")
+    if mask.ndim == 4:
+        return ids, mask
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: expected shape {list(ids.shape)} or 4 dimensions, got {list(mask.shape)}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, got other values")
+    if not mask.any(dim=1).all():
+        raise ValueError("attention_mask: has a row of padding only")
+    return ids, mask.long()
+
+
+def _positions(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """int64 [B, n]: where the last tokens of each row are, n at most TAIL and the same for all rows."""
+    real = torch.ones_like(ids) if mask is None or mask.ndim == 4 else mask
+    n = min(TAIL, int(real.sum(1).min()))
+    return torch.stack([row.nonzero()[-n:, 0] for row in real])
+
+
+# ---- prefill, watched ------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """One attention call: what hf.py notes of it, why it was exact, its error, and what is not finite in it."""
+
+    run: hf.LayerRun
+    reason: Reason
+    error: float
+    fault: str
+    dtype: str
+
+
+class _Watch:
+    """Stands in for the attention function in the modules of one model, for one prefill.
+
+    `compare`: ask of each call why it was exact, or compute exact attention beside it. `aside`: the seconds that the
+    watching itself took.
+    """
+
+    def __init__(self, advance: Callable[[], None] | None, unserved: tuple[int, ...] = (), compare: bool = False):
+        self.calls: list[_Call] = []
+        self.aside = 0.0
+        self._advance, self._unserved, self._compare = advance, unserved, compare
+
+    def __call__(self, module: torch.nn.Module, q: Any, k: Any, v: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        out, weights = hf.attention_forward(module, q, k, v, mask, *rest, **options)
+        start = perf_counter()
+        run = hf.last_run(module)[0]
+        why, error = Reason("", ""), 0.0
+        if self._compare:
+            if run.path == "sparse" or run.skipped:
+                exact, _ = _exactly(module, q, k, v, mask, *rest, **options)
+                error = _distance(out, exact)
+            if run.path != "sparse":
+                why = self._why(module, q, k, mask, options)
+        fault = _fault(q=q, k=k, v=v, output=out)
+        self.calls.append(_Call(run, why, error, fault, str(q.dtype).removeprefix("torch.")))
+        self.aside += perf_counter() - start
+        if self._advance is not None:
+            self._advance()
+        return out, weights
+
+    def _why(self, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]) -> Reason:
+        state: hf._State = module.__dict__[hf._STATE]
+        layer = getattr(module, "layer_idx", None)
+        if not state.config._exact and state.layers is not None and layer not in state.layers:
+            if layer in self._unserved:
+                return Reason("network", "the predictor has no network for it")
+            return Reason("layers", "it is not among layers=")
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        return reason(state.config, q, k, mask, options.get("sliding_window"), causal)
+
+
+def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    """The attention function by an exact config, its record forgotten."""
+    notes = module.__dict__
+    state, runs = notes[hf._STATE], notes.pop(hf._RUNS)
+    notes[hf._STATE] = dataclasses.replace(state, config=_EXACT, own={})
+    try:
+        return hf.attention_forward(module, *args, **options)
+    finally:
+        notes[hf._STATE], notes[hf._RUNS] = state, runs
+
+
+def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """|out - exact| / |exact|."""
+    exact = exact.float()
+    norm = float(exact.norm())
+    return float((out.float() - exact).norm()) / norm if norm else 0.0
+
+
+def _fault(**tensors: torch.Tensor) -> str:
+    """ "NaN in v, output", "inf in k" or ""."""
+    bad = {name: tensor for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
+    nan = any(bool(tensor.isnan().any()) for tensor in bad.values())
+    return f"{'NaN' if nan else 'inf'} in {', '.join(bad)}" if bad else ""
+
+
+def _watched(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
+    return module.__dict__[_WATCH](module, *args, **options)
+
+
+AttentionInterface.register(_WATCHED, _watched)
+AttentionMaskInterface.register(_WATCHED, key_range_mask)
+
+
+def _prefill(
+    model: PreTrainedModel,
+    head: torch.nn.Module,
+    prompt: _Prompt,
+    config: Config,
+    layers: Iterable[int] | None,
+    watch: _Watch,
+) -> tuple[torch.Tensor, float]:
+    """(logits, seconds without the watching) of the prompt by a config."""
+    with hf.patched(model, config, layers):
+        model.set_attn_implementation(_WATCHED)  # until the end of the with, which restores what was there before
+        for module in hf._attention_modules(model):
+            module.__dict__[_WATCH] = watch
+        start = perf_counter()
+        logits = _last_logits(model, head, prompt)
+        return logits, perf_counter() - start - watch.aside
+
+
+def _last_logits(model: PreTrainedModel, head: torch.nn.Module, prompt: _Prompt) -> torch.Tensor:
+    """float32 [B, n, vocabulary] at the prompt's positions: the head is handed their hidden states only, so that the
+    model scales and caps its logits as ever, but never forms those of the whole prompt."""
+
+    def pick(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        return (args[0][torch.arange(len(prompt.ids))[:, None], prompt.positions],)
+
+    options = {}
+    if prompt.mask is not None and prompt.mask.ndim == 2:  # as `generate` counts
+        options["position_ids"] = (prompt.mask.cumsum(-1) - 1).clamp(min=0)
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        made = model(input_ids=prompt.ids, attention_mask=prompt.mask, use_cache=False, **options).logits
+    finally:
+        handle.remove()
+    if made.shape[:2] != prompt.positions.shape:
+        raise ValueError(f"model: the logits of {type(model).__name__} do not come from its output embeddings")
+    return made.float()
+
+
+@contextmanager
+def _untouched(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode inside; afterwards modes, config objects and records of earlier runs are as before.
+
+    `patch` gives a model config objects of its own for good; a check must not.
+    """
+    modules = list(model.modules())
+    training = [module for module in modules if module.training]
+    configs = [
+        (m, name, value) for m in modules for name, value in vars(m).items() if isinstance(value, PreTrainedConfig)
+    ]
+    runs = [(m, m.__dict__.pop(hf._RUNS)) for m in modules if hf._RUNS in m.__dict__]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            for name in (hf._RUNS, _WATCH):
+                module.__dict__.pop(name, None)
+        for module, kept in runs:
+            module.__dict__[hf._RUNS] = kept
+        for module, name, value in configs:
+            module.__dict__[name] = value
+        for module in training:
+            module.training = True
+
+
+def _served(
+    model: PreTrainedModel, config: Config, chosen: frozenset[int] | None
+) -> tuple[frozenset[int] | None, tuple[int, ...], tuple[int, ...]]:
+    """(layers that may be sparse, those of `chosen` without a boundary network, those cut by the one for all layers);
+    ValueError if the networks are another model's."""
+    hf._own_networks(model, config, ())
+    predictor = config.predictor
+    if config.boundaries != "predictor" or predictor is None or not predictor.layers:
+        return chosen, (), ()
+    present = {getattr(module, "layer_idx", None) for module in hf._attention_modules(model)} - {None}
+    wanted = frozenset(present) if chosen is None else chosen
+    without = tuple(sorted(wanted - set(predictor.layers)))
+    return (chosen, (), without) if predictor.shared else (wanted - set(without), without, ())
+
+
+# ---- what is made of it ----------------------------------------------------------------------------------------------
+
+
+def _layer(exact: _Call, sparse: _Call) -> LayerCheck:
+    run = sparse.run
+    return LayerCheck(
+        layer=run.layer,
+        kind=run.kind,
+        path=run.path,
+        why=sparse.reason.text,
+        density=run.density,
+        skipped=run.skipped,
+        output_error=sparse.error,
+        exact_seconds=exact.run.attend_seconds,
+        select_seconds=run.select_seconds,
+        attend_seconds=run.attend_seconds,
+        not_finite=sparse.fault,
+    )
+
+
+def _compared(
+    exact: torch.Tensor, sparse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int], ...]]:
+    """Divergence float64 [B, n] in nats, whether the most likely token is the same [B, n], and the last ones of each
+    row; NaN and False where logits hold NaN."""
+    kl = torch.empty(exact.shape[:2], dtype=torch.float64)
+    same = torch.empty(exact.shape[:2], dtype=torch.bool)
+    for b, i in torch.cartesian_prod(*(torch.arange(n) for n in exact.shape[:2])).reshape(-1, 2).tolist():
+        p, q = exact[b, i].double().log_softmax(-1), sparse[b, i].double().log_softmax(-1)
+        # A word that is ruled out has a logit of -inf and adds nothing.
+        kl[b, i] = torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum().clamp(min=0)
+        same[b, i] = p.argmax() == q.argmax() and not kl[b, i].isnan()
+    tokens = zip(exact[:, -1].argmax(-1).tolist(), sparse[:, -1].argmax(-1).tolist(), strict=True)
+    return kl, same, tuple(tokens)
