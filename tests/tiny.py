@@ -13,6 +13,10 @@ EXACT = dhsa.Config(budget=None)
 SPARSE = dhsa.Config(budget=96, sink=8, local=32, query_block=32, dense_tail=16)
 WINDOW = 64
 FAMILIES = ["gemma2", "gemma3", "llama", "qwen2", "qwen3"]
+IMAGES = "gemma3 with images"  # the whole model: vision tower, projector, text
+ALL_FAMILIES = [*FAMILIES, "gemma", "mistral", "phi3", "smollm3", "olmo2", IMAGES]
+WIDE_WINDOW = 160  # where every layer slides; beyond the budget of SPARSE, so that such models are sparse at all
+IMAGE_TOKEN, IMAGE_TOKENS = 100, 16  # no word of the vocabulary; how many stand for an image
 
 SIZES = {
     "vocab_size": 97,
@@ -28,23 +32,75 @@ SIZES = {
     "eos_token_id": None,
 }
 
+# Llama 3.1's, its bands moved to where 2,048 positions have some of all three.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+# Phi 4 mini's: three quarters of each head turn, by factors of their own beyond the original length.
+PHI3_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0] * 6,
+    "long_factor": [1.0, 1.1, 1.3, 1.8, 2.5, 4.0],
+}
+
 
 def build(family, implementation="eager", **changes):
     layer_types = ["sliding_attention", "full_attention"] * 2
     gemma = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": WINDOW, "layer_types": layer_types}
-    qwen = {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": layer_types}
-    config = {
-        "gemma2": lambda: transformers.Gemma2Config(
-            **{**SIZES, **gemma, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0, **changes}
-        ),
-        "gemma3": lambda: transformers.Gemma3TextConfig(**{**SIZES, **gemma, **changes}),
-        "llama": lambda: transformers.LlamaConfig(**{**SIZES, **changes}),
-        "qwen2": lambda: transformers.Qwen2Config(**{**SIZES, **qwen, **changes}),
-        "qwen3": lambda: transformers.Qwen3Config(**{**SIZES, **qwen, "head_dim": 32, **changes}),
-    }[family]()
+    slides = {"sliding_window": WINDOW, "use_sliding_window": True, "layer_types": layer_types}
+    if family == IMAGES:
+        config = _with_images({**SIZES, **gemma, **changes})
+    else:
+        kind, own = {
+            "gemma": (transformers.GemmaConfig, {"head_dim": 32}),
+            "gemma2": (
+                transformers.Gemma2Config,
+                {**gemma, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 10.0},
+            ),
+            "gemma3": (transformers.Gemma3TextConfig, gemma),
+            "llama": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+            "mistral": (transformers.MistralConfig, {"head_dim": 24, "sliding_window": WIDE_WINDOW}),
+            "olmo2": (transformers.Olmo2Config, {}),
+            "phi3": (
+                transformers.Phi3Config,
+                {"rope_parameters": PHI3_ROPE, "original_max_position_embeddings": 32, "sliding_window": WIDE_WINDOW},
+            ),
+            "qwen2": (transformers.Qwen2Config, slides),
+            "qwen3": (transformers.Qwen3Config, {**slides, "head_dim": 32}),
+            # one layer each with and without a window, with and without rotation
+            "smollm3": (transformers.SmolLM3Config, {**slides, "no_rope_layers": [1, 1, 0, 0]}),
+        }[family]
+        config = kind(**{**SIZES, **own, **changes})
     torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    make = transformers.AutoModelForImageTextToText if family == IMAGES else transformers.AutoModelForCausalLM
+    model = make.from_config(config, attn_implementation=implementation)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Norms and biases begin as ones or zeros, an image's projection as zero: as if they were not there.
+            if weight.ndim == 1 or "mm_input_projection" in name:
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
     return model.eval()
+
+
+def _with_images(text):
+    """8 x 8 patches an image, of which each 2 x 2 become one of its tokens."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text),
+        vision_config=transformers.SiglipVisionConfig(**vision, image_size=32, patch_size=4, vision_use_head=False),
+        mm_tokens_per_image=IMAGE_TOKENS,
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=3,
+        eoi_token_index=4,
+    )
 
 
 def tokens(batch, length, seed=0):
