@@ -145,7 +145,9 @@ def attention_forward(
         and parts[0].row in (None, 0)
         and parts[0].q_stop - parts[0].q_start == q_len
     )
-    if parts is None or not (whole or not config._exact or config.skip is not None):
+    # Windows too: only a call of their own has the very tiles, and so the bits, that a row has alone.
+    apart = parts is not None and (not config._exact or config.skip is not None or any(p.window for p in parts))
+    if not (whole or apart):
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
         _, _, stats = functional.run(query, key, value, _EXACT, key_ranges=ranges, out=view, **options)
         _record(module, layer, sliding_window, query, key, [(stats, 1)])

@@ -22,8 +22,10 @@ from tiny import (  # noqa: E402
     SIZES,
     SPARSE,
     WINDOW,
+    Layer,
     build,
     padded,
+    qkv,
     tokens,
 )
 
@@ -164,6 +166,21 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(model_of, eager, family, side
         agrees(here[None], dtype, eager, family, n, row)
         if dtype == torch.float32:
             torch.testing.assert_close(here, single[row], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("window", [None, WINDOW, 200])
+def test_attention_of_a_padded_row_has_the_bits_of_the_row_alone(window, side, dtype):
+    """Of models that cannot be asked: other lengths may give other bits in their linear layers."""
+    layer, mask = Layer(), padded(LENGTHS, LENGTH, side)[1].bool()
+    dhsa.hf._install(layer, dhsa.hf._State(EXACT, None, ()))
+    q, k, v = qkv(batch=3, q_len=LENGTH, dtype=dtype)
+    out, _ = dhsa.hf.attention_forward(layer, q, k, v, mask, sliding_window=window)
+    for row, real in enumerate(mask):
+        one = (x[row : row + 1, :, real] for x in (q, k, v))
+        alone, _ = dhsa.hf.attention_forward(layer, *one, None, sliding_window=window)
+        assert torch.equal(out[row][real], alone[0])
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
