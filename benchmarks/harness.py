@@ -292,7 +292,7 @@ def run_jobs(jobs: list[Job], path: Path, head: dict[str, Any], add: bool = Fals
                 r = row(job.section, job.name, "", "", error=f"{type(error).__name__}: {said}")
                 _add(report, r | {"traceback": traceback.format_exc(), "pass": False}, path, console)
             progress.advance(task)
-    report |= {"complete": True, "seconds": kept["seconds"] + time.perf_counter() - started}
+    report |= {"complete": True, "seconds": kept.get("seconds", 0.0) + time.perf_counter() - started}
     write_json(path, report)
     judged = [r["pass"] for r in report["rows"] if r["pass"] is not None]
     console.print(

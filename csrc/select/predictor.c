@@ -37,7 +37,8 @@ typedef struct {
     float *band;     /* [tokens, 4w - 1, heads]: logits of a token against its neighbours */
     float *weight;   /* [(width + group - 1) * heads, lanes] */
     float *window;   /* [width * group, C]: a group's tokens after LayerNorm */
-    float *features; /* [4C + 1, lanes]: gaps */
+    float *rows;     /* [lanes, 4C + 1]: features of gaps */
+    float *features; /* [4C + 1, lanes]: the same as a panel */
     float *line;     /* [max(width, lanes)] */
     float *poison;   /* [tokens]: 0, or NaN where a token's projection is not finite */
 } scratch;
@@ -55,12 +56,13 @@ static int64_t lay_out(const plan *pl, float *base, scratch *s)
                              (pl->width + pl->group - 1) * pl->heads * lanes,
                              pl->width * pl->group * C,
                              (4 * C + 1) * lanes,
+                             (4 * C + 1) * lanes,
                              DHSA_MAX(pl->width, lanes),
                              pl->tokens};
-    float **const parts[] = {&s->panel, &s->wide,   &s->out,    &s->query,    &s->key,  &s->value,
-                             &s->band,  &s->weight, &s->window, &s->features, &s->line, &s->poison};
+    float **const parts[] = {&s->panel,  &s->wide,   &s->out,  &s->query,    &s->key,  &s->value, &s->band,
+                             &s->weight, &s->window, &s->rows, &s->features, &s->line, &s->poison};
     int64_t at = 0;
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 13; i++) {
         *parts[i] = base ? base + at : NULL;
         at += dhsa_round_up(sizes[i], DHSA_ALIGN / 4);
     }
@@ -117,7 +119,7 @@ static void window_weights(const plan *pl, scratch *s, int64_t a, int64_t x, int
     const float *band = s->band + (a * (4 * pl->w - 1) + x - a + pl->width - 1) * heads;
     for (int64_t h = 0; h < heads; h++) {
         float top = -INFINITY, sum = 0;
-        for (int64_t t = 0; t < pl->width; t++) top = fmaxf(top, band[t * heads + h]);
+        for (int64_t t = 0; t < pl->width; t++) top = band[t * heads + h] > top ? band[t * heads + h] : top;
         for (int64_t t = 0; t < pl->width; t++) sum += s->line[t] = expf(band[t * heads + h] - top);
         for (int64_t t = 0; t < pl->width; t++) s->weight[((x - base + t) * heads + h) * lanes + r] = s->line[t] / sum;
     }
@@ -139,7 +141,12 @@ static void normalise(const plan *pl, scratch *s, int n, float *rows)
     for (int r = 0; r < n; r++) scale[r] = 1.0f / sqrtf(scale[r] / (float)C + 1e-5f);
     for (int64_t c = 0; c < C; c++)
         for (int r = 0; r < n; r++)
-            rows[r * C + c] = (s->out[c * lanes + r] - mean[r]) * scale[r] * pl->net->norm_weight[c] + pl->net->norm_bias[c];
+            s->out[c * lanes + r] = (s->out[c * lanes + r] - mean[r]) * scale[r] * pl->net->norm_weight[c] + pl->net->norm_bias[c];
+    float ones[DHSA_MAX_LANES];
+    void *to[DHSA_MAX_LANES];
+    for (int r = 0; r < DHSA_MAX_LANES; r++) ones[r] = 1.0f;
+    for (int r = 0; r < n; r++) to[r] = rows + r * C;
+    pl->kernels->store_panel(s->out, ones, n, (int)C, DHSA_F32, to);
 }
 
 /* Tokens of the windows of gaps [x, x + gaps) of the tile (their first tokens are x, x + 1, ...) into s->window. */
@@ -171,7 +178,7 @@ static void pool(const plan *pl, scratch *s, const float *half, float *sum)
     float total = 0, top = -INFINITY;
     for (int64_t t = 0; t < pl->w; t++) {
         s->line[t] = pl->net->gate_weight ? pl->kernels->dot(pl->net->gate_weight, half + t * C, C) : 0.0f;
-        top = fmaxf(top, s->line[t]);
+        top = s->line[t] > top ? s->line[t] : top;
     }
     for (int64_t t = 0; t < pl->w; t++) total += s->line[t] = expf(s->line[t] - top);
     for (int64_t t = 0; t < pl->w; t++) {
@@ -180,28 +187,29 @@ static void pool(const plan *pl, scratch *s, const float *half, float *sum)
     }
 }
 
-/* Features of one gap into lane r. */
+/* Features of one gap, row r. */
 static void fill_features(const plan *pl, scratch *s, const float *window, int64_t r)
 {
-    const int64_t C = pl->C, lanes = pl->kernels->lanes;
-    float *left = s->out, *right = s->panel, *to = s->features + r; /* both are free by now */
+    const int64_t C = pl->C;
+    float *to = s->rows + r * (4 * C + 1), *left = to, *right = to + C;
     pool(pl, s, window, left);
     pool(pl, s, window + pl->w * C, right);
     for (int64_t c = 0; c < C; c++) {
-        to[c * lanes] = left[c];
-        to[(C + c) * lanes] = right[c];
-        to[(2 * C + c) * lanes] = fabsf(left[c] - right[c]);
-        to[(3 * C + c) * lanes] = left[c] * right[c];
+        to[2 * C + c] = fabsf(left[c] - right[c]);
+        to[3 * C + c] = left[c] * right[c];
     }
     const float l = sqrtf(pl->kernels->dot(left, left, C)), m = sqrtf(pl->kernels->dot(right, right, C));
     const float norms = (l < 1e-6f ? 1e-6f : l) * (m < 1e-6f ? 1e-6f : m); /* NaN stays NaN */
-    to[4 * C * lanes] = pl->kernels->dot(left, right, C) / norms;
+    to[4 * C] = pl->kernels->dot(left, right, C) / norms;
 }
 
-/* The MLP on n gaps in lanes. */
+/* The MLP on the n gaps whose features are in rows. */
 static void classify(const plan *pl, scratch *s, int n, float *logits)
 {
     const int64_t lanes = pl->kernels->lanes, hidden = pl->net->hidden, inputs = 4 * pl->C + 1;
+    const void *rows[DHSA_MAX_LANES];
+    for (int r = 0; r < n; r++) rows[r] = s->rows + r * inputs;
+    pl->kernels->pack_panel(rows, DHSA_F32, n, (int)inputs, 1.0f, s->features);
     pl->kernels->qk(s->features, pl->net->mlp0_weight, inputs, (int)hidden, (int)inputs, pl->kernels->lanes, s->wide, NULL);
     for (int r = 0; r < n; r++) logits[r] = pl->net->mlp2_bias;
     for (int64_t c = 0; c < hidden; c++)
@@ -220,10 +228,9 @@ static void tile_task(void *context, int64_t index, int thread)
     float *logits = pl->logits + b * length + first;
     scratch s;
     lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
-    /* Columns beyond C of the last strip, and lanes without a gap, are computed with: they must be numbers. */
+    /* Columns beyond C of the last strip are computed with: they must be numbers. */
     if (pl->C % pl->kernels->value_step)
         memset(s.value, 0, (size_t)(dhsa_ceil_div(pl->C, pl->kernels->value_step) * pl->strip) * sizeof *s.value);
-    memset(s.features, 0, (size_t)((4 * pl->C + 1) * lanes) * sizeof *s.features);
     for (int64_t at = 0; at < tokens; at += lanes) project(pl, &s, b, first - pl->w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
     fill_band(pl, &s, tokens);
     int64_t lane = 0, done = 0;
@@ -282,7 +289,12 @@ dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
     if (net->window > length / 2) return DHSA_OK; /* no gap has a full window */
-    plan pl = {.net = net, .k = k, .kernels = dhsa_kernels_current(), .C = net->channels, .heads = net->heads, .w = net->window};
+    plan pl = {.net = net,
+               .k = k,
+               .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32),
+               .C = net->channels,
+               .heads = net->heads,
+               .w = net->window};
     const int lanes = pl.kernels->lanes;
     const int64_t gaps = length - 2 * pl.w + 1;
     scratch unused;
