@@ -317,6 +317,8 @@ class BoundaryPredictor:
         Returns:
             float32 [B, L] of the kind of `k`: entry j scores the gap between keys j and j + 1. The first w - 1 and the
             last w gaps, whose windows are not full, are -100; so are all of an input shorter than two windows.
+            A batch is its rows, each on its own. Padding is not known here, its keys are keys like others: hand over
+            the real ones, as a patched model does.
 
         Raises:
             TypeError, ValueError: naming `k`, or the predictor where its width does not fit or it has networks of

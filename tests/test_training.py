@@ -14,6 +14,7 @@ for name in ("torch", "transformers", "rich", "safetensors"):
     pytest.importorskip(name, reason=f"needs the demo extra: {name}")
 
 import torch  # noqa: E402
+from test_evaluation import folder  # noqa: E402, F401
 from tiny import build, tokens  # noqa: E402
 from weights import compact_weights, random_weights  # noqa: E402
 
@@ -386,27 +387,11 @@ def test_pythons_own_documentation_is_there():
     assert any("argparse" in d[:200].lower() or "ArgumentParser" in d for d in found)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A saved Gemma 3 of random weights with a tokenizer of single characters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tiny")
-    words = {chr(c): c - 32 for c in range(32, 127)} | {"<unk>": 95, "\n": 96}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
-    build("gemma3").save_pretrained(path)
-    return path
-
-
 def run(*args):
     return command_line.main(["train-boundaries", *map(str, args)])
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_the_command(folder, tmp_path, capsys):  # noqa: F811
     rng = np.random.default_rng(0)
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text("".join(rng.choice(list("abcdefgh \n"), 400)))
@@ -448,7 +433,7 @@ def test_the_command(folder, tmp_path, capsys):
         (("--layers", "7"), r"layers: \[7\] are no attention layers"),
     ],
 )
-def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, args, message):
+def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, args, message):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("a b c d e " * 5)
     (tmp_path / "long.txt").write_text("a b c d e " * 300)

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.out.with_suffix('.md').name}. Use it:\n"
         f'  dhsa.Config(boundaries="predictor", predictor=dhsa.BoundaryPredictor.load("{args.out}"))',
         highlight=False,
+        soft_wrap=True,  # to be copied
     )
     return 0
 
