@@ -218,10 +218,6 @@ def test_gaps_are_picked_as_the_method_has_it():
     np.testing.assert_array_equal(got[0], want)
 
 
-shipped = pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights in this checkout")
-
-
-@shipped
 def test_the_shipped_weights():
     pytest.importorskip("safetensors", reason="needs the predictor extra: safetensors")
     assert WEIGHTS.stat().st_size < 1 << 20
@@ -241,7 +237,6 @@ def test_the_shipped_weights():
     )
 
 
-@shipped
 @pytest.mark.parametrize("shape", [(1, 1, 100, 128), (1, 3, 100, 64)])
 def test_another_width_says_how_to_train(shape):
     pytest.importorskip("safetensors", reason="needs the predictor extra: safetensors")

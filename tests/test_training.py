@@ -430,6 +430,7 @@ def test_the_command(folder, tmp_path, capsys):  # noqa: F811
         (("--out", "nowhere/made.safetensors"), "--out: there is no folder nowhere"),
         (("--model", "nowhere"), "--model: nowhere does not exist"),
         (("--rate", "-1"), "--rate: expected a number above 0"),
+        (("--heads", "4"), "--heads: only the paper's network has attention heads; add --architecture attention"),
         (("--layers", "7"), r"layers: \[7\] are no attention layers"),
     ],
 )

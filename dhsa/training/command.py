@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=at_least(1), default=2)
     parser.add_argument("--rate", type=float, help="Adam's learning rate; default: 3e-3, of the paper's network 1e-4")
     parser.add_argument("--schedule", choices=("constant", "cosine"))
-    parser.add_argument("--heads", type=at_least(1), default=4, help="of the paper's network")
+    parser.add_argument("--heads", type=at_least(1), help="of the paper's network; default: 4")
     parser.add_argument("--hidden", type=at_least(1), help="units of the MLP")
     parser.add_argument("--pool-mib", type=at_least(1), default=256, help="most memory for keys, in MiB")
     parser.add_argument("--seed", type=at_least(0), default=0)
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from dhsa import training
     from dhsa.training import report
 
+    if args.heads is not None and args.architecture != "attention":
+        raise UserError("--heads: only the paper's network has attention heads; add --architecture attention")
     try:
         settings = training.Settings(
             architecture=args.architecture,
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             epochs=args.epochs,
             rate=args.rate,
             schedule=args.schedule,
-            heads=args.heads,
+            heads=args.heads or training.Settings.heads,
             hidden=args.hidden,
             pool_mib=args.pool_mib,
             seed=args.seed,
