@@ -270,18 +270,18 @@ def test_a_model_takes_the_networks_of_its_layers(torch, models):
     )
     ids = tokens(1, 300)
     taken = []
-    run = hf.functional.run
+    run = hf.attention.functional.run
 
     def spy(q, k, v, config=None, **options):
         taken.append(config)
         return run(q, k, v, config, **options)
 
-    hf.functional.run = spy
+    hf.attention.functional.run = spy
     try:
         with torch.no_grad(), dhsa.patched(model, config):
             own = model(ids).logits
     finally:
-        hf.functional.run = run
+        hf.attention.functional.run = run
     found = [None if c.predictor is None else c.predictor.state_dict() for c in taken]
     for layer, seed in ((0, 0), (1, 1), (2, 0), (3, 3)):
         np.testing.assert_array_equal(found[layer]["head.2.weight"], compact_weights(64, seed=seed)["head.2.weight"])

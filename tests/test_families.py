@@ -174,7 +174,7 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(model_of, eager, family, side
 def test_attention_of_a_padded_row_has_the_bits_of_the_row_alone(window, side, dtype):
     """Of models that cannot be asked: other lengths may give other bits in their linear layers."""
     layer, mask = Layer(), padded(LENGTHS, LENGTH, side)[1].bool()
-    dhsa.hf._install(layer, dhsa.hf._State(EXACT, None, ()))
+    dhsa.hf.switching.install(layer, dhsa.hf.switching.State(EXACT, None, ()))
     q, k, v = qkv(batch=3, q_len=LENGTH, dtype=dtype)
     out, _ = dhsa.hf.attention_forward(layer, q, k, v, mask, sliding_window=window)
     for row, real in enumerate(mask):

@@ -415,7 +415,7 @@ def test_padding_mask_straight_into_the_attention_function(config, side):
     lengths, n, layer = [200, 120, 0], 200, Layer()
     q, k, v = qkv(batch=3, q_len=n)
     mask = padded(lengths, n, side)[1].bool()
-    dhsa.hf._install(layer, dhsa.hf._State(config, None, ()))
+    dhsa.hf.switching.install(layer, dhsa.hf.switching.State(config, None, ()))
     out, _ = dhsa.hf.attention_forward(layer, q, k, v, mask, scaling=0.3, softcap=5.0)
     assert out.shape == (3, n, 4, 16)
     assert out.is_contiguous()
@@ -439,12 +439,12 @@ def test_padding_mask_straight_into_the_attention_function(config, side):
 def test_arguments_reach_the_core(window):
     q, k, v = qkv(q_len=150, k_len=190, dim=24)
     layer = Layer()
-    dhsa.hf._install(layer, dhsa.hf._State(SPARSE, None, ()))
+    dhsa.hf.switching.install(layer, dhsa.hf.switching.State(SPARSE, None, ()))
     out, weights = dhsa.hf.attention_forward(layer, q, k, v, None, scaling=0.5, softcap=3.0, sliding_window=window)
     assert weights is None
     expected = dhsa.attention(q, k, v, SPARSE, scale=0.5, softcap=3.0, window=window)
     assert torch.equal(out, expected.transpose(1, 2).contiguous())
-    dhsa.hf._install(layer, dhsa.hf._State(EXACT, None, ()))
+    dhsa.hf.switching.install(layer, dhsa.hf.switching.State(EXACT, None, ()))
     out, _ = dhsa.hf.attention_forward(layer, q, k, v, None, scaling=0.5, softcap=3.0, sliding_window=window)
     position, j = torch.arange(150)[:, None] + 40, torch.arange(190)
     visible = (j <= position) & (j > position - (window or 10**6))
@@ -455,7 +455,7 @@ def test_arguments_reach_the_core(window):
 def test_not_causal_without_a_mask_sees_everything():
     q, k, v = qkv(q_len=70, k_len=90)
     for layer, is_causal in [(Layer(is_causal=False), None), (Layer(), False)]:
-        dhsa.hf._install(layer, dhsa.hf._State(SPARSE, None, ()))
+        dhsa.hf.switching.install(layer, dhsa.hf.switching.State(SPARSE, None, ()))
         out, _ = dhsa.hf.attention_forward(layer, q, k, v, None, is_causal=is_causal)
         expected = masked_softmax(q, k, v, torch.ones(70, 90, dtype=torch.bool)).transpose(1, 2)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)

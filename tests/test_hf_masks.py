@@ -13,7 +13,7 @@ from transformers.masking_utils import (  # noqa: E402
     sliding_window_causal_mask_function,
 )
 
-from dhsa.hf_masks import key_range_mask, ranges_of, segments  # noqa: E402
+from dhsa.hf.masks import key_range_mask, ranges_of, segments  # noqa: E402
 
 
 def visible_of(ranges, k_len):

@@ -1,4 +1,4 @@
-"""Why an attention call left no key out though its config might have: the rules of hf.py and of the core, in words.
+"""Why a call left no key out though its config might have: the rules of hf/attention.py and of the core, in words.
 
 The core decides block by block (dhsa_span_exact in csrc/select/lists.c); here the same is asked of whole calls.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dhsa.config import Config
-from dhsa.hf_masks import ranges_of, segments
+from dhsa.hf.masks import ranges_of, segments
 
 __all__ = ["Reason", "reason"]
 

@@ -20,7 +20,7 @@ from dhsa.config import Config
 from dhsa.doctor.findings import Facts, findings
 from dhsa.doctor.reasons import Reason, reason
 from dhsa.doctor.report import Check, LayerCheck
-from dhsa.hf_masks import key_range_mask
+from dhsa.hf.masks import key_range_mask
 
 __all__ = ["TAIL", "check"]
 
@@ -65,10 +65,10 @@ def check(
     if head is None:
         raise ValueError(f"model: {type(model).__name__} has no language modelling head")
     ids, mask = _checked(model, input_ids, attention_mask)
-    state: hf._State | None = model.__dict__.get(hf._STATE)
+    state: hf.switching.State | None = model.__dict__.get(hf.switching.STATE)
     own = model.config._attn_implementation if state is None else state.former[0][1]
     if config is None:
-        config = hf._DEFAULT if state is None else state.config
+        config = hf.switching.DEFAULT if state is None else state.config
         layers = state.layers if state is not None and layers is None else layers
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type(config).__name__}")
@@ -76,7 +76,7 @@ def check(
 
     with _untouched(model), torch.no_grad():
         with hf.patched(model, _EXACT, layers):  # so that nothing of a first call is measured, and layers are checked
-            chosen = model.__dict__[hf._STATE].layers
+            chosen = model.__dict__[hf.switching.STATE].layers
             _last_logits(model, head, _Prompt(ids[:, :TAIL], None, torch.zeros_like(ids[:, :1])))
         chosen, unserved, shared = _served(model, config, chosen)
         exact = _Watch(advance)
@@ -128,7 +128,7 @@ class _Prompt(NamedTuple):
 
 
 def _checked(model: PreTrainedModel, ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The arguments; what a 4-D mask holds is checked where it is read (hf_masks.py)."""
+    """The arguments; what a 4-D mask holds is checked where it is read (hf/masks.py)."""
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise TypeError(f"input_ids: expected an int64 or int32 tensor, got {got}")
@@ -163,7 +163,7 @@ def _positions(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class _Call(NamedTuple):
-    """One attention call: what hf.py notes of it, why it was exact, its error, and what is not finite in it."""
+    """One attention call: what hf/records.py notes of it, why it was exact, its error, and what is not finite in it."""
 
     run: hf.LayerRun
     reason: Reason
@@ -203,7 +203,7 @@ class _Watch:
         return out, weights
 
     def _why(self, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]) -> Reason:
-        state: hf._State = module.__dict__[hf._STATE]
+        state: hf.switching.State = module.__dict__[hf.switching.STATE]
         layer = getattr(module, "layer_idx", None)
         if not state.config._exact and state.layers is not None and layer not in state.layers:
             if layer in self._unserved:
@@ -217,12 +217,12 @@ class _Watch:
 def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
     """The attention function by an exact config, its record forgotten."""
     notes = module.__dict__
-    state, runs = notes[hf._STATE], notes.pop(hf._RUNS)
-    notes[hf._STATE] = dataclasses.replace(state, config=_EXACT, own={})
+    state, runs = notes[hf.switching.STATE], notes.pop(hf.records.RUNS)
+    notes[hf.switching.STATE] = dataclasses.replace(state, config=_EXACT, own={})
     try:
         return hf.attention_forward(module, *args, **options)
     finally:
-        notes[hf._STATE], notes[hf._RUNS] = state, runs
+        notes[hf.switching.STATE], notes[hf.records.RUNS] = state, runs
 
 
 def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
@@ -258,7 +258,7 @@ def _prefill(
     """(logits, seconds without the watching) of the prompt by a config."""
     with hf.patched(model, config, layers):
         model.set_attn_implementation(_WATCHED)  # until the end of the with, which restores what was there before
-        for module in hf._attention_modules(model):
+        for module in hf.switching.attention_modules(model):
             module.__dict__[_WATCH] = watch
         start = perf_counter()
         logits = _last_logits(model, head, prompt)
@@ -296,16 +296,16 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
     configs = [
         (m, name, value) for m in modules for name, value in vars(m).items() if isinstance(value, PreTrainedConfig)
     ]
-    runs = [(m, m.__dict__.pop(hf._RUNS)) for m in modules if hf._RUNS in m.__dict__]
+    runs = [(m, m.__dict__.pop(hf.records.RUNS)) for m in modules if hf.records.RUNS in m.__dict__]
     model.eval()
     try:
         yield
     finally:
         for module in modules:
-            for name in (hf._RUNS, _WATCH):
+            for name in (hf.records.RUNS, _WATCH):
                 module.__dict__.pop(name, None)
         for module, kept in runs:
-            module.__dict__[hf._RUNS] = kept
+            module.__dict__[hf.records.RUNS] = kept
         for module, name, value in configs:
             module.__dict__[name] = value
         for module in training:
@@ -317,11 +317,11 @@ def _served(
 ) -> tuple[frozenset[int] | None, tuple[int, ...], tuple[int, ...]]:
     """(layers that may be sparse, those of `chosen` without a boundary network, those cut by the one for all layers);
     ValueError if the networks are another model's."""
-    hf._own_networks(model, config, ())
+    hf.switching.own_networks(model, config, ())
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None or not predictor.layers:
         return chosen, (), ()
-    present = {getattr(module, "layer_idx", None) for module in hf._attention_modules(model)} - {None}
+    present = {getattr(module, "layer_idx", None) for module in hf.switching.attention_modules(model)} - {None}
     wanted = frozenset(present) if chosen is None else chosen
     without = tuple(sorted(wanted - set(predictor.layers)))
     return (chosen, (), without) if predictor.shared else (wanted - set(without), without, ())

@@ -11,7 +11,8 @@ import torch
 from transformers import AttentionInterface
 
 import dhsa
-from dhsa import hf, hf_masks
+from dhsa import hf
+from dhsa.hf import masks
 from dhsa.loading import UserError
 
 __all__ = ["LayerKeys", "layer_keys"]
@@ -100,8 +101,8 @@ def _plain(module: Any, query: Any, key: Any, mask: Any, sliding_window: int | N
         return False, None
     if mask is None:
         return True, sliding_window
-    ranges = hf_masks.ranges_of(mask, query.shape[0], query.shape[2], key.shape[2], sliding_window)
-    parts = hf_masks.segments(ranges[:, 0]) if ranges.shape[1] == 1 else None
+    ranges = masks.ranges_of(mask, query.shape[0], query.shape[2], key.shape[2], sliding_window)
+    parts = masks.segments(ranges[:, 0]) if ranges.shape[1] == 1 else None
     if not parts or len(parts) > 1 or parts[0].q_stop - parts[0].q_start != query.shape[2] or parts[0].k_start:
         return False, None
     return True, parts[0].window

@@ -1,0 +1,25 @@
+"""Hugging Face transformers 5.x: attention implementation "dhsa", and switching a model's attention to it and back.
+
+Importing this package registers "dhsa" with transformers, for `from_pretrained(..., attn_implementation="dhsa")`.
+Prefill goes through a `dhsa.Config`, sparse where it says so; decode steps are exact. attention.py is the function
+that transformers calls, masks.py reads its masks, refusals.py says no, switching.py patches models, records.py notes
+what layers did. What is computed is functional.py's and the C core's; nothing numeric happens here.
+"""
+
+try:
+    import torch  # noqa: F401
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(
+        f"{error}; dhsa's transformers integration needs its extra: pip install 'dhsa[hf]'", name=error.name
+    ) from error
+
+from .attention import attention_forward
+from .masks import key_range_mask
+from .records import LayerRun, last_run
+from .switching import IMPLEMENTATION, model_facts, patch, patched, unpatch
+
+__all__ = ["IMPLEMENTATION", "LayerRun", "attention_forward", "last_run", "model_facts", "patch", "patched", "unpatch"]
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, key_range_mask)

@@ -1,0 +1,139 @@
+"""The attention function of implementation "dhsa": one call of transformers becomes calls of the C core,
+a stretch of plain attention each, and a record of what was done."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dhsa import functional
+
+from .masks import ranges_of, segments
+from .records import record
+from .refusals import refuse_unsupported
+from .switching import DEFAULT, EXACT, STATE, State
+
+__all__ = ["attention_forward"]
+
+
+@torch.compiler.disable
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function of implementation "dhsa", in the signature that transformers calls.
+
+    query [B, H, Lq, D]; key, value [B, Hkv, Lk, D], not repeated over a group, of any strides whose last is 1; one
+    dtype of float32, float16, bfloat16; on the CPU. Returns ([B, Lq, H, D] contiguous, None).
+
+    `attention_mask`: None for plain attention (causal with the last query at the last key, within `sliding_window`;
+    full if the module or `is_causal` says it is not causal), a range table of this package's mask function, a 2-D
+    padding mask, or a complete 4-D mask; see `masks.ranges_of`. Queries that see no key give zeros. Stretches of
+    plain causal or sliding attention inside a mask (padded, packed or static-cache prompts) go through the model's
+    config like an unmasked prompt; anything else is exact, also over keys with gaps between them.
+
+    Raises NotImplementedError for what has no counterpart here: gradients, dropout, attention weights as output, sinks
+    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals.
+    """
+    refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
+    batch, heads, q_len, dim = query.shape
+    k_len = key.shape[2]
+    layer = getattr(module, "layer_idx", None)
+    state: State | None = module.__dict__.get(STATE)
+    config = DEFAULT if state is None else state.config_for(layer)
+    if q_len == 1:
+        config = EXACT
+    query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
+
+    # The core writes into a view, so that the layout that transformers wants costs no copy.
+    out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype)
+    view = out.transpose(1, 2)
+    options = {"scale": scaling, "softcap": softcap}
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if not causal and sliding_window is not None and q_len > 1:
+            raise NotImplementedError(
+                'attention_mask: bidirectional sliding-window attention needs a mask; "dhsa" was handed none'
+            )
+        if not causal or q_len == 1:
+            config = EXACT
+        window = sliding_window if causal else None
+        _, _, stats = functional.run(query, key, value, config, causal=bool(causal), window=window, out=view, **options)
+        record(module, layer, sliding_window, query, key, [(stats, 1)])
+        return out, None
+
+    ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
+    if ranges.shape[1] > 1:
+        done = _attend_to_intervals(query, key, value, ranges, view, options)
+        record(module, layer, sliding_window, query, key, done)
+        return out, None
+    ranges = ranges[:, 0]
+    parts = None if q_len == 1 else segments(ranges)
+    whole = (
+        parts is not None
+        and len(parts) == 1
+        and parts[0].row in (None, 0)
+        and parts[0].q_stop - parts[0].q_start == q_len
+    )
+    # Windows too: only a call of their own has the very tiles, and so the bits, that a row has alone.
+    apart = parts is not None and (not config._exact or config.skip is not None or any(p.window for p in parts))
+    if not (whole or apart):
+        # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
+        _, _, stats = functional.run(query, key, value, EXACT, key_ranges=ranges, out=view, **options)
+        record(module, layer, sliding_window, query, key, [(stats, 1)])
+        return out, None
+    if not whole:
+        out.zero_()
+    done = []
+    for row, q_start, q_stop, k_start, k_stop, window, pairs in parts:
+        rows = slice(None) if row is None else slice(row, row + 1)
+        _, _, stats = functional.run(
+            query[rows, :, q_start:q_stop],
+            key[rows, :, k_start:k_stop],
+            value[rows, :, k_start:k_stop],
+            config if q_stop - q_start > 1 else EXACT,
+            window=window,
+            out=view[rows, :, q_start:q_stop],
+            **options,
+        )
+        done.append((stats, pairs * (batch if row is None else 1)))
+    record(module, layer, sliding_window, query, key, done)
+    return out, None
+
+
+def _attend_to_intervals(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ranges: np.ndarray,
+    out: torch.Tensor,
+    options: dict[str, float | None],
+) -> list[tuple[functional.RunStats, int]]:
+    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: one call for
+    each, its result weighted by its share of the softmax's sum."""
+    total = lse = None
+    done = []
+    for j in range(ranges.shape[1]):
+        table = np.ascontiguousarray(ranges[:, j])
+        part, part_lse, stats = functional.run(query, key, value, EXACT, key_ranges=table, return_lse=True, **options)
+        done.append((stats, 1))
+        if total is None:
+            total, lse = part.float(), part_lse
+            continue
+        both = torch.logaddexp(lse, part_lse)
+        nothing = both == -torch.inf  # neither interval has a key: the difference of the two would be NaN
+        old, new = ((one - both).exp_().masked_fill_(nothing, 0)[..., None] for one in (lse, part_lse))
+        total = total * old + part * new
+        lse = both
+    out.copy_(total)
+    return done

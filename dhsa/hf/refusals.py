@@ -1,0 +1,58 @@
+"""What the attention function cannot do: everything that would otherwise be dropped in silence raises here."""
+
+from typing import Any
+
+import torch
+
+__all__ = ["refuse_unsupported"]
+
+
+def refuse_unsupported(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    s_aux: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """Everything that would otherwise be dropped in silence."""
+    other = 'use attn_implementation="eager"'
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        raise NotImplementedError(
+            '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode()'
+        )
+    if dropout:
+        raise NotImplementedError(
+            f'"dhsa" has no attention dropout, got dropout={dropout}: call model.eval(), or {other}'
+        )
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(f'output_attentions=True: "dhsa" never forms the attention weights; {other}')
+    for name, sinks in (("s_aux", s_aux), ("sinks", kwargs.get("sinks"))):
+        if sinks is not None:
+            raise NotImplementedError(f'{name}: "dhsa" has no learned attention sinks; {other}')
+    for name in ("position_bias", "head_mask", "cache", "block_table", "indices", "block_indices"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f'{name}: "dhsa" does not know this argument and cannot ignore it; {other}')
+    if attention_mask is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
+        raise NotImplementedError('cu_seq_lens_q: "dhsa" reads packed sequences from position_ids; leave it out')
+    if _is_cross_attention(module):
+        raise NotImplementedError(
+            f'"dhsa" does self-attention only, {type(module).__name__} is cross-attention, or a decoder\'s attention '
+            f"that does not say that it is causal; {other}"
+        )
+    if query.ndim != 4 or key.ndim != 4 or query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)}: "
+            "expected [B, H, Lq, D] and [B, Hkv, Lk, D] with Lq <= Lk"
+        )
+
+
+def _is_cross_attention(module: torch.nn.Module) -> bool:
+    """Whether the keys come from other tokens than the queries do, by what the models have to tell it: a mark, a class
+    of its own, or (Bart, Whisper and those after them) one class for all, which in a decoder is causal only for itself.
+    Lengths tell nothing: an encoder may be handed keys of a prefix, and a decoder as many tokens as its encoder."""
+    if getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__:
+        return True
+    return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)

@@ -1,0 +1,229 @@
+"""Switching a model's attention to implementation "dhsa" and back, and the state that says how such a model attends."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dhsa.config import Config
+from dhsa.predictor import TRAIN
+
+__all__ = [
+    "DEFAULT",
+    "EXACT",
+    "IMPLEMENTATION",
+    "STATE",
+    "State",
+    "attention_modules",
+    "model_facts",
+    "own_networks",
+    "patch",
+    "patched",
+    "unpatch",
+]
+
+IMPLEMENTATION = "dhsa"
+EXACT = Config(budget=None)
+DEFAULT = Config()
+STATE = "_dhsa_state"  # on a patched model and on its modules
+FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
+
+
+@dataclass(frozen=True)
+class State:
+    """What `patch` leaves on a model: how it is to attend, and which implementation its configs named."""
+
+    config: Config
+    layers: frozenset[int] | None
+    former: tuple[tuple[Any, str | None], ...]
+    own: Mapping[int, Config] = field(default_factory=dict)  # of layers that have a boundary network of their own
+
+    def config_for(self, layer: int | None) -> Config:
+        if self.layers is not None and layer not in self.layers:
+            return EXACT
+        return self.own.get(layer, self.config)
+
+
+def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable[int] | None = None) -> PreTrainedModel:
+    """Switches the attention of `model` to this package, in place, and returns the model.
+
+    `config`: a `dhsa.Config` for prefill, the default one if None; `Config(budget=None)` is exact. `layers`: the
+    indices of the layers that may be sparse, all if None; the others are exact. Patching a patched model replaces
+    config and layers.
+
+    The config lives on the model, so that `generate` and pipelines need no extra arguments. `unpatch` undoes it, and
+    `with patched(model, config):` does both. transformers notes the implementation in `model.config`, an object that
+    models built from one config share: `model` gets its own copy of it, for good, so that no other model is switched.
+
+    Raises TypeError if `model` is no transformers model or `config` no Config, ValueError if a layer index does not
+    exist, boundaries are to come from a predictor that was trained for another model or lacks a network of a layer, or
+    the model cannot change its attention implementation (it is left as it was).
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    config = DEFAULT if config is None else config
+    if not isinstance(config, Config):
+        raise TypeError(f"config: expected a dhsa.Config or None, got {type(config).__name__}")
+    present = {m.layer_idx for m in attention_modules(model) if isinstance(getattr(m, "layer_idx", None), int)}
+    chosen = None
+    if layers is not None:
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers: expected layer indices or None, got {layers!r}")
+        chosen = frozenset(_index(layer) for layer in layers)
+        if missing := sorted(chosen - present):
+            raise ValueError(f"layers: {missing} not in this model, whose layers are {_span(present)}")
+    own = own_networks(model, config, present if chosen is None else chosen)
+    if any(getattr(c, "output_attentions", False) for c in _configs(model)):
+        raise ValueError(
+            'model.config.output_attentions is True: "dhsa" never forms the attention weights; set it to False'
+        )
+
+    current: State | None = model.__dict__.get(STATE)
+    if current is None:
+        _own_configs(model)
+    former = _implementations(model) if current is None else current.former
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        # transformers may refuse by a logged warning only.
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(f"{type(model).__name__} does not support changing its attention implementation")
+    except Exception:
+        if current is None:
+            _restore(former)
+        raise
+    install(model, State(config, chosen, former, own))
+    return model
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What tells apart the models whose keys a boundary predictor was trained on."""
+    text = model.config.get_text_config()
+    return {name: getattr(text, name, None) for name in FACTS}
+
+
+def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) -> dict[int, Config]:
+    """The configs of layers whose boundaries come from a network of their own; ValueError for networks of another
+    model, which would cut without complaint where it makes no sense, and for layers that have none."""
+    predictor = config.predictor
+    if config.boundaries != "predictor" or predictor is None:
+        return {}
+    if predictor.model is not None:
+        have = model_facts(model)
+        if other := [name for name in FACTS if name in predictor.model and predictor.model[name] != have[name]]:
+            raise ValueError(
+                "predictor: trained for a model with "
+                + ", ".join(f"{name} {predictor.model[name]!r}" for name in other)
+                + ", but this one has "
+                + ", ".join(f"{have[name]!r}" for name in other)
+                + f"; train one for it: {TRAIN}"
+            )
+    if not predictor.layers:
+        return {}
+    if not predictor.shared and (bare := sorted(set(layers) - set(predictor.layers))):
+        raise ValueError(
+            f"predictor: has networks of layers {list(predictor.layers)} only, none of {bare}; leave those exact by "
+            f"layers={list(predictor.layers)}, or train one for all layers: {TRAIN}"
+        )
+    return {layer: config.replace(predictor=predictor.layer(layer)) for layer in layers}
+
+
+def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives `model` back the attention implementation that it had before `patch`, and returns the model.
+
+    What `last_run` tells stays. Raises TypeError if `model` is no transformers model, ValueError if it is not patched.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    state: State | None = model.__dict__.get(STATE)
+    if state is None:
+        raise ValueError("model: not patched")
+    _restore(state.former)
+    _uninstall(model)
+    return model
+
+
+@contextmanager
+def patched(
+    model: PreTrainedModel, config: Config | None = None, layers: Iterable[int] | None = None
+) -> Iterator[PreTrainedModel]:
+    """`patch` for the length of a with statement; afterwards the model is as it was, patched by an outer one or not at
+    all."""
+    outer: State | None = getattr(model, "__dict__", {}).get(STATE)
+    before = _implementations(model) if outer is not None else None
+    patch(model, config, layers)
+    if before is None:
+        before = model.__dict__[STATE].former
+    try:
+        yield model
+    finally:  # whatever happened to the model inside, be it unpatched or switched to another implementation
+        _restore(before)
+        _uninstall(model)
+        if outer is not None:
+            install(model, outer)
+
+
+def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that may call the attention function: by their index, or, without one (vision towers), by their name."""
+    return [m for m in model.modules() if hasattr(m, "layer_idx") or "Attention" in type(m).__name__]
+
+
+def install(model: torch.nn.Module, state: State) -> None:
+    for module in (model, *attention_modules(model)):
+        module.__dict__[STATE] = state
+
+
+def _uninstall(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop(STATE, None)
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Gives `model` config objects that no other model holds, alike among its modules as they were."""
+    old = _configs(model)
+    own = {id(a): b for a, b in zip(old, copy.deepcopy(old), strict=True)}  # one call, so that shared parts stay shared
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if id(value) in own:
+                module.__dict__[name] = own[id(value)]
+
+
+def _implementations(model: PreTrainedModel) -> tuple[tuple[Any, str | None], ...]:
+    return tuple((c, c._attn_implementation) for c in _configs(model))
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every config object of a model, a parent before its parts."""
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if id(config) in found:
+            return
+        found[id(config)] = config
+        for name in getattr(config, "sub_configs", {}):
+            if (part := getattr(config, name, None)) is not None:
+                visit(part)
+
+    visit(model.config)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            visit(module.config)
+    return list(found.values())
+
+
+def _restore(former: tuple[tuple[Any, str | None], ...]) -> None:
+    for config, implementation in former:  # setting a parent sets its parts, which come later in the list
+        config._attn_implementation = implementation
+
+
+def _index(layer: Any) -> int:
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+        raise TypeError(f"layers: expected layer indices, got {layer!r}")
+    return layer.__index__()
+
+
+def _span(present: set[int]) -> str:
+    return f"0..{max(present)}" if present == set(range(len(present))) and present else str(sorted(present))
