@@ -6,6 +6,7 @@
 
 #include "core/internal.h"
 #include "select/method.h"
+#include "select/past.h"
 
 /* Number of (query, key) pairs visible to queries at positions [first, last]. */
 static double pairs_visible(int64_t first, int64_t last, int64_t window)
@@ -183,8 +184,29 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
     return status;
 }
 
+/* Keys that the pasts know are cut already. */
+static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_past *const *pasts, int64_t same,
+                          dhsa_error *error)
+{
+    const dhsa_tensor *k = &l->p->k;
+    for (int64_t b = 0; b < k->shape[0]; b++) {
+        const dhsa_status status =
+            dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
+        if (status) return status;
+        l->capacity = DHSA_MAX(l->capacity, dhsa_past_boundaries(pasts[b], NULL));
+    }
+    l->boundaries = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->boundaries);
+    if (!l->boundaries)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+    for (int64_t b = 0; b < k->shape[0]; b++) {
+        int32_t *row = l->boundaries + b * l->capacity;
+        for (int64_t i = dhsa_past_boundaries(pasts[b], row); i < l->capacity; i++) row[i] = (int32_t)k->shape[2];
+    }
+    return DHSA_OK;
+}
+
 static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const dhsa_select_config *select,
-                              dhsa_stats *stats, dhsa_error *error)
+                              dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error)
 {
     const double start = dhsa_now();
     const int64_t batch = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], k_len = p->k.shape[2];
@@ -193,7 +215,9 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     l.blocks = dhsa_block_count(&select->score, q_len);
     int64_t rows = 0, keys = 0;
     dhsa_status status;
-    if (dhsa_method_has_chunks(select->method) && (status = cut(&l, config, error))) goto cleanup;
+    if (dhsa_method_has_chunks(select->method) &&
+        (status = pasts ? cut_on(&l, config, pasts, same, error) : cut(&l, config, error)))
+        goto cleanup;
     run_waves(&l, NULL, &rows, &keys, NULL);
     l.indptr = dhsa_alloc(rows + 1, sizeof *l.indptr);
     l.indices = dhsa_alloc(keys, sizeof *l.indices);
@@ -202,7 +226,7 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
-    if ((status = dhsa_selector_open(&l.selector, &p->q, &p->k, l.boundaries, l.capacity, select, p->num_threads, error)))
+    if ((status = dhsa_selector_open(&l.selector, &p->q, &p->k, l.boundaries, l.capacity, pasts, select, p->num_threads, error)))
         goto cleanup;
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;
@@ -218,8 +242,8 @@ cleanup:
     return status;
 }
 
-dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
-                         dhsa_stats *stats, dhsa_error *error)
+static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
+                       dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error)
 {
     dhsa_select_config select = *config;
     dhsa_status status;
@@ -233,12 +257,33 @@ dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boun
     select.score.scale = rows ? p->scale : 1.0;
     select.score.softcap = rows ? p->softcap : 0.0;
     select.score.window = p->window;
+    if (pasts && !dhsa_method_has_chunks(select.method))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "past: method %s has no chunks to keep", dhsa_method_find(select.method)->name);
+    if (pasts && p->q.shape[2] == 1) { /* a decoding step */
+        select.score.query_block = select.score.rows = 1;
+        select.dense_tail = 0;
+    }
     if ((status = dhsa_select_check(&p->q, &p->k, &select, error))) return status;
     const int64_t blocks = dhsa_block_count(&select.score, p->q.shape[2]);
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
         if (!dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span))
-            return run_sparse(p, boundaries, &select, stats, error);
+            return run_sparse(p, boundaries, &select, pasts, same, stats, error);
     }
     return run_exact(p, stats, error);
+}
+
+dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
+                         dhsa_stats *stats, dhsa_error *error)
+{
+    return run(p, boundaries, config, NULL, 0, stats, error);
+}
+
+dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
+                            dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error)
+{
+    const dhsa_status status = run(p, boundaries, config, pasts, same, stats, error);
+    /* What a call that failed midway has left is nothing to build on. */
+    for (int64_t b = 0; status && b < p->k.shape[0]; b++) dhsa_past_reset(pasts[b]);
+    return status;
 }

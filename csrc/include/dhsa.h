@@ -206,6 +206,20 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
 dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                         const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads, dhsa_error *error);
 
+/* ---- keys from call to call --------------------------------------------------------------------------------------- */
+
+/* What is kept of the keys of one sequence in one layer: how they were cut, the means of their chunks, and a mark of each by which
+ * a later call knows it again. Keys that changed are noticed and forgotten with all that follow. Not for two calls at once. */
+typedef struct dhsa_past dhsa_past;
+
+dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error);
+void dhsa_past_free(dhsa_past *past);
+void dhsa_past_reset(dhsa_past *past);
+/* The cuts after the last call, empty chunks of a decoding step included, into boundaries (NULL: none); returns how many entries. */
+int64_t dhsa_past_boundaries(const dhsa_past *past, int32_t *boundaries);
+/* Memory held, in bytes. */
+int64_t dhsa_past_bytes(const dhsa_past *past);
+
 /* ---- the pipeline ------------------------------------------------------------------------------------------- */
 
 typedef enum { DHSA_PATH_DENSE = 0, DHSA_PATH_WINDOW, DHSA_PATH_SPARSE } dhsa_path;
@@ -222,6 +236,13 @@ typedef struct {
  * (a block score is not scaled: the order is the same). */
 dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const dhsa_select_config *select,
                          dhsa_stats *stats, dhsa_error *error);
+
+/* The same with a past for each batch row, pasts [B], of a method with chunks: keys that they know are not cut and averaged again,
+ * whatever number of queries comes with new ones. The first `same` keys are known to be those of the last call; of the others it is
+ * looked at. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail has no say), keys that came by
+ * such steps are one chunk and its own another. A call that is exact in any case leaves the pasts as they were. */
+dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const dhsa_select_config *select,
+                            dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error);
 
 /* ---- machine ------------------------------------------------------------------------------------------------ */
 

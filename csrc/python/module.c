@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "python/entries.h"
+#include "python/past.h"
 #include "python/tensor.h"
 
 #define METHOD(name, signature)                                                                                                    \
@@ -29,13 +30,15 @@ static int module_exec(PyObject *module)
     PyObject *buffer = dhsa_py_buffer_type(module);
     const int result = buffer == NULL ? -1 : PyModule_AddObjectRef(module, "Buffer", buffer);
     Py_XDECREF(buffer);
-    return result;
+    state->past_type = dhsa_py_past_type(module);
+    return result != 0 || state->past_type == NULL ? -1 : PyModule_AddObjectRef(module, "Past", state->past_type);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     dhsa_py_state *state = PyModule_GetState(module);
     Py_VISIT(state->versioned_kwargs);
+    Py_VISIT(state->past_type);
     return 0;
 }
 
@@ -46,6 +49,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->name_exchange);
     Py_CLEAR(state->no_args);
     Py_CLEAR(state->versioned_kwargs);
+    Py_CLEAR(state->past_type);
     return 0;
 }
 

@@ -14,6 +14,7 @@ typedef struct {
     PyObject *name_exchange;    /* "__dlpack_c_exchange_api__" */
     PyObject *no_args;          /* () */
     PyObject *versioned_kwargs; /* {"max_version": (1, 0)} */
+    PyObject *past_type;        /* _core.Past */
 } dhsa_py_state;
 
 #define DHSA_PY_MAX_NDIM 8

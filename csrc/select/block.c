@@ -56,7 +56,7 @@ static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     block_state *state = s->state;
     (void)error;
-    dhsa_chunks_fill(s->kernels, s->k, b, &state->blocks, s->arenas, s->arena_stride, s->num_threads);
+    dhsa_chunks_fill(s->kernels, s->k, b, &state->blocks, 0, s->arenas, s->arena_stride, s->num_threads);
     return DHSA_OK;
 }
 

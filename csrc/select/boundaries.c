@@ -210,6 +210,38 @@ static void fixed_row(int64_t size, int64_t length, int32_t *row, int64_t *count
     *count = at;
 }
 
+static dhsa_status config_check(const dhsa_boundary_config *config, dhsa_error *error)
+{
+    if (config->kind == DHSA_BOUNDARIES_SIMILARITY || config->kind == DHSA_BOUNDARIES_PREDICTOR)
+        return picking_check(config->num_chunks, config->theta, config->nms, error);
+    if (config->kind != DHSA_BOUNDARIES_FIXED)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: unknown kind %d", (int)config->kind);
+    if (config->chunk_size < 1)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "chunk_size: got %" PRId64 ", expected at least 1", config->chunk_size);
+    return DHSA_OK;
+}
+
+/* Tokens on one side of a gap that its score looks at. */
+static int64_t window_of(const dhsa_boundary_config *c)
+{
+    if (c->kind == DHSA_BOUNDARIES_PREDICTOR) return c->compact ? c->compact->window : c->predictor->window;
+    return c->kind == DHSA_BOUNDARIES_SIMILARITY ? c->window : 0;
+}
+
+/* Scores [B, Lk]; a network's gaps without a full window never win, whatever theta is. */
+static dhsa_status score_gaps(const dhsa_tensor *k, const dhsa_boundary_config *c, float *scores, int num_threads,
+                              dhsa_error *error)
+{
+    const int64_t batch = k->shape[0], length = k->shape[2], window = window_of(c);
+    if (c->kind == DHSA_BOUNDARIES_SIMILARITY) return dhsa_similarity_scores(k, window, scores, num_threads, error);
+    const dhsa_status status = c->compact ? dhsa_compact_logits(c->compact, k, scores, num_threads, error)
+                                          : dhsa_predictor_logits(c->predictor, k, scores, num_threads, error);
+    for (int64_t b = 0; b < batch && !status; b++)
+        for (int64_t j = 0; j < length; j++)
+            if (j < window - 1 || j >= length - window) scores[b * length + j] = -INFINITY;
+    return status;
+}
+
 typedef struct {
     const dhsa_boundary_config *config;
     float *scores;
@@ -226,15 +258,11 @@ static void row_task(void *context, int64_t b, int thread)
     int32_t *row = job->boundaries + b * job->capacity;
     (void)thread;
     job->errors[b].status = DHSA_OK;
-    if (c->kind == DHSA_BOUNDARIES_FIXED) {
+    if (c->kind == DHSA_BOUNDARIES_FIXED)
         fixed_row(DHSA_MIN(c->chunk_size, job->length), job->length, row, job->counts + b);
-    } else {
-        float *scores = job->scores + b * job->length;
-        const int64_t window = c->kind != DHSA_BOUNDARIES_PREDICTOR ? 0 : c->compact ? c->compact->window : c->predictor->window;
-        for (int64_t j = 0; window && j < job->length; j++) /* gaps without a full window never win, whatever theta is */
-            if (j < window - 1 || j >= job->length - window) scores[j] = -INFINITY;
-        if (pick(scores, job->length, c->num_chunks, c->theta, c->nms, 0, row, job->counts + b, job->errors + b)) return;
-    }
+    else if (pick(job->scores + b * job->length, job->length, c->num_chunks, c->theta, c->nms, 0, row, job->counts + b,
+                  job->errors + b))
+        return;
     for (int64_t at = job->counts[b]; at < job->capacity; at++) row[at] = (int32_t)job->length;
 }
 
@@ -242,17 +270,11 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
                             int64_t *counts, int num_threads, dhsa_error *error)
 {
     dhsa_status status;
-    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error))) return status;
+    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
+        (status = config_check(config, error)))
+        return status;
     const int64_t batch = k->shape[0], length = k->shape[2];
     rows_job job = {config, NULL, length, capacity, boundaries, counts, NULL};
-    if (config->kind == DHSA_BOUNDARIES_FIXED) {
-        if (config->chunk_size < 1)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "chunk_size: got %" PRId64 ", expected at least 1", config->chunk_size);
-    } else if (config->kind == DHSA_BOUNDARIES_SIMILARITY || config->kind == DHSA_BOUNDARIES_PREDICTOR) {
-        if ((status = picking_check(config->num_chunks, config->theta, config->nms, error))) return status;
-    } else {
-        return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: unknown kind %d", (int)config->kind);
-    }
     if (capacity < dhsa_boundaries_capacity(config, length))
         return dhsa_fail(error, DHSA_ERR_VALUE, "capacity: got %" PRId64 ", expected at least %" PRId64, capacity,
                          dhsa_boundaries_capacity(config, length));
@@ -262,17 +284,48 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", length);
         goto cleanup;
     }
-    if (config->kind == DHSA_BOUNDARIES_SIMILARITY)
-        status = dhsa_similarity_scores(k, config->window, job.scores, num_threads, error);
-    if (config->kind == DHSA_BOUNDARIES_PREDICTOR)
-        status = config->compact ? dhsa_compact_logits(config->compact, k, job.scores, num_threads, error)
-                                 : dhsa_predictor_logits(config->predictor, k, job.scores, num_threads, error);
-    if (status) goto cleanup;
+    if (job.scores && (status = score_gaps(k, config, job.scores, num_threads, error))) goto cleanup;
     dhsa_parallel(batch, num_threads, row_task, &job);
     for (int64_t b = 0; b < batch && !status; b++)
         if (job.errors[b].status) status = dhsa_fail(error, job.errors[b].status, "%s", job.errors[b].message);
 cleanup:
     dhsa_free(job.errors);
     dhsa_free(job.scores);
+    return status;
+}
+
+/* ---- keys that come after others ---------------------------------------------------------------------------------- */
+
+int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to)
+{
+    const int64_t all = DHSA_MIN(DHSA_MAX(config->num_chunks, 0), to);
+    return dhsa_ceil_div(all * (to - from), to);
+}
+
+dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to, const dhsa_boundary_config *config,
+                                  int32_t *boundaries, int64_t *count, int num_threads, dhsa_error *error)
+{
+    dhsa_status status = config_check(config, error);
+    if (status) return status;
+    const int64_t length = to - from, before = DHSA_MIN(window_of(config), from), seen = before + length;
+    if (config->kind == DHSA_BOUNDARIES_FIXED) {
+        fixed_row(DHSA_MIN(config->chunk_size, length), length, boundaries, count);
+    } else {
+        /* Scores of these gaps are what they would be among all keys: what a gap looks at is there. */
+        dhsa_tensor part = *k;
+        part.data = dhsa_row(k, 0, 0, from - before);
+        part.shape[2] = seen;
+        float *scores = dhsa_alloc(seen, sizeof *scores);
+        if (!scores)
+            return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", seen);
+        if (!(status = score_gaps(&part, config, scores, num_threads, error))) {
+            /* The gap before the first of these keys is a boundary already. */
+            for (int64_t j = 0; from > 0 && j < DHSA_MIN(config->nms, length); j++) scores[before + j] = -INFINITY;
+            status = pick(scores + before, length, dhsa_boundaries_share(config, from, to), config->theta, config->nms, 0,
+                          boundaries, count, error);
+        }
+        dhsa_free(scores);
+    }
+    for (int64_t i = 0; i < *count && !status; i++) boundaries[i] += (int32_t)from;
     return status;
 }

@@ -58,16 +58,19 @@ void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const
         memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
 }
 
+void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim)
+{
+    *chunks = (dhsa_chunks){.kind = kind, .squares = squares};
+    chunks->pitch = dhsa_round_up(capacity, 16); /* a whole number of squares */
+    chunks->row = kind != DHSA_MEANS_F32 ? dhsa_round_up(dim, DHSA_PAIR_STEP) : dim;
+}
+
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim)
 {
     const int64_t half = kind != DHSA_MEANS_F32, spare = half ? DHSA_PAIR_STEP : 0; /* rows that bf16 products read past the end */
     int64_t cells;
-    chunks->kind = kind;
-    chunks->squares = squares;
-    chunks->pitch = dhsa_round_up(capacity, 16); /* a whole number of squares */
+    dhsa_chunks_plan(chunks, kind, squares, capacity, dim);
     if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
-    chunks->row = half ? dhsa_round_up(dim, DHSA_PAIR_STEP) : dim;
-    chunks->means = NULL;
     chunks->state = dhsa_alloc(cells, 1);
     if (!chunks->state) return 0;
     chunks->means = dhsa_alloc(cells + spare, chunks->row * (half ? 2 : 4));
@@ -78,6 +81,26 @@ void dhsa_chunks_close(dhsa_chunks *chunks)
 {
     dhsa_free(chunks->means);
     dhsa_free(chunks->state);
+    chunks->means = NULL;
+    chunks->state = NULL;
+}
+
+int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep)
+{
+    dhsa_chunks old = *chunks;
+    const int64_t row = old.row * (old.kind != DHSA_MEANS_F32 ? 2 : 4);
+    if (!dhsa_chunks_open(chunks, old.kind, old.squares, kv_heads, capacity, dim)) {
+        dhsa_chunks_close(chunks);
+        *chunks = old;
+        return 0;
+    }
+    keep = dhsa_round_up(keep, 16); /* squares hold sixteen */
+    for (int64_t h = 0; h < kv_heads; h++) {
+        memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row, (size_t)(keep * row));
+        memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)keep);
+    }
+    dhsa_chunks_close(&old);
+    return 1;
 }
 
 typedef struct {
@@ -85,19 +108,19 @@ typedef struct {
     const dhsa_tensor *k;
     dhsa_chunks *chunks;
     char *scratch;
-    int64_t stride, b, groups;
+    int64_t stride, b, first, groups;
 } fill_job;
 
 static void fill_group(void *context, int64_t index, int thread)
 {
     const fill_job *job = context;
     dhsa_chunks *chunks = job->chunks;
-    const int64_t head = index / job->groups, first = index % job->groups * GROUP, dim = job->k->shape[3];
-    const int64_t last = DHSA_MIN(first + GROUP, chunks->chunks);
+    const int64_t head = index / job->groups, first = job->first + index % job->groups * GROUP;
+    const int64_t last = DHSA_MIN(first + GROUP, chunks->chunks), dim = job->k->shape[3];
     float *mean = (float *)(job->scratch + thread * job->stride);
     for (int64_t c = first; c < last; c++) {
         const int64_t from = chunks->edges[c], to = chunks->edges[c + 1];
-        unsigned char *state = chunks->state + head * chunks->chunks + c;
+        unsigned char *state = chunks->state + head * chunks->pitch + c;
         if (from == to) {
             memset(mean, 0, (size_t)dim * sizeof *mean);
             *state = DHSA_CHUNK_EMPTY;
@@ -109,10 +132,17 @@ static void fill_group(void *context, int64_t index, int thread)
     }
 }
 
-void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, char *scratch,
-                      int64_t stride, int num_threads)
+void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
+                      char *scratch, int64_t stride, int num_threads)
 {
-    fill_job job = {kernels, k, chunks, scratch, stride, b, dhsa_ceil_div(chunks->chunks, GROUP)};
-    dhsa_parallel(k->shape[1] * job.groups, num_threads, fill_group, &job);
-    chunks->bad = memchr(chunks->state, DHSA_CHUNK_BAD, (size_t)(k->shape[1] * chunks->chunks)) != NULL;
+    fill_job job = {kernels, k, chunks, scratch, stride, b, first, dhsa_ceil_div(chunks->chunks - first, GROUP)};
+    if (job.groups > 0) dhsa_parallel(k->shape[1] * job.groups, num_threads, fill_group, &job);
+    dhsa_chunks_look(chunks, k->shape[1]);
+}
+
+void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads)
+{
+    chunks->bad = 0;
+    for (int64_t h = 0; h < kv_heads; h++)
+        chunks->bad |= memchr(chunks->state + h * chunks->pitch, DHSA_CHUNK_BAD, (size_t)chunks->chunks) != NULL;
 }

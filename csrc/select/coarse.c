@@ -52,7 +52,7 @@ void dhsa_coarse_close(dhsa_coarse *c)
 
 void dhsa_coarse_begin(dhsa_coarse *c, const dhsa_selector *s)
 {
-    dhsa_chunks_fill(s->kernels, s->k, s->b, &c->means, s->arenas, s->arena_stride, s->num_threads);
+    dhsa_chunks_fill(s->kernels, s->k, s->b, &c->means, 0, s->arenas, s->arena_stride, s->num_threads);
 }
 
 typedef struct {

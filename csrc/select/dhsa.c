@@ -8,7 +8,7 @@
 /* The mean query of the set's heads against the mean key of its KV heads: a dot product a chunk and KV head. */
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score)
 {
-    const int64_t dim = s->q->shape[3], members = s->heads_per_kv * s->kv_per_set, chunks = s->chunks.chunks;
+    const int64_t dim = s->q->shape[3], members = s->heads_per_kv * s->kv_per_set;
     const int root = s->config->pooling == DHSA_POOL_MEAN_SQRT;
     const float *means = s->chunks.means;
     float *query = (float *)arena, *one = query + dim;
@@ -26,7 +26,7 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
             sum += s->kernels->dot(query, means + (h * s->chunks.pitch + at) * dim, dim);
         score[c] = (float)(sum * factor * (root ? sqrt(length) : 1.0));
         int good = 1;
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++) good &= s->chunks.state[h * chunks + at] == DHSA_CHUNK_GOOD;
+        for (int64_t h = kv; h < kv + s->kv_per_set; h++) good &= s->chunks.state[h * s->chunks.pitch + at] == DHSA_CHUNK_GOOD;
         finite &= !good || isfinite(score[c]);
     }
     /* A block of queries that are not finite has no opinion. */
@@ -38,6 +38,6 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
             score[c] = (float)(cap * tanh(score[c] / cap));
     }
     unsigned char last = DHSA_CHUNK_GOOD;
-    for (int64_t h = kv; h < kv + s->kv_per_set; h++) last = DHSA_MAX(last, s->chunks.state[h * chunks + job->first + job->n - 1]);
+    for (int64_t h = kv; h < kv + s->kv_per_set; h++) last = DHSA_MAX(last, s->chunks.state[h * s->chunks.pitch + job->first + job->n - 1]);
     return last;
 }

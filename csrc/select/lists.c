@@ -121,7 +121,7 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
         boundaries = NULL;
     else if ((status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)))
         return status;
-    if ((status = dhsa_selector_open(&s, q, k, boundaries, n_boundaries, config, num_threads, error))) return status;
+    if ((status = dhsa_selector_open(&s, q, k, boundaries, n_boundaries, NULL, config, num_threads, error))) return status;
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
         if (sparse) status = dhsa_selector_begin(&s, b, error);
         if (!status) status = dhsa_selector_run(&s, 0, s.blocks, indptr + b * s.sets * s.blocks, indices, error);

@@ -30,7 +30,8 @@ const dhsa_method *dhsa_method_find(dhsa_method_kind kind)
 }
 
 dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
-                               int64_t n_boundaries, const dhsa_select_config *config, int num_threads, dhsa_error *error)
+                               int64_t n_boundaries, dhsa_past *const *pasts, const dhsa_select_config *config, int num_threads,
+                               dhsa_error *error)
 {
     memset(s, 0, sizeof *s);
     s->method = dhsa_method_find(config->method);
@@ -40,6 +41,7 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhs
     s->k = k;
     s->boundaries = boundaries;
     s->n_boundaries = n_boundaries;
+    s->pasts = pasts;
     s->sets = dhsa_score_sets(&config->score, q, k);
     s->blocks = dhsa_block_count(&config->score, q->shape[2]);
     s->heads_per_set = q->shape[1] / s->sets;

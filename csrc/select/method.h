@@ -33,6 +33,7 @@ struct dhsa_selector {
     const dhsa_tensor *q, *k;
     const int32_t *boundaries; /* [batch, n_boundaries]; NULL where the method has no chunks */
     int64_t n_boundaries;
+    dhsa_past *const *pasts; /* [batch] that keep the means of chunks, or NULL */
     int num_threads;
     int64_t b, sets, blocks; /* the batch row at hand; sharing sets; query blocks */
     int64_t heads_per_set;   /* query heads of a set: from set * heads_per_set on */
@@ -52,9 +53,10 @@ static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread) { re
 /* The method of a kind; NULL if there is none (yet). */
 const dhsa_method *dhsa_method_find(dhsa_method_kind kind);
 
-/* Allocates; arguments have been checked. boundaries is borrowed and may be NULL if the method has no chunks. */
+/* Allocates; arguments have been checked. boundaries is borrowed and may be NULL if the method has no chunks; pasts may be NULL. */
 dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
-                               int64_t n_boundaries, const dhsa_select_config *config, int num_threads, dhsa_error *error);
+                               int64_t n_boundaries, dhsa_past *const *pasts, const dhsa_select_config *config, int num_threads,
+                               dhsa_error *error);
 void dhsa_selector_close(dhsa_selector *s);
 /* The workspaces of threads, which open makes, can be given back and made anew while the state stays. */
 void dhsa_selector_rest(dhsa_selector *s);

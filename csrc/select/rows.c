@@ -145,7 +145,7 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
 static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t index, unsigned char cut, tile *t)
 {
     const int64_t whole = job->n - (job->cut_end != 0), base = job->first % TILE, tiles = whole_tiles(job, whole);
-    const unsigned char *state = s->chunks.state + kv_head * s->chunks.chunks + job->first;
+    const unsigned char *state = s->chunks.state + kv_head * s->chunks.pitch + job->first;
     t->row = index * TILE;
     t->n = 0;
     t->cut = index == tiles;
@@ -334,7 +334,7 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
         }
         for (int p = 0; p < panels; p++) add_panel(s, job, tiles, p, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, score, mass);
     }
-    return job->cut_end ? cut : s->chunks.state[kv_head * s->chunks.chunks + job->first + n - 1];
+    return job->cut_end ? cut : s->chunks.state[kv_head * s->chunks.pitch + job->first + n - 1];
 }
 
 unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass)

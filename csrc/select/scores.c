@@ -6,6 +6,7 @@
 
 #include "core/threads.h"
 #include "select/method.h"
+#include "select/past.h"
 
 /* ---- arguments and spans --------------------------------------------------------------------------------------- */
 
@@ -119,7 +120,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
         if (score[c] == -INFINITY && !s->chunks.bad) continue; /* on no shortlist */
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++) state = DHSA_MAX(state, s->chunks.state[h * chunks + job.first + c]);
+        for (int64_t h = kv; h < kv + s->kv_per_set; h++) state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + job.first + c]);
         if (c == job.n - 1) state = last_state;
         /* A NaN must reach the rows that see it, as in exact attention: such a chunk is always picked.
          * Adding 0 makes one number of the two zeros, so that they tie. */
@@ -131,7 +132,8 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
 /* ---- the scorer -------------------------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int64_t most, int rounded, dhsa_error *error)
+                             int64_t n_boundaries, int64_t most, int rounded, dhsa_past *const *pasts, int level,
+                             dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
     const int rows = config->score == DHSA_SCORE_ROWS;
@@ -148,7 +150,13 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
     const dhsa_means_kind kind = rows && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
     if (kind == DHSA_MEANS_BF16) s->bf16 = s->kernels->bf16;
-    const int opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
+    s->pasts = pasts;
+    s->level = level;
+    int opened = 1;
+    if (pasts)
+        dhsa_chunks_plan(&s->chunks, kind, s->bf16 != NULL, s->capacity, dim);
+    else
+        opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
     s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_round_up(2 * dim * 4, DHSA_ALIGN);
     if (opened) return DHSA_OK;
     dhsa_scorer_close(s);
@@ -157,17 +165,22 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
 
 void dhsa_scorer_close(dhsa_scorer *s)
 {
-    dhsa_chunks_close(&s->chunks);
+    if (!s->pasts) dhsa_chunks_close(&s->chunks);
     memset(s, 0, sizeof *s);
 }
 
-void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas, int64_t stride,
-                       int num_threads)
+dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas,
+                              int64_t stride, int num_threads, dhsa_error *error)
 {
+    const int64_t count = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
     s->b = b;
+    if (s->pasts)
+        return dhsa_past_means(s->pasts[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count, &s->chunks, arenas,
+                               stride, num_threads, error);
     s->chunks.edges = boundaries;
-    s->chunks.chunks = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
-    dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, arenas, stride, num_threads);
+    s->chunks.chunks = count;
+    dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, 0, arenas, stride, num_threads);
+    return DHSA_OK;
 }
 
 /* ---- the paper's method ------------------------------------------------------------------------------------------ */
@@ -176,7 +189,8 @@ static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
 {
     dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
-    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, INT64_MAX, 0, error);
+    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, INT64_MAX, 0, s->pasts,
+                                                DHSA_LEVEL_FINE, error);
     if (status) {
         dhsa_free(scorer);
         return status;
@@ -195,10 +209,8 @@ static void close_chunks(dhsa_selector *s)
 
 static dhsa_status begin_chunks(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
-    (void)error;
-    dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas, s->arena_stride,
-                      s->num_threads);
-    return DHSA_OK;
+    return dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas, s->arena_stride,
+                             s->num_threads, error);
 }
 
 static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
@@ -244,14 +256,14 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     dhsa_status status;
     if ((status = dhsa_score_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
-        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, INT64_MAX, 0, error)))
+        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, INT64_MAX, 0, NULL, DHSA_LEVEL_FINE, error)))
         return status;
     num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
     job.arenas = dhsa_alloc(s->arena_size, num_threads);
     if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
-        dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads);
-        dhsa_parallel(s->sets * s->blocks, num_threads, scores_task, &job);
+        status = dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads, error);
+        if (!status) dhsa_parallel(s->sets * s->blocks, num_threads, scores_task, &job);
     }
     dhsa_free(job.arenas);
     dhsa_scorer_close(s);

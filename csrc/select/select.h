@@ -22,6 +22,12 @@ int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t
 
 dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config, dhsa_error *error);
 dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, dhsa_error *error);
+/* The cuts of keys [from, to) of one batch row (k's first), where those before are cut already: absolute boundaries from `from` to
+ * `to`, dhsa_boundaries_capacity(config, to - from) entries at most. How many it picks is these keys' share of config->num_chunks,
+ * which is meant for all `to` keys. */
+dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to, const dhsa_boundary_config *config,
+                                  int32_t *boundaries, int64_t *count, int num_threads, dhsa_error *error);
+int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to);
 /* Rows [batch, n]: from 0, never falling, ending in length. */
 dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error);
 /* Whether a boundary network of so many channels fits k; else a message that says how to get one that does. */
@@ -53,7 +59,7 @@ typedef struct {
     int64_t pitch;        /* means from one KV head to the next */
     int squares;          /* means lie as the products of pairs take keys, dhsa_square() */
     void *means;          /* [kv_heads, pitch, row] fp32 or bf16; zeros where the state is not good */
-    unsigned char *state; /* [kv_heads, chunks] */
+    unsigned char *state; /* [kv_heads, pitch] */
     int bad;              /* a mean somewhere is not finite */
 } dhsa_chunks;
 
@@ -66,12 +72,18 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
 void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to);
 /* The same as mean number `at` of means that lie as those of chunks do. */
 void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, int64_t at);
+/* How means of `capacity` chunks lie, without memory for them. */
+void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim);
 /* Room for the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim);
 void dhsa_chunks_close(dhsa_chunks *chunks);
-/* Fills chunks->means and ->state for batch row b of k. Thread t has scratch + t * stride, 2 * dim floats. */
-void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, char *scratch,
-                      int64_t stride, int num_threads);
+/* Makes room for `capacity` chunks; the first `keep` stay as they are. Returns 0, and changes nothing, if there is no memory. */
+int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep);
+/* Fills chunks->means and ->state from chunk `first` on, for batch row b of k. Thread t has scratch + t * stride, 2 * dim floats. */
+void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
+                      char *scratch, int64_t stride, int num_threads);
+/* Sets chunks->bad from the states. */
+void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads);
 
 /* ---- scoring ------------------------------------------------------------------------------------------------- */
 
@@ -82,6 +94,8 @@ typedef struct {
     const dhsa_score_config *config;
     int64_t b, sets, blocks;
     dhsa_chunks chunks;
+    dhsa_past *const *pasts; /* [batch] that keep the means, at `level`; NULL: the scorer has means of its own */
+    int level;
     int64_t capacity;     /* chunks, padding included */
     int64_t most;         /* chunks that are scored for one block, at most */
     int64_t step;         /* queries of a mean row */
@@ -102,14 +116,15 @@ typedef struct {
     int64_t n_groups;
 } dhsa_block_job;
 
-/* Allocates the means for boundaries rows of n_boundaries entries. most: the chunks scored for one block at most. rounded: row
- * scores of means in bf16, whatever the input. Arguments have been checked. */
+/* Allocates the means for boundaries rows of n_boundaries entries, unless pasts (may be NULL) keep them, at `level`. most: the
+ * chunks scored for one block at most. rounded: row scores of means in bf16, whatever the input. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int64_t most, int rounded, dhsa_error *error);
+                             int64_t n_boundaries, int64_t most, int rounded, dhsa_past *const *pasts, int level,
+                             dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
 /* Turns to batch row b and its boundaries: chunk means, in parallel. Thread t works at arenas + t * stride. */
-void dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas, int64_t stride,
-                       int num_threads);
+dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas,
+                              int64_t stride, int num_threads, dhsa_error *error);
 /* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
  * empty chunks -inf, chunks without a finite mean +inf. groups: NULL, or [n_groups], at most `most` chunks of them: the others
  * score -inf. mass: NULL, or alike the sums of probabilities (row scores only), 0 for chunks that are not finite scored. */

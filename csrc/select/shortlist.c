@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "select/method.h"
+#include "select/past.h"
 
 enum {
     COARSER = 8, /* rows of the coarse look: one for so many */
@@ -46,7 +47,8 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     *state = (rows_state){.listed = two ? config->shortlist / DHSA_CHUNK_GROUP + 1 + SPARE : 0};
     const int64_t most = two ? state->listed * DHSA_CHUNK_GROUP : INT64_MAX;
     dhsa_status status =
-        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most, config->score.by_length, error);
+        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most, config->score.by_length, s->pasts,
+                         DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->units = state->fine.capacity;
     s->arena_size = state->fine.arena_size + state->fine.capacity * (config->mass > 0 ? 8 : 4);
@@ -60,7 +62,8 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
     if (!state->edges || !state->group_edges)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups", state->groups);
-    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, INT64_MAX, 1, error);
+    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, INT64_MAX, 1, s->pasts,
+                              DHSA_LEVEL_COARSE, error);
     s->arena_size =
         DHSA_MAX(state->fine.arena_size, state->coarse.arena_size) + (state->fine.capacity + state->edges_size + state->listed) * 4;
     return status;
@@ -70,14 +73,14 @@ static dhsa_status begin_rows(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     rows_state *state = s->state;
     const int32_t *boundaries = s->boundaries + b * s->n_boundaries;
-    (void)error;
-    dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas, s->arena_stride, s->num_threads);
-    if (!state->edges) return DHSA_OK;
+    const dhsa_status status =
+        dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas, s->arena_stride, s->num_threads, error);
+    if (status || !state->edges) return status;
     for (int64_t u = 0; u < state->edges_size; u++) state->edges[u] = boundaries[DHSA_MIN(u * UNIT, s->n_boundaries - 1)];
     for (int64_t g = 0; g <= state->groups; g++)
         state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
-    dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads);
-    return DHSA_OK;
+    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads,
+                             error);
 }
 
 /* The groups on a block's shortlist, ascending, into groups; returns how many. What is selected anyway is on it: its mass belongs

@@ -1,0 +1,253 @@
+/* past.c: keys that were there in an earlier call: knows them again, and keeps their cuts and the means of their chunks, so that a
+ * prompt in pieces and a decoding step do that work once a key. How keys are cut is boundaries.c's, what means are for scores.c's.
+ * Decoding after arXiv 2510.24606: the prompt's chunks are kept, generated tokens are one chunk more, the current one its own. */
+#include "select/past.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+enum {
+    UNIT = DHSA_CHUNK_GROUP / 4, /* chunks of a chunk of the coarse level, as shortlist.c makes them */
+    AHEAD = 32                   /* marks asked for in advance */
+};
+
+/* ---- knowing keys again ------------------------------------------------------------------------------------------ */
+
+/* The first 8 bytes of a key in its first head. Keys of one position that differ in their tokens differ there, those of other
+ * positions by their rotation; what is not told apart has the same numbers there, and then cuts and means that are as good. */
+static uint64_t mark_of(const dhsa_tensor *k, int64_t b, int64_t i)
+{
+    const int64_t bytes = k->shape[3] * dhsa_dtype_size(k->dtype);
+    const char *key = dhsa_row(k, b, 0, i);
+    uint64_t mark = 0;
+    if (i + AHEAD < k->shape[2]) __builtin_prefetch(dhsa_row(k, b, 0, i + AHEAD));
+    memcpy(&mark, key, (size_t)DHSA_MIN(bytes, 8));
+    return mark;
+}
+
+/* Forgets everything about the keys from n on. */
+static void forget(dhsa_past *p, int64_t n)
+{
+    const int64_t chunks = p->chunks;
+    p->known = DHSA_MIN(p->known, n);
+    while (p->chunks > 0 && p->edges[p->chunks] > n) p->chunks--;
+    if (p->chunks < chunks || p->summed > n) p->summed = -1;
+    for (int i = 0; i < DHSA_LEVELS; i++) {
+        const int64_t left = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / UNIT;
+        if (p->chunks < chunks) p->levels[i].done = DHSA_MIN(p->levels[i].done, left);
+    }
+}
+
+static int grow(void **memory, int64_t *room, int64_t need, int64_t keep, int64_t size)
+{
+    if (need <= *room) return 1;
+    const int64_t more = need + need / 2 + 64;
+    void *bigger = dhsa_alloc(more, size);
+    if (!bigger) return 0;
+    if (*memory) memcpy(bigger, *memory, (size_t)(keep * size));
+    dhsa_free(*memory);
+    *memory = bigger;
+    *room = more;
+    return 1;
+}
+
+static dhsa_status no_memory(dhsa_error *error, int64_t keys)
+{
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "past: no memory for the chunks of %" PRId64 " keys", keys);
+}
+
+/* Takes note of the keys that are new; what it knew is as it was. */
+static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, dhsa_error *error)
+{
+    const int64_t length = k->shape[2];
+    void *marks = p->marks;
+    if (!grow(&marks, &p->marks_room, length, p->known, sizeof *p->marks)) return no_memory(error, length);
+    p->marks = marks;
+    for (int64_t i = p->known; i < length; i++) p->marks[i] = mark_of(k, b, i);
+    p->known = length;
+    return DHSA_OK;
+}
+
+/* ---- cutting ----------------------------------------------------------------------------------------------------- */
+
+/* Cuts the keys up to `end`, from where they are not cut yet. */
+static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t end, const dhsa_boundary_config *config,
+                       int num_threads, dhsa_error *error)
+{
+    const int64_t from = p->chunks > 0 ? p->edges[p->chunks] : 0, room = dhsa_boundaries_capacity(config, end - from);
+    int64_t count = 0;
+    void *edges = p->edges;
+    if (!grow(&edges, &p->edges_room, p->chunks + room + 2 * DHSA_CHUNK_GROUP, p->chunks + 1, sizeof *p->edges))
+        return no_memory(error, end);
+    p->edges = edges;
+    dhsa_tensor row = *k;
+    row.data = dhsa_row(k, b, 0, 0);
+    row.shape[0] = 1;
+    const dhsa_status status = dhsa_boundaries_after(&row, from, end, config, p->edges + p->chunks, &count, num_threads, error);
+    if (status) { /* its first entry is the last one that was there */
+        p->edges[p->chunks] = (int32_t)from;
+        return status;
+    }
+    /* Means of a group of chunks that was not whole are those of a longer one now; padding of a step is none any more. */
+    p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
+    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / UNIT);
+    p->chunks += count - 1;
+    p->summed = -1;
+    return DHSA_OK;
+}
+
+dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
+                             int64_t same, int num_threads, dhsa_error *error)
+{
+    const int64_t length = k->shape[2], end = length - (step != 0), before = p->known;
+    dhsa_status status;
+    if (p->dtype != k->dtype || p->kv_heads != k->shape[1] || p->dim != k->shape[3]) {
+        dhsa_past_reset(p);
+        p->dtype = k->dtype;
+        p->kv_heads = k->shape[1];
+        p->dim = k->shape[3];
+    }
+    int64_t again = DHSA_MIN(DHSA_MIN(same, p->known), length);
+    while (again < DHSA_MIN(p->known, length) && mark_of(k, b, again) == p->marks[again]) again++;
+    const int64_t chunks = p->chunks;
+    forget(p, DHSA_MIN(again, end));
+    /* In a step, keys that came with others in a call that was not seen here are cut as a prompt's are; those that came alone,
+     * and those that took the place of such, are not. */
+    const int generated = step && p->chunks > 0 && p->chunks == chunks && end <= before;
+    if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end &&
+        (status = cut(p, k, b, end, config, num_threads, error)))
+        return status;
+    if ((status = take_note(p, k, b, error))) return status;
+    p->total = p->chunks;
+    if (!step) return DHSA_OK;
+    /* The rest begins a group of its own, after empty chunks, so that the others' means stay as they are. */
+    const int32_t from = p->edges[p->chunks];
+    while (p->total % DHSA_CHUNK_GROUP != 0) p->edges[++p->total] = from;
+    p->edges[++p->total] = (int32_t)end;
+    p->edges[++p->total] = (int32_t)length;
+    return DHSA_OK;
+}
+
+/* ---- means ------------------------------------------------------------------------------------------------------- */
+
+/* The mean of n keys out of their sum, as number `at` of a head. */
+static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64_t at, const float *sum, int64_t n, int64_t dim,
+                float *mean)
+{
+    unsigned char *state = c->state + head * c->pitch + at;
+    for (int64_t d = 0; d < dim; d++) mean[d] = n > 0 ? sum[d] / (float)n : 0.0f;
+    *state = n == 0 ? DHSA_CHUNK_EMPTY : DHSA_CHUNK_GOOD;
+    if (!dhsa_all_finite(kernels, mean, dim)) {
+        *state = DHSA_CHUNK_BAD;
+        memset(mean, 0, (size_t)dim * sizeof *mean);
+    }
+    dhsa_mean_put(kernels, c, mean, dim, c->means, head * c->pitch + at);
+}
+
+/* A step's last chunks: of the fine level the generated keys and the current one, of the coarse level both as one. The sum of what
+ * was generated is carried on, or a long answer would be read again for each of its tokens. */
+static void put_last(dhsa_past *p, int level, const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t at,
+                     dhsa_chunks *c, float *scratch)
+{
+    const int64_t from = p->edges[p->chunks], end = k->shape[2] - 1, dim = p->dim;
+    if (p->summed < 0 || p->summed < from) {
+        memset(p->sum, 0, (size_t)(p->kv_heads * dim) * sizeof *p->sum);
+        p->summed = from;
+    }
+    for (int64_t h = 0; h < p->kv_heads; h++) {
+        float *sum = p->sum + h * dim;
+        for (int64_t i = p->summed; i < end; i++) kernels->add(dhsa_row(k, b, h, i), k->dtype, dim, sum);
+        if (level == DHSA_LEVEL_FINE) {
+            put(kernels, c, h, at, sum, end - from, dim, scratch);
+            memset(scratch + dim, 0, (size_t)dim * sizeof *scratch);
+            kernels->add(dhsa_row(k, b, h, end), k->dtype, dim, scratch + dim);
+            put(kernels, c, h, at + 1, scratch + dim, 1, dim, scratch);
+        } else {
+            memcpy(scratch + dim, sum, (size_t)dim * sizeof *scratch);
+            kernels->add(dhsa_row(k, b, h, end), k->dtype, dim, scratch + dim);
+            put(kernels, c, h, at, scratch + dim, end + 1 - from, dim, scratch);
+        }
+    }
+    p->summed = DHSA_MAX(p->summed, end);
+}
+
+dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const dhsa_kernels *kernels, const dhsa_tensor *k,
+                            int64_t b, const int32_t *edges, int64_t count, dhsa_chunks *chunks, char *arenas, int64_t stride,
+                            int num_threads, dhsa_error *error)
+{
+    dhsa_level *l = &p->levels[level];
+    const int squares = kind != DHSA_MEANS_F32 && kernels->bf16 != NULL;
+    if (l->open && (l->chunks.kind != kind || l->chunks.squares != squares)) {
+        dhsa_chunks_close(&l->chunks);
+        l->open = 0;
+    }
+    if (!l->open) {
+        l->done = 0;
+        l->open = dhsa_chunks_open(&l->chunks, kind, squares, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
+        if (!l->open) {
+            dhsa_chunks_close(&l->chunks);
+            return no_memory(error, k->shape[2]);
+        }
+    } else if (count > l->chunks.pitch &&
+               !dhsa_chunks_grow(&l->chunks, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim, l->done)) {
+        return no_memory(error, k->shape[2]);
+    }
+    if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, p->dim * (int64_t)sizeof *p->sum))) return no_memory(error, k->shape[2]);
+    const int64_t last = p->total == p->chunks ? 0 : level == DHSA_LEVEL_FINE ? 2 : 1; /* chunks that are a step's */
+    l->chunks.edges = edges;
+    l->chunks.chunks = count - last;
+    dhsa_chunks_fill(kernels, k, b, &l->chunks, l->done, arenas, stride, num_threads);
+    /* Of a coarse chunk that is not whole, more may come. */
+    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / UNIT;
+    if (last > 0) put_last(p, level, kernels, k, b, count - last, &l->chunks, (float *)arenas);
+    l->chunks.chunks = count;
+    dhsa_chunks_look(&l->chunks, p->kv_heads);
+    *chunks = l->chunks;
+    return DHSA_OK;
+}
+
+/* ---- its life ---------------------------------------------------------------------------------------------------- */
+
+dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
+{
+    *past = dhsa_alloc(1, sizeof **past);
+    if (!*past) return no_memory(error, 0);
+    memset(*past, 0, sizeof **past);
+    (*past)->summed = -1;
+    return DHSA_OK;
+}
+
+void dhsa_past_reset(dhsa_past *p)
+{
+    for (int i = 0; i < DHSA_LEVELS; i++)
+        if (p->levels[i].open) dhsa_chunks_close(&p->levels[i].chunks);
+    dhsa_free(p->marks);
+    dhsa_free(p->edges);
+    dhsa_free(p->sum);
+    memset(p, 0, sizeof *p);
+    p->summed = -1;
+}
+
+void dhsa_past_free(dhsa_past *p)
+{
+    if (p) dhsa_past_reset(p);
+    dhsa_free(p);
+}
+
+int64_t dhsa_past_boundaries(const dhsa_past *p, int32_t *boundaries)
+{
+    const int64_t count = p->total > 0 ? p->total + 1 : 0;
+    if (boundaries && count > 0) memcpy(boundaries, p->edges, (size_t)count * sizeof *boundaries);
+    return count;
+}
+
+int64_t dhsa_past_bytes(const dhsa_past *p)
+{
+    int64_t bytes = p->marks_room * (int64_t)sizeof *p->marks + p->edges_room * (int64_t)sizeof *p->edges +
+                    (p->sum ? p->kv_heads * p->dim * (int64_t)sizeof *p->sum : 0);
+    for (int i = 0; i < DHSA_LEVELS; i++) {
+        const dhsa_chunks *c = &p->levels[i].chunks;
+        if (p->levels[i].open) bytes += p->kv_heads * c->pitch * (c->row * (c->kind == DHSA_MEANS_F32 ? 4 : 2) + 1);
+    }
+    return bytes;
+}
