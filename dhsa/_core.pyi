@@ -6,6 +6,14 @@ BoundaryConfig = tuple[int, int, int, int, float, int, tuple[Any, ...] | None]
 ScoreConfig = tuple[int, int, int, int, int]
 SelectConfig = tuple[int, int, float, int, int, int, int, int, int, ScoreConfig]
 
+class Past:
+    def __new__(cls) -> Past: ...
+    def __deepcopy__(self, memo: Any, /) -> Past: ...
+    @property
+    def boundaries(self) -> list[int]: ...
+    @property
+    def nbytes(self) -> int: ...
+
 class Buffer:
     def __new__(cls, shape: tuple[int, ...], dtype: str, /) -> Buffer: ...
     def __dlpack__(
@@ -67,6 +75,9 @@ def prefill(
     skip: float | None,
     boundary_config: BoundaryConfig,
     select_config: SelectConfig,
+    pasts: tuple[Past, ...] | None,
+    same: int,
+    keep: int,
     /,
 ) -> tuple[int, float, float, float, float]: ...
 def similarity_scores(k: Array, window: int, scores: Array, num_threads: int, /) -> None: ...

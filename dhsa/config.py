@@ -22,6 +22,7 @@ METHODS = (
 SCORES = ("rows", "block")
 POOLINGS = ("mean", "mean_sqrt")
 HEADS = ("group", "all", "head")
+DECODES = ("exact", "dhsa")
 
 SCORE_OF = {"rows": "rows", "dhsa": "block"}  # the methods of chunks
 METHOD_OF = {score: method for method, score in SCORE_OF.items()}
@@ -138,6 +139,9 @@ class Config(_CoreArgs):
             met in the keys before, 0 < skip < 1; None: none. Works with any method and with exact attention, not for so
             few rows as in a decoding step. By tile (128 keys, 256 where 16-bit numbers are multiplied as they are) for
             a group of rows at a time, so what is left out depends on the instruction set, but stays below that bound.
+        decode: what a patched model does in decoding steps. "exact": the new token attends to all keys. "dhsa": to
+            `budget` of them, in layers without a sliding window (the paper's decoding): the prompt's chunks are kept
+            beside the cache, generated tokens form one more, and the current token its own. For methods of chunks.
 
     Raises:
         TypeError: an unknown name, or a value of the wrong type. ValueError: a value out of range. Both name the field.
@@ -171,6 +175,7 @@ class Config(_CoreArgs):
     stride: int | None = None
     predictor: BoundaryPredictor | None = None
     skip: float | None = None
+    decode: Literal["exact", "dhsa"] = "exact"
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
@@ -239,6 +244,12 @@ class Config(_CoreArgs):
             keep("skip", _number(self.skip, "skip", "a number above 0 and below 1"))
             if not 0 < self.skip < 1:
                 raise ValueError(f"skip: expected a number above 0 and below 1, got {self.skip}")
+        check_choice(self.decode, "decode", DECODES)
+        if self.decode == "dhsa" and self.method not in SCORE_OF:
+            raise ValueError(
+                f'decode: "dhsa" chooses among chunks, which method={self.method!r} has not; '
+                'take "exact", or method "rows" or "dhsa"'
+            )
         if self.theta is not None:
             keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):

@@ -95,13 +95,14 @@ def run(
     out: Array | None = None,
     pasts: tuple[Any, ...] | None = None,
     same: int = 0,
+    keep: bool = True,
 ) -> tuple[Array, Array | None, RunStats]:
-    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments and errors as in `attention`.
+    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments, errors as in `attention`.
 
-    pasts: a `_core.Past` for each batch item, of a config with chunks: what an earlier call cut and averaged of the same
-    keys is not done again, and a single query is a decoding step (arXiv 2510.24606): its keys are chosen for it alone,
-    where the tokens that came by such steps are one chunk. same: so many keys are known to be those of the last call;
-    of the others a Past looks whether they are.
+    pasts: a `_core.Past` for each batch item, of a config with chunks: what an earlier call cut and averaged of the
+    same keys is not done again, and a single query is a decoding step (arXiv 2510.24606): its keys are chosen for it
+    alone, where the tokens that came by such steps are one chunk. same: so many keys are known to be those of the last
+    call; of the others a Past looks whether they are. keep: whether the means of chunks stay, most of its memory.
     """
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
@@ -124,7 +125,9 @@ def run(
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
-        done, *report = _core.prefill(*args, config._boundary_args(k.shape[2]), config._select_args, pasts, same)
+        done, *report = _core.prefill(
+            *args, config._boundary_args(k.shape[2]), config._select_args, pasts, same, int(keep)
+        )
         stats = RunStats(PATHS[done], *report)
     if type(kind) is DlpackKind:  # its results are Buffers until here
         target = target if given else kind.result(target)

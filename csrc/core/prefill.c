@@ -262,6 +262,8 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     if (pasts && p->q.shape[2] == 1) { /* a decoding step */
         select.score.query_block = select.score.rows = 1;
         select.dense_tail = 0;
+        /* A query alone needs no list that is long enough for the differing wishes of a block. */
+        select.shortlist = DHSA_MAX(select.shortlist / 2, DHSA_MIN(select.shortlist, select.budget));
     }
     if ((status = dhsa_select_check(&p->q, &p->k, &select, error))) return status;
     const int64_t blocks = dhsa_block_count(&select.score, p->q.shape[2]);
@@ -280,10 +282,11 @@ dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boun
 }
 
 dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
-                            dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error)
+                            dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats, dhsa_error *error)
 {
     const dhsa_status status = run(p, boundaries, config, pasts, same, stats, error);
     /* What a call that failed midway has left is nothing to build on. */
     for (int64_t b = 0; status && b < p->k.shape[0]; b++) dhsa_past_reset(pasts[b]);
+    for (int64_t b = 0; !keep && b < p->k.shape[0]; b++) dhsa_past_slim(pasts[b]);
     return status;
 }

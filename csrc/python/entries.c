@@ -106,26 +106,27 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (dhsa_py_count("prefill", nargs, 16) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("prefill", nargs, 17) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_boundary_config boundaries;
     dhsa_select_config select;
     dhsa_py_predictor predictor;
     dhsa_py_pasts pasts;
-    int64_t same = 0;
+    int64_t same = 0, keep = 0;
     PyObject *result = NULL;
     if (dhsa_py_boundary_config(state, args[12], &boundaries, &predictor) != 0) {
         dhsa_py_problem_release(&p);
         return NULL;
     }
     if (dhsa_py_select_config(args[13], &select) == 0 && dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 &&
+        dhsa_py_int(args[16], "keep", 0, 1, &keep) == 0 &&
         dhsa_py_pasts_open(state, args[14], p.problem.k.shape[0], &pasts) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
-        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &boundaries, &select, pasts.pasts, same, &stats, &error)
+        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &boundaries, &select, pasts.pasts, same, (int)keep, &stats, &error)
                              : dhsa_prefill(&p.problem, &boundaries, &select, &stats, &error);
         Py_END_ALLOW_THREADS;
         dhsa_py_pasts_release(&pasts);

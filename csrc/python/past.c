@@ -88,8 +88,38 @@ static PyObject *past_nbytes(PyObject *object, void *unused)
     return PyLong_FromLongLong(bytes);
 }
 
+static PyObject *past_deepcopy(PyObject *object, PyObject *memo)
+{
+    (void)memo;
+    past_object *self = (past_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (take(self) != 0) {
+        return NULL;
+    }
+    dhsa_error error = {DHSA_OK, ""};
+    dhsa_past *twin = NULL;
+    const dhsa_status status = dhsa_past_copy(self->past, &twin, &error);
+    atomic_store(&self->busy, 0);
+    if (status != DHSA_OK) {
+        return dhsa_py_raise(&error);
+    }
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    past_object *copy = (past_object *)alloc(type, 0);
+    if (copy == NULL) {
+        dhsa_past_free(twin);
+        return NULL;
+    }
+    atomic_init(&copy->busy, 0);
+    copy->past = twin;
+    return (PyObject *)copy;
+}
+
 PyObject *dhsa_py_past_type(PyObject *module)
 {
+    static PyMethodDef methods[] = {
+        {"__deepcopy__", past_deepcopy, METH_O, "A twin that goes its own way from here."},
+        {NULL, NULL, 0, NULL},
+    };
     static PyGetSetDef getters[] = {
         {"boundaries", past_boundaries, NULL, "The cuts after the last call, as a list; empty chunks of a decoding step included.",
          NULL},
@@ -99,6 +129,7 @@ PyObject *dhsa_py_past_type(PyObject *module)
     static PyType_Slot slots[] = {
         {Py_tp_new, past_new},
         {Py_tp_dealloc, past_dealloc},
+        {Py_tp_methods, methods},
         {Py_tp_getset, getters},
         {Py_tp_doc, "Past(): what is kept of one sequence's keys in one layer from call to call."},
         {0, NULL},

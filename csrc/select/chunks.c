@@ -85,7 +85,7 @@ void dhsa_chunks_close(dhsa_chunks *chunks)
     chunks->state = NULL;
 }
 
-int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep)
+int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep, int copy)
 {
     dhsa_chunks old = *chunks;
     const int64_t row = old.row * (old.kind != DHSA_MEANS_F32 ? 2 : 4);
@@ -99,7 +99,7 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
         memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row, (size_t)(keep * row));
         memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)keep);
     }
-    dhsa_chunks_close(&old);
+    if (!copy) dhsa_chunks_close(&old);
     return 1;
 }
 

@@ -189,7 +189,7 @@ dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const
             return no_memory(error, k->shape[2]);
         }
     } else if (count > l->chunks.pitch &&
-               !dhsa_chunks_grow(&l->chunks, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim, l->done)) {
+               !dhsa_chunks_grow(&l->chunks, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim, l->done, 0)) {
         return no_memory(error, k->shape[2]);
     }
     if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, p->dim * (int64_t)sizeof *p->sum))) return no_memory(error, k->shape[2]);
@@ -217,15 +217,52 @@ dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
     return DHSA_OK;
 }
 
+void dhsa_past_slim(dhsa_past *p)
+{
+    for (int i = 0; i < DHSA_LEVELS; i++) {
+        if (p->levels[i].open) dhsa_chunks_close(&p->levels[i].chunks);
+        p->levels[i].open = 0;
+    }
+}
+
 void dhsa_past_reset(dhsa_past *p)
 {
-    for (int i = 0; i < DHSA_LEVELS; i++)
-        if (p->levels[i].open) dhsa_chunks_close(&p->levels[i].chunks);
+    dhsa_past_slim(p);
     dhsa_free(p->marks);
     dhsa_free(p->edges);
     dhsa_free(p->sum);
     memset(p, 0, sizeof *p);
     p->summed = -1;
+}
+
+static void *copy_of(const void *memory, int64_t room, int64_t used, int64_t size)
+{
+    void *copy = memory ? dhsa_alloc(room, size) : NULL;
+    if (copy) memcpy(copy, memory, (size_t)(used * size));
+    return copy;
+}
+
+dhsa_status dhsa_past_copy(const dhsa_past *p, dhsa_past **twin, dhsa_error *error)
+{
+    dhsa_status status = dhsa_past_new(twin, error);
+    if (status) return status;
+    dhsa_past *t = *twin;
+    *t = *p;
+    /* The sum is made again from the keys. */
+    t->sum = NULL;
+    t->summed = -1;
+    t->marks = copy_of(p->marks, p->marks_room, p->known, sizeof *p->marks);
+    t->edges = copy_of(p->edges, p->edges_room, p->total + 1, sizeof *p->edges);
+    int good = (t->marks || !p->marks) && (t->edges || !p->edges);
+    for (int i = 0; i < DHSA_LEVELS; i++) {
+        dhsa_level *l = &t->levels[i];
+        if (!good) l->open = 0;
+        if (l->open && !dhsa_chunks_grow(&l->chunks, p->kv_heads, l->chunks.pitch, p->dim, l->done, 1)) good = l->open = 0;
+    }
+    if (good) return DHSA_OK;
+    dhsa_past_free(t);
+    *twin = NULL;
+    return no_memory(error, p->known);
 }
 
 void dhsa_past_free(dhsa_past *p)

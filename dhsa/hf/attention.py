@@ -8,6 +8,7 @@ import torch
 
 from dhsa import functional
 
+from .caches import recall
 from .masks import ranges_of, segments
 from .records import record
 from .refusals import refuse_unsupported
@@ -51,8 +52,10 @@ def attention_forward(
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
     config = DEFAULT if state is None else state.config_for(layer)
-    if q_len == 1:
-        config = EXACT
+    # Keys that slide out of a window take their chunks along: only layers that see everything keep them.
+    memory = recall(module, query, key, config) if sliding_window is None else None
+    if q_len == 1 and (memory is None or config.decode == "exact"):
+        config, memory = EXACT, None
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
 
     # The core writes into a view, so that the layout that transformers wants costs no copy.
@@ -65,10 +68,15 @@ def attention_forward(
             raise NotImplementedError(
                 'attention_mask: bidirectional sliding-window attention needs a mask; "dhsa" was handed none'
             )
-        if not causal or q_len == 1:
-            config = EXACT
+        if not causal:
+            config, memory = EXACT, None
         window = sliding_window if causal else None
-        _, _, stats = functional.run(query, key, value, config, causal=bool(causal), window=window, out=view, **options)
+        known = {} if memory is None else memory.of(None, 0)
+        _, _, stats = functional.run(
+            query, key, value, config, causal=bool(causal), window=window, out=view, **options, **known
+        )
+        if memory is not None:
+            memory.done(stats.path == "sparse")
         record(module, layer, sliding_window, query, key, [(stats, 1)])
         return out, None
 
@@ -78,7 +86,7 @@ def attention_forward(
         record(module, layer, sliding_window, query, key, done)
         return out, None
     ranges = ranges[:, 0]
-    parts = None if q_len == 1 else segments(ranges)
+    parts = None if q_len == 1 and memory is None else segments(ranges)
     whole = (
         parts is not None
         and len(parts) == 1
@@ -97,16 +105,21 @@ def attention_forward(
     done = []
     for row, q_start, q_stop, k_start, k_stop, window, pairs in parts:
         rows = slice(None) if row is None else slice(row, row + 1)
+        alone = q_stop - q_start == 1 < q_len  # a stretch of one query is no decoding step
+        known = {} if memory is None or alone else memory.of(row, k_start)
         _, _, stats = functional.run(
             query[rows, :, q_start:q_stop],
             key[rows, :, k_start:k_stop],
             value[rows, :, k_start:k_stop],
-            config if q_stop - q_start > 1 else EXACT,
+            EXACT if alone else config,
             window=window,
             out=view[rows, :, q_start:q_stop],
             **options,
+            **known,
         )
         done.append((stats, pairs * (batch if row is None else 1)))
+    if memory is not None:
+        memory.done(all(stats.path == "sparse" for stats, _ in done))
     record(module, layer, sliding_window, query, key, done)
     return out, None
 

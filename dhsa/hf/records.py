@@ -15,9 +15,10 @@ class LayerRun(NamedTuple):
     """What one attention layer did in its last call.
 
     `layer`: its index. `kind`: "full" or "sliding". `step`: "prefill" or "decode" (one query). `path`: "dense",
-    "window", "sparse" (some block of queries saw a selection of its keys) or "decode". `density`: (query, key) pairs
-    attended over pairs visible under mask and window, 1 on exact paths. Seconds: choosing the keys, and attending to
-    them. `skipped`: see `dhsa.Config.skip`, 0 without. `query_shape` is [B, H, Lq, D], `key_shape` [B, Hkv, Lk, D].
+    "window", "sparse" (some query saw a selection of its keys) or "decode" (a step that saw all of them). `density`:
+    (query, key) pairs attended over pairs visible under mask and window, 1 on exact paths. Seconds: choosing the keys,
+    and attending to them. `skipped`: see `dhsa.Config.skip`, 0 without. `query_shape` is [B, H, Lq, D], `key_shape`
+    [B, Hkv, Lk, D].
     """
 
     layer: int
@@ -51,7 +52,7 @@ def record(
         layer=-1 if layer is None else layer,
         kind="full" if sliding_window is None else "sliding",
         step=step,
-        path="decode" if decode else "sparse" if "sparse" in paths else exact,
+        path="sparse" if "sparse" in paths else "decode" if decode else exact,
         density=sum(stats.density * pairs for stats, pairs in done) / total if total else 1.0,
         select_seconds=sum(stats.select_seconds for stats, _ in done),
         attend_seconds=sum(stats.attend_seconds for stats, _ in done),

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
+from .caches import unwatch, watch
+
 __all__ = [
     "DEFAULT",
     "EXACT",
@@ -161,8 +163,9 @@ def patched(
         yield model
     finally:  # whatever happened to the model inside, be it unpatched or switched to another implementation
         _restore(before)
-        _uninstall(model)
-        if outer is not None:
+        if outer is None:
+            _uninstall(model)
+        else:
             install(model, outer)
 
 
@@ -174,11 +177,14 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 def install(model: torch.nn.Module, state: State) -> None:
     for module in (model, *attention_modules(model)):
         module.__dict__[STATE] = state
+        if hasattr(module, "layer_idx"):
+            watch(module)
 
 
 def _uninstall(model: torch.nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(STATE, None)
+        unwatch(module)
 
 
 def _own_configs(model: PreTrainedModel) -> None:

@@ -1,0 +1,142 @@
+"""What is kept of a layer's keys beside the cache that holds them: where they were cut, and the means of their chunks.
+
+A `_core.Past` for each batch row lies on the cache's own layer object, so it lives and dies with the cache, two caches
+never share one, and a deep copy of a cache brings its own along. A Past looks at every key before it relies on it:
+cropping, reordering beams and refilling a cache need no notice. Only where the cache still holds the very tensor that
+the layer saw last, and grew it by appending, is that look left out. How a call learns which cache it belongs to: a hook
+before the attention module's forward, which patching installs, sees `past_key_values`; attention functions do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from dhsa import _core
+from dhsa.config import SCORE_OF, Config
+
+__all__ = ["Memory", "recall", "unwatch", "watch"]
+
+_HOOK = "_dhsa_hook"  # on a watched module
+_KEPT = "_dhsa_kept"  # on a cache's layer
+
+_running = threading.local()  # .entry: (module, weak reference to its cache, how many keys are as the layer saw them)
+
+
+class Kept:
+    """Of one cache layer: a Past for each stretch of keys that was attended to, and the tensor that held them."""
+
+    def __init__(self) -> None:
+        self.pasts: dict[tuple[int, int], Any] = {}  # by batch row and first key
+        self.batch = 0
+        self.tensor: weakref.ref | None = None
+        self.version: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        twin = Kept()  # with no tensor of its own, so that it looks at the first keys it sees
+        twin.batch = self.batch
+        twin.pasts = {at: copy.deepcopy(past, memo) for at, past in self.pasts.items()}
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (dict, ())  # pickled caches do not need this package; what is missing is made anew
+
+    def unchanged(self, layer: Any) -> int:
+        """How many keys of `layer` are those of the last call for certain."""
+        seen = None if self.tensor is None else self.tensor()
+        if seen is None or getattr(layer, "keys", None) is not seen or self.version != _version(seen):
+            return 0
+        return seen.shape[-2]
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _layer_of(cache: Any, module: torch.nn.Module) -> Any:
+    layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", None)
+    return layers[index] if isinstance(index, int) and index < len(layers) else None
+
+
+def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():  # nothing of this belongs into a graph
+        return
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, Cache):
+        _running.entry = None
+        return
+    layer = _layer_of(cache, module)
+    kept = getattr(layer, _KEPT, None)
+    same = kept.unchanged(layer) if isinstance(kept, Kept) else 0
+    _running.entry = (module, weakref.ref(cache), same)
+
+
+def watch(module: torch.nn.Module) -> None:
+    """Lets `recall` know the caches that `module` is called with, until `unwatch`."""
+    if _HOOK not in module.__dict__:
+        module.__dict__[_HOOK] = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+
+
+def unwatch(module: torch.nn.Module) -> None:
+    if (hook := module.__dict__.pop(_HOOK, None)) is not None:
+        hook.remove()
+
+
+class Memory:
+    """What one call of a layer may use of earlier ones: `of(...)` is what `functional.run` is to be told."""
+
+    def __init__(self, kept: Kept, key: torch.Tensor, same: int, keep: bool, held: bool) -> None:
+        self._kept, self._key, self._same, self._keep, self._held = kept, key, same, keep, held
+        self._used: dict[tuple[int, int], Any] = {}
+
+    def of(self, row: int | None, k_start: int) -> dict[str, Any]:
+        """For queries of batch row `row` (None: of all) that attend to the keys from `k_start` on."""
+        rows = range(self._kept.batch) if row is None else (row,)
+        pasts = self._kept.pasts
+        found = {at: self._used.get(at) or pasts.get(at) or _core.Past() for at in ((r, k_start) for r in rows)}
+        self._used |= found
+        return {"pasts": tuple(found.values()), "same": max(0, self._same - k_start), "keep": self._keep}
+
+    def done(self, sparse: bool) -> None:
+        """The call is over; `sparse`: no part of it was exact, so that every Past has seen its keys."""
+        kept = self._kept
+        kept.pasts = self._used
+        kept.tensor = weakref.ref(self._key) if sparse and self._held else None
+        kept.version = _version(self._key)
+
+
+def recall(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, config: Config) -> Memory | None:
+    """The memory of the cache that `module` is running with, if `config` has a use for one: None without chunks, or
+    where the keys are in no cache."""
+    entry = getattr(_running, "entry", None)
+    _running.entry = None
+    if config._exact or config.method not in SCORE_OF:
+        return None
+    layer, same = None, 0
+    if entry is not None and entry[0] is module:
+        layer, same = _layer_of(entry[1](), module), entry[2]
+    if layer is None:
+        # Whoever decodes without a cache in sight has its chunks made for the step.
+        return _fresh(key) if query.shape[2] == 1 and key.shape[2] > 1 else None
+    kept = getattr(layer, _KEPT, None)
+    if not isinstance(kept, Kept) or kept.batch != key.shape[0]:
+        kept = Kept()
+        kept.batch = key.shape[0]
+        setattr(layer, _KEPT, kept)
+        same = 0
+    if kept.tensor is not None and kept.tensor() is key:  # a static cache writes into the tensor that it has
+        same = 0
+    # Means are worth their memory to whoever comes back: a step, or the next piece of a prompt that comes in pieces.
+    keep = config.decode == "dhsa" or key.shape[2] > query.shape[2]
+    return Memory(kept, key, min(same, key.shape[2]), keep, getattr(layer, "keys", None) is key)
+
+
+def _fresh(key: torch.Tensor) -> Memory:
+    kept = Kept()
+    kept.batch = key.shape[0]
+    return Memory(kept, key, 0, False, False)
