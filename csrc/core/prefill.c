@@ -185,19 +185,16 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
 }
 
 /* Keys that the pasts know are cut already. */
-static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_past *const *pasts, int64_t same,
-                          dhsa_error *error)
+static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_past *const *pasts, int64_t same, dhsa_error *error)
 {
     const dhsa_tensor *k = &l->p->k;
     for (int64_t b = 0; b < k->shape[0]; b++) {
-        const dhsa_status status =
-            dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
+        const dhsa_status status = dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
         if (status) return status;
         l->capacity = DHSA_MAX(l->capacity, dhsa_past_boundaries(pasts[b], NULL));
     }
     l->boundaries = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->boundaries);
-    if (!l->boundaries)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+    if (!l->boundaries) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     for (int64_t b = 0; b < k->shape[0]; b++) {
         int32_t *row = l->boundaries + b * l->capacity;
         for (int64_t i = dhsa_past_boundaries(pasts[b], row); i < l->capacity; i++) row[i] = (int32_t)k->shape[2];

@@ -219,7 +219,8 @@ void dhsa_past_reset(dhsa_past *past);
 dhsa_status dhsa_past_copy(const dhsa_past *past, dhsa_past **twin, dhsa_error *error);
 /* Lets go of the means, the bulk of it; the next call that wants them makes them again. */
 void dhsa_past_slim(dhsa_past *past);
-/* The cuts after the last call, empty chunks of a decoding step included, into boundaries (NULL: none); returns how many entries. */
+/* The cuts after the last call, empty chunks of a decoding step included, into boundaries (NULL: none); returns how many entries.
+ */
 int64_t dhsa_past_boundaries(const dhsa_past *past, int32_t *boundaries);
 /* Memory held, in bytes. */
 int64_t dhsa_past_bytes(const dhsa_past *past);
@@ -243,8 +244,9 @@ dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config
 
 /* The same with a past for each batch row, pasts [B], of a method with chunks: keys that they know are not cut and averaged again,
  * whatever number of queries comes with new ones. The first `same` keys are known to be those of the last call; of the others it is
- * looked at. keep 0: the means are let go again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail has no say), keys that came by
- * such steps are one chunk and its own another. A call that is exact in any case leaves the pasts as they were. */
+ * looked at. keep 0: the means are let go again. With a single query it is a decoding step: its keys are chosen for it alone
+ * (dense_tail has no say), keys that came by such steps are one chunk and its own another. A call that is exact in any case leaves
+ * the pasts as they were. */
 dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const dhsa_select_config *select,
                             dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats, dhsa_error *error);
 

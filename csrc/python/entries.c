@@ -120,8 +120,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
         return NULL;
     }
     if (dhsa_py_select_config(args[13], &select) == 0 && dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 &&
-        dhsa_py_int(args[16], "keep", 0, 1, &keep) == 0 &&
-        dhsa_py_pasts_open(state, args[14], p.problem.k.shape[0], &pasts) == 0) {
+        dhsa_py_int(args[16], "keep", 0, 1, &keep) == 0 && dhsa_py_pasts_open(state, args[14], p.problem.k.shape[0], &pasts) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
         dhsa_status status;

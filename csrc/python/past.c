@@ -1,4 +1,5 @@
-/* past.c: the type _core.Past: what is kept of a sequence's keys from call to call, owned by Python. The work is select/past.c's. */
+/* past.c: the type _core.Past: what is kept of a sequence's keys from call to call, owned by Python. The work is select/past.c's.
+ */
 #include "python/past.h"
 
 #include <stdatomic.h>

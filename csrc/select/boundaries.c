@@ -316,8 +316,7 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
         part.data = dhsa_row(k, 0, 0, from - before);
         part.shape[2] = seen;
         float *scores = dhsa_alloc(seen, sizeof *scores);
-        if (!scores)
-            return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", seen);
+        if (!scores) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", seen);
         if (!(status = score_gaps(&part, config, scores, num_threads, error))) {
             /* The gap before the first of these keys is a boundary already. */
             for (int64_t j = 0; from > 0 && j < DHSA_MIN(config->nms, length); j++) scores[before + j] = -INFINITY;

@@ -38,6 +38,7 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
             score[c] = (float)(cap * tanh(score[c] / cap));
     }
     unsigned char last = DHSA_CHUNK_GOOD;
-    for (int64_t h = kv; h < kv + s->kv_per_set; h++) last = DHSA_MAX(last, s->chunks.state[h * s->chunks.pitch + job->first + job->n - 1]);
+    for (int64_t h = kv; h < kv + s->kv_per_set; h++)
+        last = DHSA_MAX(last, s->chunks.state[h * s->chunks.pitch + job->first + job->n - 1]);
     return last;
 }

@@ -114,8 +114,7 @@ dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, cons
     /* In a step, keys that came with others in a call that was not seen here are cut as a prompt's are; those that came alone,
      * and those that took the place of such, are not. */
     const int generated = step && p->chunks > 0 && p->chunks == chunks && end <= before;
-    if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end &&
-        (status = cut(p, k, b, end, config, num_threads, error)))
+    if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end && (status = cut(p, k, b, end, config, num_threads, error)))
         return status;
     if ((status = take_note(p, k, b, error))) return status;
     p->total = p->chunks;

@@ -18,7 +18,7 @@ struct dhsa_past {
     int64_t kv_heads, dim;
     uint64_t *marks; /* [known]: the first bytes of each key */
     int64_t known, marks_room;
-    int32_t *edges;              /* keys before edges[chunks] are cut; in a step others follow, up to edges[total] */
+    int32_t *edges; /* keys before edges[chunks] are cut; in a step others follow, up to edges[total] */
     int64_t chunks, total, edges_room;
     float *sum; /* [kv_heads, dim]: of the keys [edges[chunks], summed) */
     int64_t summed;

@@ -120,7 +120,8 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
         if (score[c] == -INFINITY && !s->chunks.bad) continue; /* on no shortlist */
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++) state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + job.first + c]);
+        for (int64_t h = kv; h < kv + s->kv_per_set; h++)
+            state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + job.first + c]);
         if (c == job.n - 1) state = last_state;
         /* A NaN must reach the rows that see it, as in exact attention: such a chunk is always picked.
          * Adding 0 makes one number of the two zeros, so that they tie. */
@@ -132,8 +133,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
 /* ---- the scorer -------------------------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int64_t most, int rounded, dhsa_past *const *pasts, int level,
-                             dhsa_error *error)
+                             int64_t n_boundaries, int64_t most, int rounded, dhsa_past *const *pasts, int level, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
     const int rows = config->score == DHSA_SCORE_ROWS;
@@ -192,8 +192,8 @@ static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
 {
     dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
-    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, INT64_MAX, 0, s->pasts,
-                                                DHSA_LEVEL_FINE, error);
+    const dhsa_status status =
+        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, INT64_MAX, 0, s->pasts, DHSA_LEVEL_FINE, error);
     if (status) {
         dhsa_free(scorer);
         return status;
@@ -265,7 +265,8 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     job.arenas = dhsa_alloc(s->arena_size, num_threads);
     if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
-        status = dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads, error);
+        status =
+            dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads, error);
         if (!status) dhsa_parallel(s->sets * s->blocks, num_threads, scores_task, &job);
     }
     dhsa_free(job.arenas);

@@ -80,7 +80,8 @@ void dhsa_chunks_close(dhsa_chunks *chunks);
 /* Makes room for `capacity` chunks; the first `keep` stay as they are. The old memory is freed, unless it is another's (copy).
  * Returns 0, and changes nothing, if there is no memory. */
 int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep, int copy);
-/* Fills chunks->means and ->state from chunk `first` on, for batch row b of k. Thread t has scratch + t * stride, 2 * dim floats. */
+/* Fills chunks->means and ->state from chunk `first` on, for batch row b of k. Thread t has scratch + t * stride, 2 * dim floats.
+ */
 void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
                       char *scratch, int64_t stride, int num_threads);
 /* Sets chunks->bad from the states. */
@@ -102,9 +103,9 @@ typedef struct {
     int64_t step;         /* queries of a mean row */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
-    int panels;         /* panels of rows worked on at a time, at most */
-    int threads;        /* that share the products of a block: 1, unless there is but one list to make, as in a decoding step */
-    char *arenas;       /* of all threads, where they do */
+    int panels;   /* panels of rows worked on at a time, at most */
+    int threads;  /* that share the products of a block: 1, unless there is but one list to make, as in a decoding step */
+    char *arenas; /* of all threads, where they do */
     int64_t stride;
     int64_t arena_size; /* bytes that a thread works in, which the caller lends: a multiple of DHSA_ALIGN */
 } dhsa_scorer;

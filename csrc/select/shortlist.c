@@ -46,9 +46,8 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
     *state = (rows_state){.listed = two ? config->shortlist / DHSA_CHUNK_GROUP + 1 + SPARE : 0};
     const int64_t most = two ? state->listed * DHSA_CHUNK_GROUP : INT64_MAX;
-    dhsa_status status =
-        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most, config->score.by_length, s->pasts,
-                         DHSA_LEVEL_FINE, error);
+    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most, config->score.by_length,
+                                          s->pasts, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->units = state->fine.capacity;
     s->arena_size = state->fine.arena_size + state->fine.capacity * (config->mass > 0 ? 8 : 4);
@@ -79,8 +78,7 @@ static dhsa_status begin_rows(dhsa_selector *s, int64_t b, dhsa_error *error)
     for (int64_t u = 0; u < state->edges_size; u++) state->edges[u] = boundaries[DHSA_MIN(u * UNIT, s->n_boundaries - 1)];
     for (int64_t g = 0; g <= state->groups; g++)
         state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
-    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads,
-                             error);
+    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads, error);
 }
 
 /* The groups on a block's shortlist, ascending, into groups; returns how many. What is selected anyway is on it: its mass belongs

@@ -19,6 +19,7 @@ from dhsa.reference._boundaries import (
     similarity_scores,
 )
 from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
+from dhsa.reference._past import Past
 from dhsa.reference._scores import chunk_means, chunk_scores
 from dhsa.reference._selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
 from dhsa.reference._skip import Grouping, skip_mask
@@ -27,6 +28,7 @@ __all__ = [
     "METHODS",
     "Block",
     "Grouping",
+    "Past",
     "Prefill",
     "Selection",
     "Units",
