@@ -6,6 +6,7 @@
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
 #   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
+#   make bench-generation   decoding steps, prompts in pieces, a model's memory at 32K
 #   make bench-report  what the two measured goes into docs/PERFORMANCE.md, tables and picture
 #   make lint     ruff and clang-format, checking only
 #   make clean    removes environments, builds and caches
@@ -19,7 +20,7 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
 CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
-.PHONY: demo eval train-boundaries test bench bench-model bench-report lint clean
+.PHONY: demo eval train-boundaries test bench bench-model bench-generation bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -41,6 +42,9 @@ bench: $(VENV)/.demo
 
 bench-model: $(VENV)/.demo
 	$(PY) benchmarks/bench_model.py $(ARGS)
+
+bench-generation: $(VENV)/.demo
+	$(PY) benchmarks/bench_generation.py $(ARGS)
 
 bench-report: $(VENV)/.demo
 	$(PY) benchmarks/report.py $(ARGS)

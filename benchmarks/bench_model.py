@@ -27,7 +27,7 @@ from harness import RESULTS, Job, check, machine, number, peak, row, run_jobs
 from peers import tokens
 
 import dhsa
-from dhsa import demo
+from dhsa import demo, loading
 
 CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config()}
 LLAMA = "llama.cpp"
@@ -59,7 +59,9 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     dhsa.set_num_threads(task["threads"])
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=getattr(torch, task["dtype"])).eval()
     ids = torch.tensor(json.loads(Path(task["ids"]).read_text())[: task["length"]])[None]
-    config = CONTESTANTS[task["work"]]
+    if task["work"] == "eager":
+        model.set_attn_implementation("eager")
+    config = CONTESTANTS.get(task["work"])
     with nullcontext() if config is None else dhsa.patched(model, config):
 
         def prefill(ids: torch.Tensor) -> Any:
@@ -312,16 +314,16 @@ def main() -> None:
         args.lengths = [4096]
     args.json = args.json or RESULTS / f"model{'-quick' if args.quick else ''}.json"
     torch.set_num_threads(args.threads)
-    source = args.model or demo._packaged_model()
+    source = args.model or loading.packaged_model()
     with tempfile.TemporaryDirectory(prefix="dhsa-bench-") as folder:
         # Read and dequantised once: the children then load it in a second, where a GGUF file takes a quarter minute.
-        tokenizer, model = demo._load(source)
+        tokenizer, model = loading.load(source)
         # Its weights are plain float32 by now, but it would refuse to be saved as what it was read from.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(folder)
         del model
-        ids = demo._tokenize(tokenizer, demo._read_text(args.text), max(args.lengths))[0].tolist()
+        ids = loading.tokenize(tokenizer, loading.read_text(args.text), max(args.lengths))[0].tolist()
         if len(ids) < max(args.lengths):
             parser.error(f"--text: only {len(ids)} tokens, --lengths asks for {max(args.lengths)}")
         files = {"model": folder, "ids": str(Path(folder, "ids.json")), "gguf": str(source)}

@@ -1,0 +1,249 @@
+"""What comes after and around a prefill: decoding steps that choose their keys, prompts in pieces, a model's memory;
+run by `make bench-generation`. docs/GENERATION.md has its tables.
+
+Sections: `steps`, one layer's decoding step at a cache of 32K, random numbers; `pieces`, a prompt of 16K tokens in
+pieces of 2,048 against the same at once; `quality`, a text read on token by token, keys chosen against all keys;
+`memory`, what a prefill of 32K tokens takes beyond weights and cache. All but the first on Gemma 3 270M. What is
+compared takes turns in one process, and medians are reported; memory has a process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, machine, write_json
+from peers import GEMMA2, GEMMA3, Shape
+
+import dhsa
+from dhsa import _core, functional
+
+LLAMA3 = Shape(32, 8, 128)
+CONTEXT, BUDGET, STEP_GOAL = 32768, 2048, 0.2
+PROMPT, PIECE, PIECES_GOAL = 16384, 2048, 1.15
+READ_ON = 256  # tokens after the prompt
+JUDGED = 512  # last positions whose logits are compared
+Row = dict[str, Any]
+
+
+# ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+def steps(threads: int, repeats: int) -> Iterator[Row]:
+    for shape in (GEMMA3, GEMMA2, LLAMA3):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield step(shape, dtype, threads, repeats)
+
+
+def step(shape: Shape, dtype: torch.dtype, threads: int, repeats: int) -> Row:
+    config = dhsa.Config(budget=BUDGET, decode="dhsa")
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(heads: int, length: int) -> torch.Tensor:
+        return torch.randn(1, heads, length, shape.dim, generator=generator).to(dtype)
+
+    k, v = (numbers(shape.kv_heads, CONTEXT + repeats) for _ in range(2))
+    past = (_core.Past(),)
+    prompt = config.replace(dense_tail=0)
+    functional.run(numbers(shape.heads, 64), k[:, :, :CONTEXT], v[:, :, :CONTEXT], prompt, pasts=past)
+    seconds: dict[str, list[float]] = {"exact": [], "chosen": [], "looked": [], "select": [], "attend": []}
+    for n in range(CONTEXT + 1, CONTEXT + repeats + 1):
+        q, keys, values = numbers(shape.heads, 1), k[:, :, :n], v[:, :, :n]
+        for name, cfg, options in (
+            ("exact", None, {}),
+            ("chosen", config, {"pasts": past, "same": n - 1}),
+            ("looked", config, {"pasts": past}),
+        ):
+            start = time.perf_counter()
+            _, _, stats = functional.run(q, keys, values, cfg, **options)
+            seconds[name].append(time.perf_counter() - start)
+            if name == "chosen":
+                seconds["select"].append(stats.select_seconds)
+                seconds["attend"].append(stats.attend_seconds)
+    told = {name: statistics.median(found) for name, found in seconds.items()}
+    share = statistics.median(b / a for a, b in zip(seconds["exact"], seconds["chosen"], strict=True))
+    kept = past[0].nbytes / (2 * shape.kv_heads * CONTEXT * shape.dim * k.element_size())
+    us = {name: f"{x * 1e6:,.0f}" for name, x in told.items()}
+    text = (
+        f"{shape} {str(dtype)[6:]}: exact {us['exact']} us, chosen {us['chosen']} ({us['select']} choosing,"
+        f" {us['attend']} attending), {share:.2f} of exact; {us['looked']} where it looks at every key;"
+        f" keeps {kept:.1%} of keys and values"
+    )
+    row = {"section": "steps", "shape": str(shape), "dtype": str(dtype)[6:], "share": share, "kept": kept, "text": text}
+    return row | told | {"pass": share <= STEP_GOAL}
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def read(model: Any, ids: torch.Tensor, piece: int) -> tuple[torch.Tensor, Any]:
+    """Log-probabilities after the last tokens, and the cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    last = []
+    for at in range(0, ids.shape[1], piece):
+        hidden = model.model(ids[:, at : at + piece], past_key_values=cache, use_cache=True).last_hidden_state
+        last.append(hidden[0, -JUDGED:])
+    hidden = torch.cat(last)[-JUDGED:]
+    return torch.log_softmax(model.lm_head(hidden).float(), -1), cache
+
+
+def attention_seconds(model: Any, step: str = "prefill") -> float:
+    return sum(run.select_seconds + run.attend_seconds for run in dhsa.last_run(model, step))
+
+
+def divergence(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def pieces(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
+    ids = ids[:, :PROMPT]
+    with dhsa.patched(model, dhsa.Config(budget=None)):
+        dense, _ = read(model, ids, PROMPT)
+    seconds: dict[int, list[float]] = {PROMPT: [], PIECE: []}
+    found = {}
+    with dhsa.patched(model, dhsa.Config(budget=BUDGET)):
+        for _ in range(repeats):
+            for size, times in seconds.items():
+                start = time.perf_counter()
+                found[size], _ = read(model, ids, size)
+                times.append(time.perf_counter() - start)
+    ratio = statistics.median(b / a for a, b in zip(seconds[PROMPT], seconds[PIECE], strict=True))
+    own, apart = divergence(dense, found[PROMPT]), divergence(found[PROMPT], found[PIECE])
+    yield {
+        "section": "pieces", "at_once": statistics.median(seconds[PROMPT]), "pieces": statistics.median(seconds[PIECE]),
+        "ratio": ratio, "kl_at_once": own, "kl_pieces": divergence(dense, found[PIECE]), "kl_between": apart,
+        "pass": ratio <= PIECES_GOAL and apart <= own,
+        "text": f"{PROMPT:,} tokens at once {statistics.median(seconds[PROMPT]):.1f} s, in pieces of {PIECE:,}"
+        f" {statistics.median(seconds[PIECE]):.1f} s: {ratio:.2f}; KL from dense {own:.4f} at once,"
+        f" {divergence(dense, found[PIECE]):.4f} in pieces, {apart:.4f} between the two",
+    }  # fmt: skip
+
+
+def quality(model: Any, ids: torch.Tensor, prompts: tuple[int, ...]) -> Iterator[Row]:
+    """The same exactly read prompt, then a text token by token: every key, or `budget` of them."""
+    import copy
+
+    for length in prompts:
+        prompt, rest = ids[:, :length], ids[:, length : length + READ_ON + 1]
+        with dhsa.patched(model, dhsa.Config(budget=None)):
+            _, cache = read(model, prompt, length)
+        results, taken = {}, {}
+        for budget in (None, 512, 1024, 2048):
+            mine = copy.deepcopy(cache)
+            config = dhsa.Config(budget=None) if budget is None else dhsa.Config(budget=budget, decode="dhsa")
+            logits, seconds = [], []
+            with dhsa.patched(model, config):
+                for i in range(READ_ON):
+                    hidden = model.model(rest[:, i : i + 1], past_key_values=mine, use_cache=True).last_hidden_state
+                    logits.append(torch.log_softmax(model.lm_head(hidden[0]).float(), -1))
+                    full = [r for r in dhsa.last_run(model, "decode") if r.kind == "full"]
+                    seconds.append(sum(r.select_seconds + r.attend_seconds for r in full))
+            results[budget], taken[budget] = torch.cat(logits), statistics.median(seconds[8:])
+        targets = rest[0, 1:, None]
+        for budget, found in results.items():
+            if budget is None:
+                continue
+            dense = results[None]
+            gain = (dense.gather(1, targets) - found.gather(1, targets)).double()
+            ratio, error = float(gain.mean().exp()), float(gain.std() / len(gain) ** 0.5)
+            agree = float((dense.argmax(-1) == found.argmax(-1)).float().mean())
+            kl = divergence(dense, found)
+            yield {
+                "section": "quality", "prompt": length, "budget": budget, "perplexity_ratio": ratio, "error": error,
+                "kl": kl, "agree": agree, "seconds": taken[budget], "exact_seconds": taken[None],
+                "text": f"prompt {length:,}, budget {budget:,}: perplexity {ratio:.4f} +- {error:.4f} of exact steps',"
+                f" KL {kl:.4f}, same next token {agree:.1%}; its three global layers take {taken[budget] * 1e3:.2f} ms a"
+                f" step, exact {taken[None] * 1e3:.2f}",
+            }  # fmt: skip
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory(folder: str, ids: torch.Tensor, threads: int, lengths: tuple[int, ...]) -> Iterator[Row]:
+    import bench_model
+
+    files = {"model": folder, "ids": str(Path(folder, "ids.json"))}
+    Path(files["ids"]).write_text(json.dumps(ids[0, : max(lengths)].tolist()))
+    command = [sys.executable, str(Path(bench_model.__file__).resolve()), "--child"]
+    for length in lengths:
+        cache = (3 * length + 15 * 511) * 2 * 256 * 4 / 2**20  # MiB in fp32: three layers keep everything, 15 a window
+        for work in ("dhsa sparse", "dhsa exact", "sdpa", "eager"):
+            row: Row = {"section": "memory", "work": work, "length": length, "cache_mib": cache}
+            if work == "eager" and 3 * 4 * 4 * length**2 > 16 * 2**30:  # scores, their softmax and a copy
+                needs = 2 * 4 * 4 * length**2 / 2**30
+                yield row | {
+                    "text": f"{length:,} tokens, eager: not run, its scores and probabilities are {needs:.0f} GiB"
+                }
+                continue
+            task = {**files, "work": work, "dtype": "float32", "length": length, "threads": threads, "profile": False}
+            told = bench_model.in_child(command, task)
+            beyond = told["added_mib"] - cache
+            yield row | {
+                "added_mib": told["added_mib"], "beyond_mib": beyond, "seconds": told["seconds"],
+                "text": f"{length:,} tokens, {work}: {beyond:,.0f} MiB beyond weights and cache ({cache:,.0f} MiB),"
+                f" {told['seconds']:.1f} s",
+            }  # fmt: skip
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sections = ("steps", "pieces", "quality", "memory")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of a comparison (steps: eight times as many)")
+    parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), metavar="SECTION")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: Python's language reference)")
+    parser.add_argument("--json", type=Path, default=RESULTS / "generation.json")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(args.threads)
+    dhsa.set_num_threads(args.threads)
+    report: dict[str, Any] = {"machine": machine(args.threads), "rows": []}
+    if args.json.is_file():  # rows that this run does not measure stay
+        old = json.loads(args.json.read_text())["rows"]
+        report["rows"] = [row for row in old if row["section"] not in args.only]
+
+    def take(rows: Iterator[Row]) -> None:
+        for row in rows:
+            verdict = {True: "  pass", False: "  MISS", None: ""}[row.get("pass")]
+            print(f"{row['section']}: {row['text']}{verdict}", flush=True)
+            report["rows"].append(row)
+            write_json(args.json, report)
+
+    if "steps" in args.only:
+        take(steps(args.threads, 8 * args.repeats))
+    if set(args.only) == {"steps"}:
+        return
+    from dhsa import loading
+
+    tokenizer, model = loading.load(loading.find_model("gemma3"))
+    ids = loading.tokenize(tokenizer, loading.read_text(args.text), CONTEXT)
+    if "pieces" in args.only:
+        take(pieces(model, ids, args.repeats))
+    if "quality" in args.only:
+        take(quality(model, ids, (8192, 16384)))
+    if "memory" in args.only:
+        with tempfile.TemporaryDirectory(prefix="dhsa-bench-") as folder:
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(folder)
+            del model
+            take(memory(folder, ids, args.threads, (8192, 32768)))
+
+
+if __name__ == "__main__":
+    main()
