@@ -162,8 +162,8 @@ def quality(model: Any, ids: torch.Tensor, prompts: tuple[int, ...]) -> Iterator
                 "section": "quality", "prompt": length, "budget": budget, "perplexity_ratio": ratio, "error": error,
                 "kl": kl, "agree": agree, "seconds": taken[budget], "exact_seconds": taken[None],
                 "text": f"prompt {length:,}, budget {budget:,}: perplexity {ratio:.4f} +- {error:.4f} of exact steps',"
-                f" KL {kl:.4f}, same next token {agree:.1%}; its three global layers take {taken[budget] * 1e3:.2f} ms a"
-                f" step, exact {taken[None] * 1e3:.2f}",
+                f" KL {kl:.4f}, same next token {agree:.1%}; the three global layers take {taken[budget] * 1e3:.2f} ms"
+                f" a step, exact {taken[None] * 1e3:.2f}",
             }  # fmt: skip
 
 
