@@ -59,7 +59,7 @@ def attend_sparse(
     shape: tuple[int, int, int],
     query_block: int,
     /,
-) -> None: ...
+) -> tuple[float, float]: ...
 def prefill(
     q: Array,
     k: Array,
@@ -75,6 +75,7 @@ def prefill(
     skip: float | None,
     boundary_config: BoundaryConfig,
     select_config: SelectConfig,
+    boundaries: Array | None,
     pasts: tuple[Past, ...] | None,
     same: int,
     keep: int,

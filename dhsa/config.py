@@ -23,6 +23,7 @@ SCORES = ("rows", "block")
 POOLINGS = ("mean", "mean_sqrt")
 HEADS = ("group", "all", "head")
 DECODES = ("exact", "dhsa")
+SHARED = ("boundaries", "selections")
 
 SCORE_OF = {"rows": "rows", "dhsa": "block"}  # the methods of chunks
 METHOD_OF = {score: method for method, score in SCORE_OF.items()}
@@ -142,6 +143,12 @@ class Config(_CoreArgs):
         decode: what a patched model does in decoding steps. "exact": the new token attends to all keys. "dhsa": to
             `budget` of them, in layers without a sliding window (the paper's decoding): the prompt's chunks are kept
             beside the cache, generated tokens form one more, and the current token its own. For methods of chunks.
+        share: what the layers of a patched model take from one another in a forward. "boundaries": the first sparse
+            layer cuts keys, the others use its cuts (where their keys are the same positions). "selections": the first
+            sparse layer of each kind, full or sliding of one width, selects, the others of the kind attend by its
+            lists. None: each layer finds its own, which costs more time and loses less: docs/EVALUATION.md has both.
+            `dhsa.select` and `boundaries` work on one layer all the same, `dhsa.attention` refuses. Compiled models
+            do not share.
 
     Raises:
         TypeError: an unknown name, or a value of the wrong type. ValueError: a value out of range. Both name the field.
@@ -176,6 +183,7 @@ class Config(_CoreArgs):
     predictor: BoundaryPredictor | None = None
     skip: float | None = None
     decode: Literal["exact", "dhsa"] = "exact"
+    share: Literal["boundaries", "selections"] | None = None
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
@@ -250,6 +258,10 @@ class Config(_CoreArgs):
                 f'decode: "dhsa" chooses among chunks, which method={self.method!r} has not; '
                 'take "exact", or method "rows" or "dhsa"'
             )
+        if self.share is not None:
+            check_choice(self.share, "share", SHARED)
+            if self.share == "boundaries" and self.score is None:
+                raise ValueError(f"share: method={self.method!r} cuts no chunks, so there are no boundaries to share")
         if self.theta is not None:
             keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):
@@ -293,6 +305,15 @@ class Config(_CoreArgs):
                 self.key_block, self.stride or 0, min(shortlist, 2**63 - 1), self._score_args,
             ),
         )  # fmt: skip
+
+    def _leaves_out(self, q_len: int, k_len: int, window: int | None) -> bool:
+        """Does causal attention of the last `q_len` of `k_len` positions leave keys out in some block? The core's rule
+        (dhsa_span_exact): of the blocks before the dense tail the last one has the most candidates."""
+        if self._exact:
+            return False
+        least = self._select_args[1] if self.mass is None else self._select_args[3]
+        end = (q_len - self.dense_tail) // self.query_block * self.query_block if self.dense_tail else q_len
+        return end > 0 and k_len - q_len + end > least and not (window is not None and window <= least)
 
     def _num_chunks(self, length: int) -> int:
         """The most gaps to cut at for `length` keys."""

@@ -42,6 +42,7 @@ __all__ = [
     "get_num_threads",
     "pick_boundaries",
     "run",
+    "run_selected",
     "select",
     "set_isa",
     "set_num_threads",
@@ -93,16 +94,20 @@ def run(
     key_ranges: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
+    boundaries: Array | None = None,
     pasts: tuple[Any, ...] | None = None,
     same: int = 0,
     keep: bool = True,
 ) -> tuple[Array, Array | None, RunStats]:
-    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments, errors as in `attention`.
+    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments, errors as in `attention`,
+    but `config.share` is the caller's business.
 
-    pasts: a `_core.Past` for each batch item, of a config with chunks: what an earlier call cut and averaged of the
-    same keys is not done again, and a single query is a decoding step (arXiv 2510.24606): its keys are chosen for it
-    alone, where the tokens that came by such steps are one chunk. same: so many keys are known to be those of the last
-    call; of the others a Past looks whether they are. keep: whether the means of chunks stay, most of its memory.
+    boundaries: int32 [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer, by a
+    config with a method of chunks. pasts: a `_core.Past` for each batch item, of such a config: what an earlier call
+    cut and averaged of the same keys is not done again, and a single query is a decoding step (arXiv 2510.24606): its
+    keys are chosen for it alone, where the tokens that came by such steps are one chunk. same: so many keys are known
+    to be those of the last call; of the others a Past looks whether they are. keep: whether the means of chunks stay,
+    most of its memory.
     """
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
@@ -112,6 +117,11 @@ def run(
         # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     skip = None if config is None else config.skip
+    if boundaries is not None:
+        if config is None or config._exact or config.score is None:
+            method = "an exact config" if config is None or config._exact else f"method={config.method!r}"
+            raise ValueError(f"boundaries: {method} cuts no chunks; expected None")
+        boundaries = _boundary_array(boundaries, k.shape[0])
     args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads(), skip)
     if config is None or config._exact:
         start = perf_counter()
@@ -126,7 +136,7 @@ def run(
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
         done, *report = _core.prefill(
-            *args, config._boundary_args(k.shape[2]), config._select_args, pasts, same, int(keep)
+            *args, config._boundary_args(k.shape[2]), config._select_args, boundaries, pasts, same, int(keep)
         )
         stats = RunStats(PATHS[done], *report)
     if type(kind) is DlpackKind:  # its results are Buffers until here
@@ -174,10 +184,16 @@ def attention(
 
     Raises:
         TypeError: dtypes or kinds other than those above, or mixed. ValueError: ranks, sizes, strides, devices, ranges,
-        aliasing. NotImplementedError: autograd, D above 256, selection without plain causality. All name the argument.
+        aliasing, a config with `share`. NotImplementedError: autograd, D above 256, selection without plain causality.
+        All name the argument.
 
     Source: arXiv 2510.24606; without a config plain softmax attention.
     """
+    if isinstance(config, Config) and config.share is not None:
+        raise ValueError(
+            f"share: {config.share!r} is between the layers of a patched model, and one call has no other layers; "
+            "keep what dhsa.select returns and give it to dhsa.sparse_attention"
+        )
     result, lse, _ = run(
         q,
         k,
@@ -217,11 +233,32 @@ def sparse_attention(
     Raises:
         TypeError, ValueError: also if the selection does not fit q and k (batch, sharing, blocks, key range).
     """
+    result, lse, _ = run_selected(
+        q, k, v, selection, scale=scale, softcap=softcap, window=window, skip=skip, return_lse=return_lse, out=out
+    )
+    return (result, lse) if return_lse else result
+
+
+def run_selected(
+    q: Array,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    skip: float | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> tuple[Array, Array | None, RunStats]:
+    """`sparse_attention` with a report, as `run` is of `attention`; nothing was selected, so no seconds went there."""
     if not isinstance(selection, Selection):
         raise TypeError(f"selection: expected a dhsa.Selection, got {type_name(selection)}")
     kind, q, k, v, target, given = _inputs(q, k, v, out)
     lse = allocate(kind.empty_lse, q) if return_lse else None
-    _core.attend_sparse(
+    start = perf_counter()
+    density, skipped = _core.attend_sparse(
         q,
         k,
         v,
@@ -239,11 +276,11 @@ def sparse_attention(
         selection.shape,
         selection.query_block,
     )
+    stats = RunStats("sparse", density, 0.0, perf_counter() - start, skipped)
     if type(kind) is DlpackKind:
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    result = out if given else target
-    return (result, lse) if return_lse else result
+    return out if given else target, lse, stats
 
 
 def _config(config: object) -> Config:

@@ -176,6 +176,8 @@ def test_the_engine_cuts_each_prefill_anew(engine):  # noqa: F811
     # With one sparse layer there is nothing to share.
     one = type(engine)(engine.model, engine.tokenizer, layers=[3])
     assert torch.equal(one.prefill(prompt(), made["rows"])[0], one.prefill(prompt(), made["rows:cuts=shared"])[0])
+    shared = settings.setting("rows:share=boundaries", 96)  # the option's way, with other waves of blocks
+    assert (engine.prefill(prompt(), shared)[0] - hidden["rows:cuts=shared"]).abs().max() < 1e-4
     text, _ = engine.generate(prompt(), made["rows:cuts=shared-label"], 3)
     assert len(text) == 3
 
@@ -226,6 +228,8 @@ def test_words_make_other_settings_and_other_rows():
         ("exact:cuts=label", "only methods of chunks that have a budget or a mass"),
         ("rows:boundaries=fixed:cuts=label", "boundaries=fixed has no say"),
         ("rows:skip=0.1:cuts=shared", "not with skip"),
+        ("rows:share=selections:cuts=label", "not with share"),
+        ("window:share=boundaries", "share: method='window' cuts no chunks"),
         ("rows:cut=label", "expected source, cuts=WORD or field=value"),
         ("rows:boundaries=predictor:predictor=no/such.safetensors", "predictor: .*No such file"),
     ],
@@ -233,6 +237,12 @@ def test_words_make_other_settings_and_other_rows():
 def test_words_that_say_nothing_are_refused(spec, message):
     with pytest.raises(UserError, match=message):
         settings.setting(spec, 96)
+
+
+def test_output_has_no_layers_that_share(engine):  # noqa: F811
+    made = [settings.setting("rows:share=selections", 96)]
+    with pytest.raises(UserError, match="rows:share=selections: task output looks at each layer on its own"):
+        next(output.measure(engine, tasks.Item("a", prompt(), {"length": 500}), made))
 
 
 def test_predictors_come_from_files(engine, tmp_path):  # noqa: F811

@@ -326,3 +326,25 @@ def test_two_threads_cannot_share_one():
     assert set(refused) <= {"past: in use by another call"}
     assert found
     assert all(np.array_equal(out, plain) for out in found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=5), st.integers(0, 2**16))
+def test_given_boundaries_take_the_place_of_cuts(pieces, seed):
+    """As another layer's are where layers share: whatever was kept of other cuts."""
+    config = CONFIGS["rows, shortlist"]
+    rng = np.random.default_rng(seed)
+    k, v = keys_and_values(100 + sum(pieces), seed=seed)
+    past, at = _core.Past(), 0
+    for more in (100, *pieces):
+        end = at + more
+        inner = np.sort(rng.choice(np.arange(1, end), min(end // 5, end - 1), replace=False))
+        cuts = np.array([[0, *inner, end, end, end]], np.int32)
+        own = rng.random() < 0.5  # in turns with cuts of its own
+        q = normal(1, 4, more, 16, seed=end)
+        options = {} if own else {"boundaries": cuts}
+        out, _ = run(q, k[:, :, :end], v[:, :, :end], config, past, **options)
+        if not own:
+            assert past.boundaries == [0, *inner, end]
+        np.testing.assert_array_equal(out, expected(q, k[:, :, :end], v[:, :, :end], config, past))
+        at = end

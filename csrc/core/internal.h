@@ -47,6 +47,10 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
 dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error);
 /* num_threads in 1 .. DHSA_MAX_THREADS. problem.c */
 dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
+/* (query, key) pairs visible to `heads` sharing sets under causality and window, queries and keys ending together, and those of
+ * them that a selection keeps. Their quotient is the density. selection.c */
+double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads);
+double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s);
 /* Seconds on a monotonic clock. status.c */
 double dhsa_now(void);
 

@@ -8,46 +8,6 @@
 #include "select/method.h"
 #include "select/past.h"
 
-/* Number of (query, key) pairs visible to queries at positions [first, last]. */
-static double pairs_visible(int64_t first, int64_t last, int64_t window)
-{
-    double pairs = 0;
-    if (window && last >= window) {
-        const int64_t from = DHSA_MAX(first, window); /* from here on every query sees `window` keys */
-        pairs += (double)(last - from + 1) * (double)window;
-        last = from - 1;
-    }
-    if (last >= first) pairs += (double)(last - first + 1) * (double)(first + last + 2) / 2;
-    return pairs;
-}
-
-/* The same, of the keys on an ascending list. All but a block's worth at either end are seen by every query. */
-static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64_t last, int64_t window)
-{
-    int64_t pairs = 0, at = 0;
-    if (window)
-        for (; at < n && keys[at] + window - 1 < last; at++) {
-            const int64_t from = DHSA_MAX(first, keys[at]), to = keys[at] + window - 1;
-            pairs += DHSA_MAX(to - from + 1, 0);
-        }
-    for (; n > at && keys[n - 1] > first; n--) pairs += DHSA_MAX(last - keys[n - 1] + 1, 0);
-    return pairs + (n - at) * (last - first + 1);
-}
-
-/* Pairs that a selection keeps of a problem whose queries and keys end together. */
-static double pairs_kept(const dhsa_problem *p, const dhsa_selection *s)
-{
-    const int64_t q_len = p->q.shape[2], offset = p->k.shape[2] - q_len;
-    const int64_t window = p->window < p->k.shape[2] ? p->window : 0; /* a wider one cuts nothing, and could overflow */
-    double pairs = 0;
-    for (int64_t r = 0; r < s->batch * s->heads * s->nq; r++) {
-        const int64_t from = r % s->nq * s->query_block, to = DHSA_MIN(from + s->query_block, q_len) - 1;
-        pairs +=
-            (double)pairs_listed(s->indices + s->indptr[r], s->indptr[r + 1] - s->indptr[r], offset + from, offset + to, window);
-    }
-    return pairs;
-}
-
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)
 {
     const double start = dhsa_now();
@@ -71,8 +31,9 @@ typedef struct {
     const dhsa_select_config *config;
     dhsa_selector selector;
     int64_t sets, blocks;
-    int64_t capacity; /* entries of a row of boundaries; both 0 where the method has no chunks */
-    int32_t *boundaries;
+    int64_t capacity; /* entries of a row of boundaries; all 0 where the method has no chunks */
+    const int32_t *boundaries;
+    int32_t *own; /* the memory of boundaries that were not given */
     int64_t *indptr;
     int32_t *indices;
     float *lse;
@@ -140,7 +101,7 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     if (!status && l->p->lse && !whole) /* one batch row */
         for (int64_t h = 0; h < H; h++)
             memcpy(l->p->lse + (w->b * H + h) * q_len + from, l->lse + h * n, (size_t)n * sizeof *l->lse);
-    l->pairs += status ? 0 : pairs_kept(&part, &list);
+    l->pairs += status ? 0 : dhsa_pairs_kept(&part, &list);
     return status;
 }
 
@@ -175,11 +136,10 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
     const dhsa_tensor *k = &l->p->k;
     int64_t *counts = dhsa_alloc(k->shape[0], sizeof *counts);
     l->capacity = dhsa_boundaries_capacity(config, k->shape[2]);
-    l->boundaries = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->boundaries);
+    l->boundaries = l->own = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->own);
     const dhsa_status status =
-        counts && l->boundaries
-            ? dhsa_boundaries(k, config, l->boundaries, l->capacity, counts, l->p->num_threads, error)
-            : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+        counts && l->own ? dhsa_boundaries(k, config, l->own, l->capacity, counts, l->p->num_threads, error)
+                         : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     dhsa_free(counts);
     return status;
 }
@@ -189,30 +149,35 @@ static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_
 {
     const dhsa_tensor *k = &l->p->k;
     for (int64_t b = 0; b < k->shape[0]; b++) {
-        const dhsa_status status = dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
+        const dhsa_status status =
+            l->boundaries ? dhsa_past_adopt(pasts[b], k, b, l->boundaries + b * l->capacity, l->capacity, same, error)
+                          : dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
         if (status) return status;
-        l->capacity = DHSA_MAX(l->capacity, dhsa_past_boundaries(pasts[b], NULL));
     }
-    l->boundaries = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->boundaries);
-    if (!l->boundaries) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+    if (l->boundaries) return DHSA_OK;
+    for (int64_t b = 0; b < k->shape[0]; b++) l->capacity = DHSA_MAX(l->capacity, dhsa_past_boundaries(pasts[b], NULL));
+    int32_t *boundaries = l->own = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *boundaries);
+    if (!boundaries) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     for (int64_t b = 0; b < k->shape[0]; b++) {
-        int32_t *row = l->boundaries + b * l->capacity;
+        int32_t *row = boundaries + b * l->capacity;
         for (int64_t i = dhsa_past_boundaries(pasts[b], row); i < l->capacity; i++) row[i] = (int32_t)k->shape[2];
     }
+    l->boundaries = boundaries;
     return DHSA_OK;
 }
 
-static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const dhsa_select_config *select,
-                              dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error)
+static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const int32_t *given, int64_t n_given,
+                              const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, dhsa_stats *stats,
+                              dhsa_error *error)
 {
     const double start = dhsa_now();
-    const int64_t batch = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], k_len = p->k.shape[2];
-    pipeline l = {.p = p, .config = select};
+    const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
+    pipeline l = {.p = p, .config = select, .capacity = n_given, .boundaries = given};
     l.sets = dhsa_score_sets(&select->score, &p->q, &p->k);
     l.blocks = dhsa_block_count(&select->score, q_len);
     int64_t rows = 0, keys = 0;
     dhsa_status status;
-    if (dhsa_method_has_chunks(select->method) &&
+    if (dhsa_method_has_chunks(select->method) && (pasts || !given) &&
         (status = pasts ? cut_on(&l, config, pasts, same, error) : cut(&l, config, error)))
         goto cleanup;
     run_waves(&l, NULL, &rows, &keys, NULL);
@@ -228,19 +193,19 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;
     status = run_waves(&l, stats, NULL, NULL, error);
-    stats->density =
-        l.pairs / ((double)(batch * l.sets) * pairs_visible(k_len - q_len, k_len - 1, p->window < k_len ? p->window : 0));
+    stats->density = l.pairs / dhsa_pairs_visible(p, l.sets);
     dhsa_selector_close(&l.selector);
 cleanup:
-    dhsa_free(l.boundaries);
+    dhsa_free(l.own);
     dhsa_free(l.indptr);
     dhsa_free(l.indices);
     dhsa_free(l.lse);
     return status;
 }
 
-static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
-                       dhsa_past *const *pasts, int64_t same, dhsa_stats *stats, dhsa_error *error)
+static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
+                       const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, dhsa_stats *stats,
+                       dhsa_error *error)
 {
     dhsa_select_config select = *config;
     dhsa_status status;
@@ -263,25 +228,29 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
         select.shortlist = DHSA_MAX(select.shortlist / 2, DHSA_MIN(select.shortlist, select.budget));
     }
     if ((status = dhsa_select_check(&p->q, &p->k, &select, error))) return status;
+    if (given && !dhsa_method_has_chunks(select.method))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: this method cuts no chunks; expected none");
+    if (given && (status = dhsa_boundaries_check(given, p->k.shape[0], n_given, p->k.shape[2], error))) return status;
     const int64_t blocks = dhsa_block_count(&select.score, p->q.shape[2]);
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
         if (!dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span))
-            return run_sparse(p, boundaries, &select, pasts, same, stats, error);
+            return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, stats, error);
     }
     return run_exact(p, stats, error);
 }
 
-dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
-                         dhsa_stats *stats, dhsa_error *error)
+dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
+                         const dhsa_select_config *config, dhsa_stats *stats, dhsa_error *error)
 {
-    return run(p, boundaries, config, NULL, 0, stats, error);
+    return run(p, boundaries, given, n_given, config, NULL, 0, stats, error);
 }
 
-dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const dhsa_select_config *config,
-                            dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats, dhsa_error *error)
+dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
+                            const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
+                            dhsa_error *error)
 {
-    const dhsa_status status = run(p, boundaries, config, pasts, same, stats, error);
+    const dhsa_status status = run(p, boundaries, given, n_given, config, pasts, same, stats, error);
     /* What a call that failed midway has left is nothing to build on. */
     for (int64_t b = 0; status && b < p->k.shape[0]; b++) dhsa_past_reset(pasts[b]);
     for (int64_t b = 0; !keep && b < p->k.shape[0]; b++) dhsa_past_slim(pasts[b]);

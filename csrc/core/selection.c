@@ -1,4 +1,4 @@
-/* selection.c: checks a selection from outside in full, before any of it becomes an address. */
+/* selection.c: checks a selection from outside in full, before any of it becomes an address; counts the pairs it keeps. */
 #include <inttypes.h>
 
 #include "core/internal.h"
@@ -61,4 +61,49 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
         if (!row_is_valid(s->indices + start, n, k_len)) return explain_row(s->indices + start, n, r, start, k_len, error);
     }
     return DHSA_OK;
+}
+
+/* ---- pairs ------------------------------------------------------------------------------------------------------- */
+
+/* Pairs that causality and the window leave visible, in `heads` sharing sets of every batch row. */
+double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
+{
+    const int64_t k_len = p->k.shape[2], first = k_len - p->q.shape[2];
+    int64_t last = k_len - 1;
+    double pairs = 0;
+    if (p->window && last >= p->window) {
+        const int64_t from = DHSA_MAX(first, p->window); /* from here on every query sees `window` keys */
+        pairs += (double)(last - from + 1) * (double)p->window;
+        last = from - 1;
+    }
+    if (last >= first) pairs += (double)(last - first + 1) * (double)(first + last + 2) / 2;
+    return pairs * (double)(p->q.shape[0] * heads);
+}
+
+/* Pairs visible to queries at positions [first, last], of the keys on an ascending list. All but a block's worth at either end are
+ * seen by every query. */
+static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64_t last, int64_t window)
+{
+    int64_t pairs = 0, at = 0;
+    if (window)
+        for (; at < n && keys[at] + window - 1 < last; at++) {
+            const int64_t from = DHSA_MAX(first, keys[at]), to = keys[at] + window - 1;
+            pairs += DHSA_MAX(to - from + 1, 0);
+        }
+    for (; n > at && keys[n - 1] > first; n--) pairs += DHSA_MAX(last - keys[n - 1] + 1, 0);
+    return pairs + (n - at) * (last - first + 1);
+}
+
+/* Pairs that a selection keeps of a problem whose queries and keys end together. */
+double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s)
+{
+    const int64_t q_len = p->q.shape[2], offset = p->k.shape[2] - q_len;
+    const int64_t window = p->window < p->k.shape[2] ? p->window : 0; /* a wider one cuts nothing, and could overflow */
+    double pairs = 0;
+    for (int64_t r = 0; r < s->batch * s->heads * s->nq; r++) {
+        const int64_t from = r % s->nq * s->query_block, to = DHSA_MIN(from + s->query_block, q_len) - 1;
+        pairs +=
+            (double)pairs_listed(s->indices + s->indptr[r], s->indptr[r + 1] - s->indptr[r], offset + from, offset + to, window);
+    }
+    return pairs;
 }

@@ -238,17 +238,19 @@ typedef struct {
 
 /* boundaries -> scores -> selection -> attention. Runs exact when no block's visible span exceeds the budget.
  * problem must be causal, without key_ranges. The score config's scale, softcap and window are taken from the problem
- * (a block score is not scaled: the order is the same). */
-dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const dhsa_select_config *select,
-                         dhsa_stats *stats, dhsa_error *error);
+ * (a block score is not scaled: the order is the same). given: NULL, or boundaries [B, n_given] as dhsa_boundaries writes them,
+ * which are used in place of cutting, for methods of chunks. */
+dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
+                         const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 
 /* The same with a past for each batch row, pasts [B], of a method with chunks: keys that they know are not cut and averaged again,
  * whatever number of queries comes with new ones. The first `same` keys are known to be those of the last call; of the others it is
  * looked at. keep 0: the means are let go again. With a single query it is a decoding step: its keys are chosen for it alone
  * (dense_tail has no say), keys that came by such steps are one chunk and its own another. A call that is exact in any case leaves
  * the pasts as they were. */
-dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const dhsa_select_config *select,
-                            dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats, dhsa_error *error);
+dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given,
+                            int64_t n_given, const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, int keep,
+                            dhsa_stats *stats, dhsa_error *error);
 
 /* ---- machine ------------------------------------------------------------------------------------------------ */
 

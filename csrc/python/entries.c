@@ -4,6 +4,7 @@
 
 #include <string.h>
 
+#include "core/internal.h"
 #include "core/threads.h"
 #include "python/args.h"
 #include "python/past.h"
@@ -72,6 +73,7 @@ static int open_selection(const dhsa_py_state *state, PyObject *const *args, con
     return 0;
 }
 
+/* -> (density, the share of products left out) */
 PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
@@ -83,6 +85,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     memset(&indptr, 0, sizeof indptr);
     memset(&indices, 0, sizeof indices);
     dhsa_selection selection;
+    double density = 1.0;
     dhsa_error error = {DHSA_OK, ""};
     PyObject *result = NULL;
     /* The problem first: a selection is measured against its shapes. */
@@ -92,8 +95,13 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     } else if (open_selection(state, args + 12, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
         status = dhsa_attend_sparse(&p.problem, &selection, &error);
+        if (status == DHSA_OK) density = dhsa_pairs_kept(&p.problem, &selection) / dhsa_pairs_visible(&p.problem, selection.heads);
         Py_END_ALLOW_THREADS;
         result = dhsa_py_result(status, &error);
+        if (result != NULL) {
+            Py_DECREF(result);
+            result = Py_BuildValue("(dd)", density, skipped(&p));
+        }
     }
     dhsa_py_view_release(&indptr);
     dhsa_py_view_release(&indices);
@@ -101,12 +109,12 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* -> (path, density, select_seconds, attend_seconds, skipped) */
+/* -> (path, density, select_seconds, attend_seconds, skipped); the last argument: boundaries int32 [B, n] to use, or None */
 PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (dhsa_py_count("prefill", nargs, 17) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("prefill", nargs, 18) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_boundary_config boundaries;
@@ -114,19 +122,26 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     dhsa_py_predictor predictor;
     dhsa_py_pasts pasts;
     int64_t same = 0, keep = 0;
+    dhsa_py_view given;
+    memset(&given, 0, sizeof given);
     PyObject *result = NULL;
     if (dhsa_py_boundary_config(state, args[12], &boundaries, &predictor) != 0) {
         dhsa_py_problem_release(&p);
         return NULL;
     }
-    if (dhsa_py_select_config(args[13], &select) == 0 && dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 &&
-        dhsa_py_int(args[16], "keep", 0, 1, &keep) == 0 && dhsa_py_pasts_open(state, args[14], p.problem.k.shape[0], &pasts) == 0) {
+    const int64_t shape[2] = {p.problem.k.shape[0], -1};
+    if (dhsa_py_select_config(args[13], &select) == 0 &&
+        (args[14] == Py_None || dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &given) == 0) &&
+        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[17], "keep", 0, 1, &keep) == 0 &&
+        dhsa_py_pasts_open(state, args[15], p.problem.k.shape[0], &pasts) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
-        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &boundaries, &select, pasts.pasts, same, (int)keep, &stats, &error)
-                             : dhsa_prefill(&p.problem, &boundaries, &select, &stats, &error);
+        const int64_t n_given = given.data ? given.shape[1] : 0;
+        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &boundaries, given.data, n_given, &select, pasts.pasts, same, (int)keep,
+                                               &stats, &error)
+                             : dhsa_prefill(&p.problem, &boundaries, given.data, n_given, &select, &stats, &error);
         Py_END_ALLOW_THREADS;
         dhsa_py_pasts_release(&pasts);
         result = dhsa_py_result(status, &error);
@@ -136,6 +151,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
                 Py_BuildValue("(idddd)", (int)stats.path, stats.density, stats.select_seconds, stats.attend_seconds, skipped(&p));
         }
     }
+    dhsa_py_view_release(&given);
     dhsa_py_predictor_release(&predictor);
     dhsa_py_problem_release(&p);
     return result;

@@ -70,6 +70,16 @@ static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, dhsa
 
 /* ---- cutting ----------------------------------------------------------------------------------------------------- */
 
+/* There are `chunks` chunks now, at least as many as there were. Means of a group of chunks that was not whole are those of a
+ * longer one, and what was padding in a step is none any more. */
+static void extended(dhsa_past *p, int64_t chunks)
+{
+    p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
+    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / UNIT);
+    p->chunks = chunks;
+    p->summed = -1;
+}
+
 /* Cuts the keys up to `end`, from where they are not cut yet. */
 static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t end, const dhsa_boundary_config *config,
                        int num_threads, dhsa_error *error)
@@ -88,19 +98,14 @@ static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t en
         p->edges[p->chunks] = (int32_t)from;
         return status;
     }
-    /* Means of a group of chunks that was not whole are those of a longer one now; padding of a step is none any more. */
-    p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
-    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / UNIT);
-    p->chunks += count - 1;
-    p->summed = -1;
+    extended(p, p->chunks + count - 1);
     return DHSA_OK;
 }
 
-dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
-                             int64_t same, int num_threads, dhsa_error *error)
+/* Begins anew if these keys cannot be those that it knows; else finds how many it knows again, the first `same` without a look. */
+static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t same)
 {
-    const int64_t length = k->shape[2], end = length - (step != 0), before = p->known;
-    dhsa_status status;
+    const int64_t length = k->shape[2];
     if (p->dtype != k->dtype || p->kv_heads != k->shape[1] || p->dim != k->shape[3]) {
         dhsa_past_reset(p);
         p->dtype = k->dtype;
@@ -109,7 +114,15 @@ dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, cons
     }
     int64_t again = DHSA_MIN(DHSA_MIN(same, p->known), length);
     while (again < DHSA_MIN(p->known, length) && mark_of(k, b, again) == p->marks[again]) again++;
-    const int64_t chunks = p->chunks;
+    return again;
+}
+
+dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
+                             int64_t same, int num_threads, dhsa_error *error)
+{
+    const int64_t length = k->shape[2], end = length - (step != 0), again = recognise(p, k, b, same);
+    const int64_t before = p->known, chunks = p->chunks;
+    dhsa_status status;
     forget(p, DHSA_MIN(again, end));
     /* In a step, keys that came with others in a call that was not seen here are cut as a prompt's are; those that came alone,
      * and those that took the place of such, are not. */
@@ -125,6 +138,26 @@ dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, cons
     p->edges[++p->total] = (int32_t)end;
     p->edges[++p->total] = (int32_t)length;
     return DHSA_OK;
+}
+
+dhsa_status dhsa_past_adopt(dhsa_past *p, const dhsa_tensor *k, int64_t b, const int32_t *given, int64_t n, int64_t same,
+                            dhsa_error *error)
+{
+    const int64_t length = k->shape[2];
+    void *edges;
+    forget(p, recognise(p, k, b, same));
+    while (n > 2 && given[n - 2] == length) n--;
+    int64_t alike = 0;
+    while (alike < p->chunks && alike < n - 1 && p->edges[alike + 1] == given[alike + 1]) alike++;
+    if (alike < p->chunks) forget(p, p->edges[alike + 1] - 1);
+    edges = p->edges;
+    if (!grow(&edges, &p->edges_room, n + 2 * DHSA_CHUNK_GROUP, p->chunks + 1, sizeof *p->edges)) return no_memory(error, length);
+    p->edges = edges;
+    memcpy(p->edges, given, (size_t)n * sizeof *given);
+    extended(p, n - 1);
+    const dhsa_status status = take_note(p, k, b, error);
+    p->total = p->chunks;
+    return status;
 }
 
 /* ---- means ------------------------------------------------------------------------------------------------------- */

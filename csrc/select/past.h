@@ -30,6 +30,9 @@ struct dhsa_past {
  * cut are one chunk, the last key another; otherwise everything is cut. */
 dhsa_status dhsa_past_follow(dhsa_past *past, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
                              int64_t same, int num_threads, dhsa_error *error);
+/* The same, all keys being cut as `given` says, [n] padded with Lk: in place of cutting, and of cuts that were there. */
+dhsa_status dhsa_past_adopt(dhsa_past *past, const dhsa_tensor *k, int64_t b, const int32_t *given, int64_t n, int64_t same,
+                            dhsa_error *error);
 /* Fills the means of a level for its chunks, edges [count + 1], which were these up to the last call's end: only the missing ones.
  * *chunks becomes a view of them. Thread t has arenas + t * stride, 2 * dim floats. */
 dhsa_status dhsa_past_means(dhsa_past *past, int level, dhsa_means_kind kind, const dhsa_kernels *kernels, const dhsa_tensor *k,

@@ -65,7 +65,7 @@ class Cuts:
         """`dhsa.functional.run` with these boundaries. Calls that leave nothing out neither use nor set them."""
         layer = {name: options.get(name) for name in ("scale", "softcap", "window")}
         plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
-        if plain or config is None or config._exact or not _sparse(config, q.shape[2], k.shape[2], layer["window"]):
+        if plain or config is None or not config._leaves_out(q.shape[2], k.shape[2], layer["window"]):
             return _run(q, k, v, config, **options)
         start = perf_counter()
         cuts = self.boundaries(q, k, config, **layer)
@@ -76,14 +76,6 @@ class Cuts:
         done = perf_counter()
         out, lse = made if options.get("return_lse") else (made, None)
         return out, lse, RunStats("sparse", self.selection.density(), chosen - start, done - chosen)
-
-
-def _sparse(config: dhsa.Config, q_len: int, k_len: int, window: int | None) -> bool:
-    """Does any block leave keys out? The core's rule: the last block before the dense tail has the most candidates."""
-    forced = config.sink + config.local if config.floor is None else config.floor
-    least = config.budget if config.mass is None else forced
-    end = q_len if not config.dense_tail else (q_len - config.dense_tail) // config.query_block * config.query_block
-    return end > 0 and k_len - q_len + end > least and not (window is not None and window <= least)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 Importing this package registers "dhsa" with transformers, for `from_pretrained(..., attn_implementation="dhsa")`.
 Prefill goes through a `dhsa.Config`, sparse where it says so; decode steps are exact. attention.py is the function
-that transformers calls, masks.py reads its masks, refusals.py says no, switching.py patches models, records.py notes
-what layers did. What is computed is functional.py's and the C core's; nothing numeric happens here.
+that transformers calls, masks.py reads its masks, refusals.py says no, switching.py patches models, sharing.py hands
+on what layers share, records.py notes what they did. What is computed is functional.py's and the C core's; nothing
+numeric happens here.
 """
 
 try:

@@ -1,14 +1,16 @@
 """The attention function of implementation "dhsa": one call of transformers becomes calls of the C core,
 a stretch of plain attention each, and a record of what was done."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from dhsa import functional
+from dhsa.functional import RunStats
 
-from .caches import recall
+from .caches import Memory, recall
 from .masks import ranges_of, segments
 from .records import record
 from .refusals import refuse_unsupported
@@ -62,6 +64,7 @@ def attention_forward(
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype)
     view = out.transpose(1, 2)
     options = {"scale": scaling, "softcap": softcap}
+    stretch = _runner(state, memory, layer, sliding_window)
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not causal and sliding_window is not None and q_len > 1:
@@ -71,10 +74,11 @@ def attention_forward(
         if not causal:
             config, memory = EXACT, None
         window = sliding_window if causal else None
-        known = {} if memory is None else memory.of(None, 0)
-        _, _, stats = functional.run(
-            query, key, value, config, causal=bool(causal), window=window, out=view, **options, **known
-        )
+        if causal:
+            where = (None, 0, q_len, 0, k_len)
+            stats = stretch(where, query, key, value, config, window=window, out=view, **options)
+        else:
+            _, _, stats = functional.run(query, key, value, config, causal=False, out=view, **options)
         if memory is not None:
             memory.done(stats.path == "sparse")
         record(module, layer, sliding_window, query, key, [(stats, 1)])
@@ -106,8 +110,8 @@ def attention_forward(
     for row, q_start, q_stop, k_start, k_stop, window, pairs in parts:
         rows = slice(None) if row is None else slice(row, row + 1)
         alone = q_stop - q_start == 1 < q_len  # a stretch of one query is no decoding step
-        known = {} if memory is None or alone else memory.of(row, k_start)
-        _, _, stats = functional.run(
+        stats = stretch(
+            (row, q_start, q_stop, k_start, k_stop),
             query[rows, :, q_start:q_stop],
             key[rows, :, k_start:k_stop],
             value[rows, :, k_start:k_stop],
@@ -115,13 +119,27 @@ def attention_forward(
             window=window,
             out=view[rows, :, q_start:q_stop],
             **options,
-            **known,
         )
         done.append((stats, pairs * (batch if row is None else 1)))
     if memory is not None:
         memory.done(all(stats.path == "sparse" for stats, _ in done))
     record(module, layer, sliding_window, query, key, done)
     return out, None
+
+
+def _runner(state: State | None, memory: Memory | None, layer: int | None, kind: int | None) -> Callable[..., RunStats]:
+    """What attends in a stretch of plain attention: with what earlier calls left in the cache, and what other layers of
+    this forward found, where they share. In a decoding step each layer chooses for itself."""
+
+    def run(where: tuple, q: torch.Tensor, *args: Any, **options: Any) -> RunStats:
+        config = args[-1]
+        if memory is not None and not config._exact:
+            options |= memory.of(where[0], where[3])
+        if state is not None and config.share is not None and q.shape[2] > 1:
+            return state.sharing.run(layer, kind, where, q, *args, **options)
+        return functional.run(q, *args, **options)[2]
+
+    return run
 
 
 def _attend_to_intervals(

@@ -13,6 +13,7 @@ from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
+from .sharing import Sharing, attach, detach
 
 __all__ = [
     "DEFAULT",
@@ -43,6 +44,7 @@ class State:
     layers: frozenset[int] | None
     former: tuple[tuple[Any, str | None], ...]
     own: Mapping[int, Config] = field(default_factory=dict)  # of layers that have a boundary network of their own
+    sharing: Sharing = field(default_factory=Sharing)
 
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
@@ -175,6 +177,9 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def install(model: torch.nn.Module, state: State) -> None:
+    detach(model)
+    if state.config.share is not None:
+        attach(model, state.sharing)
     for module in (model, *attention_modules(model)):
         module.__dict__[STATE] = state
         if hasattr(module, "layer_idx"):
@@ -182,6 +187,7 @@ def install(model: torch.nn.Module, state: State) -> None:
 
 
 def _uninstall(model: torch.nn.Module) -> None:
+    detach(model)
     for module in model.modules():
         module.__dict__.pop(STATE, None)
         unwatch(module)

@@ -24,6 +24,7 @@ from dhsa.evaluation.engine import refusals
 from dhsa.evaluation.pairing import estimate
 from dhsa.evaluation.settings import Setting, dense
 from dhsa.evaluation.tasks import Context, Item
+from dhsa.loading import UserError
 
 DENSE = False
 
@@ -40,6 +41,11 @@ def items(context: Context) -> list[Item]:
 
 
 def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    if shared := [setting for setting in settings if setting.config.share is not None]:
+        raise UserError(
+            f"--methods: {shared[0].label}: task output looks at each layer on its own, where nothing is shared; "
+            "cuts=shared has the boundaries of share=boundaries"
+        )
     first = {setting: engine.first_sparse(setting, len(item.ids)) for setting in settings}
     found: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings}
     cuts = {setting: Cuts(setting.cuts) for setting in settings if setting.cuts}

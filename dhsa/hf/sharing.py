@@ -1,0 +1,134 @@
+"""`Config.share`: what layers of one forward take from one another, boundaries of chunks or whole selections.
+
+Which calls belong to one forward only the model knows, so hooks on it say where a forward begins and ends; what was
+found is held in between and by no one else: not across threads, models, copies of a model, nor after an exception.
+"""
+
+from __future__ import annotations
+
+import threading
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dhsa import functional
+from dhsa.config import Config
+from dhsa.functional import RunStats
+
+__all__ = ["Sharing", "attach", "detach"]
+
+HOOKS = "_dhsa_hooks"  # on the models inside a patched model whose layers share
+
+
+class _Found(NamedTuple):
+    """Boundaries or a Selection, and the layer that found it."""
+
+    layer: int
+    value: Any
+
+
+class Sharing:
+    """What the forwards that run right now have found, of one patched model: for each thread a stack, since a model
+    may hold others (language model in a multimodal one), of which the innermost has the layers."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def __reduce__(self) -> tuple:
+        return Sharing, ()  # a copy of the model runs no forward
+
+    @property
+    def _stack(self) -> list[tuple[torch.nn.Module, dict]]:
+        return self._local.__dict__.setdefault("stack", [])
+
+    def enter(self, module: torch.nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._close(module)  # KeyboardInterrupt ends a forward without calling hooks
+            self._stack.append((module, {}))
+
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._close(module)
+
+    def _close(self, module: torch.nn.Module) -> None:
+        stack = self._stack
+        at = next((i for i, (other, _) in enumerate(stack) if other is module), len(stack))
+        del stack[at:]
+
+    def run(
+        self,
+        layer: int | None,
+        kind: int | None,
+        where: tuple,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: Config,
+        *,
+        window: int | None,
+        out: torch.Tensor,
+        pasts: tuple[Any, ...] | None = None,
+        same: int = 0,
+        keep: bool = True,
+        **options: float | None,
+    ) -> RunStats:
+        """`functional.run` of causal attention, by what an earlier layer of this forward found if there is one.
+
+        layer: its index. kind: its sliding window. where: which stretch (row, q_start, q_stop, k_start, k_stop) of the
+        layer's queries and keys q and k are; lengths alone would not tell two rows of a batch apart.
+        """
+        held = self._stack[-1][1] if self._stack else None
+        known: dict[str, Any] = {"pasts": pasts, "same": same, "keep": keep}
+        if held is None or layer is None or not config._leaves_out(q.shape[2], k.shape[2], window):
+            return functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
+        cuts_only = config.share == "boundaries"
+        row, *stretch = where
+        row = row or 0  # of a single row both names occur
+        key = (row, *stretch[2:], k.shape) if cuts_only else (row, *stretch, kind, window, q.shape, k.shape)
+        found: _Found | None = held.get(key)
+        start = perf_counter()
+        if found is None or layer <= found.layer:  # the same layer again: not the forward that found it
+            if cuts_only and pasts is not None:  # which know where earlier keys were cut
+                stats = functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
+                held[key] = _Found(layer, _padded([past.boundaries for past in pasts], k.shape[2]))
+                return stats
+            made = (
+                functional.boundaries(k, config)
+                if cuts_only
+                else functional.select(q, k, config, window=window, **options)
+            )
+            found = held[key] = _Found(layer, made)
+        seconds = perf_counter() - start
+        if cuts_only:
+            options |= known
+            _, _, stats = functional.run(q, k, v, config, boundaries=found.value, window=window, out=out, **options)
+        else:
+            _, _, stats = functional.run_selected(
+                q, k, v, found.value, skip=config.skip, window=window, out=out, **options
+            )
+        return stats._replace(select_seconds=stats.select_seconds + seconds)
+
+
+def _padded(rows: list[list[int]], length: int) -> np.ndarray:
+    """Rows of boundaries as one array, the shorter ones padded with the number of keys."""
+    most = max(map(len, rows))
+    return np.array([row + [length] * (most - len(row)) for row in rows], np.int32)
+
+
+def attach(model: torch.nn.Module, sharing: Sharing) -> None:
+    """Has every forward of `model` and of the models in it say to `sharing` where it begins and ends."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.__dict__[HOOKS] = (
+                part.register_forward_pre_hook(sharing.enter),
+                part.register_forward_hook(sharing.leave, always_call=True),
+            )
+
+
+def detach(model: torch.nn.Module) -> None:
+    for part in model.modules():
+        for handle in part.__dict__.pop(HOOKS, ()):
+            handle.remove()
