@@ -6,10 +6,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-enum {
-    UNIT = DHSA_CHUNK_GROUP / 4, /* chunks of a chunk of the coarse level, as shortlist.c makes them */
-    AHEAD = 32                   /* marks asked for in advance */
-};
+enum { AHEAD = 32 /* marks asked for in advance */ };
 
 /* ---- knowing keys again ------------------------------------------------------------------------------------------ */
 
@@ -33,7 +30,7 @@ static void forget(dhsa_past *p, int64_t n)
     while (p->chunks > 0 && p->edges[p->chunks] > n) p->chunks--;
     if (p->chunks < chunks || p->summed > n) p->summed = -1;
     for (int i = 0; i < DHSA_LEVELS; i++) {
-        const int64_t left = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / UNIT;
+        const int64_t left = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / DHSA_CHUNK_UNIT;
         if (p->chunks < chunks) p->levels[i].done = DHSA_MIN(p->levels[i].done, left);
     }
 }
@@ -75,7 +72,7 @@ static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, dhsa
 static void extended(dhsa_past *p, int64_t chunks)
 {
     p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
-    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / UNIT);
+    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / DHSA_CHUNK_UNIT);
     p->chunks = chunks;
     p->summed = -1;
 }
@@ -230,7 +227,7 @@ dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const
     l->chunks.chunks = count - last;
     dhsa_chunks_fill(kernels, k, b, &l->chunks, l->done, arenas, stride, num_threads);
     /* Of a coarse chunk that is not whole, more may come. */
-    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / UNIT;
+    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_UNIT;
     if (last > 0) put_last(p, level, kernels, k, b, count - last, &l->chunks, (float *)arenas);
     l->chunks.chunks = count;
     dhsa_chunks_look(&l->chunks, p->kv_heads);

@@ -48,8 +48,9 @@ enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CH
  * asks for and the paper's are of fp32 means (row scores of bf16 input are not, either way). */
 typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16 } dhsa_means_kind;
 
-/* Neighbouring chunks that a shortlist takes or leaves together: whole squares of means. */
-enum { DHSA_CHUNK_GROUP = 16 };
+/* Neighbouring chunks that a shortlist takes or leaves together: whole squares of means. A group's coarse look is at units of so
+ * many chunks: it is as good as the best of its units, since the mean of a whole group hides a single key. */
+enum { DHSA_CHUNK_GROUP = 16, DHSA_CHUNK_UNIT = 4 };
 
 typedef struct {
     dhsa_means_kind kind;

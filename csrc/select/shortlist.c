@@ -10,9 +10,8 @@
 
 enum {
     COARSER = 8, /* rows of the coarse look: one for so many */
-    UNIT = 4,    /* chunks of what it scores: a group is as good as the best of its units, since the mean */
-    UNITS_OF_GROUP = DHSA_CHUNK_GROUP / UNIT, /* of a whole group hides a single key */
-    SPARE = 2                                 /* groups that the last key of a shortlist, and the cut chunk, may add to it */
+    UNITS_OF_GROUP = DHSA_CHUNK_GROUP / DHSA_CHUNK_UNIT,
+    SPARE = 2 /* groups that the last key of a shortlist, and the cut chunk, may add to it */
 };
 
 typedef struct {
@@ -55,7 +54,7 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     state->coarse_config = config->score;
     state->coarse_config.rows = dhsa_ceil_div(config->score.rows, COARSER);
     state->coarse_config.by_length = 1; /* groups differ more in length than in what they say */
-    state->edges_size = dhsa_ceil_div(state->fine.capacity, UNIT) + 1;
+    state->edges_size = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_UNIT) + 1;
     state->groups = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_GROUP);
     state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);
     state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
@@ -75,7 +74,8 @@ static dhsa_status begin_rows(dhsa_selector *s, int64_t b, dhsa_error *error)
     const dhsa_status status =
         dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas, s->arena_stride, s->num_threads, error);
     if (status || !state->edges) return status;
-    for (int64_t u = 0; u < state->edges_size; u++) state->edges[u] = boundaries[DHSA_MIN(u * UNIT, s->n_boundaries - 1)];
+    for (int64_t u = 0; u < state->edges_size; u++)
+        state->edges[u] = boundaries[DHSA_MIN(u * DHSA_CHUNK_UNIT, s->n_boundaries - 1)];
     for (int64_t g = 0; g <= state->groups; g++)
         state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
     return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads, error);
