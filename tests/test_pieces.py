@@ -328,3 +328,17 @@ def test_decode_is_for_methods_of_chunks():
         dhsa.Config(method="window", decode="dhsa")
     with pytest.raises(ValueError, match="decode: expected one of 'exact', 'dhsa', got 'sparse'"):
         dhsa.Config(decode="sparse")
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_generate_reads_a_prompt_in_pieces(models, family):
+    model, ids = models(family), tokens(2, 400)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    want = model.generate(ids, **options)
+    with dhsa.patched(model, EXACT):
+        assert torch.equal(model.generate(ids, prefill_chunk_size=128, **options), want)
+    with dhsa.patched(model, STEPS):
+        model.generate(ids, prefill_chunk_size=128, **options)
+        assert ("full", "sparse") in paths(model, "prefill")
+        assert {run.key_shape[2] for run in dhsa.last_run(model, "prefill") if run.kind == "full"} == {400}
+        assert {run.query_shape[2] for run in dhsa.last_run(model, "prefill")} == {400 % 128}
