@@ -15,11 +15,11 @@ from .masks import ranges_of, segments
 from .records import record
 from .refusals import refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
+from .tracing import traced_attention, tracing
 
-__all__ = ["attention_forward"]
+__all__ = ["attend", "attention_forward"]
 
 
-@torch.compiler.disable
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -49,6 +49,25 @@ def attention_forward(
     (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals.
     """
     refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
+    if tracing():
+        return traced_attention(
+            module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal
+        ), None
+    return attend(module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal), None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    is_causal: bool | None,
+) -> torch.Tensor:
+    """`attention_forward` of tensors that are really there, and of what is not refused."""
     batch, heads, q_len, dim = query.shape
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
@@ -82,13 +101,13 @@ def attention_forward(
         if memory is not None:
             memory.done(stats.path == "sparse")
         record(module, layer, sliding_window, query, key, [(stats, 1)])
-        return out, None
+        return out
 
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
     if ranges.shape[1] > 1:
         done = _attend_to_intervals(query, key, value, ranges, view, options)
         record(module, layer, sliding_window, query, key, done)
-        return out, None
+        return out
     ranges = ranges[:, 0]
     parts = None if q_len == 1 and memory is None else segments(ranges)
     whole = (
@@ -103,7 +122,7 @@ def attention_forward(
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
         _, _, stats = functional.run(query, key, value, EXACT, key_ranges=ranges, out=view, **options)
         record(module, layer, sliding_window, query, key, [(stats, 1)])
-        return out, None
+        return out
     if not whole:
         out.zero_()
     done = []
@@ -124,7 +143,7 @@ def attention_forward(
     if memory is not None:
         memory.done(all(stats.path == "sparse" for stats, _ in done))
     record(module, layer, sliding_window, query, key, done)
-    return out, None
+    return out
 
 
 def _runner(state: State | None, memory: Memory | None, layer: int | None, kind: int | None) -> Callable[..., RunStats]:

@@ -129,11 +129,12 @@ def recall(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, conf
         kept.batch = key.shape[0]
         setattr(layer, _KEPT, kept)
         same = 0
-    if kept.tensor is not None and kept.tensor() is key:  # a static cache writes into the tensor that it has
+    held = getattr(layer, "keys", None) is key
+    if not held or (kept.tensor is not None and kept.tensor() is key):  # static caches write into the tensor they have
         same = 0
     # Means are worth their memory to whoever comes back: a step, or the next piece of a prompt that comes in pieces.
     keep = config.decode == "dhsa" or key.shape[2] > query.shape[2]
-    return Memory(kept, key, min(same, key.shape[2]), keep, getattr(layer, "keys", None) is key)
+    return Memory(kept, key, min(same, key.shape[2]), keep, held)
 
 
 def _fresh(key: torch.Tensor) -> Memory:

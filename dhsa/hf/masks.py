@@ -16,7 +16,18 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-__all__ = ["MAX_INTERVALS", "Segment", "key_range_mask", "ranges_of", "segments"]
+from .tracing import traced_ranges, tracing
+
+__all__ = [
+    "MAX_INTERVALS",
+    "Segment",
+    "causal_rows",
+    "key_range_mask",
+    "padding_of",
+    "ranges_of",
+    "segments",
+    "without_padding",
+]
 
 # Each interval is an attention call of its own. Padding between turns of a conversation makes a few; a mask that needs
 # more than this is of another kind (strided, random), for which ranges are the wrong form.
@@ -47,7 +58,6 @@ class Segment(NamedTuple):
 # ---- the mask function that transformers calls -----------------------------------------------------------------------
 
 
-@torch.compiler.disable  # NumPy, which a compiler would translate, and not always rightly
 def key_range_mask(
     batch_size: int,
     q_length: int,
@@ -71,14 +81,15 @@ def key_range_mask(
 
     Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
+    if tracing():
+        return traced_ranges(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+            allow_is_causal_skip, use_vmap, "allow_is_bidirectional_skip" in kwargs,
+        )  # fmt: skip
     q_offset = int(q_offset)  # static caches count in a tensor
     # Positions below count from the first key that the attention function will be given.
     first = q_offset - kv_offset
-    padding = None
-    if attention_mask is not None:
-        padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(dtype=torch.bool, device="cpu").numpy()
-        if padding.shape[1] == kv_length and padding.all():
-            padding = None
+    padding = padding_of(attention_mask, kv_offset, kv_length)
 
     plain = allow_is_causal_skip and not use_vmap
     if plain and not _follows(mask_function, local_size, batch_size, q_length, kv_length, q_offset, kv_offset):
@@ -103,26 +114,51 @@ def key_range_mask(
             parts.append(_intervals(piece[:, 0].cpu().numpy(), start))
         return torch.from_numpy(_joined(parts, axis=2))
 
-    position = np.arange(first, first + q_length, dtype=np.int64)
     aligned = first + q_length == kv_length
     cut = local_size is not None and first + q_length > local_size
     if padding is None and aligned and not cut:
         return None
+    rows = causal_rows(batch_size, q_length, kv_length, first, local_size)
+    return torch.from_numpy(without_padding(rows, padding, first))
+
+
+def padding_of(attention_mask: torch.Tensor | None, kv_offset: int, kv_length: int) -> np.ndarray | None:
+    """bool [B, up to kv_length], False for padding, of the keys from `kv_offset` on; None if all of them are tokens."""
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(dtype=torch.bool, device="cpu").numpy()
+    return None if padding.shape[1] == kv_length and padding.all() else padding
+
+
+def causal_rows(
+    batch_size: int, q_length: int, kv_length: int, first: int, window: int | None, begins: np.ndarray | None = None
+) -> np.ndarray:
+    """int32 [B, Lq, 2]: what each query from key `first` on sees, from where it begins ([B or 1, Lk], a number a key),
+    within `window`, up to itself."""
+    position = np.arange(first, first + q_length, dtype=np.int64)
     ranges = np.empty((batch_size, q_length, 2), np.int32)
-    ranges[:, :, 0] = np.maximum(position - local_size + 1, 0) if cut else 0
+    ranges[:, :, 0] = 0 if begins is None else begins[:, position.clip(0, kv_length - 1)]
+    if window is not None and first + q_length > window:
+        ranges[:, :, 0] = np.maximum(ranges[:, :, 0], position - window + 1)
     ranges[:, :, 1] = np.minimum(position + 1, kv_length)
-    if padding is not None:
-        real = _intervals(padding[:, None, :], what="attention_mask")  # [B, m, 1, 2]
-        start = np.maximum(ranges[:, None, :, 0], real[..., 0])
-        stop = np.minimum(ranges[:, None, :, 1], real[..., 1])
-        table = np.stack([start, stop], axis=-1)
-        # Queries that are padding. Those past the mask's end are not: transformers only calls their keys hidden.
-        known = (position >= 0) & (position < padding.shape[1])
-        known[-1] = False
-        table[:, :, known] *= padding[:, None, position[known], None]
-        table[table[..., 0] >= table[..., 1]] = 0
-        return torch.from_numpy(table)
-    return torch.from_numpy(ranges[:, None])
+    return ranges
+
+
+def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) -> np.ndarray:
+    """The range table [B, m, Lq, 2] of `ranges` [B, Lq, 2] less the keys that are padding."""
+    if padding is None:
+        return ranges[:, None]
+    real = _intervals(padding[:, None, :], what="attention_mask")  # [B, m, 1, 2]
+    start = np.maximum(ranges[:, None, :, 0], real[..., 0])
+    stop = np.minimum(ranges[:, None, :, 1], real[..., 1])
+    table = np.stack([start, stop], axis=-1)
+    # Queries that are padding. Those past the mask's end are not: transformers only calls their keys hidden.
+    position = np.arange(first, first + ranges.shape[1])
+    known = (position >= 0) & (position < padding.shape[1])
+    known[-1] = False
+    table[:, :, known] *= padding[:, None, position[known], None]
+    table[table[..., 0] >= table[..., 1]] = 0
+    return table
 
 
 def _follows(
@@ -139,6 +175,8 @@ def _follows(
     Only asked where transformers says that the pattern is its own and unmodified, so that the question is merely which
     of its patterns it is; a chunked pattern differs from a sliding one in all rows but the last of each chunk.
     """
+    if mask_function is causal_mask_function and window is None:
+        return True
     probes = sorted({0, q_length // 2, max(q_length - 2, 0), q_length - 1})
     q = torch.tensor(probes)[None, None, :, None] + q_offset
     kv = torch.arange(kv_length)[None, None, None, :] + kv_offset
@@ -171,6 +209,10 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
     """
     if mask.ndim == 4 and mask.dtype == torch.int32 and 1 <= mask.shape[1] <= MAX_INTERVALS and mask.shape[3] == 2:
         ranges = mask.cpu().numpy()
+        if ranges.shape[1] > 1:  # compiled masks come with room for all that there could be
+            used = ranges.any(axis=(0, 2, 3))
+            used[0] = True
+            ranges = ranges[:, used]
         if ranges.shape[0] not in (1, batch) or ranges.shape[2] != q_len:
             raise ValueError(
                 f"attention_mask: expected key ranges of shape [{batch}, m, {q_len}, 2], got {tuple(mask.shape)}"
@@ -181,15 +223,9 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
     if mask.ndim == 2:
         if mask.shape[0] != batch or mask.shape[1] < k_len:
             raise ValueError(f"attention_mask: expected shape [{batch}, {k_len}], got {tuple(mask.shape)}")
-        table = key_range_mask(
-            batch, q_len, k_len, k_len - q_len, 0, attention_mask=mask[:, -k_len:], mask_function=_trusted(window),
-            local_size=window,
-        )  # fmt: skip
-        if table is None:
-            position = np.arange(k_len - q_len, k_len, dtype=np.int32)
-            row = np.stack([np.zeros_like(position), position + 1], axis=-1)
-            return _spread(row[None, None], batch, q_len)
-        return table.numpy()
+        first = k_len - q_len
+        rows = causal_rows(batch, q_len, k_len, first, window)
+        return np.ascontiguousarray(without_padding(rows, padding_of(mask[:, -k_len:], 0, k_len), first))
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
@@ -208,14 +244,6 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
 
 def _spread(ranges: np.ndarray, batch: int, q_len: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(ranges, (batch, ranges.shape[1], q_len, 2)))
-
-
-def _trusted(window: int | None) -> Callable:
-    def visible(batch_idx: object, head_idx: object, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
-        seen = kv_idx <= q_idx
-        return seen if window is None else seen & (kv_idx > q_idx - window)
-
-    return visible
 
 
 def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:

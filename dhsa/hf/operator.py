@@ -1,0 +1,98 @@
+"""The operators of torch.library that graphs hold in place of this package's functions: `dhsa::attention`, and
+`dhsa::key_ranges` and `dhsa::intervals` for masks.
+
+Each runs the ordinary function at run time and, as a fake implementation, says the shape of the result without
+running it. Importing this file registers them, which is all that an exported program needs. What goes into a graph
+is tracing.py's.
+"""
+
+import numpy as np
+import torch
+
+from .attention import attend
+from .masks import MAX_INTERVALS, causal_rows, padding_of, ranges_of, without_padding
+from .tracing import probes, thawed, waiting
+
+__all__: list[str] = []
+
+
+@torch.library.custom_op("dhsa::attention", mutates_args=())
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor | None,
+    frozen: str | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    is_causal: bool | None,
+) -> torch.Tensor:
+    module = waiting(int(handle)) if frozen is None else thawed(frozen)
+    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal)
+
+
+@_attention.register_fake
+def _(query: torch.Tensor, *_: object) -> torch.Tensor:
+    batch, heads, q_len, dim = query.shape
+    return query.new_empty((batch, q_len, heads, dim))
+
+
+@torch.library.custom_op("dhsa::key_ranges", mutates_args=())
+def _key_ranges(
+    attention_mask: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    follows: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    batch_size: int,
+    start: int,
+    q_length: int,
+    kv_length: int,
+    kv_offset: int,
+    window: int | None,
+) -> torch.Tensor:
+    """The range table of causal attention. `start` + `offset`: the first query's key. `follows` [B or 1, Lk]: whether
+    the query of a key sees the key before it, if that is not so everywhere. `rows` [B or 1, probes, Lk]: what the
+    pattern itself says of a few queries, to be sure of the reading."""
+    first = start if offset is None else start + int(offset)
+    begins = None
+    if follows is not None:
+        begins = np.where(follows.numpy(), 0, np.arange(kv_length))
+        begins = np.maximum.accumulate(begins, axis=1)
+    ranges = causal_rows(batch_size, q_length, kv_length, first, window, begins)
+    if rows is not None:
+        key, probed = np.arange(kv_length), ranges[:, probes(q_length).numpy(), :, None]
+        said = (key >= probed[:, :, 0]) & (key < probed[:, :, 1])
+        if not (said == rows.numpy()).all():
+            raise NotImplementedError(
+                'attention mask: "dhsa" cannot compile this pattern of transformers; give the model a 4-D mask, or do '
+                "not compile it"
+            )
+    table = without_padding(ranges, padding_of(attention_mask, kv_offset, kv_length), first)
+    return _roomy(table, 1 if attention_mask is None else MAX_INTERVALS)
+
+
+@_key_ranges.register_fake
+def _(attention_mask, offset, follows, rows, batch_size, start, q_length, *_):
+    room = 1 if attention_mask is None else MAX_INTERVALS
+    return torch.empty((batch_size, room, q_length, 2), dtype=torch.int32)
+
+
+@torch.library.custom_op("dhsa::intervals", mutates_args=())
+def _intervals(mask: torch.Tensor) -> torch.Tensor:
+    """The range table of a complete mask [B, 1, Lq, Lk]."""
+    batch, _, q_len, k_len = mask.shape
+    return _roomy(ranges_of(mask, batch, q_len, k_len, None), MAX_INTERVALS)
+
+
+@_intervals.register_fake
+def _(mask: torch.Tensor) -> torch.Tensor:
+    return torch.empty((mask.shape[0], MAX_INTERVALS, mask.shape[2], 2), dtype=torch.int32)
+
+
+def _roomy(table: np.ndarray, room: int) -> torch.Tensor:
+    """A range table with room for `room` intervals: a graph must know its shape before it sees the mask."""
+    out = torch.zeros((table.shape[0], room, *table.shape[2:]), dtype=torch.int32)
+    out[:, : table.shape[1]] = torch.from_numpy(table)
+    return out

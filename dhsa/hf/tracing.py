@@ -1,0 +1,195 @@
+"""Calls that are traced (torch.compile, torch.export, make_fx) instead of run: what then goes into the graph.
+
+attention.py and masks.py turn here where `tracing()` says so, and what they would have computed becomes calls of the
+operators of operator.py, which run the same functions when the graph runs. Everything here must be readable for
+Dynamo: no NumPy, no decision by a tensor's contents, none by a length that may vary.
+"""
+
+import functools
+import itertools
+import json
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask
+
+from dhsa.config import Config
+
+from .switching import DEFAULT, STATE, State
+
+__all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing", "waiting"]
+
+HANDLE = "_dhsa_handle"  # on attention modules that were compiled
+
+_modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+_AND = and_masks().__code__  # of all functions that `and_masks` makes
+
+
+def tracing() -> bool:
+    """Whether this call becomes part of a graph, or belongs to a dispatch mode, which sees operators only."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class Handle:
+    """What a compiled graph holds in place of its module: a number, to find module, config and records by when it runs.
+
+    A tensor, since Dynamo makes tensors inputs of the graph and numbers constants: one graph serves all layers that are
+    alike. A copied or unpickled module has None in its place and gets its own when it is compiled.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        number = next(_numbers)
+        _modules[number] = module
+        self.number = torch.tensor(number)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()
+
+
+@torch.compiler.assume_constant_result
+def _prepared(module: torch.nn.Module) -> bool:
+    """Whether the graph is to hold a handle, which the module then has; False where it may outlive module and process:
+    torch.export. Runs while the graph is made, also under Dynamo."""
+    if torch.compiler.is_exporting():
+        return False
+    if module.__dict__.get(HANDLE) is None:
+        module.__dict__[HANDLE] = Handle(module)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
+    """What attention asks a module for, as it is now, in words that a saved program can hold."""
+    layer = getattr(module, "layer_idx", None)
+    state: State | None = module.__dict__.get(STATE)
+    config = DEFAULT if state is None else state.config_for(layer)
+    if config.predictor is not None:
+        raise NotImplementedError(
+            'torch.export: boundaries="predictor" cannot be written into a program; patch the model with others'
+        )
+    asked = {name: getattr(config, name) for name in sorted(config._asked)}
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return json.dumps({"layer": layer, "is_causal": bool(causal), "config": asked})
+
+
+class _Layer:
+    """A module for the attention function, out of `_frozen`'s words."""
+
+    def __init__(self, words: str) -> None:
+        facts = json.loads(words)
+        self.layer_idx, self.is_causal = facts["layer"], facts["is_causal"]
+        self.__dict__[STATE] = State(Config(**facts["config"]), None, ())
+
+
+@functools.lru_cache(maxsize=1024)
+def thawed(words: str) -> Any:
+    """The stand-in for the module that `words` were made of; the same one at every call."""
+    return _Layer(words)
+
+
+def waiting(number: int) -> torch.nn.Module:
+    """The module with this handle. RuntimeError if there is none any more."""
+    module = _modules.get(number)
+    if module is None:
+        raise RuntimeError(
+            "dhsa::attention: the attention module that this graph was compiled for no longer exists; "
+            "compile the model again, or use torch.export for a graph that stands alone"
+        )
+    return module
+
+
+def traced_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    is_causal: bool | None,
+) -> torch.Tensor:
+    """`attention.attend` as one operator of the graph.
+
+    Compiled, it asks the module at every run, so that `patch`, `unpatch` and `last_run` work as ever. Exported, or
+    traced with tensors that are not real, it keeps what the module says now, and notes nothing.
+    """
+    handle, frozen = None, None
+    if type(query) is torch.Tensor and _prepared(module):
+        handle = module._dhsa_handle.number
+    else:
+        frozen = _frozen(module, is_causal)
+    return torch.ops.dhsa.attention(
+        query, key, value, attention_mask, handle, frozen, scaling, sliding_window, softcap, is_causal
+    )
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def probes(q_length: int) -> torch.Tensor:
+    """The queries by whose whole rows a pattern is judged: the first, the last, two between."""
+    return torch.arange(4) * (q_length - 1) // 3
+
+
+def traced_ranges(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: torch.Tensor | None,
+    local_size: int | None,
+    allow_is_causal_skip: bool,
+    use_vmap: bool,
+    bidirectional: bool,
+) -> torch.Tensor | None:
+    """`key_range_mask` as operators of the graph: None where the shapes alone say that the mask is plain, else a range
+    table, with as many intervals as padding may take.
+
+    transformers' own causal patterns (plain, sliding, chunked, each also packed) let every query see one interval that
+    ends at itself. Where it begins follows from one entry a key: is a key seen by the next query? Any other pattern is
+    evaluated in full, as transformers does for sdpa, and read when the graph runs.
+    """
+    # Two numbers, since static caches count in a tensor, whose contents are not known yet.
+    offset, start = (q_offset, -kv_offset) if isinstance(q_offset, torch.Tensor) else (None, q_offset - kv_offset)
+    causal = mask_function is causal_mask_function and local_size is None
+    if causal and attention_mask is None and offset is None and allow_is_causal_skip and not use_vmap:
+        if start + q_length == kv_length:
+            return None
+    elif causal and attention_mask is not None and not use_vmap:
+        return torch.ops.dhsa.key_ranges(
+            attention_mask, offset, None, None, batch_size, start, q_length, kv_length, kv_offset, None
+        )
+    if use_vmap or bidirectional or not (causal or getattr(mask_function, "__code__", None) is _AND):
+        mask = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+        )
+        return torch.ops.dhsa.intervals(mask)
+
+    def visible(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        batch = torch.arange(batch_size)[:, None, None, None]
+        return mask_function(batch, torch.zeros_like(batch[:1]), q[None, None, :, None], k[None, None])[:, 0]
+
+    keys = torch.arange(kv_length) + kv_offset
+    follows = visible(keys, (keys - 1).clamp(min=kv_offset)[:, None])[..., 0]
+    rows = visible(probes(q_length) + q_offset, keys[None])
+    return torch.ops.dhsa.key_ranges(
+        attention_mask, offset, follows, rows, batch_size, start, q_length, kv_length, kv_offset, local_size
+    )
