@@ -102,7 +102,7 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
         const int64_t kv = h / s->group;
         if (h == first_head || h % s->group == 0) { /* another KV head */
             means = (const float *)blocks->means + kv * blocks->pitch * dim;
-            good = blocks->state + kv * blocks->chunks;
+            good = blocks->state + kv * blocks->pitch;
             last_key = means + last * dim;
             last_good = good[last] == DHSA_CHUNK_GOOD;
             if (state->edges[last + 1] > span.end) { /* no query may look past its block's end */

@@ -78,7 +78,7 @@ static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t 
     const int64_t dim = s->q->shape[3], kv_head = w->rows.head / s->group;
     memcpy(tile, (const float *)means->means + (kv_head * means->pitch + first) * dim, (size_t)(n * dim) * sizeof *tile);
     for (int j = 0; j < n; j++) {
-        int finite = means->state[kv_head * means->chunks + first + j] == DHSA_CHUNK_GOOD;
+        int finite = means->state[kv_head * means->pitch + first + j] == DHSA_CHUNK_GOOD;
         if (means->edges[first + j + 1] > w->cut_end) {
             finite = dhsa_chunk_mean(s->kernels, s->k, s->b, kv_head, means->edges[first + j], w->cut_end, w->mean, w->mean + dim);
             memcpy(tile + j * dim, w->mean, (size_t)dim * sizeof *tile);
