@@ -5,7 +5,6 @@
 #include <math.h>
 #include <string.h>
 
-#include "core/threads.h"
 #include "select/select.h"
 
 enum {
@@ -294,38 +293,6 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t t
     }
 }
 
-/* One panel's products with a run of tiles, which is what a thread of several takes at a time. */
-enum { TILES_AT_ONCE = 4 };
-
-typedef struct {
-    const dhsa_scorer *s;
-    const dhsa_block_job *job;
-    const scratch *w;
-    int64_t kv_head, tiles;
-    int used;
-} products_job;
-
-static void products_task(void *context, int64_t index, int thread)
-{
-    const products_job *p = context;
-    const dhsa_scorer *s = p->s;
-    const dhsa_pair_kernels *bf16 = s->bf16;
-    scratch own = *p->w, room;
-    lay_out(s, s->arenas + thread * s->stride, &room);
-    own.tile = room.tile;
-    own.top = room.top;
-    if (bf16) bf16->begin();
-    for (int64_t t = index * TILES_AT_ONCE; t < DHSA_MIN((index + 1) * TILES_AT_ONCE, p->tiles); t++) {
-        tile *at = own.tiles + t;
-        const char *next;
-        if (at->n == 0) continue;
-        load_tile(s, p->job, p->kv_head, &own, at);
-        dhsa_ahead ahead = look_ahead(s, p->job, p->kv_head, at, 1, &next);
-        multiply(s, at, 0, p->used, &own, own.products + at->row * s->kernels->lanes, &ahead);
-    }
-    if (bf16) bf16->end();
-}
-
 /* Adds one KV head's squared probabilities to score [n], and plain ones to mass. Returns the state of its last chunk as this block
  * sees it. */
 static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, scratch *w, float *score,
@@ -350,21 +317,10 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
             w->m[i] = -INFINITY;
             w->l[i] = 0;
         }
-        const int shared = s->threads > 1 && rows <= lanes; /* the products are made by all threads first */
-        if (shared) {
-            for (int64_t index = 0; index < tiles; index++) find_tile(s, job, kv_head, index, cut, w->tiles + index);
-            products_job products = {s, job, w, kv_head, tiles, (int)rows};
-            dhsa_parallel(dhsa_ceil_div(tiles, TILES_AT_ONCE), s->threads, products_task, &products);
-        }
         for (int64_t index = 0; index < tiles; index++) {
             tile *t = w->tiles + index;
-            if (at == 0 && !shared) find_tile(s, job, kv_head, index, cut, t);
+            if (at == 0) find_tile(s, job, kv_head, index, cut, t);
             if (t->n == 0) continue;
-            if (shared) {
-                kn->softmax(w->products + t->row * lanes, t->n, (int)rows, 0, NULL, NULL, scale, (float)s->config->softcap, w->m,
-                            w->l, w->alpha + index * lanes);
-                continue;
-            }
             load_tile(s, job, kv_head, w, t);
             const char *next;
             dhsa_ahead ahead = look_ahead(s, job, kv_head, t, panels, &next);

@@ -174,9 +174,6 @@ dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundari
 {
     const int64_t count = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
     s->b = b;
-    s->threads = s->sets * s->blocks == 1 ? num_threads : 1;
-    s->arenas = arenas;
-    s->stride = stride;
     if (s->pasts)
         return dhsa_past_means(s->pasts[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count, &s->chunks, arenas,
                                stride, num_threads, error);

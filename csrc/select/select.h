@@ -104,10 +104,7 @@ typedef struct {
     int64_t step;         /* queries of a mean row */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
-    int panels;   /* panels of rows worked on at a time, at most */
-    int threads;  /* that share the products of a block: 1, unless there is but one list to make, as in a decoding step */
-    char *arenas; /* of all threads, where they do */
-    int64_t stride;
+    int panels;         /* panels of rows worked on at a time, at most */
     int64_t arena_size; /* bytes that a thread works in, which the caller lends: a multiple of DHSA_ALIGN */
 } dhsa_scorer;
 
