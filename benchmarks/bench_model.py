@@ -29,7 +29,7 @@ from peers import tokens
 import dhsa
 from dhsa import demo, loading
 
-CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config()}
+CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config(break_even=0)}
 LLAMA = "llama.cpp"
 PROFILED = 8192
 # What we measured before on another machine (102 GFLOP/s a core, 2 threads), in seconds.

@@ -149,6 +149,9 @@ class Config(_CoreArgs):
             lists. None: each layer finds its own, which costs more time and loses less: docs/EVALUATION.md has both.
             `dhsa.select` and `boundaries` work on one layer all the same, `dhsa.attention` refuses. Compiled models
             do not share.
+        break_even: keys below which a prefill call of a patched model runs exact, because leaving keys out would cost
+            more time than it saves; 0: none. None: by measured costs of dtype, shape, budget and query_block, for
+            method="rows" with a budget (dhsa/hf/break_even.py). Functions that take arrays do as they are told.
 
     Raises:
         TypeError: an unknown name, or a value of the wrong type. ValueError: a value out of range. Both name the field.
@@ -184,6 +187,7 @@ class Config(_CoreArgs):
     skip: float | None = None
     decode: Literal["exact", "dhsa"] = "exact"
     share: Literal["boundaries", "selections"] | None = None
+    break_even: int | None = None
 
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
@@ -262,6 +266,8 @@ class Config(_CoreArgs):
             check_choice(self.share, "share", SHARED)
             if self.share == "boundaries" and self.score is None:
                 raise ValueError(f"share: method={self.method!r} cuts no chunks, so there are no boundaries to share")
+        if self.break_even is not None:
+            keep("break_even", check_int(self.break_even, "break_even", 0))
         if self.theta is not None:
             keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):

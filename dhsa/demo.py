@@ -135,7 +135,7 @@ def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
         """The same at this budget; the forced keys leave at least half of it to choose."""
         return config.replace(budget=budget, sink=min(config.sink, budget // 4), local=min(config.local, budget // 4))
 
-    default = within(dhsa.Config())
+    default = within(dhsa.Config(break_even=0))  # sparse is what is shown, whether it pays or not
     paper = within(dhsa.Config.paper())
     recent = default.replace(method="window")
     return [

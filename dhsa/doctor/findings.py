@@ -20,7 +20,7 @@ SLOW_SELECT = 0.25  # of a call's seconds, by selection
 _NAMED = 3  # layers named as those of the largest errors
 
 # Kinds of `reasons.Reason` that are as they should be.
-_EXPECTED = {"window", "layers", "causal"}
+_EXPECTED = {"window", "layers", "causal", "break-even"}
 
 
 @dataclass(frozen=True)

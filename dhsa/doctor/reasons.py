@@ -10,13 +10,15 @@ from typing import NamedTuple
 import torch
 
 from dhsa.config import Config
+from dhsa.hf import break_even
 from dhsa.hf.masks import ranges_of, segments
 
 __all__ = ["Reason", "reason"]
 
 
 class Reason(NamedTuple):
-    """`kind`: "config", "causal", "mask", "short", "window", "tail" or "other" (run.py adds "layers" and "network").
+    """`kind`: "config", "causal", "mask", "short", "window", "tail", "break-even" or "other" (run.py adds "layers" and
+    "network").
     `text`: the same in words that go on from "Layer 3 ran exact: "."""
 
     kind: str
@@ -33,7 +35,7 @@ def reason(
     if not causal:
         return Reason("causal", "attention is not causal")
     if mask is None:
-        return _plain(config, q_len, k_len, window)
+        return _plain(config, query, key, window)
     ranges = ranges_of(mask, batch, q_len, k_len, window)
     if ranges.shape[1] > 1:
         return Reason("mask", f"the mask has queries that see {ranges.shape[1]} separate intervals of keys")
@@ -43,11 +45,15 @@ def reason(
     if not parts:
         return Reason("mask", "the mask hides every key")
     part = max(parts, key=lambda part: part.k_stop - part.k_start)  # of padded and packed prompts the longest
-    return _plain(config, part.q_stop - part.q_start, part.k_stop - part.k_start, part.window)
+    row = slice(None) if part.row is None else slice(part.row, part.row + 1)
+    return _plain(
+        config, query[row, :, part.q_start : part.q_stop], key[row, :, part.k_start : part.k_stop], part.window
+    )
 
 
-def _plain(config: Config, q_len: int, k_len: int, window: int | None) -> Reason:
+def _plain(config: Config, query: torch.Tensor, key: torch.Tensor, window: int | None) -> Reason:
     """Of causal attention within `window`, the last query at the last key."""
+    q_len, k_len = query.shape[2], key.shape[2]
     name, least = ("budget", config._select_args[1]) if config.mass is None else ("floor", config._select_args[3])
     if k_len <= least:
         return Reason("short", f"the prompt's {k_len:,} keys are within the {name} of {least:,}")
@@ -58,4 +64,6 @@ def _plain(config: Config, q_len: int, k_len: int, window: int | None) -> Reason
     if end <= 0 or k_len - q_len + end <= least:
         tail = f"a block of the last {config.dense_tail:,} queries (dense_tail)"
         return Reason("tail", f"every query that sees more than the {name} of {least:,} keys is in {tail}")
+    if does_not_pay := break_even.reason(config, query, key, window):
+        return Reason("break-even", does_not_pay)
     return Reason("other", "every block of queries saw all its keys")

@@ -112,6 +112,7 @@ def setting(
     asked = dict(_override(spec, word) for word in words if word != "source" and not word.startswith("cuts="))
     base = dhsa.Config.paper() if name == "paper" else dhsa.Config()
     values: dict[str, Any] = {"budget": budget, "dense_tail": dense_tail}
+    values["break_even"] = 0  # what a method loses is the question, not whether it pays at this length
     ceiling = asked.get("budget", budget)
     values["sink"] = base.sink if sink is None else sink
     values["local"] = base.local if local is None else local

@@ -1,15 +1,16 @@
 """The attention function of implementation "dhsa": one call of transformers becomes calls of the C core,
 a stretch of plain attention each, and a record of what was done."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from dhsa import functional
+from dhsa.config import Config
 from dhsa.functional import RunStats
 
+from . import break_even
 from .caches import Memory, recall
 from .masks import ranges_of, segments
 from .records import record
@@ -83,7 +84,7 @@ def attend(
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype)
     view = out.transpose(1, 2)
     options = {"scale": scaling, "softcap": softcap}
-    stretch = _runner(state, memory, layer, sliding_window)
+    stretches = _Stretches(state, memory, layer, sliding_window)
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not causal and sliding_window is not None and q_len > 1:
@@ -95,12 +96,12 @@ def attend(
         window = sliding_window if causal else None
         if causal:
             where = (None, 0, q_len, 0, k_len)
-            stats = stretch(where, query, key, value, config, window=window, out=view, **options)
+            stats = stretches.run(where, query, key, value, config, window=window, out=view, **options)
         else:
             _, _, stats = functional.run(query, key, value, config, causal=False, out=view, **options)
         if memory is not None:
             memory.done(stats.path == "sparse")
-        record(module, layer, sliding_window, query, key, [(stats, 1)])
+        record(module, layer, sliding_window, query, key, [(stats, 1)], stretches.reason)
         return out
 
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
@@ -129,7 +130,7 @@ def attend(
     for row, q_start, q_stop, k_start, k_stop, window, pairs in parts:
         rows = slice(None) if row is None else slice(row, row + 1)
         alone = q_stop - q_start == 1 < q_len  # a stretch of one query is no decoding step
-        stats = stretch(
+        stats = stretches.run(
             (row, q_start, q_stop, k_start, k_stop),
             query[rows, :, q_start:q_stop],
             key[rows, :, k_start:k_stop],
@@ -142,23 +143,39 @@ def attend(
         done.append((stats, pairs * (batch if row is None else 1)))
     if memory is not None:
         memory.done(all(stats.path == "sparse" for stats, _ in done))
-    record(module, layer, sliding_window, query, key, done)
+    record(module, layer, sliding_window, query, key, done, stretches.reason)
     return out
 
 
-def _runner(state: State | None, memory: Memory | None, layer: int | None, kind: int | None) -> Callable[..., RunStats]:
-    """What attends in a stretch of plain attention: with what earlier calls left in the cache, and what other layers of
-    this forward found, where they share. In a decoding step each layer chooses for itself."""
+class _Stretches:
+    """Attends in the stretches of plain attention of one call: exact where sparse would not pay, with what earlier
+    calls left in the cache, and by what other layers of this forward found where they share. `reason`: of the first
+    stretch that did not pay, else ""."""
 
-    def run(where: tuple, q: torch.Tensor, *args: Any, **options: Any) -> RunStats:
-        config = args[-1]
-        if memory is not None and not config._exact:
-            options |= memory.of(where[0], where[3])
-        if state is not None and config.share is not None and q.shape[2] > 1:
-            return state.sharing.run(layer, kind, where, q, *args, **options)
-        return functional.run(q, *args, **options)[2]
+    def __init__(self, state: State | None, memory: Memory | None, layer: int | None, kind: int | None) -> None:
+        self._state, self._memory, self._layer, self._kind = state, memory, layer, kind
+        self.reason = ""
 
-    return run
+    def run(
+        self,
+        where: tuple,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: Config,
+        *,
+        window: int | None,
+        **options: Any,
+    ) -> RunStats:
+        """`functional.run` of stretch `where`, (row, q_start, q_stop, k_start, k_stop)."""
+        if why := break_even.reason(config, q, k, window):
+            self.reason = self.reason or why
+            config = break_even.fallback(config.skip)
+        if self._memory is not None and not config._exact:
+            options |= self._memory.of(where[0], where[3])
+        if self._state is not None and config.share is not None and q.shape[2] > 1:  # in a step each layer chooses
+            return self._state.sharing.run(self._layer, self._kind, where, q, k, v, config, window=window, **options)
+        return functional.run(q, k, v, config, window=window, **options)[2]
 
 
 def _attend_to_intervals(

@@ -18,7 +18,8 @@ class LayerRun(NamedTuple):
     "window", "sparse" (some query saw a selection of its keys) or "decode" (a step that saw all of them). `density`:
     (query, key) pairs attended over pairs visible under mask and window, 1 on exact paths. Seconds: choosing the keys,
     and attending to them. `skipped`: see `dhsa.Config.skip`, 0 without. `query_shape` is [B, H, Lq, D], `key_shape`
-    [B, Hkv, Lk, D].
+    [B, Hkv, Lk, D]. `reason`: why it ran exact, or part of it, although keys could be left out:
+    `dhsa.Config.break_even`; else "".
     """
 
     layer: int
@@ -31,6 +32,7 @@ class LayerRun(NamedTuple):
     query_shape: tuple[int, int, int, int]
     key_shape: tuple[int, int, int, int]
     skipped: float = 0.0
+    reason: str = ""
 
 
 def record(
@@ -40,6 +42,7 @@ def record(
     query: torch.Tensor,
     key: torch.Tensor,
     done: list[tuple[functional.RunStats, int]],
+    reason: str = "",
 ) -> None:
     """Notes on the module what its call did; several stretches become one record, their densities weighted by pairs."""
     paths = {stats.path for stats, _ in done}
@@ -59,6 +62,7 @@ def record(
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
         skipped=sum(stats.skipped * pairs for stats, pairs in done) / total if total else 0.0,
+        reason=reason,
     )
     runs = module.__dict__.setdefault(RUNS, {})
     runs.pop(step, None)
