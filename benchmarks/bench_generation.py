@@ -1,7 +1,8 @@
 """What comes after and around a prefill: decoding steps that choose their keys, prompts in pieces, a model's memory;
 run by `make bench-generation`. docs/GENERATION.md has its tables.
 
-Sections: `steps`, one layer's decoding step at a cache of 32K, random numbers; `pieces`, a prompt of 16K tokens in
+Sections: `steps`, one layer's decoding step at a cache of 32K, random numbers; `crossing`, the same from which length
+on; `pieces`, a prompt of 16K tokens in
 pieces of 2,048 against the same at once; `quality`, a text read on token by token, keys chosen against all keys;
 `memory`, what a prefill of 32K tokens takes beyond weights and cache. All but the first on Gemma 3 270M. What is
 compared takes turns in one process, and medians are reported; memory has a process for each.
@@ -26,7 +27,7 @@ from peers import GEMMA2, GEMMA3, Shape
 import dhsa
 from dhsa import _core, functional
 
-LLAMA3 = Shape(32, 8, 128)
+LLAMA3, SMALL = Shape(32, 8, 128), Shape(9, 3, 64)
 CONTEXT, BUDGET, STEP_GOAL = 32768, 2048, 0.2
 PROMPT, PIECE, PIECES_GOAL = 16384, 2048, 1.15
 READ_ON = 256  # tokens after the prompt
@@ -37,25 +38,39 @@ Row = dict[str, Any]
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def steps(threads: int, repeats: int) -> Iterator[Row]:
+def steps(repeats: int) -> Iterator[Row]:
     for shape in (GEMMA3, GEMMA2, LLAMA3):
         for dtype in (torch.float32, torch.bfloat16):
-            yield step(shape, dtype, threads, repeats)
+            yield step(shape, dtype, repeats)
 
 
-def step(shape: Shape, dtype: torch.dtype, threads: int, repeats: int) -> Row:
-    config = dhsa.Config(budget=BUDGET, decode="dhsa")
+def crossing(repeats: int) -> Iterator[Row]:
+    """From which length a step that chooses its keys pays: dhsa/hf/break_even.py's STEP."""
+    for shape in (GEMMA3, GEMMA2, LLAMA3, SMALL):
+        for dtype in (torch.float32, torch.bfloat16):
+            for budget in (512, BUDGET):
+                found = {n: step(shape, dtype, repeats, int(n * budget), budget) for n in (1.5, 2, 3, 4, 6, 8)}
+                times = ", ".join(f"{n:g}: {r['exact'] * 1e6:,.0f}/{r['chosen'] * 1e6:,.0f}" for n, r in found.items())
+                yield {
+                    "section": "crossing", "shape": str(shape), "dtype": str(dtype)[6:], "budget": budget,
+                    "shares": {n: r["share"] for n, r in found.items()},
+                    "text": f"{shape} {str(dtype)[6:]}, budget {budget:,}, budgets cached: exact/chosen us: {times}",
+                }  # fmt: skip
+
+
+def step(shape: Shape, dtype: torch.dtype, repeats: int, context: int = CONTEXT, budget: int = BUDGET) -> Row:
+    config = dhsa.Config(budget=budget, decode="dhsa")
     generator = torch.Generator().manual_seed(0)
 
     def numbers(heads: int, length: int) -> torch.Tensor:
         return torch.randn(1, heads, length, shape.dim, generator=generator).to(dtype)
 
-    k, v = (numbers(shape.kv_heads, CONTEXT + repeats) for _ in range(2))
+    k, v = (numbers(shape.kv_heads, context + repeats) for _ in range(2))
     past = (_core.Past(),)
     prompt = config.replace(dense_tail=0)
-    functional.run(numbers(shape.heads, 64), k[:, :, :CONTEXT], v[:, :, :CONTEXT], prompt, pasts=past)
+    functional.run(numbers(shape.heads, 64), k[:, :, :context], v[:, :, :context], prompt, pasts=past)
     seconds: dict[str, list[float]] = {"exact": [], "chosen": [], "looked": [], "select": [], "attend": []}
-    for n in range(CONTEXT + 1, CONTEXT + repeats + 1):
+    for n in range(context + 1, context + repeats + 1):
         q, keys, values = numbers(shape.heads, 1), k[:, :, :n], v[:, :, :n]
         for name, cfg, options in (
             ("exact", None, {}),
@@ -70,7 +85,7 @@ def step(shape: Shape, dtype: torch.dtype, threads: int, repeats: int) -> Row:
                 seconds["attend"].append(stats.attend_seconds)
     told = {name: statistics.median(found) for name, found in seconds.items()}
     share = statistics.median(b / a for a, b in zip(seconds["exact"], seconds["chosen"], strict=True))
-    kept = past[0].nbytes / (2 * shape.kv_heads * CONTEXT * shape.dim * k.element_size())
+    kept = past[0].nbytes / (2 * shape.kv_heads * context * shape.dim * k.element_size())
     us = {name: f"{x * 1e6:,.0f}" for name, x in told.items()}
     text = (
         f"{shape} {str(dtype)[6:]}: exact {us['exact']} us, chosen {us['chosen']} ({us['select']} choosing,"
@@ -201,7 +216,7 @@ def memory(folder: str, ids: torch.Tensor, threads: int, lengths: tuple[int, ...
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sections = ("steps", "pieces", "quality", "memory")
+    sections = ("steps", "crossing", "pieces", "quality", "memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of a comparison (steps: eight times as many)")
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), metavar="SECTION")
@@ -224,8 +239,10 @@ def main() -> None:
             write_json(args.json, report)
 
     if "steps" in args.only:
-        take(steps(args.threads, 8 * args.repeats))
-    if set(args.only) == {"steps"}:
+        take(steps(8 * args.repeats))
+    if "crossing" in args.only:
+        take(crossing(8 * args.repeats))
+    if set(args.only) <= {"steps", "crossing"}:
         return
     from dhsa import loading
 

@@ -217,3 +217,31 @@ def test_evaluation_measures_sparse_in_any_case():
     assert settings.setting("rows:break_even=700", 96).config.break_even == 700
     assert settings.setting("xattention:source", 96).config.break_even == 0
     assert settings.setting("paper", 512).config.break_even == 0
+
+
+# ---- decoding steps --------------------------------------------------------------------------------------------------
+
+
+def test_steps_on_short_caches_run_exact():
+    steps = dhsa.Config(budget=1024, decode="dhsa")
+    for dtype, budgets in (("float32", 3), ("bfloat16", 4), ("float16", 4)):
+        for shape in SHAPES:
+            assert exact_again(steps, *shaped(shape, 1, budgets * 1024 - 1, dtype))
+            assert not exact_again(steps, *shaped(shape, 1, budgets * 1024, dtype))
+            assert not exact_again(steps.replace(break_even=0), *shaped(shape, 1, 2048, dtype))
+            assert exact_again(steps.replace(break_even=5000), *shaped(shape, 1, 4999, dtype))
+        assert not exact_again(steps, *shaped(SHAPES[0], 1, 1024, dtype))  # nothing is left out
+        assert not exact_again(dhsa.Config(budget=64, decode="dhsa"), *shaped(SHAPES[0], 1, 190, dtype))
+    assert not exact_again(EXACT, *shaped(SHAPES[0], 1, 2000))
+
+
+def test_a_step_that_does_not_pay_says_so():
+    model, ids = build("llama"), tokens(1, 300)
+    config = SPARSE.replace(decode="dhsa", break_even=310)
+    with dhsa.patched(model, config):
+        model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert {(r.path, r.reason) for r in dhsa.last_run(model, "decode")} == {
+            ("decode", "break-even: 305 keys are fewer than the 310 of break_even")
+        }
+        model.generate(ids, max_new_tokens=20, do_sample=False)
+        assert {(r.path, r.reason) for r in dhsa.last_run(model, "decode")} == {("sparse", "")}

@@ -48,11 +48,19 @@ COSTS = {
 }
 
 
+# Budgets in a cache from which a decoding step that chooses its keys pays, by bench_generation.py (section crossing):
+# 2.5 to 4 in float32, 3 to 5 in 16 bits, more with heads of 64. Where the keys and values of a cache are fewer bytes
+# than STEP_BYTES, either way takes some 100 microseconds, and what was asked for is done.
+STEP = {"float32": 3, "bfloat16": 4, "float16": 4}
+STEP_BYTES = 2 << 20
+
+
 def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None) -> str:
     """Why causal attention of q to k, the last query at the last key, runs exact although `config` leaves keys out, in
     words; "" if it does not."""
     k_len = k.shape[2]
-    if config.break_even == 0 or not config._leaves_out(q.shape[2], k_len, window):
+    step = q.shape[2] == 1 and not config._exact
+    if config.break_even == 0 or not (step or config._leaves_out(q.shape[2], k_len, window)):
         return ""
     if config.break_even is not None:
         if k_len >= config.break_even:
@@ -60,6 +68,11 @@ def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None)
         return f"break-even: {k_len:,} keys are fewer than the {config.break_even:,} of break_even"
     if config.method != "rows" or config.mass is not None:
         return ""  # not measured
+    if step:
+        least = STEP[str(q.dtype).removeprefix("torch.")] * config._select_args[1]
+        if config._select_args[1] >= k_len or k_len >= least or 2 * k[:1].numel() * k.element_size() < STEP_BYTES:
+            return ""
+        return f"break-even: {k_len:,} keys are fewer than the {least:,} from which a step that chooses its keys pays"
     exact, sparse = seconds(config, q, k, window)
     if sparse - exact <= max(NOISE * exact, WORTH):
         return ""

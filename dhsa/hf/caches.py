@@ -105,7 +105,7 @@ class Memory:
     def done(self, sparse: bool) -> None:
         """The call is over; `sparse`: no part of it was exact, so that every Past has seen its keys."""
         kept = self._kept
-        kept.pasts = self._used
+        kept.pasts = self._used or kept.pasts  # those that met another first key are of no use any more
         kept.tensor = weakref.ref(self._key) if sparse and self._held else None
         kept.version = _version(self._key)
 
