@@ -158,7 +158,12 @@ def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) 
     known[-1] = False
     table[:, :, known] *= padding[:, None, position[known], None]
     table[table[..., 0] >= table[..., 1]] = 0
-    return table
+    if table.shape[1] == 1:
+        return table
+    # Every query's intervals first, what is empty last: each column that is left is an attention call.
+    order = np.argsort(table[..., 1] == 0, axis=1, kind="stable")
+    table = np.take_along_axis(table, order[..., None], axis=1)
+    return table[:, : max(1, int((table[..., 1] > 0).sum(axis=1).max()))]
 
 
 def _follows(

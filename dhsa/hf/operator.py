@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from .attention import attend
+from .handles import waiting
 from .masks import MAX_INTERVALS, causal_rows, padding_of, ranges_of, without_padding
-from .tracing import probes, thawed, waiting
+from .tracing import probes, thawed
 
 __all__: list[str] = []
 
@@ -94,5 +95,5 @@ def _(mask: torch.Tensor) -> torch.Tensor:
 def _roomy(table: np.ndarray, room: int) -> torch.Tensor:
     """A range table with room for `room` intervals: a graph must know its shape before it sees the mask."""
     out = torch.zeros((table.shape[0], room, *table.shape[2:]), dtype=torch.int32)
-    out[:, : table.shape[1]] = torch.from_numpy(table)
+    out.numpy()[:, : table.shape[1]] = table
     return out

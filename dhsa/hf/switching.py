@@ -13,6 +13,7 @@ from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
+from .handles import note
 from .sharing import Sharing, attach, detach
 
 __all__ = [
@@ -182,6 +183,7 @@ def install(model: torch.nn.Module, state: State) -> None:
         attach(model, state.sharing)
     for module in (model, *attention_modules(model)):
         module.__dict__[STATE] = state
+        note(module)
         if hasattr(module, "layer_idx"):
             watch(module)
 

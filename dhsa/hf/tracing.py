@@ -6,9 +6,7 @@ Dynamo: no NumPy, no decision by a tensor's contents, none by a length that may 
 """
 
 import functools
-import itertools
 import json
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +15,11 @@ from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mas
 
 from dhsa.config import Config
 
+from .handles import HANDLE, number_of
 from .switching import DEFAULT, STATE, State
 
-__all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing", "waiting"]
+__all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing"]
 
-HANDLE = "_dhsa_handle"  # on attention modules that were compiled
-
-_modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
-_numbers = itertools.count(1)
 _AND = and_masks().__code__  # of all functions that `and_masks` makes
 
 
@@ -36,31 +31,13 @@ def tracing() -> bool:
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-class Handle:
-    """What a compiled graph holds in place of its module: a number, to find module, config and records by when it runs.
-
-    A tensor, since Dynamo makes tensors inputs of the graph and numbers constants: one graph serves all layers that are
-    alike. A copied or unpickled module has None in its place and gets its own when it is compiled.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        number = next(_numbers)
-        _modules[number] = module
-        self.number = torch.tensor(number)
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return type(None), ()
-
-
 @torch.compiler.assume_constant_result
-def _prepared(module: torch.nn.Module) -> bool:
-    """Whether the graph is to hold a handle, which the module then has; False where it may outlive module and process:
-    torch.export. Runs while the graph is made, also under Dynamo."""
-    if torch.compiler.is_exporting():
-        return False
-    if module.__dict__.get(HANDLE) is None:
-        module.__dict__[HANDLE] = Handle(module)
-    return True
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Dynamo guards the constant by the module itself: a graph that holds it serves one layer only.
+_number_of = torch.compiler.assume_constant_result(number_of)
 
 
 @torch.compiler.assume_constant_result
@@ -93,17 +70,6 @@ def thawed(words: str) -> Any:
     return _Layer(words)
 
 
-def waiting(number: int) -> torch.nn.Module:
-    """The module with this handle. RuntimeError if there is none any more."""
-    module = _modules.get(number)
-    if module is None:
-        raise RuntimeError(
-            "dhsa::attention: the attention module that this graph was compiled for no longer exists; "
-            "compile the model again, or use torch.export for a graph that stands alone"
-        )
-    return module
-
-
 def traced_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -120,11 +86,12 @@ def traced_attention(
     Compiled, it asks the module at every run, so that `patch`, `unpatch` and `last_run` work as ever. Exported, or
     traced with tensors that are not real, it keeps what the module says now, and notes nothing.
     """
-    handle, frozen = None, None
-    if type(query) is torch.Tensor and _prepared(module):
-        handle = module._dhsa_handle.number
-    else:
+    handle = frozen = None
+    if type(query) is not torch.Tensor or _exporting():
         frozen = _frozen(module, is_causal)
+    else:
+        noted = getattr(module, HANDLE, None)  # models that were loaded as "dhsa" and never patched have none
+        handle = torch.tensor(_number_of(module)) if noted is None else noted.number
     return torch.ops.dhsa.attention(
         query, key, value, attention_mask, handle, frozen, scaling, sliding_window, softcap, is_causal
     )
