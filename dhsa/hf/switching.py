@@ -13,7 +13,7 @@ from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
-from .handles import note
+from .handles import HANDLE, note
 from .sharing import Sharing, attach, detach
 
 __all__ = [
@@ -191,7 +191,8 @@ def install(model: torch.nn.Module, state: State) -> None:
 def _uninstall(model: torch.nn.Module) -> None:
     detach(model)
     for module in model.modules():
-        module.__dict__.pop(STATE, None)
+        for name in (STATE, HANDLE):
+            module.__dict__.pop(name, None)
         unwatch(module)
 
 
