@@ -279,12 +279,6 @@ def test_given_4d_mask(models, additive):
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_refused(models):
-    model = models("gemma2")
-    with dhsa.patched(model, EXACT), torch.enable_grad(), pytest.raises(NotImplementedError, match=r"torch\.no_grad"):
-        model(tokens(1, 20))
-
-
 def test_inference_mode(models):
     model, ids = models("gemma2"), tokens(1, 150)
     expected = model(ids).logits

@@ -14,7 +14,7 @@ from . import break_even
 from .caches import Memory, recall
 from .masks import ranges_of, segments
 from .records import record
-from .refusals import refuse_unsupported
+from .refusals import forward_only, gradients_wanted, refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
 from .tracing import traced_attention, tracing
 
@@ -46,15 +46,18 @@ def attention_forward(
     plain causal or sliding attention inside a mask (padded, packed or static-cache prompts) go through the model's
     config like an unmasked prompt; anything else is exact, also over keys with gaps between them.
 
-    Raises NotImplementedError for what has no counterpart here: gradients, dropout, attention weights as output, sinks
-    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals.
+    Raises NotImplementedError for what has no counterpart here: training, dropout, attention weights as output, sinks
+    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals. Of a module
+    in eval mode the forward pass works with autograd too; a gradient that is asked for through it raises the same.
     """
     refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
+    recorded = gradients_wanted(module, query, key, value)
+    others = (attention_mask, scaling, sliding_window, softcap, is_causal)
     if tracing():
-        return traced_attention(
-            module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal
-        ), None
-    return attend(module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal), None
+        return traced_attention(module, query, key, value, *others), None
+    if recorded:
+        return forward_only(lambda *inputs: attend(module, *inputs, *others), query, key, value), None
+    return attend(module, query, key, value, *others), None
 
 
 def attend(

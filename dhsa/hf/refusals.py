@@ -1,10 +1,16 @@
 """What the attention function cannot do: everything that would otherwise be dropped in silence raises here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["refuse_unsupported"]
+__all__ = ["forward_only", "gradients_wanted", "refuse_unsupported"]
+
+_NO_BACKWARD = (
+    '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode(), or train it with '
+    'attn_implementation="eager"'
+)
 
 
 def refuse_unsupported(
@@ -19,10 +25,6 @@ def refuse_unsupported(
 ) -> None:
     """Everything that would otherwise be dropped in silence."""
     other = 'use attn_implementation="eager"'
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise NotImplementedError(
-            '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode()'
-        )
     if dropout:
         raise NotImplementedError(
             f'"dhsa" has no attention dropout, got dropout={dropout}: call model.eval(), or {other}'
@@ -47,6 +49,35 @@ def refuse_unsupported(
             f"query {tuple(query.shape)} and key {tuple(key.shape)}: "
             "expected [B, H, Lq, D] and [B, Hkv, Lk, D] with Lq <= Lk"
         )
+
+
+def gradients_wanted(module: torch.nn.Module, *inputs: torch.Tensor) -> bool:
+    """Whether autograd records this call. NotImplementedError if the module is in training, whose very next step would
+    be the backward pass, or the call is being compiled, for which backward would be traced beforehand.
+
+    Elsewhere it may just as well be inference by someone who left no_grad out, as tutorials do: see `forward_only`.
+    """
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
+        return False
+    if getattr(module, "training", True) or torch.compiler.is_compiling():
+        raise NotImplementedError(_NO_BACKWARD)
+    return True
+
+
+def forward_only(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function(*inputs)` as a step that autograd knows and cannot take back: asking for a gradient through it raises
+    NotImplementedError, where a detached result would give wrong ones to everything below without a word."""
+    return _ForwardOnly.apply(function, *inputs)
+
+
+class _ForwardOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise NotImplementedError(_NO_BACKWARD)
 
 
 def _is_cross_attention(module: torch.nn.Module) -> bool:
