@@ -56,7 +56,8 @@ def test_mask_function_says_what_sdpas_says(seed):
     assert table.dtype == torch.int32
     if mask is not None:
         real = mask[:, q_offset:, None].clone()
-        real[:, -1] = True  # the last query sees its keys, padding or not
+        real[:, :-1] |= mask[:, q_offset + 1 :, None]
+        real[:, -1] = True  # the last query sees its keys, padding or not, and so does one before a real token
         expected = expected & real.numpy()
     assert (visible_of(table[:, 0].numpy(), kv_length) == expected).all()
     if mask is None or mask.all():
@@ -78,7 +79,7 @@ def test_other_patterns_are_evaluated_not_assumed():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_gaps_become_more_intervals(seed):
-    """Padding anywhere, and masks of any shape; a query that is padding sees nothing, as in every padded batch."""
+    """Padding anywhere, and masks of any shape; a query that is padding, as its successor is, sees nothing."""
     rng = np.random.default_rng(seed)
     batch, length, window = 3, int(rng.integers(20, 60)), [None, 9][seed % 2]
     padding = torch.ones(batch, length, dtype=torch.bool)
@@ -89,7 +90,8 @@ def test_gaps_become_more_intervals(seed):
     q, k = torch.arange(length)[:, None], torch.arange(length)
     plain = (k <= q) & (k > q - (window or length))
     real = padding[:, :, None].clone()
-    real[:, -1] = True  # the last query sees its keys, padding or not
+    real[:, :-1] |= padding[:, 1:, None]
+    real[:, -1] = True
     expected = plain & padding[:, None, :] & real
 
     def union(table):

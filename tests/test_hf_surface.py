@@ -1,5 +1,5 @@
 """What programs do with a model's attention besides plain prefill and decoding: calls that autograd records, gradients
-asked for; found by running transformers' own tests of its models."""
+asked for, right-padded prompts with an assistant; found by running transformers' own tests of its models."""
 
 import copy
 
@@ -86,3 +86,19 @@ def test_arrays_that_ask_for_gradients_are_refused():
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match=r"q: requires grad.*torch\.no_grad"):
         dhsa.attention(q.requires_grad_(), k, v)
+
+
+# ---- right padding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "real"), [("llama", 1), ("llama", 100), ("gemma3", 60), ("gemma3", 100)])
+def test_right_padded_prompt_with_an_assistant(family, real):
+    """Prompt and candidates are one call then: logits are read at the last position of the padding, in its middle."""
+    model = build(family, "dhsa")
+    ids, mask = padded([real], 110, "right")
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    model.generation_config.num_assistant_tokens = 3
+    expected = build(family).generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, assistant_model=model, **options), expected)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), expected)

@@ -76,8 +76,9 @@ def key_range_mask(
     Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded and no window
     cuts anything off; else a range table, int32 [batch_size, m, q_length, 2]. Never a [q_length, kv_length] tensor.
 
-    A query that is itself padding (its own entry of `attention_mask` is False) sees nothing: its output is zeros. Only
-    the last query sees what transformers says in any case: `generate` reads its logits, also of a right-padded row.
+    A query that is itself padding (its own entry of `attention_mask` is False) sees nothing: its output is zeros. Two
+    kinds see what transformers says in any case, because `generate` reads their logits of a right-padded row: the last
+    query, and one before a real token (with an assistant, prompt and candidates are one call).
 
     Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
@@ -156,7 +157,9 @@ def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) 
     position = np.arange(first, first + ranges.shape[1])
     known = (position >= 0) & (position < padding.shape[1])
     known[-1] = False
-    table[:, :, known] *= padding[:, None, position[known], None]
+    served = padding.copy()
+    served[:, :-1] |= padding[:, 1:]
+    table[:, :, known] *= served[:, None, position[known], None]
     table[table[..., 0] >= table[..., 1]] = 0
     if table.shape[1] == 1:
         return table
