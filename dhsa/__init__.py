@@ -1,11 +1,13 @@
 """dhsa: Dynamic Hierarchical Sparse Attention on any CPU. Names only; the work is in the modules named below.
 
 Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`),
-the doctor (`check`; `dhsa.doctor`), `dhsa.training` and the oracle `dhsa.reference` are imported when first used.
+the doctor (`check`; `dhsa.doctor`), `dhsa.training` and the oracle `dhsa.reference` are imported when first used; the
+first also as soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from dhsa._register import register_when_imported
 from dhsa.config import Config
 from dhsa.functional import (
     attention,
@@ -91,3 +93,6 @@ def _refusal(name: str, error: ImportError) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_when_imported()
