@@ -28,6 +28,8 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
+    if "dhsa.hf" in sys.modules:  # or another thread is at it, and would wait for this one
+        return
     # A transformers of another version, or half imported: an `import dhsa.hf` of the user's own says what is wrong.
     with contextlib.suppress(Exception):
         importlib.import_module("dhsa.hf")
