@@ -387,3 +387,14 @@ def test_the_doctor_shares_too(model, made):
     assert errors[0][:2] == errors[1][:2]  # the first of each kind
     assert errors[0][2] != errors[1][2]
     assert hooks(model) == 0
+
+
+def test_compiled_models_find_their_own(model):
+    """Their graphs know of no hooks."""
+    ids = tokens(1, 400)
+    with dhsa.patched(model, SMALL):
+        own = model(ids).logits
+    with dhsa.patched(model, LISTS):
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, own, rtol=0, atol=1e-5)
+        assert not held(model)
