@@ -177,6 +177,13 @@ def test_the_measured_costs():
             assert not exact_again(config, *shaped((4, 1, 256), 8192, dtype=dtype))
 
 
+def test_a_row_of_a_batch_is_treated_as_alone():
+    config = dhsa.Config(budget=512)
+    for length in range(640, 1600, 64):
+        alone, together = (shaped((8, 4, 256), length, dtype="bfloat16", batch=batch) for batch in (1, 16))
+        assert exact_again(config, *alone) == exact_again(config, *together)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("query_block", [16, 32, 64])
 def test_small_prompts_are_not_worth_a_fallback(dtype, query_block):

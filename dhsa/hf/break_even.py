@@ -89,14 +89,15 @@ def fallback(skip: float | None) -> Config:
 
 
 def seconds(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None) -> tuple[float, float]:
-    """What an exact and a sparse call take on the machine of COSTS; elsewhere, their quotient is what counts."""
+    """What an exact and a sparse call take on the machine of COSTS, for each row of the batch, since a row must not be
+    treated otherwise in company than alone. On other machines their quotient is what counts."""
     costs = COSTS[_multiplied_as(str(q.dtype).removeprefix("torch."), _core.isa_current())]
     kept, visible, listed, keys = work(config, q.shape[2], k.shape[2], window)
     group = q.shape[1] // k.shape[1]
     sparse = costs.pair * kept + costs.gather * listed / group
     if config.share != "selections":  # nearly all layers use another's
         sparse += costs.score * visible + costs.key * keys / group
-    unit = q.shape[0] * q.shape[1] * q.shape[3] * costs.product
+    unit = q.shape[1] * q.shape[3] * costs.product
     return visible * unit, sparse * unit
 
 
