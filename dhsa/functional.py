@@ -248,15 +248,21 @@ def run_selected(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    key_ranges: Array | None = None,
     skip: float | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> tuple[Array, Array | None, RunStats]:
-    """`sparse_attention` with a report, as `run` is of `attention`; nothing was selected, so no seconds went there."""
+    """`sparse_attention` with a report, as `run` is of `attention`; nothing was selected, so no seconds went there.
+
+    key_ranges: as in `attention`, of what the lists hold. The lists then say which keys there are, none is left out.
+    """
     if not isinstance(selection, Selection):
         raise TypeError(f"selection: expected a dhsa.Selection, got {type_name(selection)}")
     kind, q, k, v, target, given = _inputs(q, k, v, out)
     lse = allocate(kind.empty_lse, q) if return_lse else None
+    if key_ranges is not None:
+        key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     start = perf_counter()
     density, skipped = _core.attend_sparse(
         q,
@@ -268,7 +274,7 @@ def run_selected(
         softcap,
         window,
         True,
-        None,
+        key_ranges,
         get_num_threads(),
         skip,
         selection.indptr,
@@ -276,7 +282,8 @@ def run_selected(
         selection.shape,
         selection.query_block,
     )
-    stats = RunStats("sparse", density, 0.0, perf_counter() - start, skipped)
+    path, density = ("sparse", density) if key_ranges is None else ("dense", 1.0)
+    stats = RunStats(path, density, 0.0, perf_counter() - start, skipped)
     if type(kind) is DlpackKind:
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)

@@ -63,11 +63,19 @@ def test_masks_that_fall_back():
     found = dhsa.check(model, ids, SPARSE, attention_mask=gap)
     assert "the mask has queries that see 2 separate intervals of keys" in one(found.warnings, "Layer")
     prefix = torch.ones(300, 300).tril().bool()
-    prefix[:, :40] = True
+    prefix[:, :60] = True
     found = dhsa.check(model, ids, SPARSE, attention_mask=prefix.expand(1, 1, 300, 300))
-    assert "Layers 0-3 ran exact: the mask is neither causal nor a sliding window" in one(found.warnings, "Layer")
+    assert one(found.warnings, "Layer") == (
+        "Layers 0-3 ran exact: the mask is neither causal nor a sliding window (a span seen from both sides?), nor is "
+        "a stretch of it that has 256 queries and sees 97 keys."
+    )
     assert found.ok
     assert found.tail_kl == 0
+    shorter = torch.ones(300, 300).tril().bool()
+    shorter[:, :40] = True
+    found = dhsa.check(model, ids, SPARSE, attention_mask=shorter.expand(1, 1, 300, 300))
+    assert {x.path for x in found.layers} == {"sparse"}
+    assert all(0 < x.output_error < 1 for x in found.layers)
     causal = torch.ones(300, 300).tril().bool().expand(1, 1, 300, 300)
     found = dhsa.check(model, ids, SPARSE, attention_mask=causal)
     assert {x.path for x in found.layers} == {"sparse"}

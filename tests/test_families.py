@@ -279,7 +279,8 @@ def test_the_comparison_would_notice_norms_of_queries_and_keys(model_of, eager, 
 
 @pytest.mark.parametrize("config", [EXACT, SPARSE])
 def test_tokens_of_a_picture_see_each_other(model_of, eager, config):
-    """A mask that is neither causal nor a window is exact whatever the config, and the tower's attention is served."""
+    """A mask that is neither causal nor a window is exact whatever the config, where no text between or after pictures
+    is long; and the tower's attention is served."""
     model, arguments = model_of(IMAGES, torch.float32), prompt(IMAGES, LENGTH)
     with dhsa.patched(model, config):
         got = run(model, arguments)
@@ -289,6 +290,25 @@ def test_tokens_of_a_picture_see_each_other(model_of, eager, config):
     assert [(r.layer, r.path, r.query_shape) for r in runs if r.layer < 0] == [(-1, "dense", (2, 2, 64, 16))] * 2
     assert {r.density for r in runs} == {1.0}
     assert (blind - got).abs().max() > 50 * TOLERANCE
+
+
+def test_long_text_after_pictures_is_sparse(model_of):
+    """After the second picture; pictures and what comes before them are exact."""
+    model, arguments = model_of(IMAGES, torch.float32), prompt(IMAGES, 700)
+    expected = run(model, arguments)
+    with dhsa.patched(model, EXACT):
+        exact = run(model, arguments)
+    with dhsa.patched(model, SPARSE):
+        got = run(model, arguments)
+        runs = text_runs(model)
+        assert [(r.kind, r.path) for r in runs] == kind_paths(IMAGES, sparse=True)
+        again = run(model, arguments | {"use_cache": False})
+    torch.testing.assert_close(exact, expected, rtol=0, atol=TOLERANCE)
+    text = WINDOW - 8 + IMAGE_TOKENS
+    torch.testing.assert_close(got[:, :text], expected[:, :text], rtol=0, atol=TOLERANCE)
+    assert (got - expected).abs().max() > 0.2
+    assert all(0.2 < r.density < 0.7 if r.kind == "full" else r.density == 1 for r in runs)
+    torch.testing.assert_close(again, got, rtol=0, atol=TOLERANCE)
 
 
 def test_text_for_a_model_of_pictures_is_sparse(model_of):

@@ -395,8 +395,9 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
     pl.blocks = dhsa_ceil_div(q_len, pl.block);
     pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
-    /* The cut depends on the shape and the tier only, never on the number of threads. */
-    const int64_t fair = dhsa_ceil_div(q_len * B * pl.sets, pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
+    /* The cut depends on the shape and the tier only, never on the number of threads; under a window, where an item's tiles begin
+     * at its first query's, not on the batch either, so that a row has the bits it has alone. */
+    const int64_t fair = dhsa_ceil_div(q_len * pl.sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
                   most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
     const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));

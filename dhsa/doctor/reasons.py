@@ -11,7 +11,7 @@ import torch
 
 from dhsa.config import Config
 from dhsa.hf import break_even
-from dhsa.hf.masks import ranges_of, segments
+from dhsa.hf.masks import least_stretch, ranges_of, segments
 
 __all__ = ["Reason", "reason"]
 
@@ -39,12 +39,18 @@ def reason(
     ranges = ranges_of(mask, batch, q_len, k_len, window)
     if ranges.shape[1] > 1:
         return Reason("mask", f"the mask has queries that see {ranges.shape[1]} separate intervals of keys")
-    parts = segments(ranges[:, 0])
-    if parts is None:
-        return Reason("mask", "the mask is neither causal nor a sliding window (a span seen from both sides?)")
+    least = least_stretch(config)
+    parts = segments(ranges[:, 0], least)
     if not parts:
         return Reason("mask", "the mask hides every key")
-    part = max(parts, key=lambda part: part.k_stop - part.k_start)  # of padded and packed prompts the longest
+    plain = [part for part in parts if not part.ranged]
+    if not plain:
+        return Reason(
+            "mask",
+            "the mask is neither causal nor a sliding window (a span seen from both sides?), nor is a stretch of it "
+            f"that has {least.queries:,} queries and sees {least.keys:,} keys",
+        )
+    part = max(plain, key=lambda part: part.k_stop - part.k_start)  # of padded and packed prompts the longest
     row = slice(None) if part.row is None else slice(part.row, part.row + 1)
     return _plain(
         config, query[row, :, part.q_start : part.q_stop], key[row, :, part.k_start : part.k_stop], part.window

@@ -9,16 +9,19 @@ import torch
 from dhsa import functional
 from dhsa.config import Config
 from dhsa.functional import RunStats
+from dhsa.selection import Selection
 
 from . import break_even
 from .caches import Memory, recall
-from .masks import ranges_of, segments
+from .masks import key_lists, least_stretch, ranges_of, segments
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
 from .tracing import traced_attention, tracing
 
 __all__ = ["attend", "attention_forward"]
+
+FEW = 16  # so many query rows at most go another way in the core, with other bits
 
 
 def attention_forward(
@@ -43,8 +46,9 @@ def attention_forward(
     `attention_mask`: None for plain attention (causal with the last query at the last key, within `sliding_window`;
     full if the module or `is_causal` says it is not causal), a range table of this package's mask function, a 2-D
     padding mask, or a complete 4-D mask; see `masks.ranges_of`. Queries that see no key give zeros. Stretches of
-    plain causal or sliding attention inside a mask (padded, packed or static-cache prompts) go through the model's
-    config like an unmasked prompt; anything else is exact, also over keys with gaps between them.
+    plain causal or sliding attention inside a mask (padded, packed or static-cache prompts; long ones between or after
+    spans that are seen from both sides) go through the model's config like an unmasked prompt; anything else is exact,
+    also over keys with gaps between them.
 
     Raises NotImplementedError for what has no counterpart here: training, dropout, attention weights as output, sinks
     (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals. Of a module
@@ -113,15 +117,20 @@ def attend(
         record(module, layer, sliding_window, query, key, done)
         return out
     ranges = ranges[:, 0]
-    parts = None if q_len == 1 and memory is None else segments(ranges)
+    parts = None if q_len == 1 and memory is None else segments(ranges, least_stretch(config))
     whole = (
         parts is not None
         and len(parts) == 1
         and parts[0].row in (None, 0)
         and parts[0].q_stop - parts[0].q_start == q_len
     )
-    # Windows too: only a call of their own has the very tiles, and so the bits, that a row has alone.
-    apart = parts is not None and (not config._exact or config.skip is not None or any(p.window for p in parts))
+    # Windows and tables too: only a call of their own has the very tiles, and so the bits, that a row has alone. And
+    # short rows, which have a way of their own.
+    apart = parts is not None and (
+        not config._exact
+        or config.skip is not None
+        or any(p.window or p.ranged or p.q_stop - p.q_start == p.k_stop - p.k_start <= FEW for p in parts)
+    )
     if not (whole or apart):
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
         _, _, stats = functional.run(query, key, value, EXACT, key_ranges=ranges, out=view, **options)
@@ -129,21 +138,19 @@ def attend(
         return out
     if not whole:
         out.zero_()
+    exact = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
     done = []
-    for row, q_start, q_stop, k_start, k_stop, window, pairs in parts:
-        rows = slice(None) if row is None else slice(row, row + 1)
-        alone = q_stop - q_start == 1 < q_len  # a stretch of one query is no decoding step
-        stats = stretches.run(
-            (row, q_start, q_stop, k_start, k_stop),
-            query[rows, :, q_start:q_stop],
-            key[rows, :, k_start:k_stop],
-            value[rows, :, k_start:k_stop],
-            EXACT if alone else config,
-            window=window,
-            out=view[rows, :, q_start:q_stop],
-            **options,
-        )
-        done.append((stats, pairs * (batch if row is None else 1)))
+    for part in parts:
+        rows = slice(None) if part.row is None else slice(part.row, part.row + 1)
+        queries, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
+        q, k, v = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
+        to = {"out": view[rows, :, queries], **options}
+        if part.ranged:
+            _, _, stats = functional.run(q, k, v, exact, key_ranges=part.table(ranges), **to)
+        else:
+            alone = part.q_stop - part.q_start == 1 < q_len  # a stretch of one query is no decoding step
+            stats = stretches.run(part[:5], q, k, v, exact if alone else config, window=part.window, **to)
+        done.append((stats, part.pairs * (batch if part.row is None else 1)))
     if memory is not None:
         memory.done(all(stats.path == "sparse" for stats, _ in done))
     record(module, layer, sliding_window, query, key, done, stretches.reason)
@@ -189,8 +196,14 @@ def _attend_to_intervals(
     out: torch.Tensor,
     options: dict[str, float | None],
 ) -> list[tuple[functional.RunStats, int]]:
-    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: one call for
-    each, its result weighted by its share of the softmax's sum."""
+    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: by lists of
+    keys, which skip the gaps that all queries of a row have, or else by one call for each interval, its result weighted
+    by its share of the softmax's sum."""
+    if (lists := key_lists(ranges, key.shape[2])) is not None:
+        indptr, indices, spans = lists
+        selection = Selection._trusted(indptr, indices, shape=(len(ranges), 1, 1), query_block=query.shape[2])
+        _, _, stats = functional.run_selected(query, key, value, selection, key_ranges=spans, out=out, **options)
+        return [(stats, 1)]
     total = lse = None
     done = []
     for j in range(ranges.shape[1]):

@@ -16,13 +16,18 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from dhsa.config import Config
+
 from .tracing import traced_ranges, tracing
 
 __all__ = [
     "MAX_INTERVALS",
+    "Least",
     "Segment",
     "causal_rows",
+    "key_lists",
     "key_range_mask",
+    "least_stretch",
     "padding_of",
     "ranges_of",
     "segments",
@@ -42,8 +47,10 @@ _HIDDEN = -65504.0
 
 
 class Segment(NamedTuple):
-    """Queries [q_start, q_stop) of batch row `row` (None: of every row) that attend causally, within `window` if given,
-    to the keys [k_start, k_stop), the last query at the last of these keys. `pairs` counts the (query, key) pairs of
+    """Queries [q_start, q_stop) of batch row `row` (None: of every row) and the keys [k_start, k_stop) that they see.
+
+    Not `ranged`: causally, within `window` if given, the last query at the last of the keys. `ranged`: as the table
+    says (spans seen from both sides, and what is too short to stand alone). `pairs` counts the (query, key) pairs of
     one row."""
 
     row: int | None
@@ -53,6 +60,12 @@ class Segment(NamedTuple):
     k_stop: int
     window: int | None
     pairs: int
+    ranged: bool = False
+
+    def table(self, ranges: np.ndarray) -> np.ndarray:
+        """The part of `ranges` [B, Lq, 2] that is the segment's, counted from its first key."""
+        rows = slice(None) if self.row is None else slice(self.row, self.row + 1)
+        return np.maximum(ranges[rows, self.q_start : self.q_stop] - self.k_start, 0)  # what sees nothing is (0, 0)
 
 
 # ---- the mask function that transformers calls -----------------------------------------------------------------------
@@ -326,42 +339,115 @@ def _intervals(
     return np.ascontiguousarray(table.transpose(0, 2, 1, 3))
 
 
+def key_lists(ranges: np.ndarray, k_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Ranges [B, m, Lq, 2] as a list of keys for each row, of which every query sees a run: (indptr int64 [B + 1],
+    indices int32, from where to where int32 [B, Lq, 2]). So it is where gaps are the same for all queries of a row, as
+    padding's are; None where they are not."""
+    lists, spans = [], np.zeros((len(ranges), ranges.shape[2], 2), np.int32)
+    for table, span in zip(ranges, spans, strict=True):
+        start, stop = table[..., 0], table[..., 1]
+        seen = stop > start
+        covered = np.bincount(start[seen], minlength=k_len + 1) - np.bincount(stop[seen], minlength=k_len + 1)
+        covered = covered.cumsum()[:k_len] > 0
+        before = np.concatenate([[0], covered.cumsum()])
+        some = seen.any(axis=0)
+        span[:, 0] = np.where(some, np.where(seen, start, k_len).min(axis=0), 0)
+        span[:, 1] = stop.max(axis=0)
+        if not np.array_equal(before[span[:, 1]] - before[span[:, 0]], (stop - start).sum(axis=0)):
+            return None
+        lists.append(np.flatnonzero(covered).astype(np.int32))
+    return np.cumsum([0, *map(len, lists)], dtype=np.int64), np.concatenate(lists), spans
+
+
 # ---- what of it is plain ---------------------------------------------------------------------------------------------
 
 
-def segments(ranges: np.ndarray, limit: int = 64) -> list[Segment] | None:
-    """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention; queries
-    that see nothing are left out.
+class Least(NamedTuple):
+    """What a stretch of plain attention between others must have for a selection of its own to pay."""
 
-    Padded, packed and static-cache prompts come out as one stretch a sequence: either the only one of its batch row, or
-    beginning with a query that sees one key, or the last query alone (of a right-padded row). Returns None for any
-    other table (prefixes seen from both sides, bidirectional spans) and for rows of more than `limit` sequences: those
-    are served by exact attention with the table itself.
+    queries: int
+    keys: int
+
+
+def least_stretch(config: Config) -> Least | None:
+    """Of a config; None if it never leaves a key out. The last queries of every stretch are exact (`dense_tail`), and
+    each cuts all of its keys into chunks anew."""
+    if config._exact:
+        return None
+    keys = config._select_args[1 if config.mass is None else 3]  # up to here the budget or the floor holds all
+    return Least(8 * max(config.dense_tail, config.query_block), keys + 1)
+
+
+def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64) -> list[Segment]:
+    """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention, as far
+    as that pays, and ranged ones for the rest; queries that see nothing are left out.
+
+    Padded, packed and static-cache prompts come out as one plain stretch a sequence: either the only one of its batch
+    row, or beginning with a query that sees one key, or the last query alone (of a right-padded row). In any other row
+    (a prefix or spans of images seen from both sides, more than `limit` sequences), stretches of at least `least` stay
+    plain, which then see all keys before them too, and what lies between is ranged; with `least` None the whole row is.
     """
     if len(ranges) > 1 and (ranges[1:] == ranges[:1]).all():
-        same = segments(ranges[:1], limit)
-        return None if same is None else [s._replace(row=None) for s in same]
+        same = segments(ranges[:1], least, limit)
+        if not any(
+            s.ranged for s in same
+        ):  # only a call of its own has the very tiles, and so the bits, of a row alone
+            return [s._replace(row=None) for s in same]
     found: list[Segment] = []
     for row, table in enumerate(ranges):
-        start, stop = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
-        seen = stop > start
-        # A stretch goes on while each query sees one key more at its end and loses at most one at its beginning.
-        lost = np.diff(start)
-        goes_on = seen[1:] & seen[:-1] & (np.diff(stop) == 1) & (lost >= 0) & (lost <= 1)
-        edges = np.concatenate([[0], np.flatnonzero(~goes_on) + 1, [len(start)]])
-        edges = [int(e) for e in edges if e == len(start) or seen[e]]
-        if len(edges) > limit + 1:
-            return None
-        for q_start, nxt in itertools.pairwise(edges):
-            q_stop = nxt
-            while q_stop > q_start and not seen[q_stop - 1]:
-                q_stop -= 1
-            s, e = start[q_start:q_stop], stop[q_start:q_stop]
-            width = int((e - s).max())
-            window = width if s[-1] > s[0] else None
-            if window is not None and not np.array_equal(s, np.maximum(s[0], e - window)):
-                return None
-            if len(edges) > 2 and e[0] - s[0] != 1 and q_start < len(table) - 1:
-                return None
-            found.append(Segment(row, q_start, q_stop, int(s[0]), int(e[-1]), window, int((e - s).sum())))
+        runs = _runs(table)
+        plain = [_plain(table, row, *run) for run in runs]
+        if len(runs) <= limit and all(s is not None and (len(runs) == 1 or _stands_alone(s, table)) for s in plain):
+            found += plain
+            continue
+        plain = [s for s in plain if s is not None and least is not None and _pays(s, least)]
+        begins = [runs[0][0], *(s.q_stop for s in plain)]
+        ends = [*(s.q_start for s in plain), runs[-1][1]]
+        between = (_ranged(table, row, begin, end) for begin, end in zip(begins, ends, strict=True))
+        found += [s for pair in itertools.zip_longest(between, plain) for s in pair if s is not None]
     return found
+
+
+def _stands_alone(s: Segment, table: np.ndarray) -> bool:
+    start, stop = table[s.q_start]
+    return stop - start == 1 or s.q_start == len(table) - 1
+
+
+def _runs(table: np.ndarray) -> list[tuple[int, int]]:
+    """The longest runs [start, stop) of queries that see something, each one key more at its end than the one before
+    and at most one less at its beginning."""
+    start, stop = table[:, 0], table[:, 1]
+    seen = stop > start
+    lost = np.diff(start)
+    both = seen[1:] & seen[:-1]
+    goes_on = both & (np.diff(stop) == 1) & (lost >= 0) & (lost <= 1)
+    goes_on[1:] &= ~(both & (np.diff(stop) == 0))[:-1]  # the last token of a span belongs to it
+    begins, ends = seen.copy(), seen.copy()
+    begins[1:] &= ~goes_on
+    ends[:-1] &= ~goes_on
+    return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
+
+
+def _plain(table: np.ndarray, row: int, q_start: int, q_stop: int) -> Segment | None:
+    """A run as plain attention, or None if its beginnings are no window's."""
+    start, stop = table[q_start:q_stop].astype(np.int64).T
+    seen = stop - start
+    window = int(seen.max()) if start[-1] > start[0] else None
+    if window is not None and not np.array_equal(start, np.maximum(start[0], stop - window)):
+        return None
+    return Segment(row, q_start, q_stop, int(start[0]), int(stop[-1]), window, int(seen.sum()))
+
+
+def _pays(s: Segment, least: Least) -> bool:
+    return s.q_stop - s.q_start >= least.queries and min(s.k_stop - s.k_start, s.window or least.keys) >= least.keys
+
+
+def _ranged(table: np.ndarray, row: int, q_start: int, q_stop: int) -> Segment | None:
+    """What lies between plain stretches, without the queries at either end that see nothing; None if that is all."""
+    seen = np.flatnonzero(table[q_start:q_stop, 1] > table[q_start:q_stop, 0])
+    if not len(seen):
+        return None
+    q_start, q_stop = q_start + int(seen[0]), q_start + int(seen[-1]) + 1
+    start, stop = table[q_start:q_stop].astype(np.int64).T
+    pairs = int((stop - start).sum())
+    return Segment(row, q_start, q_stop, int(start[stop > start].min()), int(stop.max()), None, pairs, True)
