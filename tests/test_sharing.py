@@ -398,3 +398,24 @@ def test_compiled_models_find_their_own(model):
         torch.compiler.reset()
         torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, own, rtol=0, atol=1e-5)
         assert not held(model)
+
+
+def test_shared_selections_leave_nothing_stale_beside_a_cache(monkeypatch):
+    """Pieces that take another layer's lists cut nothing; a step after them must not trust what lies there from before
+    the cache was cropped."""
+    model = build("llama")
+    first, other, step = tokens(1, 400), tokens(1, 100, seed=1), tokens(1, 1, seed=2)
+
+    def read():
+        cache = transformers.DynamicCache(config=model.config)
+        model(first, past_key_values=cache)
+        model(step, past_key_values=cache)
+        cache.crop(-101)
+        model(other, past_key_values=cache)
+        return model(step, past_key_values=cache).logits
+
+    with dhsa.patched(model, LISTS.replace(decode="dhsa")):
+        trusting = read()
+        assert all(r.density < 1 for r in dhsa.last_run(model))
+        monkeypatch.setattr(hf.caches.Kept, "unchanged", lambda kept, layer: 0)  # looks at every key
+        assert torch.equal(trusting, read())

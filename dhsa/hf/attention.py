@@ -85,6 +85,8 @@ def attend(
     memory = recall(module, query, key, config) if sliding_window is None else None
     if q_len == 1 and (memory is None or config.decode == "exact"):
         config, memory = EXACT, None
+    if config.share == "selections" and q_len > 1:
+        memory = None  # a layer that takes another's lists neither looks at its keys nor cuts them
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
 
     # The core writes into a view, so that the layout that transformers wants costs no copy.
