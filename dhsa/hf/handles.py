@@ -11,34 +11,38 @@ __all__ = ["HANDLE", "note", "number_of", "waiting"]
 HANDLE = "_dhsa_handle"  # on the attention modules of patched models
 
 _modules: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
-_numbers: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-_next = itertools.count(1)
+_handles: weakref.WeakKeyDictionary[torch.nn.Module, "_Handle"] = weakref.WeakKeyDictionary()
+_numbers = itertools.count(1)
 
 
 class _Handle:
     """A module's number as a tensor. Dynamo makes tensors inputs of a graph and numbers constants of it: this way one
     graph serves all layers that are alike. A copied or unpickled module has None in its place, until it is patched."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.number = torch.tensor(number_of(module))
+    def __init__(self) -> None:
+        self.number = torch.tensor(next(_numbers))
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(None), ()
 
 
+def _handle_of(module: torch.nn.Module) -> _Handle:
+    """A module's own, the same as long as it lives."""
+    handle = _handles.get(module)
+    if handle is None:
+        handle = _handles.setdefault(module, _Handle())
+        _modules[int(handle.number)] = module
+    return handle
+
+
 def number_of(module: torch.nn.Module) -> int:
-    """The number of a module, its own as long as the process lives."""
-    number = _numbers.get(module)
-    if number is None:
-        number = _numbers[module] = next(_next)
-        _modules[number] = module
-    return number
+    """The number by which `waiting` finds the module."""
+    return int(_handle_of(module).number)
 
 
 def note(module: torch.nn.Module) -> None:
-    """Sees to it that the module has a handle."""
-    if module.__dict__.get(HANDLE) is None:
-        module.__dict__[HANDLE] = _Handle(module)
+    """Leaves a module's handle where a graph finds it."""
+    module.__dict__[HANDLE] = _handle_of(module)
 
 
 def waiting(number: int) -> torch.nn.Module:
