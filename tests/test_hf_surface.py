@@ -82,6 +82,21 @@ def test_any_input_that_asks_for_gradients(which):
         dhsa.hf.attention_forward(module, *inputs, None, s_aux=torch.zeros(4))
 
 
+def test_compiled_inference_needs_no_no_grad():
+    """Graphs are made together with their backward, which is refused when it runs, not when it is made."""
+    model, ids = build("llama", "dhsa"), tokens(1, 40)
+    expected = model(ids, use_cache=False).logits
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match=REFUSAL):
+        got.sum().backward()
+    exported = torch.export.export(model, (ids,), {"use_cache": False}).module()(ids, use_cache=False)
+    torch.testing.assert_close(exported.logits, expected, rtol=0, atol=1e-5)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=REFUSAL):
+        torch.compile(model.train(), fullgraph=True, backend="aot_eager")(ids, use_cache=False)
+
+
 def test_arrays_that_ask_for_gradients_are_refused():
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match=r"q: requires grad.*torch\.no_grad"):

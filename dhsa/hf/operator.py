@@ -1,10 +1,13 @@
 """The operators of torch.library that graphs hold in place of this package's functions: `dhsa::attention`, and
-`dhsa::key_ranges` and `dhsa::intervals` for masks.
+`dhsa::key_ranges` and `dhsa::intervals` for masks; `dhsa::no_backward` is where attention's gradient would be.
 
 Each runs the ordinary function at run time and, as a fake implementation, says the shape of the result without
 running it. Importing this file registers them, which is all that an exported program needs. What goes into a graph
 is tracing.py's.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ import torch
 from .attention import attend
 from .handles import waiting
 from .masks import MAX_INTERVALS, causal_rows, padding_of, ranges_of, without_padding
+from .refusals import NO_BACKWARD
 from .tracing import probes, thawed
 
 __all__: list[str] = []
@@ -38,6 +42,30 @@ def _attention(
 def _(query: torch.Tensor, *_: object) -> torch.Tensor:
     batch, heads, q_len, dim = query.shape
     return query.new_empty((batch, q_len, heads, dim))
+
+
+@torch.library.custom_op("dhsa::no_backward", mutates_args=())
+def _no_backward(
+    gradient: torch.Tensor, query: Sequence[int], key: Sequence[int], value: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Graphs are made together with their backward, so this one must have a shape: it refuses when it is run."""
+    raise NotImplementedError(NO_BACKWARD)
+
+
+@_no_backward.register_fake
+def _(gradient: torch.Tensor, *shapes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    return tuple(gradient.new_empty(shape) for shape in shapes)
+
+
+def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.shapes = [tensor.shape for tensor in inputs[:3]]
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return (*torch.ops.dhsa.no_backward(gradient, *ctx.shapes), *[None] * 7)
+
+
+_attention.register_autograd(_backward, setup_context=_keep_shapes)
 
 
 @torch.library.custom_op("dhsa::key_ranges", mutates_args=())

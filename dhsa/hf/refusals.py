@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["forward_only", "gradients_wanted", "refuse_unsupported"]
+__all__ = ["NO_BACKWARD", "forward_only", "gradients_wanted", "refuse_unsupported"]
 
-_NO_BACKWARD = (
+NO_BACKWARD = (
     '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode(), or train it with '
     'attn_implementation="eager"'
 )
@@ -53,14 +53,13 @@ def refuse_unsupported(
 
 def gradients_wanted(module: torch.nn.Module, *inputs: torch.Tensor) -> bool:
     """Whether autograd records this call. NotImplementedError if the module is in training, whose very next step would
-    be the backward pass, or the call is being compiled, for which backward would be traced beforehand.
-
-    Elsewhere it may just as well be inference by someone who left no_grad out, as tutorials do: see `forward_only`.
+    be the backward pass. In eval mode it may just as well be inference by someone who left no_grad out, as tutorials
+    do: see `forward_only`, and `dhsa::no_backward` in graphs.
     """
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return False
-    if getattr(module, "training", True) or torch.compiler.is_compiling():
-        raise NotImplementedError(_NO_BACKWARD)
+    if getattr(module, "training", True):
+        raise NotImplementedError(NO_BACKWARD)
     return True
 
 
@@ -77,7 +76,7 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise NotImplementedError(_NO_BACKWARD)
+        raise NotImplementedError(NO_BACKWARD)
 
 
 def _is_cross_attention(module: torch.nn.Module) -> bool:
