@@ -142,7 +142,8 @@ class Config(_CoreArgs):
             a group of rows at a time, so what is left out depends on the instruction set, but stays below that bound.
         decode: what a patched model does in decoding steps. "exact": the new token attends to all keys. "dhsa": to
             `budget` of them, in layers without a sliding window (the paper's decoding): the prompt's chunks are kept
-            beside the cache, generated tokens form one more, and the current token its own. For methods of chunks.
+            beside the cache, generated tokens form one more, and the current token its own. For methods of chunks. A
+            compiled model does not see its cache: there each step makes the chunks anew, which is no gain.
         share: what the layers of a patched model take from one another in a forward. "boundaries": the first sparse
             layer cuts keys, the others use its cuts (where their keys are the same positions). "selections": the first
             sparse layer of each kind, full or sliding of one width, selects, the others of the kind attend by its
@@ -151,7 +152,7 @@ class Config(_CoreArgs):
             perplexity over the thirty of SmolLM2 (docs/EVALUATION.md).
             `dhsa.select` and `boundaries` work on one layer all the same, `dhsa.attention` refuses. Compiled models
             do not share.
-        break_even: keys below which a prefill call of a patched model runs exact, because leaving keys out would cost
+        break_even: keys below which a call of a patched model runs exact, because leaving keys out would cost
             more time than it saves; 0: none. None: by measured costs of dtype, shape, budget and query_block, for
             method="rows" with a budget (dhsa/hf/break_even.py). Functions that take arrays do as they are told.
 
