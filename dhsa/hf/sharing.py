@@ -18,7 +18,7 @@ from dhsa import functional
 from dhsa.config import Config
 from dhsa.functional import RunStats
 
-__all__ = ["Sharing", "attach", "detach"]
+__all__ = ["HOOKS", "Sharing", "attach", "attach_one", "attached", "detach"]
 
 HOOKS = "_dhsa_hooks"  # on the models inside a patched model whose layers share
 
@@ -122,13 +122,23 @@ def attach(model: torch.nn.Module, sharing: Sharing) -> None:
     """Has every forward of `model` and of the models in it say to `sharing` where it begins and ends."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.__dict__[HOOKS] = (
-                part.register_forward_pre_hook(sharing.enter),
-                part.register_forward_hook(sharing.leave, always_call=True),
-            )
+            attach_one(part, sharing)
+
+
+def attach_one(part: PreTrainedModel, sharing: Sharing) -> None:
+    part.__dict__[HOOKS] = (
+        sharing,
+        part.register_forward_pre_hook(sharing.enter),
+        part.register_forward_hook(sharing.leave, always_call=True),
+    )
+
+
+def attached(part: torch.nn.Module) -> Sharing | None:
+    """What `attach` told it to."""
+    return part.__dict__.get(HOOKS, (None,))[0]
 
 
 def detach(model: torch.nn.Module) -> None:
     for part in model.modules():
-        for handle in part.__dict__.pop(HOOKS, ()):
+        for handle in part.__dict__.pop(HOOKS, ())[1:]:
             handle.remove()

@@ -4,17 +4,17 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
 from .handles import HANDLE, note
-from .sharing import Sharing, attach, detach
+from .sharing import HOOKS, Sharing, attach, attach_one, attached, detach
 
 __all__ = [
     "DEFAULT",
@@ -37,15 +37,28 @@ STATE = "_dhsa_state"  # on a patched model and on its modules
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
 
 
+class Entry(NamedTuple):
+    """What `patch` may change of a module: one of its configs, its State (`old` None: it had none), or with which
+    Sharing its forwards are watched."""
+
+    module: torch.nn.Module
+    name: str
+    old: Any
+    new: Any
+
+
 @dataclass(frozen=True)
 class State:
-    """What `patch` leaves on a model: how it is to attend, and which implementation its configs named."""
+    """What `patch` leaves on a model: how it is to attend, which implementation its configs named, and all that has to
+    be put back."""
 
     config: Config
     layers: frozenset[int] | None
     former: tuple[tuple[Any, str | None], ...]
     own: Mapping[int, Config] = field(default_factory=dict)  # of layers that have a boundary network of their own
     sharing: Sharing = field(default_factory=Sharing)
+    entries: tuple[Entry, ...] = ()
+    edits: tuple[tuple[Any, Any, dict[str, Any]], ...] = ()  # (config before, the model's own, what that held at first)
 
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
@@ -62,7 +75,8 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
 
     The config lives on the model, so that `generate` and pipelines need no extra arguments. `unpatch` undoes it, and
     `with patched(model, config):` does both. transformers notes the implementation in `model.config`, an object that
-    models built from one config share: `model` gets its own copy of it, for good, so that no other model is switched.
+    models built from one config share: until `unpatch`, `model` has its own copy of it, so that no other is switched.
+    A part of a patched model (`model.model`) may be patched over it, and is unpatched first.
 
     Raises TypeError if `model` is no transformers model or `config` no Config, ValueError if a layer index does not
     exist, boundaries are to come from a predictor that was trained for another model or lacks a network of a layer, or
@@ -88,19 +102,24 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
         )
 
     current: State | None = model.__dict__.get(STATE)
-    if current is None:
-        _own_configs(model)
-    former = _implementations(model) if current is None else current.former
+    before = _implementations(model)
+    if current is not None and _on_top(current):
+        former, entries, edits = current.former, current.entries, current.edits
+    else:
+        entries, edits = _own_configs(model)
+        former = _implementations(model)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        # transformers may refuse by a logged warning only.
-        if model.config._attn_implementation != IMPLEMENTATION:
-            raise ValueError(f"{type(model).__name__} does not support changing its attention implementation")
+        # transformers may refuse by a logged warning only, for the whole model or a part of it.
+        for part in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
+            if part.config._attn_implementation != IMPLEMENTATION and (part is model or _has_layers(part)):
+                raise ValueError(f"{type(part).__name__} does not support changing its attention implementation")
     except Exception:
-        if current is None:
-            _restore(former)
+        if current is None or entries is not current.entries:
+            _put_back(e for e in entries if e.new is not None)
+        _restore(before)
         raise
-    install(model, State(config, chosen, former, own))
+    install(model, State(config, chosen, former, own, entries=entries, edits=edits))
     return model
 
 
@@ -146,8 +165,9 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     state: State | None = model.__dict__.get(STATE)
     if state is None:
         raise ValueError("model: not patched")
-    _restore(state.former)
-    _uninstall(model)
+    if not _on_top(state):
+        raise ValueError("model: a part of it, or a model that it is a part of, was patched later; unpatch that first")
+    _take_off(model, state)
     return model
 
 
@@ -158,18 +178,25 @@ def patched(
     """`patch` for the length of a with statement; afterwards the model is as it was, patched by an outer one or not at
     all."""
     outer: State | None = getattr(model, "__dict__", {}).get(STATE)
-    before = _implementations(model) if outer is not None else None
+    before = _implementations(model) if outer is not None else ()
+    states = [(m, m.__dict__[STATE]) for m in model.modules() if STATE in m.__dict__] if outer is not None else []
     patch(model, config, layers)
-    if before is None:
-        before = model.__dict__[STATE].former
+    state: State = model.__dict__[STATE]
     try:
         yield model
     finally:  # whatever happened to the model inside, be it unpatched or switched to another implementation
-        _restore(before)
-        if outer is None:
-            _uninstall(model)
+        if outer is None or state.entries is not outer.entries:
+            _take_off(model, state)
         else:
+            _uninstall(model)
+            for module, name, _, new in outer.entries:
+                if new is not None:
+                    module.__dict__[name] = new
+            for module, one in states:
+                module.__dict__[STATE] = one
+                note(module)
             install(model, outer)
+        _restore(before)
 
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -196,14 +223,70 @@ def _uninstall(model: torch.nn.Module) -> None:
         unwatch(module)
 
 
-def _own_configs(model: PreTrainedModel) -> None:
+def _take_off(model: PreTrainedModel, state: State) -> None:
+    """Makes `model` what it was before the patch that left `state`; what was set in its configs since then stays."""
+    _restore(state.former)  # for whoever else holds them
+    _uninstall(model)
+    for before, own, first in state.edits:
+        for name, value in _contents(own).items():
+            if name not in first or first[name] != value:
+                before.__dict__[name] = value
+    _put_back(state.entries)
+
+
+def _put_back(entries: Iterable[Entry]) -> None:
+    for module, name, old, _ in entries:
+        if old is None:
+            module.__dict__.pop(name, None)
+        elif name == HOOKS:
+            attach_one(module, old)
+        else:
+            module.__dict__[name] = old
+        if name == STATE and old is not None:  # of a patch below this one
+            note(module)
+            if hasattr(module, "layer_idx"):
+                watch(module)
+
+
+def _on_top(state: State) -> bool:
+    """Whether no other patch has gone over any part of what this one covers."""
+    covered = {id(m) for e in state.entries[:1] for m in (e.module, *attention_modules(e.module))}
+    return all(
+        e.module.__dict__.get(STATE) is state for e in state.entries if e.name == STATE and id(e.module) in covered
+    )
+
+
+def _has_layers(model: torch.nn.Module) -> bool:
+    return any(hasattr(module, "layer_idx") for module in model.modules())
+
+
+def _own_configs(model: PreTrainedModel) -> tuple[tuple[Entry, ...], tuple[tuple[Any, Any, dict[str, Any]], ...]]:
     """Gives `model` config objects that no other model holds, alike among its modules as they were."""
     old = _configs(model)
-    own = {id(a): b for a, b in zip(old, copy.deepcopy(old), strict=True)}  # one call, so that shared parts stay shared
+    copies = copy.deepcopy(old)  # one call, so that shared parts stay shared
+    own = {id(a): b for a, b in zip(old, copies, strict=True)}
+    entries = []
     for module in model.modules():
+        entries.append(Entry(module, STATE, module.__dict__.get(STATE), None))
+        if (sharing := attached(module)) is not None:
+            entries.append(Entry(module, HOOKS, sharing, None))
         for name, value in vars(module).items():
             if id(value) in own:
-                module.__dict__[name] = own[id(value)]
+                entries.append(Entry(module, name, value, own[id(value)]))
+    for module, name, _, new in entries:
+        if new is not None:
+            module.__dict__[name] = new
+    edits = tuple((a, b, copy.deepcopy(_contents(b))) for a, b in zip(old, copies, strict=True))
+    return tuple(entries), edits
+
+
+def _contents(config: Any) -> dict[str, Any]:
+    """What a config says itself, but for its attention implementation."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not isinstance(value, PreTrainedConfig) and not name.startswith("_attn_implementation")
+    }
 
 
 def _implementations(model: PreTrainedModel) -> tuple[tuple[Any, str | None], ...]:
