@@ -289,7 +289,7 @@ def _last_logits(model: PreTrainedModel, head: torch.nn.Module, prompt: _Prompt)
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode inside; afterwards modes, config objects and records of earlier runs are as before.
 
-    `patch` gives a model config objects of its own for good; a check must not.
+    Whatever implementation the model is watched under, a check must leave it alone.
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]

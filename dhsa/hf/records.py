@@ -46,7 +46,7 @@ def record(
 ) -> None:
     """Notes on the module what its call did; several stretches become one record, their densities weighted by pairs."""
     paths = {stats.path for stats, _ in done}
-    # A table of ranges has no window of its own, but in a sliding layer its rows are windows.
+    # A table of ranges has no window of its own, but in a sliding layer its rows are windows (and spans of pictures).
     exact = "window" if "window" in paths or (sliding_window is not None and sliding_window < key.shape[2]) else "dense"
     decode = query.shape[2] == 1
     step = "decode" if decode else "prefill"
