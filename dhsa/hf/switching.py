@@ -179,7 +179,7 @@ def patched(
     all."""
     outer: State | None = getattr(model, "__dict__", {}).get(STATE)
     before = _implementations(model) if outer is not None else ()
-    states = [(m, m.__dict__[STATE]) for m in model.modules() if STATE in m.__dict__] if outer is not None else []
+    states = {m: m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__}
     patch(model, config, layers)
     state: State = model.__dict__[STATE]
     try:
@@ -188,13 +188,15 @@ def patched(
         if outer is None or state.entries is not outer.entries:
             _take_off(model, state)
         else:
-            _uninstall(model)
             for module, name, _, new in outer.entries:
                 if new is not None:
                     module.__dict__[name] = new
-            for module, one in states:
-                module.__dict__[STATE] = one
-                note(module)
+            for module in model.modules():
+                if module not in states:
+                    _forget(module)
+                else:
+                    module.__dict__[STATE] = states[module]
+                    note(module)
             install(model, outer)
         _restore(before)
 
@@ -218,9 +220,13 @@ def install(model: torch.nn.Module, state: State) -> None:
 def _uninstall(model: torch.nn.Module) -> None:
     detach(model)
     for module in model.modules():
-        for name in (STATE, HANDLE):
-            module.__dict__.pop(name, None)
-        unwatch(module)
+        _forget(module)
+
+
+def _forget(module: torch.nn.Module) -> None:
+    for name in (STATE, HANDLE):
+        module.__dict__.pop(name, None)
+    unwatch(module)
 
 
 def _take_off(model: PreTrainedModel, state: State) -> None:
