@@ -2,7 +2,7 @@
 run by `make bench-generation`. docs/GENERATION.md has its tables.
 
 Sections: `steps`, one layer's decoding step at a cache of 32K, random numbers; `crossing`, the same from which length
-on; `pieces`, a prompt of 16K tokens in
+on; `in_model`, what a step's attention takes in the model; `pieces`, a prompt of 16K tokens in
 pieces of 2,048 against the same at once; `quality`, a text read on token by token, keys chosen against all keys;
 `memory`, what a prefill of 32K tokens takes beyond weights and cache. All but the first on Gemma 3 270M. What is
 compared takes turns in one process, and medians are reported; memory has a process for each.
@@ -144,6 +144,33 @@ def pieces(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
     }  # fmt: skip
 
 
+def in_model(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
+    """What a model's layers that see everything take of a step, their keys cold as they are between other work."""
+    import copy
+
+    with dhsa.patched(model, dhsa.Config(budget=BUDGET)):
+        _, cache = read(model, ids[:, :CONTEXT], CONTEXT)
+    configs = {"exact": dhsa.Config(budget=None), "chosen": dhsa.Config(budget=BUDGET, decode="dhsa")}
+    found: dict[str, list[float]] = {name: [] for name in configs}
+    for _ in range(2):
+        for name, config in configs.items():
+            mine = copy.deepcopy(cache)
+            with dhsa.patched(model, config):
+                for i in range(8 * repeats):
+                    token = ids[:, CONTEXT + i : CONTEXT + i + 1]
+                    model.model(token, past_key_values=mine, use_cache=True)
+                    full = [run for run in dhsa.last_run(model, "decode") if run.kind == "full"]
+                    if i >= 4:  # the first makes what the prefill let go
+                        found[name].append(sum(run.select_seconds + run.attend_seconds for run in full))
+    exact, chosen = (statistics.median(found[name]) for name in configs)
+    yield {
+        "section": "in_model", "exact": exact, "chosen": chosen, "share": chosen / exact, "layers": len(full),
+        "pass": chosen / exact <= STEP_GOAL,
+        "text": f"{len(full)} global layers, cache of {CONTEXT:,}: exact {exact * 1e3:.2f} ms a step, chosen"
+        f" {chosen * 1e3:.2f}: {chosen / exact:.2f}",
+    }  # fmt: skip
+
+
 def quality(model: Any, ids: torch.Tensor, prompts: tuple[int, ...]) -> Iterator[Row]:
     """The same exactly read prompt, then a text token by token: every key, or `budget` of them."""
     import copy
@@ -216,7 +243,7 @@ def memory(folder: str, ids: torch.Tensor, threads: int, lengths: tuple[int, ...
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sections = ("steps", "crossing", "pieces", "quality", "memory")
+    sections = ("steps", "crossing", "in_model", "pieces", "quality", "memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of a comparison (steps: eight times as many)")
     parser.add_argument("--only", nargs="+", choices=sections, default=list(sections), metavar="SECTION")
@@ -247,7 +274,9 @@ def main() -> None:
     from dhsa import loading
 
     tokenizer, model = loading.load(loading.find_model("gemma3"))
-    ids = loading.tokenize(tokenizer, loading.read_text(args.text), CONTEXT)
+    ids = loading.tokenize(tokenizer, loading.read_text(args.text), CONTEXT + 1024)
+    if "in_model" in args.only:
+        take(in_model(model, ids, args.repeats))
     if "pieces" in args.only:
         take(pieces(model, ids, args.repeats))
     if "quality" in args.only:
