@@ -220,7 +220,7 @@ def memory(folder: str, ids: torch.Tensor, threads: int, lengths: tuple[int, ...
     command = [sys.executable, str(Path(bench_model.__file__).resolve()), "--child"]
     for length in lengths:
         cache = (3 * length + 15 * 511) * 2 * 256 * 4 / 2**20  # MiB in fp32: three layers keep everything, 15 a window
-        for work in ("dhsa sparse", "dhsa exact", "sdpa", "eager"):
+        for work in ("eager", "dhsa sparse", "dhsa exact", "sdpa"):
             row: Row = {"section": "memory", "work": work, "length": length, "cache_mib": cache}
             if work == "eager" and 3 * 4 * 4 * length**2 > 16 * 2**30:  # scores, their softmax and a copy
                 needs = 2 * 4 * 4 * length**2 / 2**30
