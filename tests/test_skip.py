@@ -44,12 +44,12 @@ def exactly(q):
     return [x.float().numpy() for x in q]
 
 
-def grouping(tier, dtype, batch, sets, heads, q_len, block=None):
+def grouping(tier, dtype, batch, sets, heads, q_len, block=None, window=None):
     """The executor's: see attend() in csrc/attend/attend.c; `heads` share a list, of which there are `sets`."""
     pair = dtype != "float32" and dtype in dhsa.build_info()["products"]
     lanes = 32 if pair else LANES[tier]
     least, most = -(-lanes // heads), max(512 // heads, 1)
-    fair = -(-q_len * batch * sets // (8 if pair else 16))
+    fair = -(-q_len * (1 if window else batch) * sets // (8 if pair else 16))
     run = max(least, min(most, -(-fair // least) * least))
     return reference.Grouping(256 if pair else 128, lanes, min(block or q_len, run))
 
@@ -65,7 +65,9 @@ def test_every_tier_leaves_out_what_the_reference_does(make, name, dtype, tier):
     config = dhsa.Config(budget=None, skip=skip)
     out, lse, stats = functional.run(q, k, v, config, return_lse=True, **options)
     q, k, v = exactly((q, k, v))
-    mask, share = reference.skip_mask(q, k, skip, grouping(tier, dtype, b, hkv, h // hkv, lq), **options)
+    mask, share = reference.skip_mask(
+        q, k, skip, grouping(tier, dtype, b, hkv, h // hkv, lq, window=options.get("window")), **options
+    )
     scaling = {name: options[name] for name in ("scale", "softcap") if name in options}
     want, want_lse = reference.masked_attention(q, k, v, mask, return_lse=True, **scaling)
     assert stats.skipped == pytest.approx(share, abs=1e-12)
@@ -93,7 +95,7 @@ def test_lists_agree_with_the_reference(make, tier, dtype, heads, window):
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, skip=0.2, return_lse=True)
     q, k, v = exactly((q, k, v))
     alone = heads == "head"
-    groups = grouping(tier, dtype, b, h if alone else hkv, 1 if alone else h // hkv, lq, block)
+    groups = grouping(tier, dtype, b, h if alone else hkv, 1 if alone else h // hkv, lq, block, window)
     mask, share = reference.skip_mask(q, k, 0.2, groups, selection=selection, window=window)
     want, want_lse = reference.masked_attention(q, k, v, mask, return_lse=True)
     assert share > 0.02
