@@ -26,6 +26,7 @@ from peers import GEMMA2, GEMMA3, Shape
 
 import dhsa
 from dhsa import _core, functional
+from dhsa.hf.compat import cache_option
 
 LLAMA3, SMALL = Shape(32, 8, 128), Shape(9, 3, 64)
 CONTEXT, BUDGET, STEP_GOAL = 32768, 2048, 0.2
@@ -106,7 +107,9 @@ def read(model: Any, ids: torch.Tensor, piece: int) -> tuple[torch.Tensor, Any]:
     cache = DynamicCache(config=model.config)
     last = []
     for at in range(0, ids.shape[1], piece):
-        hidden = model.model(ids[:, at : at + piece], past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = model.model(
+            ids[:, at : at + piece], **cache_option(model.model, cache), use_cache=True
+        ).last_hidden_state
         last.append(hidden[0, -JUDGED:])
     hidden = torch.cat(last)[-JUDGED:]
     return torch.log_softmax(model.lm_head(hidden).float(), -1), cache
@@ -158,7 +161,7 @@ def in_model(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
             with dhsa.patched(model, config):
                 for i in range(8 * repeats):
                     token = ids[:, CONTEXT + i : CONTEXT + i + 1]
-                    model.model(token, past_key_values=mine, use_cache=True)
+                    model.model(token, **cache_option(model.model, mine), use_cache=True)
                     full = [run for run in dhsa.last_run(model, "decode") if run.kind == "full"]
                     if i >= 4:  # the first makes what the prefill let go
                         found[name].append(sum(run.select_seconds + run.attend_seconds for run in full))
@@ -186,7 +189,9 @@ def quality(model: Any, ids: torch.Tensor, prompts: tuple[int, ...]) -> Iterator
             logits, seconds = [], []
             with dhsa.patched(model, config):
                 for i in range(READ_ON):
-                    hidden = model.model(rest[:, i : i + 1], past_key_values=mine, use_cache=True).last_hidden_state
+                    hidden = model.model(
+                        rest[:, i : i + 1], **cache_option(model.model, mine), use_cache=True
+                    ).last_hidden_state
                     logits.append(torch.log_softmax(model.lm_head(hidden[0]).float(), -1))
                     full = [r for r in dhsa.last_run(model, "decode") if r.kind == "full"]
                     seconds.append(sum(r.select_seconds + r.attend_seconds for r in full))

@@ -155,8 +155,10 @@ def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
 
 def _prefill(model: Any, ids: Any) -> tuple[Any, Any]:
     """(cache, last hidden states) of the decoder without its head, whose [length, vocabulary] would dwarf the rest."""
+    from dhsa.hf.compat import cache_of
+
     out = model.get_decoder()(ids, use_cache=True)
-    return out.past_key_values, out.last_hidden_state
+    return cache_of(out), out.last_hidden_state
 
 
 def _measure(
@@ -268,7 +270,9 @@ def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
 def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) -> str:
     """The next tokens, greedily, decoded over the cache that this prefill left behind."""
     import dhsa
+    from dhsa.hf.compat import cache_option
 
+    decoder = model.get_decoder()
     with dhsa.patched(model, config) if config is not None else nullcontext():
         chosen = []
         last = hidden[:, -1:]
@@ -277,7 +281,7 @@ def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) 
             chosen.append(int(token))
             if chosen[-1] == tokenizer.eos_token_id or count + 1 == NEW_TOKENS:
                 break
-            last = model.get_decoder()(token, past_key_values=cache, use_cache=True).last_hidden_state
+            last = decoder(token, **cache_option(decoder, cache), use_cache=True).last_hidden_state
     return tokenizer.decode(chosen)
 
 

@@ -12,6 +12,7 @@ from dhsa import _core, functional  # noqa: E402
 from dhsa.doctor.reasons import reason as in_words  # noqa: E402
 from dhsa.evaluation import settings  # noqa: E402
 from dhsa.hf import break_even  # noqa: E402
+from dhsa.hf.compat import cache_option  # noqa: E402
 
 DTYPES = ["float32", "bfloat16", "float16"]
 SHAPES = [(4, 1, 256), (8, 4, 256), (32, 8, 128), (9, 3, 64)]
@@ -77,7 +78,7 @@ def test_each_row_of_a_batch_and_each_piece_of_a_prompt_decides_for_itself():
         cache = transformers.DynamicCache(config=model.config)
         said = []
         for piece in tokens(1, 400).split(200, dim=1):
-            model(piece, past_key_values=cache)
+            model(piece, **cache_option(model, cache))
             said.append({(r.path, bool(r.reason)) for r in dhsa.last_run(model)})
     assert said == [{("dense", True)}, {("sparse", False)}]
 

@@ -31,6 +31,7 @@ from tiny import (  # noqa: E402
 
 import dhsa  # noqa: E402
 import dhsa.hf  # noqa: E402
+from dhsa.hf.compat import cache_option  # noqa: E402
 
 LENGTH, LENGTHS, STEPS = 300, [300, 171, 70], 12
 DTYPES = [torch.float32, torch.bfloat16]
@@ -339,7 +340,10 @@ def test_pictures_with_a_filled_cache(model_of, cache):
         return torch.cat(
             [
                 model(
-                    input_ids=ids[:, part], token_type_ids=kinds[:, part], pixel_values=image, past_key_values=one
+                    input_ids=ids[:, part],
+                    token_type_ids=kinds[:, part],
+                    pixel_values=image,
+                    **cache_option(model, one),
                 ).logits
                 for part, image in pieces
             ],

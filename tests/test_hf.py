@@ -25,6 +25,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import dhsa  # noqa: E402
 import dhsa.hf  # noqa: E402
+from dhsa.hf.compat import cache_option  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +142,7 @@ def test_static_cache_prefill_is_sparse_over_the_real_keys_only(models):
     model, ids = models("gemma2"), tokens(1, 300)
     with dhsa.patched(model, SPARSE):
         plain = model(ids).logits
-        cached = model(ids, past_key_values=StaticCache(model.config, max_cache_len=400)).logits
+        cached = model(ids, **cache_option(model, StaticCache(model.config, max_cache_len=400))).logits
         runs = [r for r in dhsa.last_run(model) if r.kind == "full"]
     assert {r.path for r in runs} == {"sparse"}
     assert {r.key_shape[2] for r in runs} == {400}
@@ -156,7 +157,7 @@ def test_prompt_in_pieces(models, static):
     with dhsa.patched(model, EXACT):
         cache = StaticCache(model.config, max_cache_len=500) if static else DynamicCache(config=model.config)
         got = torch.cat(
-            [model(ids[:, a:b], past_key_values=cache).logits for a, b in [(0, 30), (30, 210), (210, 400)]], 1
+            [model(ids[:, a:b], **cache_option(model, cache)).logits for a, b in [(0, 30), (30, 210), (210, 400)]], 1
         )
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 

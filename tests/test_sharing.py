@@ -15,6 +15,7 @@ from transformers import AttentionInterface  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa import functional, hf  # noqa: E402
+from dhsa.hf.compat import cache_option  # noqa: E402
 
 # Below the windows of the tiny models, so that layers of both kinds are sparse.
 SMALL = dhsa.Config(budget=48, sink=4, local=16, query_block=32, dense_tail=16)
@@ -263,9 +264,9 @@ def test_generate_and_continued_prefill(model, made):
         made.clear()
         with dhsa.patched(model, SMALL.replace(share=share)):
             cache = transformers.DynamicCache(config=model.config)
-            model(ids[:, :200], past_key_values=cache)
+            model(ids[:, :200], **cache_option(model, cache))
             assert made == [name] * first
-            model(ids[:, 200:], past_key_values=cache)
+            model(ids[:, 200:], **cache_option(model, cache))
             # A layer whose cache knows where earlier keys were cut finds its boundaries there.
             assert made == [name] * (first + (1 if share == "boundaries" else 2))
             out = model.generate(ids, max_new_tokens=3, do_sample=False)
@@ -408,11 +409,11 @@ def test_shared_selections_leave_nothing_stale_beside_a_cache(monkeypatch):
 
     def read():
         cache = transformers.DynamicCache(config=model.config)
-        model(first, past_key_values=cache)
-        model(step, past_key_values=cache)
+        model(first, **cache_option(model, cache))
+        model(step, **cache_option(model, cache))
         cache.crop(-101)
-        model(other, past_key_values=cache)
-        return model(step, past_key_values=cache).logits
+        model(other, **cache_option(model, cache))
+        return model(step, **cache_option(model, cache)).logits
 
     with dhsa.patched(model, LISTS.replace(decode="dhsa")):
         trusting = read()

@@ -155,15 +155,17 @@ class Engine:
         """
         from transformers import DynamicCache
 
+        from dhsa.hf.compat import cache_option
+
         ends = {e for e in _as_list(self.model.generation_config.eos_token_id) if e is not None}
         ends |= {self.tokenizer.eos_token_id} - {None}
         forget_runs(self.model)
         chosen: list[int] = []
         decoder = self.model.get_decoder()
         with self._attending(setting):
-            cache = DynamicCache(config=self.model.config.get_text_config())
+            held = cache_option(decoder, DynamicCache(config=self.model.config.get_text_config()))
             start = time.perf_counter()
-            last = decoder(torch.tensor([ids]), past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
+            last = decoder(torch.tensor([ids]), **held, use_cache=True).last_hidden_state[:, -1:]
             seconds = time.perf_counter() - start
             done = work(dhsa.last_run(self.model, "prefill"), seconds, 0, setting.dense)
             while True:
@@ -173,7 +175,7 @@ class Engine:
                 chosen.append(int(token))
                 if len(chosen) == tokens or (stop and stop in self.tokenizer.decode(chosen)):
                     break
-                last = decoder(token, past_key_values=cache, use_cache=True).last_hidden_state
+                last = decoder(token, **held, use_cache=True).last_hidden_state
         text = self.tokenizer.decode(chosen, skip_special_tokens=True)
         return text.split(stop)[0] if stop else text, done
 

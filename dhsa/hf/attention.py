@@ -13,6 +13,7 @@ from dhsa.selection import Selection
 
 from . import break_even
 from .caches import Memory, recall
+from .compat import outside_graphs
 from .masks import key_lists, least_stretch, ranges_of, segments
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
@@ -24,6 +25,7 @@ __all__ = ["attend", "attention_forward"]
 FEW = 16  # so many query rows at most go another way in the core, with other bits
 
 
+@outside_graphs
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -82,9 +84,11 @@ def attend(
     state: State | None = module.__dict__.get(STATE)
     config = DEFAULT if state is None else state.config_for(layer)
     # Keys that slide out of a window take their chunks along: only layers that see everything keep them.
-    memory = recall(module, query, key, config) if sliding_window is None else None
+    memory, unseen = None, ""
+    if sliding_window is None:
+        memory, unseen = recall(module, query, key, config, None if state is None else state.sharing)
     if q_len == 1 and (memory is None or config.decode == "exact"):
-        config, memory = EXACT, None
+        config, memory, unseen = EXACT, None, ""
     if config.share == "selections" and q_len > 1:
         memory = None  # a layer that takes another's lists neither looks at its keys nor cuts them
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
@@ -93,7 +97,7 @@ def attend(
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype)
     view = out.transpose(1, 2)
     options = {"scale": scaling, "softcap": softcap}
-    stretches = _Stretches(state, memory, layer, sliding_window)
+    stretches = _Stretches(state, memory, layer, sliding_window, unseen)
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if not causal and sliding_window is not None and q_len > 1:
@@ -162,10 +166,12 @@ def attend(
 class _Stretches:
     """Attends in the stretches of plain attention of one call: exact where sparse would not pay, with what earlier
     calls left in the cache, and by what other layers of this forward found where they share. `reason`: of the first
-    stretch that did not pay, else ""."""
+    stretch that did not pay, else `unseen`, why keys of a cache are cut anew, if a stretch cut them, else ""."""
 
-    def __init__(self, state: State | None, memory: Memory | None, layer: int | None, kind: int | None) -> None:
-        self._state, self._memory, self._layer, self._kind = state, memory, layer, kind
+    def __init__(
+        self, state: State | None, memory: Memory | None, layer: int | None, kind: int | None, unseen: str
+    ) -> None:
+        self._state, self._memory, self._layer, self._kind, self._unseen = state, memory, layer, kind, unseen
         self.reason = ""
 
     def run(
@@ -183,6 +189,8 @@ class _Stretches:
         if why := break_even.reason(config, q, k, window):
             self.reason = self.reason or why
             config = break_even.fallback(config.skip)
+        elif not self.reason and not config._exact:
+            self.reason = self._unseen
         if self._memory is not None and not config._exact:
             options |= self._memory.of(where[0], where[3])
         if self._state is not None and config.share is not None and q.shape[2] > 1:  # in a step each layer chooses

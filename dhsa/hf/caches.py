@@ -4,28 +4,40 @@ A `_core.Past` for each batch row lies on the cache's own layer object, so it li
 never share one, and a deep copy of a cache brings its own along. A Past looks at every key before it relies on it:
 cropping, reordering beams and refilling a cache need no notice. Only where the cache still holds the very tensor that
 the layer saw last, and grew it by appending, is that look left out. How a call learns which cache it belongs to: a hook
-before the attention module's forward, which patching installs, sees `past_key_values`; attention functions do not.
+before the attention module's forward, which patching installs, sees the cache among its arguments; attention functions
+are not handed it.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
+import warnings
 import weakref
 from typing import Any
 
 import torch
-from transformers import Cache
 
 from dhsa import _core
 from dhsa.config import SCORE_OF, Config
 
-__all__ = ["Memory", "recall", "unwatch", "watch"]
+from .compat import cache_in
+
+__all__ = ["COMPILED", "UNSEEN", "Memory", "recall", "unwatch", "watch"]
 
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
 
-_running = threading.local()  # .entry: (module, weak reference to its cache, how many keys are as the layer saw them)
+# .entry, written before a watched module's forward: (weak reference to the module, weak reference to its cache or None
+# if it was called without one, how many keys are as the layer saw them).
+_running = threading.local()
+_told: weakref.WeakSet[Any] = weakref.WeakSet()  # of patched models that were warned of a cache that was not seen
+
+UNSEEN = (
+    "no cache was seen among the arguments of the attention module, so that what earlier calls found of the keys is "
+    "not used"
+)
+COMPILED = "compiled graphs keep nothing of a cache's keys from call to call"
 
 
 class Kept:
@@ -58,22 +70,28 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _layer_of(cache: Any, module: torch.nn.Module) -> Any:
-    layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", None)
-    return layers[index] if isinstance(index, int) and index < len(layers) else None
+def _place_of(cache: Any, module: torch.nn.Module) -> tuple[Any, str] | None:
+    """The object and the name of its attribute that hold the Kept of `module`: the cache's own layer, or the cache, for
+    a module that has no layer there since it reads another's keys. None if the module does not say which it is."""
+    layers, index = getattr(cache, "layers", None) or (), getattr(module, "layer_idx", None)
+    if cache is None or not isinstance(index, int):
+        return None
+    return (layers[index], _KEPT) if index < len(layers) else (cache, f"{_KEPT}_{index}")
+
+
+def _kept_at(place: tuple[Any, str] | None) -> Kept | None:
+    kept = None if place is None else getattr(*place, None)
+    return kept if isinstance(kept, Kept) else None
 
 
 def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():  # nothing of this belongs into a graph
         return
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, Cache):
-        _running.entry = None
-        return
-    layer = _layer_of(cache, module)
-    kept = getattr(layer, _KEPT, None)
-    same = kept.unchanged(layer) if isinstance(kept, Kept) else 0
-    _running.entry = (module, weakref.ref(cache), same)
+    cache = cache_in(args, kwargs)
+    place = _place_of(cache, module)
+    kept = _kept_at(place)
+    same = 0 if kept is None else kept.unchanged(place[0])
+    _running.entry = (weakref.ref(module), None if cache is None else weakref.ref(cache), same)
 
 
 def watch(module: torch.nn.Module) -> None:
@@ -110,31 +128,45 @@ class Memory:
         kept.version = _version(self._key)
 
 
-def recall(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, config: Config) -> Memory | None:
-    """The memory of the cache that `module` is running with, if `config` has a use for one: None without chunks, or
-    where the keys are in no cache."""
+def recall(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, config: Config, patched: Any
+) -> tuple[Memory | None, str]:
+    """The memory of the cache that `module` is running with, if `config` has a use for one (None without chunks, or
+    where the keys are in no cache), and, of a patched model, why keys that came from a cache have to be cut anew, else
+    "". `patched`: an object of the model's patch, which is warned of once, or None."""
     entry = getattr(_running, "entry", None)
     _running.entry = None
     if config._exact or config.method not in SCORE_OF:
-        return None
-    layer, same = None, 0
-    if entry is not None and entry[0] is module:
-        layer, same = _layer_of(entry[1](), module), entry[2]
-    if layer is None:
+        return None, ""
+    place, same, hooked = None, 0, entry is not None and entry[0]() is module
+    if hooked and entry[1] is not None:
+        place, same = _place_of(entry[1](), module), entry[2]
+    if place is None:
+        reason = ""
+        if patched is not None and key.shape[2] > query.shape[2]:
+            reason = UNSEEN if hooked else COMPILED
+            if hooked and patched not in _told:
+                _told.add(patched)
+                warnings.warn(
+                    f"dhsa: {type(module).__name__} attends to {key.shape[2]:,} keys with {query.shape[2]:,} queries, "
+                    f"but {UNSEEN}; dhsa.last_run names this reason for each layer",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         # Whoever decodes without a cache in sight has its chunks made for the step.
-        return _fresh(key) if query.shape[2] == 1 and key.shape[2] > 1 else None
-    kept = getattr(layer, _KEPT, None)
-    if not isinstance(kept, Kept) or kept.batch != key.shape[0]:
+        return (_fresh(key) if query.shape[2] == 1 and key.shape[2] > 1 else None), reason
+    kept = _kept_at(place)
+    if kept is None or kept.batch != key.shape[0]:
         kept = Kept()
         kept.batch = key.shape[0]
-        setattr(layer, _KEPT, kept)
+        setattr(*place, kept)
         same = 0
-    held = getattr(layer, "keys", None) is key
+    held = getattr(place[0], "keys", None) is key
     if not held or (kept.tensor is not None and kept.tensor() is key):  # static caches write into the tensor they have
         same = 0
     # Means are worth their memory to whoever comes back: a step, or the next piece of a prompt that comes in pieces.
     keep = config.decode == "dhsa" or key.shape[2] > query.shape[2]
-    return Memory(kept, key, min(same, key.shape[2]), keep, held)
+    return Memory(kept, key, min(same, key.shape[2]), keep, held), ""
 
 
 def _fresh(key: torch.Tensor) -> Memory:

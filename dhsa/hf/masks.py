@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dhsa.config import Config
 
+from .compat import outside_graphs
 from .tracing import traced_ranges, tracing
 
 __all__ = [
@@ -71,6 +72,7 @@ class Segment(NamedTuple):
 # ---- the mask function that transformers calls -----------------------------------------------------------------------
 
 
+@outside_graphs
 def key_range_mask(
     batch_size: int,
     q_length: int,

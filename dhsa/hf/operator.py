@@ -44,7 +44,12 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty((batch, q_len, heads, dim))
 
 
-@torch.library.custom_op("dhsa::no_backward", mutates_args=())
+@torch.library.custom_op(
+    "dhsa::no_backward",
+    mutates_args=(),
+    # Said in full, because torch 2.6 reads Sequence[int] of typing only.
+    schema="(Tensor gradient, SymInt[] query, SymInt[] key, SymInt[] value) -> (Tensor, Tensor, Tensor)",
+)
 def _no_backward(
     gradient: torch.Tensor, query: Sequence[int], key: Sequence[int], value: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,8 +18,8 @@ class LayerRun(NamedTuple):
     "window", "sparse" (some query saw a selection of its keys) or "decode" (a step that saw all of them). `density`:
     (query, key) pairs attended over pairs visible under mask and window, 1 on exact paths. Seconds: choosing the keys,
     and attending to them. `skipped`: see `dhsa.Config.skip`, 0 without. `query_shape` is [B, H, Lq, D], `key_shape`
-    [B, Hkv, Lk, D]. `reason`: why it ran exact, or part of it, although keys could be left out:
-    `dhsa.Config.break_even`; else "".
+    [B, Hkv, Lk, D]. `reason`: why it ran exact, or part of it, although keys could be left out
+    (`dhsa.Config.break_even`), or why keys that a cache holds had to be cut anew; else "".
     """
 
     layer: int

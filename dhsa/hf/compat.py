@@ -1,0 +1,95 @@
+"""What differs between the supported releases, transformers 5.4 to 5.24 and torch 2.6 to 2.14, and how it is seen.
+
+Everything here looks at what is installed, at signatures and attributes, where they tell, and not at version numbers:
+so a release in between, or a later one that keeps the same conventions, is served as well. The rest of the package asks
+this module and names no release. tests/test_compat.py runs on the oldest and on the newest releases.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import Cache, __version__
+from transformers.masking_utils import sdpa_mask
+
+__all__ = ["GRAPHS", "OLDEST", "cache_in", "cache_of", "cache_option", "outside_graphs", "packed_mask_function"]
+
+OLDEST = "5.4"  # what the metadata of the package promises
+GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # whether compiled graphs hold our operators
+
+
+def _refuse_older() -> None:
+    """Raises ImportError for transformers before 5.4.
+
+    5.4 changed what mask functions are called with: `q_length` and `q_offset` in place of the tensor `cache_position`.
+    Recognized by the signature of transformers' own mask function.
+    """
+    if "q_length" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError(
+            f"transformers {__version__} is older than {OLDEST}, the oldest release that dhsa supports: "
+            f"pip install 'transformers>={OLDEST}'"
+        )
+
+
+def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of an attention module's call, or None.
+
+    Attention modules are handed it as `past_key_values=` up to 5.23 and as `cache=` from 5.24 on; a few models pass it
+    by position. It is recognized by what it is. Of the pair of caches of an encoder-decoder, the one of self-attention.
+    """
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, Cache) or _is_like_a_cache(value):
+            return getattr(value, "self_attention_cache", value)
+    return None
+
+
+def _is_like_a_cache(value: Any) -> bool:
+    """Whether it has what the models use of a cache: a user's own class need not derive from transformers'."""
+    kind = type(value)
+    return hasattr(kind, "update") and hasattr(kind, "get_seq_length")
+
+
+def cache_option(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands `cache` to a call of `model`.
+
+    `cache=` from 5.24 on, where `past_key_values=` gives a deprecation warning until 5.40 removes it, and
+    `past_key_values=` before. Recognized by the signature of `forward`.
+    """
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output: its attribute `cache` from 5.24 on, `past_key_values` before."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def packed_mask_function(mask_function: Any, position_ids: Any, numbers: Any) -> Any:
+    """transformers' mask function of packed texts, `numbers` [B, L] saying which text a token is of.
+
+    Up to 5.22 a mask of the texts is added to the pattern; 5.23 also counts positions anew in each text, both by one
+    function, 5.24 by two that are composed. Recognized by the functions that are there.
+    """
+    from transformers import masking_utils
+
+    if (compose := getattr(masking_utils, "packed_sequence_compatibility_function", None)) is not None:
+        return compose(mask_function, position_ids, numbers)
+    if (remap := getattr(masking_utils, "remap_positions_for_packed_sequence", None)) is not None:
+        mask_function = remap(mask_function, position_ids)
+    return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(numbers))
+
+
+def outside_graphs(function: Callable) -> Callable:
+    """`function`, or before torch 2.13 the same as one that torch.compile leaves out of its graphs.
+
+    Earlier releases cannot write an attention module into a graph as the package does, so that there a compiled model
+    runs the function between its graphs, with the same result; `fullgraph=True` and torch.export raise torch's error.
+    Recognized by the version, as no signature tells.
+    """
+    return function if GRAPHS else torch.compiler.disable(function)
+
+
+_refuse_older()
