@@ -122,7 +122,8 @@ def load(source: Path, dtype: str = "float32") -> tuple[Any, Any]:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
-        except (OSError, ValueError) as error:  # how transformers says that this is no model, or not all of one
+        # How transformers says that this is no model, or not all of one, or that it lacks a package to read it with.
+        except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--model: transformers cannot load {source}: {error}") from error
     return tokenizer, model.eval()
 

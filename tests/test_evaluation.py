@@ -22,6 +22,7 @@ from dhsa import loading  # noqa: E402
 from dhsa.evaluation import pairing, report, runner, settings, store, texts  # noqa: E402
 from dhsa.evaluation.engine import Engine, refusals, weights_products, work  # noqa: E402
 from dhsa.hf import LayerRun  # noqa: E402
+from dhsa.hf.compat import float32_products  # noqa: E402
 from dhsa.loading import UserError  # noqa: E402
 
 
@@ -137,6 +138,10 @@ def test_likelihood_in_blocks(softcap, monkeypatch):
 
 
 def test_products_in_bf16_are_put_back(engine):
+    if float32_products() is None:
+        with pytest.raises(UserError, match=r"products in bf16 need torch 2\.9"), weights_products("bf16"):
+            pass
+        return
     before = torch.backends.mkldnn.matmul.fp32_precision
     with weights_products("bf16"):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

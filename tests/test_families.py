@@ -387,7 +387,10 @@ def test_sinks_are_refused():
 def test_attention_bias_is_refused():
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL, **sizes))
-    refuses(model, "position_bias", input_ids=tokens(1, 20), decoder_input_ids=tokens(1, 9))
+    try:
+        refuses(model, "position_bias", input_ids=tokens(1, 20), decoder_input_ids=tokens(1, 9))
+    except ValueError as error:  # of early releases, whose T5 takes no implementation by name
+        assert "T5ForConditionalGeneration does not support changing its attention implementation" in str(error)  # noqa: PT017
     alibi = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="BloomForCausalLM does not support changing its attention implementation"):
         dhsa.patch(alibi)

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 
-from tiny import EXACT, SPARSE, WINDOW, padded, tokens  # noqa: E402
+from tiny import EXACT, SIZES, SPARSE, WINDOW, padded, tokens  # noqa: E402
 
 import dhsa  # noqa: E402
 
@@ -174,7 +174,8 @@ def guesses(model, asked, guesser, **options):
     with dhsa.patched(model, EXACT):
         got = generate(model, **asked, **guesser, **options).sequences
     handle.remove()
-    assert torch.equal(got, generate(model, **asked, **options).sequences)
+    # Eager with the same helper: in early releases a helper changes what the model says.
+    assert torch.equal(got, generate(model, **asked, **guesser, **options).sequences)
     return STEPS - len(seen), sum(seen) - LENGTH - STEPS + 1
 
 
@@ -193,7 +194,8 @@ def test_assisted(models, family, helper):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_lookup(models, family):
-    model, guesser = models(family), {"prompt_lookup_num_tokens": 5}
+    # The end token is never said; early releases look prompts up only where there is one.
+    model, guesser = models(family), {"prompt_lookup_num_tokens": 5, "eos_token_id": SIZES["vocab_size"]}
     same_as_eager(model, [LENGTH], do_sample=True, top_k=0, **guesser)
     asked, _ = same_as_eager(model, [LENGTH], **guesser)
     assert min(guesses(model, asked, guesser)) > 0

@@ -19,6 +19,7 @@ from dhsa import loading
 from dhsa.evaluation.cuts import cutting
 from dhsa.evaluation.likelihood import likelihood
 from dhsa.evaluation.settings import Setting
+from dhsa.hf.compat import cache_option, float32_products
 from dhsa.loading import UserError
 
 __all__ = ["Engine", "refusals", "weights_products", "work"]
@@ -27,12 +28,20 @@ __all__ = ["Engine", "refusals", "weights_products", "work"]
 @contextmanager
 def weights_products(kind: str) -> Iterator[None]:
     """Has the model's own matrix products (not attention's) done on numbers rounded to `kind`: "fp32" or "bf16"."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = {"fp32": "ieee", "bf16": "bf16"}[kind]
+    products = float32_products()
+    if products is None:
+        if kind != "fp32":
+            raise UserError(
+                f"--weights-products: products in {kind} need torch 2.9 or later, this is {torch.__version__}"
+            )
+        yield
+        return
+    before = products.fp32_precision
+    products.fp32_precision = {"fp32": "ieee", "bf16": "bf16"}[kind]
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        products.fp32_precision = before
 
 
 @contextmanager
@@ -154,8 +163,6 @@ class Engine:
         Ends after `tokens`, at the model's end token, or once the text holds `stop`.
         """
         from transformers import DynamicCache
-
-        from dhsa.hf.compat import cache_option
 
         ends = {e for e in _as_list(self.model.generation_config.eos_token_id) if e is not None}
         ends |= {self.tokenizer.eos_token_id} - {None}

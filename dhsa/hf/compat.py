@@ -1,4 +1,4 @@
-"""What differs between the supported releases, transformers 5.4 to 5.24 and torch 2.6 to 2.14, and how it is seen.
+"""What differs between the supported releases, transformers 5.5 to 5.24 and torch 2.6 to 2.14, and how it is seen.
 
 Everything here looks at what is installed, at signatures and attributes, where they tell, and not at version numbers:
 so a release in between, or a later one that keeps the same conventions, is served as well. The rest of the package asks
@@ -15,17 +15,28 @@ import torch
 from transformers import Cache, __version__
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["GRAPHS", "OLDEST", "cache_in", "cache_of", "cache_option", "outside_graphs", "packed_mask_function"]
+__all__ = [
+    "GRAPHS",
+    "OLDEST",
+    "cache_in",
+    "cache_of",
+    "cache_option",
+    "exporting",
+    "float32_products",
+    "outside_graphs",
+    "packed_mask_function",
+]
 
-OLDEST = "5.4"  # what the metadata of the package promises
+OLDEST = "5.5"  # what the metadata of the package promises
 GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # whether compiled graphs hold our operators
 
 
 def _refuse_older() -> None:
-    """Raises ImportError for transformers before 5.4.
+    """Raises ImportError for transformers before 5.4, where nothing works.
 
     5.4 changed what mask functions are called with: `q_length` and `q_offset` in place of the tensor `cache_position`.
-    Recognized by the signature of transformers' own mask function.
+    Recognized by the signature of transformers' own mask function. (5.5 is the oldest that is tested: 5.4 cannot make a
+    configuration of OLMo 2.)
     """
     if "q_length" not in inspect.signature(sdpa_mask).parameters:
         raise ImportError(
@@ -80,6 +91,18 @@ def packed_mask_function(mask_function: Any, position_ids: Any, numbers: Any) ->
     if (remap := getattr(masking_utils, "remap_positions_for_packed_sequence", None)) is not None:
         mask_function = remap(mask_function, position_ids)
     return masking_utils.and_masks(mask_function, masking_utils.packed_sequence_mask_function(numbers))
+
+
+def exporting() -> bool:
+    """Whether torch.export traces this call. torch 2.7 brought the question; before it, exporting is not supported."""
+    asked = getattr(torch.compiler, "is_exporting", None)
+    return asked is not None and asked()
+
+
+def float32_products() -> Any:
+    """The settings whose `fp32_precision` says how float32 matrices are multiplied on the CPU, or None before torch
+    2.9, where they are multiplied as they are unless the user asks otherwise."""
+    return getattr(torch.backends.mkldnn, "matmul", None)
 
 
 def outside_graphs(function: Callable) -> Callable:

@@ -15,6 +15,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mas
 
 from dhsa.config import Config
 
+from .compat import exporting
 from .handles import HANDLE, number_of
 from .switching import DEFAULT, STATE, State
 
@@ -33,7 +34,7 @@ def tracing() -> bool:
 
 @torch.compiler.assume_constant_result
 def _exporting() -> bool:
-    return torch.compiler.is_exporting()
+    return exporting()
 
 
 # Dynamo guards the constant by the module itself: a graph that holds it serves one layer only.
