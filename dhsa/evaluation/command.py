@@ -158,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
     if names == ["report"]:
         if not store.rows:
             raise UserError(f"--out: no results in {store.path}")
+        if store.damaged:
+            console.print(f"{store.damaged} damaged lines of {store.path} were passed over.", highlight=False)
         return _report(store.rows.values(), args, console)
     _resolve(args)
     settings = _settings(args, settings_of)
