@@ -21,19 +21,8 @@ import numpy as np
 MAX_PICKLE_BYTES = 4 << 20  # a state dict's pickle holds names and shapes only; a predictor's is a few kilobytes
 MAX_STORAGE_BYTES = 4 << 30  # of a storage, and of all tensors together as float32
 MAX_TUPLES_AGAIN = 16  # uses of earlier tuples: tuples of shared tuples take exponential time to hash
-UNUSED_OPCODES = {
-    "DUP",
-    "POP",
-    "POP_MARK",
-    "INST",
-    "OBJ",
-    "EXT1",
-    "EXT2",
-    "EXT4",
-    "FROZENSET",
-    "NEXT_BUFFER",
-    "READONLY_BUFFER",
-}
+UNUSED_OPCODES = {"DUP", "POP", "POP_MARK", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "FROZENSET"}
+UNUSED_OPCODES |= {"NEXT_BUFFER", "READONLY_BUFFER"}
 # Opcodes that leave something on the stack that is surely no tuple.
 NO_TUPLE = {"BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "STACK_GLOBAL", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"}
 NO_TUPLE |= {"BINPERSID", "REDUCE"}

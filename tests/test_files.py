@@ -1,5 +1,6 @@
 """Files that are damaged, hostile or cut short by a full disk: errors with sentences, in bounded memory and time."""
 
+import argparse
 import io
 import json
 import pickle
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import dhsa
+from dhsa import _checkpoint
 from dhsa._checkpoint import find_state_dict, rebuild_tensor
 from dhsa.evaluation.store import Store
 from dhsa.loading import UserError
@@ -93,6 +95,17 @@ def test_deep_metadata(tmp_path):
     assert len(str(caught.value)) < 1000
 
 
+def test_tensors_over_one_storage_are_bounded_together(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    weight = torch.zeros(1024)
+    torch.save({f"layers.{i}.mlp.0.weight": weight for i in range(100)}, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 32 << 10
+    assert len(_checkpoint.read_checkpoint(str(tmp_path / "x.pt"), ("mlp.0.weight",))) == 100
+    monkeypatch.setattr(_checkpoint, "MAX_STORAGE_BYTES", 99 * 4096)
+    with pytest.raises(ValueError, match="its tensors take more than 405504 bytes"):
+        _checkpoint.read_checkpoint(str(tmp_path / "x.pt"), ("mlp.0.weight",))
+
+
 @pytest.fixture
 def room():
     """Sets how large a file may become; writes beyond it are cut short, then refused, as on a full disk."""
@@ -136,6 +149,16 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, room):
     room()
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    pytest.importorskip("rich")
+    from dhsa.evaluation import command
+
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match="--out: the report cannot be written"):
+        command._report([], argparse.Namespace(out=tmp_path), None)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
 
 
 @pytest.mark.parametrize("contents", [b"", bytes(100), b"hello", "half", "other"])

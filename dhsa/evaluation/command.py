@@ -250,7 +250,10 @@ def _report(rows: Any, args: argparse.Namespace, console: Any) -> int:
     from dhsa.evaluation import report
 
     command = "python -m dhsa " + " ".join(shlex.quote(a) for a in sys.argv[1:])
-    path, lines, drawn = report.write(rows, args.out, command)
+    try:
+        path, lines, drawn = report.write(rows, args.out, command)
+    except OSError as error:
+        raise UserError(f"--out: the report cannot be written: {error}") from error
     console.print(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
     for name in (path, *drawn, args.out / "results.jsonl"):
         console.print(f"{name}", soft_wrap=True, highlight=False)
