@@ -6,7 +6,11 @@ storages, the two functions that make tensors) and refuses every other one befor
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import pickletools
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,8 +18,14 @@ from typing import Any
 
 import numpy as np
 
-MAX_PICKLE_BYTES = 16 << 20  # a state dict's pickle holds names and shapes only; a predictor's is a few kilobytes
-MAX_STORAGE_BYTES = 4 << 30
+MAX_PICKLE_BYTES = 4 << 20  # a state dict's pickle holds names and shapes only; a predictor's is a few kilobytes
+MAX_STORAGE_BYTES = 4 << 30  # of a storage, and of all tensors together as float32
+MAX_TUPLES_AGAIN = 16  # uses of earlier tuples: tuples of shared tuples take exponential time to hash
+UNUSED_OPCODES = {"DUP", "POP", "POP_MARK", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "FROZENSET"}
+UNUSED_OPCODES |= {"NEXT_BUFFER", "READONLY_BUFFER"}
+# Opcodes that leave something on the stack that is surely no tuple.
+NO_TUPLE = {"BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "STACK_GLOBAL", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET"}
+NO_TUPLE |= {"BINPERSID", "REDUCE"}
 
 # Storage classes and how NumPy reads them; None: bfloat16, which NumPy lacks.
 STORAGES: dict[str, str | None] = {
@@ -43,8 +53,8 @@ _DAMAGE = (
     LookupError,
     OverflowError,
     MemoryError,
-    RecursionError,
-    NotImplementedError,
+    RuntimeError,  # zipfile, of an encrypted member; RecursionError; NotImplementedError
+    struct.error,
 )
 
 
@@ -62,6 +72,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self.archive, self.root, self.byte_order = archive, root, byte_order
         self.storages: dict[str, np.ndarray] = {}
+        self.room = os.fstat(archive.fp.fileno()).st_size  # members are stored as they are, side by side
 
     def find_class(self, module: str, name: str) -> Any:
         # Made anew for each load: a pickle may set attributes on what it is given.
@@ -72,7 +83,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
             return lambda storage, offset, shape, stride, *rest: rebuild_tensor(storage, offset, shape, stride)
         if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda data, *rest: data
+            return lambda data, *rest: rebuild_parameter(data)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; only tensors and plain containers are read")
 
     def persistent_load(self, pid: Any) -> np.ndarray:
@@ -84,7 +95,9 @@ class _Unpickler(pickle.Unpickler):
         if key not in self.storages:
             dtype = STORAGES[kind.name]
             width = np.dtype(dtype).itemsize if dtype else 2
-            data = read_member(self.archive, f"{self.root}/data/{key}", min(count * width, MAX_STORAGE_BYTES))
+            limit = min(count * width, MAX_STORAGE_BYTES, self.room)
+            data = read_member(self.archive, f"{self.root}/data/{key}", limit)
+            self.room -= len(data)
             if len(data) != count * width:
                 raise pickle.UnpicklingError(f"storage {key} holds {len(data)} bytes, not {count * width}")
             if dtype is None:
@@ -95,12 +108,19 @@ class _Unpickler(pickle.Unpickler):
         return self.storages[key]
 
 
+def rebuild_parameter(data: Any) -> np.ndarray:
+    if not isinstance(data, np.ndarray):
+        raise pickle.UnpicklingError("it holds a malformed parameter")
+    return data
+
+
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> np.ndarray:
-    """torch's strided tensor over a storage, as a copy; refuses to reach outside of it."""
+    """torch's strided tensor over a storage, as a read-only view; refuses to reach outside of it."""
     if not isinstance(storage, np.ndarray) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("it holds a malformed tensor")
-    numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in numbers):
+    if len(shape) != len(stride) or len(shape) > 8:
+        raise pickle.UnpicklingError("it holds a tensor with malformed shape or strides")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *shape, *stride)):
         raise pickle.UnpicklingError("it holds a tensor with malformed shape or strides")
     last, count = offset, 1
     for size, step in zip(shape, stride, strict=True):
@@ -111,7 +131,7 @@ def rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> np.nda
     if last >= storage.size or count > storage.size:
         raise pickle.UnpicklingError("it holds a tensor that reaches outside of its storage")
     steps = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False).copy()
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
 
 
 def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -140,25 +160,67 @@ def read_checkpoint(path: str, anchors: tuple[str, ...]) -> dict[str, np.ndarray
                 raise pickle.UnpicklingError("it has no single data.pkl, so it is no torch.save file")
             root = pickles[0].partition("/")[0]
             big = f"{root}/byteorder" in archive.namelist() and read_member(archive, f"{root}/byteorder", 16) == b"big"
-            # archive.open, not read: pickle reads on demand, but never past the size checked here.
-            read_member(archive, pickles[0], MAX_PICKLE_BYTES)
-            with archive.open(pickles[0]) as file:
-                contents = _Unpickler(file, archive, root, ">" if big else "<").load()
+            program = read_member(archive, pickles[0], MAX_PICKLE_BYTES)
+            check_pickle(program)
+            contents = _Unpickler(io.BytesIO(program), archive, root, ">" if big else "<").load()
     except _DAMAGE as error:
         raise ValueError(f"{path}: refused as a checkpoint: {str(error) or type(error).__name__}") from None
     found = find_state_dict(contents, anchors, 3)
     if found is None:
         raise ValueError(f"{path}: holds no state dict with {' or '.join(anchors)}")
-    return {str(name): value for name, value in found.items()}
+    total = 0
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            what = repr(name[:80]) if isinstance(name, str) else f"a key of type {type(name).__name__}"
+            raise ValueError(f"{path}: refused as a checkpoint: its state dict has {what}, which is no named tensor")
+        total += 4 * value.size
+        if total > MAX_STORAGE_BYTES:  # tensors may share a storage, so that the size of the file does not bound this
+            raise ValueError(
+                f"{path}: refused as a checkpoint: its tensors take more than {MAX_STORAGE_BYTES} bytes as float32"
+            )
+    return dict(found)
+
+
+def check_pickle(program: bytes) -> None:
+    """Refuses, before it is run, a pickle that would take memory or time out of proportion to its size.
+
+    The unpickler's memo is an array as long as its largest index, and byte arrays are made before their contents are
+    read: indices must be as small as a pickler makes them, and contents must be there.
+    """
+    stored: set[int] = set()
+    suspect: set[int] = set()  # what may be a tuple
+    again, before = 0, ""
+    for opcode, argument, _ in pickletools.genops(program):
+        name = opcode.name
+        if name in UNUSED_OPCODES:
+            raise pickle.UnpicklingError(f"its pickle has the opcode {name}, which torch never writes")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(stored) if name == "MEMOIZE" else int(argument)
+            if not 0 <= index <= len(stored) + 1:
+                raise pickle.UnpicklingError(f"its pickle numbers an object {index} after {len(stored)} others")
+            stored.add(index)
+            if before not in NO_TUPLE:
+                suspect.add(index)
+        elif name in ("GET", "BINGET", "LONG_BINGET") and int(argument) in suspect:
+            again += 1
+            if again > MAX_TUPLES_AGAIN:
+                raise pickle.UnpicklingError(f"its pickle shares tuples more than {MAX_TUPLES_AGAIN} times")
+        before = name
 
 
 def find_state_dict(contents: Any, anchors: tuple[str, ...], depth: int) -> Mapping[str, Any] | None:
-    if not isinstance(contents, Mapping) or depth == 0:
-        return None
-    if any(isinstance(name, str) and name.endswith(anchors) for name in contents):
-        return contents
-    for value in contents.values():
-        found = find_state_dict(value, anchors, depth - 1)
-        if found is not None:
-            return found
+    """The first mapping with an anchor among `depth` levels of mappings, outer levels first, each looked at once."""
+    level, seen = [contents], {id(contents)}
+    for _ in range(depth):
+        inner = []
+        for mapping in level:
+            if not isinstance(mapping, Mapping):
+                continue
+            if any(isinstance(name, str) and name.endswith(anchors) for name in mapping):
+                return mapping
+            for value in mapping.values():
+                if isinstance(value, Mapping) and id(value) not in seen:
+                    seen.add(id(value))
+                    inner.append(value)
+        level = inner
     return None

@@ -20,6 +20,7 @@ import numpy as np
 from dhsa import _core
 from dhsa._arrays import Array, check_int, empty, kind_of, to_numpy, type_name
 from dhsa._checkpoint import read_checkpoint
+from dhsa._files import replacing
 from dhsa._threads import get_num_threads
 
 DEFAULT_WINDOW = 4
@@ -299,7 +300,14 @@ class BoundaryPredictor:
         for name, array in weights.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name}: holds numbers beyond {dtype}; save as float32")
-        _safetensors().save_file(weights, os.fspath(path), metadata=metadata)
+        writer = _safetensors()
+        import safetensors
+
+        with replacing(path) as part:
+            try:
+                writer.save_file(weights, os.fspath(part), metadata=metadata)
+            except safetensors.SafetensorError as error:
+                raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The weights under their parameter names, float32, as copies."""
@@ -462,7 +470,7 @@ def _stored_int(stored: dict[str, str], name: str, path: str) -> int:
     try:
         return int(stored[name])
     except ValueError:
-        raise ValueError(f"{name}: {path} stores {stored[name]!r}, expected an int") from None
+        raise ValueError(f"{name}: {path} stores {stored[name][:80]!r}, expected an int") from None
 
 
 def _stored_model(stored: dict[str, str], path: str) -> dict[str, Any] | None:
@@ -470,10 +478,10 @@ def _stored_model(stored: dict[str, str], path: str) -> dict[str, Any] | None:
         return None
     try:
         model = json.loads(stored["model"])
-    except ValueError:
+    except (ValueError, RecursionError):
         model = None
     if not isinstance(model, dict):
-        raise ValueError(f"model: {path} stores {stored['model']!r}, expected a JSON object")
+        raise ValueError(f"model: {path} stores {stored['model'][:80]!r}, expected a JSON object")
     return model
 
 

@@ -158,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
     if names == ["report"]:
         if not store.rows:
             raise UserError(f"--out: no results in {store.path}")
+        if store.damaged:
+            console.print(f"{store.damaged} damaged lines of {store.path} were passed over.", highlight=False)
         return _report(store.rows.values(), args, console)
     _resolve(args)
     settings = _settings(args, settings_of)
@@ -248,7 +250,10 @@ def _report(rows: Any, args: argparse.Namespace, console: Any) -> int:
     from dhsa.evaluation import report
 
     command = "python -m dhsa " + " ".join(shlex.quote(a) for a in sys.argv[1:])
-    path, lines, drawn = report.write(rows, args.out, command)
+    try:
+        path, lines, drawn = report.write(rows, args.out, command)
+    except OSError as error:
+        raise UserError(f"--out: the report cannot be written: {error}") from error
     console.print(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
     for name in (path, *drawn, args.out / "results.jsonl"):
         console.print(f"{name}", soft_wrap=True, highlight=False)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from dhsa._files import replacing
+
 __all__ = ["curves", "heatmaps"]
 
 _INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
@@ -77,7 +79,8 @@ def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.84, 0.5), frameon=False, fontsize=9)
     figure.text(0.07, 0.93, title, fontsize=13, fontweight="bold", color=_INK)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
     return path
 
 
@@ -119,5 +122,6 @@ def heatmaps(
         bar = figure.colorbar(image, cax=figure.add_axes((0.9, 0.15, 0.012, 0.7)))
         bar.set_label(label, fontsize=8, color=_INK)
         bar.ax.tick_params(labelsize=7)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
     return path

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dhsa._files import replacing
 from dhsa.evaluation import tasks
 from dhsa.evaluation.pairing import Estimate, paired
 
@@ -38,7 +39,8 @@ def write(rows: Iterable[dict[str, Any]], folder: Path, command: str) -> tuple[P
         "",
     ]
     path = folder / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    with replacing(path) as part:
+        part.write_text("\n".join(lines), encoding="utf-8")
     return path, lines, drawn
 
 

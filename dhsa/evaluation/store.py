@@ -37,19 +37,33 @@ class Store:
             try:
                 row = json.loads(line)
                 self.rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 self.damaged += 1
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row, which must have a "key", in one write that is on disk when this returns."""
+        """Appends a row, which must have a "key"; it is on disk when this returns.
+
+        Raises:
+            UserError: it could not be written whole. What was written of it is taken away again, or, where that fails
+            too, kept apart from the next row.
+        """
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
-                file.write((b"\n" if self._torn else b"") + line)
-                os.fsync(file.fileno())
+                start = file.seek(0, os.SEEK_END)
+                rest = memoryview((b"\n" if self._torn else b"") + line)
+                try:
+                    while rest:  # a write may take less than all, as when the disk fills
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    if len(rest) < len(line):
+                        self._torn = True
+                    file.truncate(start)
+                    raise
         except OSError as error:
             raise UserError(f"--out: {error}") from error
         self._torn = False

@@ -67,7 +67,7 @@ def jsonl(path: Path, option: str) -> list[dict[str, Any]]:
                     records.append(record)
     except OSError as error:
         raise UserError(f"{option}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{option}: {path}:{len(records) + 1}: no JSON: {error}") from error
     return records
 

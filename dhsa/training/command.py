@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from dhsa import loading
+from dhsa._files import replacing
 from dhsa.loading import UserError, at_least
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
@@ -102,10 +103,14 @@ def run(args: argparse.Namespace) -> int:
     sizes = (sum(map(len, text.train)), sum(map(len, text.held_out)))
     losses = {who: [round(h[who], 5) for h in done.history] for who in done.history[0]}
     notes = {"settings": json.dumps(settings.fields()), "losses": json.dumps(losses), "text": text.source}
-    done.predictor.save(args.out, dtype=args.dtype, notes=notes)
     name = args.model or "gemma3"
     described = report.card(done, settings, model=Path(name).name, source=text.source, sizes=sizes, name=args.out.name)
-    args.out.with_suffix(".md").write_text(described, encoding="utf-8")
+    try:
+        done.predictor.save(args.out, dtype=args.dtype, notes=notes)
+        with replacing(args.out.with_suffix(".md")) as part:
+            part.write_text(described, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {error}") from error
     Console().print(report.table(done))
     console.print(
         f"{done.seconds:.0f} s; {args.out} ({args.out.stat().st_size / 1024:.0f} KiB) and its card "

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from dhsa import hf
+from dhsa._files import replacing
 from dhsa.loading import UserError
 from dhsa.predictor import BoundaryPredictor
 from dhsa.training.documents import Text
@@ -174,11 +174,20 @@ def train(
     history: list[dict[str, float]] = []
     done, before, resumed = 0, 0.0, 0
     if state is not None and state.exists():
-        kept = torch.load(state, weights_only=True)
-        if kept["identity"] != identity:
-            raise UserError(f"{state} is of a training with other settings, text or model: remove it to start anew")
-        learners = {name: _Learner.restored(settings, s) for name, s in kept["learners"].items()}
-        history, done, before, resumed = kept["history"], kept["done"], kept["seconds"], kept["resumed"] + 1
+        try:
+            kept = torch.load(state, weights_only=True)
+            if kept["identity"] != identity:
+                raise UserError(f"{state} is of a training with other settings, text or model: remove it to start anew")
+            learners = {name: _Learner.restored(settings, s) for name, s in kept["learners"].items()}
+            history, done, before, resumed = kept["history"], kept["done"], kept["seconds"], kept["resumed"] + 1
+        except UserError:
+            raise
+        except Exception as error:  # torch.load, and restoring from what it found, raise almost anything
+            what = (str(error).splitlines() or [""])[0][:200]
+            raise UserError(
+                f"{state} cannot be read as the state of a training ({type(error).__name__}: {what}): remove it to "
+                "start anew"
+            ) from error
         for _ in range(done):
             advance()
     total = settings.epochs * len(text.train)
@@ -220,12 +229,11 @@ def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
 
 
 def _write(path: Path, **contents: Any) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        torch.save(contents, part)
-        os.replace(part, path)  # never half a state
-    finally:
-        part.unlink(missing_ok=True)
+        with replacing(path) as part:  # never half a state
+            torch.save(contents, part)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError of a full disk
+        raise UserError(f"{path}: the state of the training cannot be written: {error}") from error
 
 
 def _predictor(model: Any, settings: Settings, learners: dict[str, _Learner]) -> BoundaryPredictor:

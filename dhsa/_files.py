@@ -1,0 +1,25 @@
+"""Files replaced as a whole: after a crash or on a full disk, the old contents are there, or all of the new ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, with the same suffix, that takes its place when the block ends without an error;
+    what is at `path` stays as it is otherwise."""
+    target = Path(os.path.realpath(path))  # a link stays a link
+    part = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # reports what the disk refused
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""Files that are damaged, hostile or cut short by a full disk: errors with sentences, in bounded memory and time."""
+
+import argparse
+import io
+import json
+import pickle
+import resource
+import signal
+import struct
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+import dhsa
+from dhsa import _checkpoint
+from dhsa._checkpoint import find_state_dict, rebuild_tensor
+from dhsa.evaluation.store import Store
+from dhsa.loading import UserError
+
+
+def checkpoint(path, program):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", program)
+    return path
+
+
+def refused(path):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(ValueError, match=r"refused as a checkpoint|holds no state dict"):
+        dhsa.BoundaryPredictor.load(path, heads=4)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert time.perf_counter() - start < 10
+
+
+def shared_tuples():
+    value = ()
+    for _ in range(200):
+        value = (value, value)
+    return value
+
+
+def hidden_tuples():
+    """As shared_tuples, each tuple hidden from a look at the opcode before it is stored."""
+    program = b")q\x00"
+    for i in range(200):
+        program += b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86}bq" + bytes([i + 1])
+    return b"\x80\x02}" + program + b"Ns."
+
+
+PROGRAMS = {
+    "hidden tuples": hidden_tuples(),
+    "memo index": b"\x80\x02}r" + struct.pack("<I", (1 << 30) // 16) + b".",
+    "decimal memo index": b"\x80\x02}p67108864\n.",
+    "byte array": b"\x80\x05\x96" + struct.pack("<Q", 1 << 32) + b".",
+    "tuple as a key": b"\x80\x02}" + pickle.dumps(shared_tuples(), 2)[2:-1] + b"Ns.",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_pickles_out_of_proportion(tmp_path, name):
+    refused(checkpoint(tmp_path / "x.pt", PROGRAMS[name]))
+
+
+def test_dicts_that_share_their_values(tmp_path):
+    inner = {f"a{i}": 0 for i in range(1500)}
+    middle = {f"b{i}": inner for i in range(1500)}
+    refused(checkpoint(tmp_path / "x.pt", pickle.dumps({f"c{i}": middle for i in range(1500)})))
+    assert find_state_dict({"x": {"y": {"z.anchor": 1}}}, ("anchor",), 3) == {"z.anchor": 1}
+    assert find_state_dict({"x": {"y": {"z": {"anchor": 1}}}}, ("anchor",), 3) is None
+
+
+def test_encrypted_zip(tmp_path):
+    file = io.BytesIO()
+    checkpoint(file, b"\x80\x02}.")
+    raw = bytearray(file.getvalue())
+    raw[6] |= 1
+    raw[raw.rfind(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.pt").write_bytes(raw)
+    refused(tmp_path / "x.pt")
+
+
+def test_tensors_over_one_storage_are_views():
+    storage = np.arange(12, dtype=np.float32)
+    assert all(np.shares_memory(rebuild_tensor(storage, 0, (3, 4), (4, 1)), storage) for _ in range(3))
+
+
+def test_deep_metadata(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    weights = dhsa.BoundaryPredictor.default().state_dict()
+    save_file(weights, tmp_path / "x.safetensors", metadata={"model": "[" * 200000, "window": "4"})
+    with pytest.raises(ValueError, match="expected a JSON object") as caught:
+        dhsa.BoundaryPredictor.load(tmp_path / "x.safetensors")
+    assert len(str(caught.value)) < 1000
+
+
+def test_tensors_over_one_storage_are_bounded_together(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    weight = torch.zeros(1024)
+    torch.save({f"layers.{i}.mlp.0.weight": weight for i in range(100)}, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 32 << 10
+    assert len(_checkpoint.read_checkpoint(str(tmp_path / "x.pt"), ("mlp.0.weight",))) == 100
+    monkeypatch.setattr(_checkpoint, "MAX_STORAGE_BYTES", 99 * 4096)
+    with pytest.raises(ValueError, match="its tensors take more than 405504 bytes"):
+        _checkpoint.read_checkpoint(str(tmp_path / "x.pt"), ("mlp.0.weight",))
+
+
+@pytest.fixture
+def room():
+    """Sets how large a file may become; writes beyond it are cut short, then refused, as on a full disk."""
+    held, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size=None: resource.setrlimit(resource.RLIMIT_FSIZE, (held[0] if size is None else size, held[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, held)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_short_write_of_a_row(tmp_path, room):
+    path = tmp_path / "results.jsonl"
+    store = Store(path)
+    store.add({"key": "first"})
+    whole = path.read_bytes()
+    room(len(whole) + 30)
+    with pytest.raises(UserError, match="--out"):
+        store.add({"key": "torn", "x": "y" * 50})
+    room()
+    assert path.read_bytes() == whole
+    assert "torn" not in store
+    store.add({"key": "after"})
+    assert list(Store(path).rows) == ["first", "after"]
+
+
+def test_deeply_nested_row_is_damage(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"key": "a"}) + "\n" + "[" * 200000 + "\n")
+    store = Store(path)
+    assert list(store.rows) == ["a"]
+    assert store.damaged == 1
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, room):
+    path = tmp_path / "x.safetensors"
+    predictor = dhsa.BoundaryPredictor.default()
+    predictor.save(path)
+    whole = path.read_bytes()
+    room(1000)
+    with pytest.raises(OSError, match="cannot be written"):
+        predictor.save(path)
+    room()
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_that_cannot_be_written(tmp_path):
+    pytest.importorskip("rich")
+    from dhsa.evaluation import command
+
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match="--out: the report cannot be written"):
+        command._report([], argparse.Namespace(out=tmp_path), None)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+
+
+@pytest.mark.parametrize("contents", [b"", bytes(100), b"hello", "half", "other"])
+def test_damaged_training_state(tmp_path, contents):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tiny import build
+
+    from dhsa import training
+
+    state = tmp_path / "x.state"
+    torch.save({"a": 1}, state)
+    if contents != "other":
+        state.write_bytes(state.read_bytes()[:300] if contents == "half" else contents)
+    pieces = [[i % 90 + 1 for i in range(200)]]
+    with pytest.raises(UserError, match=r"cannot be read as the state of a training.*remove it"):
+        training.train(build("llama"), training.Text(pieces, pieces, ""), training.Settings(tokens=256), state=state)
+    assert state.exists()
