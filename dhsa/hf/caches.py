@@ -25,7 +25,7 @@ __all__ = ["Memory", "recall", "unwatch", "watch"]
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
 
-_running = threading.local()  # .entry: (module, weak reference to its cache, how many keys are as the layer saw them)
+_running = threading.local()  # .entry: weak references to module and cache, how many keys are as the layer saw them
 
 
 class Kept:
@@ -73,7 +73,7 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     layer = _layer_of(cache, module)
     kept = getattr(layer, _KEPT, None)
     same = kept.unchanged(layer) if isinstance(kept, Kept) else 0
-    _running.entry = (module, weakref.ref(cache), same)
+    _running.entry = (weakref.ref(module), weakref.ref(cache), same)
 
 
 def watch(module: torch.nn.Module) -> None:
@@ -118,7 +118,7 @@ def recall(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, conf
     if config._exact or config.method not in SCORE_OF:
         return None
     layer, same = None, 0
-    if entry is not None and entry[0] is module:
+    if entry is not None and entry[0]() is module:
         layer, same = _layer_of(entry[1](), module), entry[2]
     if layer is None:
         # Whoever decodes without a cache in sight has its chunks made for the step.
