@@ -41,7 +41,7 @@ def torch_obstacle(x: Any) -> str | None:
     torch = sys.modules["torch"]
     if torch.compiler.is_dynamo_compiling():  # this is not run then, and the call itself never becomes part of a graph
         return None
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():  # torch.jit.is_tracing, without its detours
         return "torch.jit.trace cannot record this package's functions; its graph would hold memory that nobody writes"
     if torch._C._len_torch_dispatch_stack() > 0:  # modes that only watch, such as FlopCounterMode, do no harm
         if torch.compiler.is_compiling():
@@ -51,9 +51,11 @@ def torch_obstacle(x: Any) -> str | None:
             return "make_fx cannot record this package's functions, which are no operators of torch"
         if torch._C._get_dispatch_mode(keys.FAKE):
             return "FakeTensorMode cannot run this package's functions, which need data"
-    if transform := _transform(torch._C._functorch, x):
+    functorch = torch._C._functorch
+    if functorch.maybe_current_level() is not None and (transform := _transform(functorch, x)):
         return f"torch.{transform} does not reach into this package's functions, which are no operators of torch"
-    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         return (
             "has a tangent of torch.autograd.forward_ad, which would be lost: there is no forward-mode derivative of "
             "this package's functions"
@@ -73,11 +75,9 @@ def torch_obstacle(x: Any) -> str | None:
 
 
 def _transform(functorch: Any, x: Any) -> str | None:
-    """The transform of torch.func that `x`, or whatever is made now, is wrapped by."""
+    """The transform of torch.func, one being under way, that `x` or whatever is made now is wrapped by."""
     if functorch.is_batchedtensor(x):
         return "vmap"
-    if functorch.maybe_current_level() is None:
-        return None
     kinds = functorch.TransformType
     names = {kinds.Grad: "func.grad", kinds.Jvp: "func.jvp", kinds.Functionalize: "func.functionalize"}
     now = names.get(functorch.peek_interpreter_stack().key())  # vmap does nothing to what is not batched
