@@ -34,6 +34,56 @@ def check_int(value: object, name: str, low: int, high: int | None = None) -> in
     return number
 
 
+def torch_obstacle(x: Any) -> str | None:
+    """Why the memory of torch tensor `x` cannot be read, and new memory written, in place of operators of torch: a
+    transform or a recorder, which sees nothing but operators, or a class of tensor that gives them another meaning.
+    None for a tensor that is what it seems."""
+    torch = sys.modules["torch"]
+    if torch.compiler.is_dynamo_compiling():  # this is not run then, and the call itself never becomes part of a graph
+        return None
+    if torch._C._is_tracing():  # torch.jit.is_tracing, without its detours
+        return "torch.jit.trace cannot record this package's functions; its graph would hold memory that nobody writes"
+    if torch._C._len_torch_dispatch_stack() > 0:  # modes that only watch, such as FlopCounterMode, do no harm
+        if torch.compiler.is_compiling():
+            return "torch.export cannot record this package's functions, which are no operators of torch"
+        keys = torch._C._TorchDispatchModeKey
+        if torch._C._get_dispatch_mode(keys.PROXY) or torch._C._get_dispatch_mode(keys.FUNCTIONAL):
+            return "make_fx cannot record this package's functions, which are no operators of torch"
+        if torch._C._get_dispatch_mode(keys.FAKE):
+            return "FakeTensorMode cannot run this package's functions, which need data"
+    functorch = torch._C._functorch
+    if functorch.maybe_current_level() is not None and (transform := _transform(functorch, x)):
+        return f"torch.{transform} does not reach into this package's functions, which are no operators of torch"
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return (
+            "has a tangent of torch.autograd.forward_ad, which would be lost: there is no forward-mode derivative of "
+            "this package's functions"
+        )
+    if x.is_nested:
+        return "is a nested tensor, expected one whose items all have one shape"
+    kind = type(x)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return None
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    ordinary = (torch.Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    if function in ordinary and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+        return None
+    if kind.__name__ == "FakeTensor":
+        return "is a FakeTensor, which has a shape and no data"
+    return f"is a {kind.__name__}, which gives torch's operators a meaning of its own; expected a plain torch.Tensor"
+
+
+def _transform(functorch: Any, x: Any) -> str | None:
+    """The transform of torch.func, one being under way, that `x` or whatever is made now is wrapped by."""
+    if functorch.is_batchedtensor(x):
+        return "vmap"
+    kinds = functorch.TransformType
+    names = {kinds.Grad: "func.grad", kinds.Jvp: "func.jvp", kinds.Functionalize: "func.functionalize"}
+    now = names.get(functorch.peek_interpreter_stack().key())  # vmap does nothing to what is not batched
+    return now or ("func" if functorch.is_functorch_wrapped_tensor(x) else None)
+
+
 class NumpyKind:
     """NumPy arrays in, NumPy arrays out."""
 
@@ -72,6 +122,8 @@ class TorchKind:
         torch = sys.modules["torch"]
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a torch tensor like the other arguments, got {type_name(x)}")
+        if obstacle := torch_obstacle(x):
+            raise NotImplementedError(f"{name}: {obstacle}")
         if not x.is_cpu:
             raise ValueError(f"{name}: expected a tensor on the CPU, got one on device '{x.device}'")
         if x.layout is not torch.strided or x.is_quantized:
@@ -85,6 +137,8 @@ class TorchKind:
             x = x.detach()
         if x.is_neg():  # a lazy minus sign that the memory does not show
             x = x.resolve_neg()
+        if x._is_zerotensor():  # zeros that take no memory
+            x = x.clone()
         return x
 
     @staticmethod
@@ -136,9 +190,10 @@ def kind_of(x: Array, name: str) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
         return TorchKind
-    if hasattr(x, "__dlpack__") and hasattr(x, "__array_namespace__"):
+    methods = type(x)  # objects that record what is done to them, such as torch.fx.Proxy, have every attribute
+    if hasattr(methods, "__dlpack__") and hasattr(methods, "__array_namespace__"):
         return DlpackKind(x.__array_namespace__())
-    if hasattr(x, "__dlpack__"):
+    if hasattr(methods, "__dlpack__"):
         raise TypeError(
             f"{name}: {type_name(x)} has DLPack but no __array_namespace__ to make results of its kind with"
         )
@@ -169,7 +224,7 @@ def to_numpy(x: Array, name: str) -> np.ndarray:
     try:
         if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
             return TorchKind.accept(x, name).numpy()
-        if hasattr(x, "__dlpack__"):
+        if hasattr(type(x), "__dlpack__"):
             return np.from_dlpack(x)
     except (ValueError, NotImplementedError):
         raise

@@ -78,6 +78,8 @@ def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array
     target = kind.accept(out, "out")
     if kind is TorchKind and out.is_neg():
         raise ValueError("out: has its lazy minus sign set; results would not reach its memory")
+    if kind is TorchKind and out._is_zerotensor():
+        raise ValueError("out: is a tensor of zeros that has no memory")
     return kind, q, k, v, target, True
 
 
@@ -184,8 +186,8 @@ def attention(
 
     Raises:
         TypeError: dtypes or kinds other than those above, or mixed. ValueError: ranks, sizes, strides, devices, ranges,
-        aliasing, a config with `share`. NotImplementedError: autograd, D above 256, selection without plain causality.
-        All name the argument.
+        aliasing, a config with `share`. NotImplementedError: autograd and other transforms, recorders and subclasses of
+        torch's, D above 256, selection without plain causality. All name the argument.
 
     Source: arXiv 2510.24606; without a config plain softmax attention.
     """
@@ -361,7 +363,7 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
     array = np.ascontiguousarray(array, np.float32)
     result = np.empty(min(n, array.size) + 3, np.int32)
     count = _core.pick_boundaries(array, n, theta, nms, instruction, result)
-    kind = kind_of(scores, "scores") if hasattr(scores, "__dlpack__") else NumpyKind
+    kind = kind_of(scores, "scores") if hasattr(type(scores), "__dlpack__") else NumpyKind
     return kind.result(result[:count].copy())
 
 
@@ -561,7 +563,7 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
     check_int(array.shape[0], "attn: its length", 1, MAX_LENGTH)
     result = empty((array.shape[0],), np.float64, "attn")
     _core.boundary_ratios(array, window, sliding_window, result, get_num_threads())
-    kind = kind_of(attn, "attn") if hasattr(attn, "__dlpack__") else NumpyKind
+    kind = kind_of(attn, "attn") if hasattr(type(attn), "__dlpack__") else NumpyKind
     return kind.result(result)
 
 

@@ -51,12 +51,19 @@ dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error
     return DHSA_OK;
 }
 
+/* Arrays are never converted on the way: the caller knows best which of two dtypes is meant. */
+static dhsa_status dtype_check(const dhsa_tensor *t, const char *name, const dhsa_tensor *q, dhsa_error *error)
+{
+    if (t->dtype == q->dtype) return DHSA_OK;
+    const char *const have = dtype_names[t->dtype], *const want = dtype_names[q->dtype];
+    return dhsa_fail(error, DHSA_ERR_TYPE, "%s: dtype is %s, expected %s as q; cast %s to %s", name, have, want, name, want);
+}
+
 dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(q, "q", error)) || (status = dhsa_tensor_check(k, "k", error))) return status;
-    if (k->dtype != q->dtype)
-        return dhsa_fail(error, DHSA_ERR_TYPE, "k: dtype is %s, expected %s as q", dtype_names[k->dtype], dtype_names[q->dtype]);
+    if ((status = dtype_check(k, "k", q, error))) return status;
     if (k->shape[0] != q->shape[0])
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: batch is %" PRId64 ", expected %" PRId64 " as q", k->shape[0], q->shape[0]);
     if (q->shape[1] % k->shape[1] != 0)
@@ -124,7 +131,7 @@ static dhsa_status out_check(const dhsa_problem *p, dhsa_error *error)
     dhsa_status status;
     if ((status = dhsa_tensor_check(out, "out", error))) return status;
     if (out->dtype != q->dtype)
-        return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q", dtype_names[out->dtype],
+        return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q; make it with that", dtype_names[out->dtype],
                          dtype_names[q->dtype]);
     for (int i = 0; i < 4; i++)
         if (out->shape[i] != q->shape[i])
@@ -141,8 +148,7 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
     const dhsa_tensor *q = &p->q, *k = &p->k, *v = &p->v;
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_tensor_check(v, "v", error))) return status;
-    if (v->dtype != q->dtype)
-        return dhsa_fail(error, DHSA_ERR_TYPE, "v: dtype is %s, expected %s as q", dtype_names[v->dtype], dtype_names[q->dtype]);
+    if ((status = dtype_check(v, "v", q, error))) return status;
     for (int i = 0; i < 4; i++)
         if (v->shape[i] != k->shape[i])
             return dhsa_fail(error, DHSA_ERR_VALUE, "v: dimension %d has size %" PRId64 ", expected %" PRId64 " as k", i,

@@ -21,6 +21,7 @@ from dhsa.doctor.findings import Facts, findings
 from dhsa.doctor.reasons import Reason, reason
 from dhsa.doctor.report import Check, LayerCheck
 from dhsa.hf.masks import key_range_mask
+from dhsa.hf.wrappers import unwrapped
 
 __all__ = ["TAIL", "check"]
 
@@ -31,7 +32,7 @@ _EXACT = Config(budget=None)
 
 
 def check(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     input_ids: torch.Tensor,
     config: Config | None = None,
     *,
@@ -45,7 +46,7 @@ def check(
     The model is run in eval mode without gradients, and left exactly as it was, patched or not.
 
     Args:
-        model: a transformers model with a language modelling head, on the CPU.
+        model: a transformers model with a language modelling head, on the CPU, or a module that wraps one.
         input_ids: int64 or int32 [B, L], L at least 2.
         config: what to check. None: what a patched model is patched with, else the default.
         attention_mask: None, [B, L] of 1 (a token) and 0 (padding), or a complete 4-D mask as transformers takes it.
@@ -59,8 +60,7 @@ def check(
         TypeError, ValueError: naming the argument; also as `patch` does, but not for layers that lack a boundary
         network, which run exact and are reported. NotImplementedError: as the attention function does.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    model = _readable(model)
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"model: {type(model).__name__} has no language modelling head")
@@ -125,6 +125,17 @@ class _Prompt(NamedTuple):
     ids: torch.Tensor
     mask: torch.Tensor | None
     positions: torch.Tensor
+
+
+def _readable(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model, which is run without what may be around it; ValueError if that changes the prompt."""
+    inner = unwrapped(model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"model: {type(model).__name__} puts virtual tokens before the prompt, which a check would leave out; pass "
+            "model.get_base_model() to check the model without them"
+        )
+    return inner
 
 
 def _checked(model: PreTrainedModel, ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,11 +2,11 @@
 
 Importing this package registers "dhsa" with transformers, for `from_pretrained(..., attn_implementation="dhsa")`.
 Prefill goes through a `dhsa.Config`, sparse where it says so; decode steps are exact by default. attention.py is what
-transformers calls, masks.py reads its masks, refusals.py says no, switching.py patches models, caches.py keeps
-what is known of a cache's keys, sharing.py hands on what layers share, records.py notes what they did; tracing.py and
-operator.py are what compiled and exported models call instead; compat.py has what differs between the releases of
-transformers, and refuses those that are too old. What is computed is functional.py's and the C core's; nothing numeric
-happens here.
+transformers calls, masks.py reads its masks, refusals.py says no, transforms.py looks what surrounds a call,
+switching.py patches models, wrappers.py finds them in other modules, caches.py keeps what is known of a cache's keys,
+sharing.py hands on what layers share, records.py notes what they did; tracing.py and operator.py are what compiled and
+exported models call instead; compat.py has what differs between the releases of transformers, and refuses those that
+are too old. What is computed is functional.py's and the C core's; nothing numeric happens here.
 """
 
 try:

@@ -19,6 +19,7 @@ from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
 from .tracing import traced_attention, tracing
+from .transforms import cast, refuse_transforms
 
 __all__ = ["attend", "attention_forward"]
 
@@ -43,7 +44,8 @@ def attention_forward(
     """The attention function of implementation "dhsa", in the signature that transformers calls.
 
     query [B, H, Lq, D]; key, value [B, Hkv, Lk, D], not repeated over a group, of any strides whose last is 1; one
-    dtype of float32, float16, bfloat16; on the CPU. Returns ([B, Lq, H, D] contiguous, None).
+    dtype of float32, float16, bfloat16; on the CPU. Returns ([B, Lq, H, D] contiguous, None). Under torch.autocast they
+    may be of several: they are cast to its dtype, which is also that of the result.
 
     `attention_mask`: None for plain attention (causal with the last query at the last key, within `sliding_window`;
     full if the module or `is_causal` says it is not causal), a range table of this package's mask function, a 2-D
@@ -53,14 +55,17 @@ def attention_forward(
     also over keys with gaps between them.
 
     Raises NotImplementedError for what has no counterpart here: training, dropout, attention weights as output, sinks
-    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals. Of a module
-    in eval mode the forward pass works with autograd too; a gradient that is asked for through it raises the same.
+    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals, transforms
+    of torch.func, forward-mode derivatives, torch.jit.trace. Of a module in eval mode the forward pass works with
+    autograd too; a gradient that is asked for through it raises the same.
     """
     refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
+    query, key, value = cast(query, key, value)
     recorded = gradients_wanted(module, query, key, value)
     others = (attention_mask, scaling, sliding_window, softcap, is_causal)
     if tracing():
         return traced_attention(module, query, key, value, *others), None
+    refuse_transforms(query=query, key=key, value=value, attention_mask=attention_mask)
     if recorded:
         return forward_only(lambda *inputs: attend(module, *inputs, *others), query, key, value), None
     return attend(module, query, key, value, *others), None

@@ -20,6 +20,7 @@ from dhsa.config import Config
 
 from .compat import outside_graphs
 from .tracing import traced_ranges, tracing
+from .transforms import refuse_transforms
 
 __all__ = [
     "MAX_INTERVALS",
@@ -102,6 +103,7 @@ def key_range_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
             allow_is_causal_skip, use_vmap, "allow_is_bidirectional_skip" in kwargs,
         )  # fmt: skip
+    refuse_transforms(attention_mask=attention_mask, q_offset=q_offset, q_length=q_length)
     q_offset = int(q_offset)  # static caches count in a tensor
     # Positions below count from the first key that the attention function will be given.
     first = q_offset - kv_offset

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,6 +15,7 @@ from dhsa.predictor import TRAIN
 from .caches import unwatch, watch
 from .handles import HANDLE, note
 from .sharing import HOOKS, Sharing, attach, attach_one, attached, detach
+from .wrappers import unwrapped
 
 __all__ = [
     "DEFAULT",
@@ -33,6 +34,7 @@ __all__ = [
 IMPLEMENTATION = "dhsa"
 EXACT = Config(budget=None)
 DEFAULT = Config()
+Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)  # a transformers model, or a module around one
 STATE = "_dhsa_state"  # on a patched model and on its modules
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
 
@@ -66,7 +68,7 @@ class State:
         return self.own.get(layer, self.config)
 
 
-def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable[int] | None = None) -> PreTrainedModel:
+def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Wrapped:
     """Switches the attention of `model` to this package, in place, and returns the model.
 
     `config`: a `dhsa.Config` for prefill, the default one if None; `Config(budget=None)` is exact. `layers`: the
@@ -76,14 +78,14 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
     The config lives on the model, so that `generate` and pipelines need no extra arguments. `unpatch` undoes it, and
     `with patched(model, config):` does both. transformers notes the implementation in `model.config`, an object that
     models built from one config share: until `unpatch`, `model` has its own copy of it, so that no other is switched.
-    A part of a patched model (`model.model`) may be patched over it, and is unpatched first.
+    A part of a patched model (`model.model`) may be patched over it, and is unpatched first. A module that wraps one
+    transformers model (a PEFT model, a compiled one) stands for that model.
 
-    Raises TypeError if `model` is no transformers model or `config` no Config, ValueError if a layer index does not
-    exist, boundaries are to come from a predictor that was trained for another model or lacks a network of a layer, or
-    the model cannot change its attention implementation (it is left as it was).
+    Raises TypeError if `model` neither is nor wraps a transformers model or `config` is no Config, ValueError if a
+    layer index does not exist, boundaries are to come from a predictor that was trained for another model or lacks a
+    network of a layer, or the model cannot change its attention implementation (it is left as it was).
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    given, model = model, unwrapped(model)
     config = DEFAULT if config is None else config
     if not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type(config).__name__}")
@@ -120,12 +122,12 @@ def patch(model: PreTrainedModel, config: Config | None = None, layers: Iterable
         _restore(before)
         raise
     install(model, State(config, chosen, former, own, entries=entries, edits=edits))
-    return model
+    return given
 
 
-def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+def model_facts(model: torch.nn.Module) -> dict[str, Any]:
     """What tells apart the models whose keys a boundary predictor was trained on."""
-    text = model.config.get_text_config()
+    text = unwrapped(model).config.get_text_config()
     return {name: getattr(text, name, None) for name in FACTS}
 
 
@@ -155,35 +157,34 @@ def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) 
     return {layer: config.replace(predictor=predictor.layer(layer)) for layer in layers}
 
 
-def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+def unpatch(model: Wrapped) -> Wrapped:
     """Gives `model` back the attention implementation that it had before `patch`, and returns the model.
 
-    What `last_run` tells stays. Raises TypeError if `model` is no transformers model, ValueError if it is not patched.
+    What `last_run` tells stays. Raises TypeError if `model` neither is nor wraps a transformers model, ValueError if it
+    is not patched.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    given, model = model, unwrapped(model)
     state: State | None = model.__dict__.get(STATE)
     if state is None:
         raise ValueError("model: not patched")
     if not _on_top(state):
         raise ValueError("model: a part of it, or a model that it is a part of, was patched later; unpatch that first")
     _take_off(model, state)
-    return model
+    return given
 
 
 @contextmanager
-def patched(
-    model: PreTrainedModel, config: Config | None = None, layers: Iterable[int] | None = None
-) -> Iterator[PreTrainedModel]:
+def patched(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Iterator[Wrapped]:
     """`patch` for the length of a with statement; afterwards the model is as it was, patched by an outer one or not at
     all."""
-    outer: State | None = getattr(model, "__dict__", {}).get(STATE)
+    given, model = model, unwrapped(model)
+    outer: State | None = model.__dict__.get(STATE)
     before = _implementations(model) if outer is not None else ()
     states = {m: m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__}
     patch(model, config, layers)
     state: State = model.__dict__[STATE]
     try:
-        yield model
+        yield given
     finally:  # whatever happened to the model inside, be it unpatched or switched to another implementation
         if outer is None or state.entries is not outer.entries:
             _take_off(model, state)
