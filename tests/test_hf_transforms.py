@@ -17,7 +17,7 @@ import dhsa.hf  # noqa: E402
 # Of torch and transformers themselves, as they are traced: torch deprecates torch.jit, which people use all the same.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("torch.jit.TracerWarning", "DeprecationWarning", "FutureWarning")
+    for kind in ("torch.jit.TracerWarning", "DeprecationWarning", "FutureWarning", "UserWarning")
 ]
 
 
@@ -81,6 +81,42 @@ def test_a_tangent_is_not_lost(compile):
             run = torch.compile(forward, backend="eager") if compile else forward
             with pytest.raises(NotImplementedError, match=r"has a tangent of torch\.autograd\.forward_ad"):
                 run(dual)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap of jvp"])
+def test_derivatives_are_refused_in_a_graph(transform):
+    """The operator of a graph has no derivative, and functorch would go on without one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch._dynamo.reset()
+    model, ids = build("llama", num_hidden_layers=2), tokens(1, 80)
+    forward, hidden = of_embeddings(model, ids)
+
+    def run(x):
+        if transform == "grad":
+            return torch.func.grad(lambda y: forward(y).sum())(x)
+        if transform == "jvp":
+            return torch.func.jvp(forward, (x,), (x,))[1]
+        return torch.vmap(lambda y: torch.func.jvp(forward, (y,), (y,))[1])(x[None])
+
+    with dhsa.patched(model, EXACT):
+        with (
+            FlopCounterMode(display=False),
+            pytest.raises(NotImplementedError, match=r"^query: torch\.func\.(jvp|grad) finds"),
+        ):
+            run(hidden)
+        if transform != "grad":  # Dynamo itself fails on gradients through a model that breaks its graph
+            with pytest.raises(NotImplementedError, match=r"^query: torch\.func\.jvp finds no derivative"):
+                torch.compile(run, backend="eager")(hidden)
+
+
+def test_vmap_of_a_compiled_model_is_right():
+    torch._dynamo.reset()
+    model, ids = build("llama", num_hidden_layers=2), tokens(3, 80)
+    forward, hidden = of_embeddings(model, ids)
+    with torch.no_grad(), dhsa.patched(model, EXACT):
+        got = torch.compile(torch.vmap(forward), backend="eager")(hidden[:, None])
+        torch.testing.assert_close(got[:, 0], forward(hidden), rtol=0, atol=2e-5)
 
 
 def test_an_ensemble_under_vmap_is_refused():

@@ -37,6 +37,17 @@ def _exporting() -> bool:
     return exporting()
 
 
+@torch.compiler.assume_constant_result
+def _derivative() -> str | None:
+    """The transform of torch.func under way that asks for derivatives, which an operator without any would lose."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return None
+    kinds = torch._C._functorch.TransformType
+    names = {kinds.Grad: "grad", kinds.Jvp: "jvp"}
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return next((names[part.key()] for part in stack if part.key() in names), None)
+
+
 # Dynamo guards the constant by the module itself: a graph that holds it serves one layer only.
 _number_of = torch.compiler.assume_constant_result(number_of)
 
@@ -87,6 +98,11 @@ def traced_attention(
     Compiled, it asks the module at every run, so that `patch`, `unpatch` and `last_run` work as ever. Exported, or
     traced with tensors that are not real, it keeps what the module says now, and notes nothing.
     """
+    if transform := _derivative():
+        raise NotImplementedError(
+            f'query: torch.func.{transform} finds no derivative of the operator "dhsa::attention"; '
+            'use attn_implementation="eager"'
+        )
     handle = frozen = None
     if type(query) is not torch.Tensor or _exporting():
         frozen = _frozen(module, is_causal)
