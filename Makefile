@@ -4,6 +4,7 @@
 #   make eval     what the model loses by each method of selection: perplexity, needles and more (ARGS="all --quick")
 #   make train-boundaries   the network that cuts keys into chunks, trained on a model and text  (ARGS="--out b.safetensors")
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
+#   make test-debug   the array tests, in a build with sanitizers and red zones                     (ARGS="-k past")
 #   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
 #   make bench-generation   decoding steps, prompts in pieces, a model's memory at 32K
@@ -20,7 +21,7 @@ PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
 CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
-.PHONY: demo eval train-boundaries test bench bench-model bench-generation bench-report lint clean
+.PHONY: demo eval train-boundaries test test-debug bench bench-model bench-generation bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -48,6 +49,15 @@ bench-generation: $(VENV)/.demo
 
 bench-report: $(VENV)/.demo
 	$(PY) benchmarks/report.py $(ARGS)
+
+# The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
+# never gives back is not what is looked for.
+DEBUG_TESTS := attend decode skip select selection compact cuts labels methods peers predictor past bad_input
+test-debug: $(VENV)/.test
+	DHSA_DEBUG_BUILD=1 $(PY) setup.py --quiet build --build-base build/debug --build-lib build/debug/lib
+	PYTHONPATH=build/debug/lib LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(VENV)/bin/pytest -q $(DEBUG_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .

@@ -4,9 +4,14 @@ Each instruction set tier raises its own compiler target inside its source file,
 and one binary holds every tier. Metadata and dependencies live in pyproject.toml.
 """
 
+import os
 from glob import glob
 
 from setuptools import Extension, setup
+
+# For `make test-debug`: sanitizers, and red zones between the parts of every arena (csrc/core/arena.h).
+DEBUG = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDHSA_RED_ZONE=1024"]
+debug = DEBUG if os.environ.get("DHSA_DEBUG_BUILD") == "1" else []
 
 core = Extension(
     "dhsa._core",
@@ -26,8 +31,9 @@ core = Extension(
         "-Wall",
         "-Wextra",
         "-Wno-unknown-pragmas",
+        *debug,
     ],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", *debug],
     libraries=["m"],
     py_limited_api=True,
 )

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attend/keys.h"
+#include "core/arena.h"
 #include "core/threads.h"
 #include "kernels/half.h"
 
@@ -57,31 +58,24 @@ typedef struct {
     int64_t done, left;
 } scratch;
 
-static int64_t take(int64_t *used, int64_t bytes)
-{
-    const int64_t at = *used;
-    *used += dhsa_round_up(bytes, DHSA_ALIGN);
-    return at;
-}
-
 /* Lays the scratch out in an arena; with base NULL only its size is of use. */
 static int64_t lay_out(const plan *pl, char *base, scratch *w)
 {
     const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->pair ? 2 : 4;
     int64_t used = 0;
-    w->q = base + take(&used, rows * pl->padded * size);
-    w->o = (float *)(base + take(&used, rows * pl->padded * 4));
-    w->s = (float *)(base + take(&used, pl->tile * lanes * 4));
-    w->k = base + take(&used, pl->tile * pl->padded * size);
-    w->v = base + take(&used, pl->pair ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
-    w->p = (uint16_t *)(base + take(&used, pl->pair ? pl->tile * lanes * 4 : 0));
-    w->m = (float *)(base + take(&used, rows * 4));
-    w->l = (float *)(base + take(&used, rows * 4));
-    w->alpha = (float *)(base + take(&used, 2 * lanes * 4));
-    w->top = (float *)(base + take(&used, lanes * 4));
-    w->lo = (int32_t *)(base + take(&used, rows * 4));
-    w->hi = (int32_t *)(base + take(&used, rows * 4));
-    w->rows = (const void **)(base + take(&used, DHSA_MAX(4 * pl->tile, lanes) * (int64_t)sizeof(void *)));
+    w->q = dhsa_part(base, &used, rows * pl->padded * size);
+    w->o = dhsa_part(base, &used, rows * pl->padded * 4);
+    w->s = dhsa_part(base, &used, pl->tile * lanes * 4);
+    w->k = dhsa_part(base, &used, pl->tile * pl->padded * size);
+    w->v = dhsa_part(base, &used, pl->pair ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
+    w->p = dhsa_part(base, &used, pl->pair ? pl->tile * lanes * 4 : 0);
+    w->m = dhsa_part(base, &used, rows * 4);
+    w->l = dhsa_part(base, &used, rows * 4);
+    w->alpha = dhsa_part(base, &used, 2 * lanes * 4);
+    w->top = dhsa_part(base, &used, lanes * 4);
+    w->lo = dhsa_part(base, &used, rows * 4);
+    w->hi = dhsa_part(base, &used, rows * 4);
+    w->rows = dhsa_part(base, &used, DHSA_MAX(4 * pl->tile, lanes) * (int64_t)sizeof(void *));
     return used;
 }
 

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "attend/keys.h"
+#include "core/arena.h"
 #include "core/threads.h"
 
 enum {
@@ -112,11 +113,11 @@ static void add_values(const plan *pl, const scratch *w, int64_t first, int64_t 
 
 static int64_t lay_out(const plan *pl, char *base, scratch *w)
 {
-    const int64_t q = pl->rows * pl->padded * 4, s = dhsa_round_up((int64_t)pl->rows * pl->stride * 4, DHSA_ALIGN);
-    w->q = (float *)base;
-    w->s = (float *)(base + q);
-    w->rows = (const void **)(base + q + s);
-    return q + s + dhsa_round_up((2 * PART + DHSA_DECODE_AHEAD) * (int64_t)sizeof(void *), DHSA_ALIGN);
+    int64_t used = 0;
+    w->q = dhsa_part(base, &used, pl->rows * pl->padded * 4);
+    w->s = dhsa_part(base, &used, (int64_t)pl->rows * pl->stride * 4);
+    w->rows = dhsa_part(base, &used, (2 * PART + DHSA_DECODE_AHEAD) * (int64_t)sizeof(void *));
+    return used;
 }
 
 static void attend_part(void *context, int64_t index, int thread)
@@ -184,18 +185,19 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
     }
     const int64_t items = sets * pl.parts, bytes = 2 * keys * p->q.shape[3] * dhsa_dtype_size(p->k.dtype);
     const int threads = bytes < ALONE ? 1 : (int)DHSA_MIN(items, p->num_threads);
-    const int64_t sums = items * pl.rows * pl.padded * 4, numbers = dhsa_round_up(items * pl.rows * 4, DHSA_ALIGN);
-    const int64_t counts = dhsa_round_up(sets * (int64_t)sizeof *pl.done, DHSA_ALIGN);
-    pl.arena_size = lay_out(&pl, (char *)0, &w);
-    const int64_t total = sums + 2 * numbers + counts + threads * pl.arena_size;
-    char *memory = dhsa_alloc(total, 1);
-    if (!memory)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes", (long long)total);
-    pl.o = (float *)memory;
-    pl.m = (float *)(memory + sums);
-    pl.l = (float *)(memory + sums + numbers);
-    pl.done = (_Atomic int32_t *)(memory + sums + 2 * numbers);
-    pl.arenas = memory + sums + 2 * numbers + counts;
+    pl.arena_size = lay_out(&pl, NULL, &w);
+    char *memory = NULL;
+    int64_t total;
+    for (int laid = 0; laid < 2; laid++) { /* first only to learn the size */
+        total = 0;
+        pl.o = dhsa_part(memory, &total, items * pl.rows * pl.padded * 4);
+        pl.m = dhsa_part(memory, &total, items * pl.rows * 4);
+        pl.l = dhsa_part(memory, &total, items * pl.rows * 4);
+        pl.done = dhsa_part(memory, &total, sets * (int64_t)sizeof *pl.done);
+        pl.arenas = dhsa_part(memory, &total, threads * pl.arena_size);
+        if (!laid && !(memory = dhsa_alloc(total, 1)))
+            return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes", (long long)total);
+    }
     for (int64_t set = 0; set < sets; set++) atomic_init(&pl.done[set], 0);
     dhsa_parallel(items, threads, attend_part, &pl);
     dhsa_free(memory);

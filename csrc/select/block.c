@@ -16,20 +16,29 @@ typedef struct {
 typedef struct {
     float *key, *sum, *query;    /* [dim]: the mean of the last block, where it is cut; scratch; the mean query */
     float *logit, *score, *mass; /* [units] */
+    int64_t size;                /* of the arena */
 } scratch;
 
 static scratch lay_out(const dhsa_selector *s, char *arena)
 {
     const int64_t dim = s->k->shape[3];
-    float *at = (float *)arena, *units = at + dhsa_round_up(3 * dim, DHSA_ALIGN / 4);
-    return (scratch){at, at + dim, at + 2 * dim, units, units + s->units, units + 2 * s->units};
+    int64_t used = 0;
+    scratch w;
+    w.key = dhsa_part(arena, &used, 2 * dim * 4); /* with sum, where dhsa_chunks_fill works */
+    w.sum = arena ? w.key + dim : NULL;
+    w.query = dhsa_part(arena, &used, dim * 4);
+    w.logit = dhsa_part(arena, &used, s->units * 4);
+    w.score = dhsa_part(arena, &used, s->units * 4);
+    w.mass = dhsa_part(arena, &used, s->units * 4);
+    w.size = used;
+    return w;
 }
 
 static dhsa_status open(dhsa_selector *s, dhsa_error *error)
 {
     const int64_t length = s->config->key_block, k_len = s->k->shape[2], dim = s->k->shape[3];
     s->units = dhsa_ceil_div(k_len, length);
-    s->arena_size = (dhsa_round_up(3 * dim, DHSA_ALIGN / 4) + 3 * s->units) * 4;
+    s->arena_size = lay_out(s, NULL).size;
     block_state *state = s->state = dhsa_alloc(1, sizeof *state);
     if (state) {
         memset(state, 0, sizeof *state);

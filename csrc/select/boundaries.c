@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/arena.h"
 #include "core/threads.h"
 #include "select/select.h"
 
@@ -65,8 +66,10 @@ static void similarity_task(void *context, int64_t index, int thread)
     float *scores = job->scores + b * length;
     /* The window right of a gap is the one left of the gap `window` keys on: a ring of the sums still to come. */
     const int64_t ring = ring_size(job);
-    window_sum *sums = (window_sum *)(job->arenas + thread * job->arena_size);
-    float *memory = (float *)(sums + ring + 1);
+    char *arena = job->arenas + thread * job->arena_size;
+    int64_t used = 0;
+    window_sum *sums = dhsa_part(arena, &used, (ring + 1) * (int64_t)sizeof *sums);
+    float *memory = dhsa_part(arena, &used, (ring + 1) * job->channels * (int64_t)sizeof *memory);
     for (int64_t i = 0; i <= ring; i++) sums[i].sum = memory + i * job->channels;
     for (int64_t j = first; j < DHSA_MIN(first + GAPS, length - 1); j++) {
         const int64_t from = DHSA_MAX(j - window + 1, 0), to = DHSA_MIN(j + 1 + window, length);
@@ -91,7 +94,8 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
         dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL, 0};
     num_threads = (int)DHSA_MIN(num_threads, k->shape[0] * job.tasks);
     const int64_t held = ring_size(&job) + 1;
-    job.arena_size = dhsa_round_up(held * (channels * (int64_t)sizeof(float) + (int64_t)sizeof(window_sum)), DHSA_ALIGN);
+    dhsa_part(NULL, &job.arena_size, held * (int64_t)sizeof(window_sum));
+    dhsa_part(NULL, &job.arena_size, held * channels * (int64_t)sizeof(float));
     job.arenas = dhsa_alloc(job.arena_size, num_threads);
     if (!job.arenas)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread", held * channels);

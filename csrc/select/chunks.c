@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/arena.h"
 #include "core/threads.h"
 #include "select/select.h"
 
@@ -118,6 +119,7 @@ static void fill_group(void *context, int64_t index, int thread)
     const int64_t head = index / job->groups, first = job->first + index % job->groups * GROUP;
     const int64_t last = DHSA_MIN(first + GROUP, chunks->chunks), dim = job->k->shape[3];
     float *mean = (float *)(job->scratch + thread * job->stride);
+    dhsa_whole(mean, 2 * dim * (int64_t)sizeof *mean);
     for (int64_t c = first; c < last; c++) {
         const int64_t from = chunks->edges[c], to = chunks->edges[c + 1];
         unsigned char *state = chunks->state + head * chunks->pitch + c;

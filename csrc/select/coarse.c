@@ -102,6 +102,7 @@ void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set
     const int64_t dim = s->q->shape[3], first = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
     const int64_t from = span.lo / s->config->key_block, to = dhsa_ceil_div(span.end, s->config->key_block);
     float *rows = (float *)(arena + c->probe.arena_size);
+    dhsa_whole(rows, (DHSA_MAX_LANES + 2) * dim * (int64_t)sizeof *rows);
     job w = {c, {s, dhsa_block_queries(s, block), c->run, 0, heads, rows}, span.end, rows + DHSA_MAX_LANES * dim, score};
     for (int64_t u = from; u < to; u++) score[u] = 0;
     for (w.rows.head = first; w.rows.head < first + s->heads_per_set; w.rows.head += heads) {

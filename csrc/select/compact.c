@@ -10,6 +10,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/arena.h"
 #include "core/threads.h"
 #include "select/select.h"
 
@@ -50,11 +51,8 @@ static int64_t lay_out(const plan *pl, float *base, scratch *s)
                              pl->pitch};
     float **const parts[] = {&s->rows, &s->panel, &s->wide, &s->token, &s->pooled, &s->poison, &s->poisoned};
     int64_t at = 0;
-    for (int i = 0; i < 7; i++) {
-        *parts[i] = base ? base + at : NULL;
-        at += dhsa_round_up(sizes[i], DHSA_ALIGN / 4);
-    }
-    return at;
+    for (int i = 0; i < 7; i++) *parts[i] = dhsa_part(base, &at, sizes[i] * 4);
+    return at / 4;
 }
 
 /* Tokens as rows of fp32 numbers, *stride apart: where they lie, if that is what they are. */

@@ -116,6 +116,7 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     }
     for (int64_t i = 0; i < n; i++) fine[i] = 0;
     const int64_t head = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
+    dhsa_whole(arena + st->rows, DHSA_MAX_LANES * s->q->shape[3] * (int64_t)sizeof(float));
     job w = {st, {s, dhsa_block_queries(s, block), st->coarse.run, head, heads, (float *)(arena + st->rows)}, key, fine};
     for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) {
         const dhsa_probe_run run = {.rows = dhsa_mean_rows_count(&w.rows),
@@ -176,7 +177,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].offset = at;
-        at += dhsa_round_up(parts[i].bytes, DHSA_ALIGN);
+        dhsa_part(NULL, &at, parts[i].bytes);
     }
     s->arena_size = at;
     return DHSA_OK;

@@ -48,8 +48,9 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhs
     s->group = q->shape[1] / k->shape[1];
     s->num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
     dhsa_status status = s->method->open ? s->method->open(s, error) : DHSA_OK;
-    s->arena_size = dhsa_round_up(s->arena_size, DHSA_ALIGN);
-    s->arena_stride = s->arena_size + dhsa_round_up(s->units * 8, DHSA_ALIGN);
+    s->arena_size = dhsa_round_up(s->arena_size, DHSA_ALIGN) + DHSA_RED_ZONE;
+    s->arena_stride = s->arena_size;
+    dhsa_part(NULL, &s->arena_stride, s->units * 8);
     if (!status) status = dhsa_selector_wake(s, error);
     if (status) dhsa_selector_close(s);
     return status;

@@ -4,6 +4,7 @@
 #ifndef DHSA_METHOD_H
 #define DHSA_METHOD_H
 
+#include "core/arena.h"
 #include "select/select.h"
 
 typedef struct dhsa_selector dhsa_selector;
@@ -48,7 +49,15 @@ struct dhsa_selector {
 };
 
 /* What `thread` works in, aligned to DHSA_ALIGN. */
-static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread) { return s->arenas + thread * s->arena_stride; }
+static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread)
+{
+    char *arena = s->arenas + thread * s->arena_stride;
+    int64_t used = s->arena_size - DHSA_RED_ZONE;
+    dhsa_whole(arena, used);
+    dhsa_part(arena, &used, 0);            /* the zone between what the method works in */
+    dhsa_part(arena, &used, s->units * 8); /* and what dhsa_take works in */
+    return arena;
+}
 
 /* The method of a kind; NULL if there is none (yet). */
 const dhsa_method *dhsa_method_find(dhsa_method_kind kind);

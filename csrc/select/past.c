@@ -6,6 +6,8 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "core/arena.h"
+
 enum { AHEAD = 32 /* marks asked for in advance */ };
 
 /* ---- knowing keys again ------------------------------------------------------------------------------------------ */
@@ -228,6 +230,7 @@ dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const
     dhsa_chunks_fill(kernels, k, b, &l->chunks, l->done, arenas, stride, num_threads);
     /* Of a coarse chunk that is not whole, more may come. */
     l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_UNIT;
+    if (last > 0) dhsa_whole(arenas, 2 * p->dim * (int64_t)sizeof(float));
     if (last > 0) put_last(p, level, kernels, k, b, count - last, &l->chunks, (float *)arenas);
     l->chunks.chunks = count;
     dhsa_chunks_look(&l->chunks, p->kv_heads);

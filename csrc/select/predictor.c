@@ -8,6 +8,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/arena.h"
 #include "core/threads.h"
 #include "select/select.h"
 
@@ -62,11 +63,8 @@ static int64_t lay_out(const plan *pl, float *base, scratch *s)
     float **const parts[] = {&s->panel,  &s->wide,   &s->out,  &s->query,    &s->key,  &s->value, &s->band,
                              &s->weight, &s->window, &s->rows, &s->features, &s->line, &s->poison};
     int64_t at = 0;
-    for (int i = 0; i < 13; i++) {
-        *parts[i] = base ? base + at : NULL;
-        at += dhsa_round_up(sizes[i], DHSA_ALIGN / 4);
-    }
-    return at;
+    for (int i = 0; i < 13; i++) *parts[i] = dhsa_part(base, &at, sizes[i] * 4);
+    return at / 4;
 }
 
 /* Query, key and out-projected values of tokens [at, at + n) of the tile, n <= lanes. */

@@ -6,6 +6,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/arena.h"
+
 enum {
     NUMBERS = 64 * 1024, /* a tile of long rows has fewer keys, so that it stays in L2 */
     PANELS = 12,         /* panels that share a tile, */
@@ -46,9 +48,8 @@ static int64_t lay_out(const dhsa_probe *b, char *base, scratch *w)
     };
     int64_t at = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        char *here = base ? base + at : NULL;
+        void *here = dhsa_part(base, &at, parts[i].numbers * 4);
         memcpy(parts[i].to, &here, sizeof here);
-        at += dhsa_round_up(parts[i].numbers * 4, DHSA_ALIGN);
     }
     return at;
 }

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "core/arena.h"
 #include "select/select.h"
 
 enum {
@@ -89,9 +90,8 @@ static int64_t lay_out(const dhsa_scorer *s, char *base, scratch *w)
     };
     int64_t at = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        char *here = base ? base + at : NULL;
+        void *here = dhsa_part(base, &at, parts[i].bytes);
         memcpy(parts[i].to, &here, sizeof here);
-        at += dhsa_round_up(parts[i].bytes, DHSA_ALIGN);
     }
     return at;
 }

@@ -145,7 +145,8 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->sets = dhsa_score_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
     s->capacity = n_boundaries - 1;
-    s->most = DHSA_MIN(most, s->capacity);
+    /* Whole groups are laid out even where the last one is not full. */
+    s->most = DHSA_MIN(most, dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP));
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
     const dhsa_means_kind kind = rows && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "core/arena.h"
 #include "core/threads.h"
 #include "select/finite.h"
 #include "select/probe.h"
@@ -31,13 +32,15 @@ typedef struct {
 
 static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
 {
-    const int64_t k_len = s->k->shape[2], wide = dhsa_round_up(k_len + 2 * DHSA_MAX_LANES, DHSA_ALIGN / 4);
+    const int64_t k_len = s->k->shape[2], wide = (k_len + 2 * DHSA_MAX_LANES) * 4;
+    int64_t used = ((const state *)s->state)->probe.arena_size;
     w->s = s;
     w->queries = DHSA_MIN(PROBE_QUERIES, s->q->shape[2]);
-    w->column = (float *)(arena + ((const state *)s->state)->probe.arena_size);
-    w->diagonal = w->column + wide + DHSA_MAX_LANES;
-    w->order = (int32_t *)(w->column + 2 * wide);
-    return 3 * wide * 4;
+    w->column = dhsa_part(arena, &used, wide);
+    w->diagonal = dhsa_part(arena, &used, wide);
+    if (arena) w->diagonal += DHSA_MAX_LANES;
+    w->order = dhsa_part(arena, &used, wide);
+    return used;
 }
 
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
@@ -179,7 +182,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     state *st = s->state = calloc(1, sizeof *st);
     if (st) {
         dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, DHSA_MIN(PROBE_QUERIES, s->q->shape[2]), k_len, s->q->shape[3], 1);
-        s->arena_size = st->probe.arena_size + lay_out(s, NULL, &unused);
+        s->arena_size = lay_out(s, NULL, &unused);
         st->columns = dhsa_alloc(s->sets * k_len, sizeof *st->columns);
         st->diagonals = dhsa_alloc(s->sets * k_len, sizeof *st->diagonals);
     }
