@@ -67,7 +67,8 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     w->o = dhsa_part(base, &used, rows * pl->padded * 4);
     w->s = dhsa_part(base, &used, pl->tile * lanes * 4);
     w->k = dhsa_part(base, &used, pl->tile * pl->padded * size);
-    w->v = dhsa_part(base, &used, pl->pair ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
+    w->v = dhsa_part(base, &used,
+                     pl->pair ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
     w->p = dhsa_part(base, &used, pl->pair ? pl->tile * lanes * 4 : 0);
     w->m = dhsa_part(base, &used, rows * 4);
     w->l = dhsa_part(base, &used, rows * 4);

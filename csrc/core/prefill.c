@@ -150,8 +150,9 @@ static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_
     const dhsa_tensor *k = &l->p->k;
     for (int64_t b = 0; b < k->shape[0]; b++) {
         const dhsa_status status =
-            l->boundaries ? dhsa_past_adopt(pasts[b], k, b, l->boundaries + b * l->capacity, l->capacity, same, error)
-                          : dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
+            l->boundaries
+                ? dhsa_past_adopt(pasts[b], k, b, l->boundaries + b * l->capacity, l->capacity, same, l->p->num_threads, error)
+                : dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
         if (status) return status;
     }
     if (l->boundaries) return DHSA_OK;
@@ -167,7 +168,7 @@ static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_
 }
 
 static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const int32_t *given, int64_t n_given,
-                              const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, dhsa_stats *stats,
+                              const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
                               dhsa_error *error)
 {
     const double start = dhsa_now();
@@ -196,6 +197,9 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     stats->density = l.pairs / dhsa_pairs_visible(p, l.sets);
     dhsa_selector_close(&l.selector);
 cleanup:
+    /* What a call that failed midway has left is nothing to build on. */
+    for (int64_t b = 0; pasts && status && b < p->k.shape[0]; b++) dhsa_past_reset(pasts[b]);
+    for (int64_t b = 0; pasts && !keep && b < p->k.shape[0]; b++) dhsa_past_slim(pasts[b]);
     dhsa_free(l.own);
     dhsa_free(l.indptr);
     dhsa_free(l.indices);
@@ -204,7 +208,7 @@ cleanup:
 }
 
 static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
-                       const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, dhsa_stats *stats,
+                       const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
                        dhsa_error *error)
 {
     dhsa_select_config select = *config;
@@ -235,7 +239,7 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
         if (!dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span))
-            return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, stats, error);
+            return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, keep, stats, error);
     }
     return run_exact(p, stats, error);
 }
@@ -243,16 +247,12 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
 dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
                          const dhsa_select_config *config, dhsa_stats *stats, dhsa_error *error)
 {
-    return run(p, boundaries, given, n_given, config, NULL, 0, stats, error);
+    return run(p, boundaries, given, n_given, config, NULL, 0, 0, stats, error);
 }
 
 dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
                             const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
                             dhsa_error *error)
 {
-    const dhsa_status status = run(p, boundaries, given, n_given, config, pasts, same, stats, error);
-    /* What a call that failed midway has left is nothing to build on. */
-    for (int64_t b = 0; status && b < p->k.shape[0]; b++) dhsa_past_reset(pasts[b]);
-    for (int64_t b = 0; !keep && b < p->k.shape[0]; b++) dhsa_past_slim(pasts[b]);
-    return status;
+    return run(p, boundaries, given, n_given, config, pasts, same, keep, stats, error);
 }

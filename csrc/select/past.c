@@ -4,37 +4,101 @@
 #include "select/past.h"
 
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "core/arena.h"
+#include "core/threads.h"
 
-enum { AHEAD = 32 /* marks asked for in advance */ };
+enum {
+    RUN = 256,   /* keys that are looked at in one task, */
+    FEW = 512,   /* and so many without the help of other threads */
+    SPREAD = 128 /* of keys that are said to be the same, the last so many and one in so many of the others are looked at */
+};
 
 /* ---- knowing keys again ------------------------------------------------------------------------------------------ */
 
-/* The first 8 bytes of a key in its first head. Keys of one position that differ in their tokens differ there, those of other
- * positions by their rotation; what is not told apart has the same numbers there, and then cuts and means that are as good. */
+static uint64_t word(const char *at, int64_t bytes)
+{
+    uint64_t w = 0;
+    memcpy(&w, at, (size_t)bytes);
+    return w;
+}
+
+static uint64_t stir(uint64_t h, uint64_t w)
+{
+    h ^= w;
+    return (h << 29 | h >> 35) * UINT64_C(0x9E3779B97F4A7C15);
+}
+
+/* A number made of all bytes of a key in all heads. A step of one of the four chains takes different words to different numbers,
+ * so keys that differ in one word always have different marks, others but for one pair in about 2^64. */
 static uint64_t mark_of(const dhsa_tensor *k, int64_t b, int64_t i)
 {
     const int64_t bytes = k->shape[3] * dhsa_dtype_size(k->dtype);
-    const char *key = dhsa_row(k, b, 0, i);
-    uint64_t mark = 0;
-    if (i + AHEAD < k->shape[2]) __builtin_prefetch(dhsa_row(k, b, 0, i + AHEAD));
-    memcpy(&mark, key, (size_t)DHSA_MIN(bytes, 8));
-    return mark;
+    uint64_t h[4] = {1, 2, 3, 4};
+    for (int64_t head = 0; head < k->shape[1]; head++) {
+        const char *key = dhsa_row(k, b, head, i);
+        int64_t at = 0;
+        for (; at + 32 <= bytes; at += 32)
+            for (int c = 0; c < 4; c++) h[c] = stir(h[c], word(key + at + 8 * c, 8));
+        for (int c = 0; at < bytes; c++, at += 8) h[c] = stir(h[c], word(key + at, DHSA_MIN(bytes - at, 8)));
+    }
+    for (int c = 1; c < 4; c++) h[0] = stir(h[0], h[c] ^ h[c] >> 32);
+    return h[0] ^ h[0] >> 32;
+}
+
+/* Looks at keys [from, to): notes their marks, or with `first` finds the first one whose mark is another than that noted. */
+typedef struct {
+    uint64_t *marks;
+    const dhsa_tensor *k;
+    int64_t b, from, to;
+    _Atomic int64_t *first;
+} look_job;
+
+static void look_task(void *context, int64_t index, int thread)
+{
+    const look_job *job = context;
+    const int64_t from = job->from + index * RUN, to = DHSA_MIN(from + RUN, job->to);
+    (void)thread;
+    for (int64_t i = from; i < to; i++) {
+        if (!job->first) {
+            job->marks[i] = mark_of(job->k, job->b, i);
+        } else if (i >= atomic_load_explicit(job->first, memory_order_relaxed)) {
+            return;
+        } else if (mark_of(job->k, job->b, i) != job->marks[i]) {
+            int64_t first = atomic_load(job->first);
+            while (i < first && !atomic_compare_exchange_weak(job->first, &first, i)) {
+            }
+            return;
+        }
+    }
+}
+
+static void look(look_job *job, int num_threads)
+{
+    const int64_t n = job->to - job->from;
+    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, look_task, job);
+}
+
+/* Forgets how the keys were cut from chunk number `chunks` on. */
+static void forget_chunks(dhsa_past *p, int64_t chunks)
+{
+    if (chunks >= p->chunks) return;
+    p->chunks = chunks;
+    p->summed = -1;
+    for (int i = 0; i < DHSA_LEVELS; i++)
+        p->levels[i].done = DHSA_MIN(p->levels[i].done, i == DHSA_LEVEL_FINE ? chunks : chunks / DHSA_CHUNK_UNIT);
 }
 
 /* Forgets everything about the keys from n on. */
 static void forget(dhsa_past *p, int64_t n)
 {
-    const int64_t chunks = p->chunks;
+    int64_t chunks = p->chunks;
     p->known = DHSA_MIN(p->known, n);
-    while (p->chunks > 0 && p->edges[p->chunks] > n) p->chunks--;
-    if (p->chunks < chunks || p->summed > n) p->summed = -1;
-    for (int i = 0; i < DHSA_LEVELS; i++) {
-        const int64_t left = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / DHSA_CHUNK_UNIT;
-        if (p->chunks < chunks) p->levels[i].done = DHSA_MIN(p->levels[i].done, left);
-    }
+    while (chunks > 0 && p->edges[chunks] > n) chunks--;
+    forget_chunks(p, chunks);
+    if (p->summed > n) p->summed = -1;
 }
 
 static int grow(void **memory, int64_t *room, int64_t need, int64_t keep, int64_t size)
@@ -55,14 +119,26 @@ static dhsa_status no_memory(dhsa_error *error, int64_t keys)
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "past: no memory for the chunks of %" PRId64 " keys", keys);
 }
 
+/* The edges have room for what a step adds, also where nothing was cut yet. */
+static dhsa_status make_room(dhsa_past *p, int64_t chunks, int64_t keys, dhsa_error *error)
+{
+    void *edges = p->edges;
+    if (!grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0, sizeof *p->edges))
+        return no_memory(error, keys);
+    p->edges = edges;
+    if (p->chunks == 0) p->edges[0] = 0;
+    return DHSA_OK;
+}
+
 /* Takes note of the keys that are new; what it knew is as it was. */
-static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, dhsa_error *error)
+static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
     void *marks = p->marks;
     if (!grow(&marks, &p->marks_room, length, p->known, sizeof *p->marks)) return no_memory(error, length);
     p->marks = marks;
-    for (int64_t i = p->known; i < length; i++) p->marks[i] = mark_of(k, b, i);
+    look_job job = {p->marks, k, b, p->known, length, NULL};
+    look(&job, num_threads);
     p->known = length;
     return DHSA_OK;
 }
@@ -85,10 +161,8 @@ static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t en
 {
     const int64_t from = p->chunks > 0 ? p->edges[p->chunks] : 0, room = dhsa_boundaries_capacity(config, end - from);
     int64_t count = 0;
-    void *edges = p->edges;
-    if (!grow(&edges, &p->edges_room, p->chunks + room + 2 * DHSA_CHUNK_GROUP, p->chunks + 1, sizeof *p->edges))
-        return no_memory(error, end);
-    p->edges = edges;
+    const dhsa_status roomy = make_room(p, p->chunks + room, end, error);
+    if (roomy) return roomy;
     dhsa_tensor row = *k;
     row.data = dhsa_row(k, b, 0, 0);
     row.shape[0] = 1;
@@ -101,34 +175,48 @@ static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t en
     return DHSA_OK;
 }
 
-/* Begins anew if these keys cannot be those that it knows; else finds how many it knows again, the first `same` without a look. */
-static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t same)
+/* Begins anew if these keys cannot be those that it knows; else finds how many it knows again. The first `same` are said to be
+ * those of the last call. That is trusted as long as those agree that are looked at all the same: the last ones, and in each call
+ * others of those before, spread over all of them. */
+static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t same, int num_threads)
 {
-    const int64_t length = k->shape[2];
+    const int64_t known = DHSA_MIN(p->known, k->shape[2]);
     if (p->dtype != k->dtype || p->kv_heads != k->shape[1] || p->dim != k->shape[3]) {
         dhsa_past_reset(p);
         p->dtype = k->dtype;
         p->kv_heads = k->shape[1];
         p->dim = k->shape[3];
+        return 0;
     }
-    int64_t again = DHSA_MIN(DHSA_MIN(same, p->known), length);
-    while (again < DHSA_MIN(p->known, length) && mark_of(k, b, again) == p->marks[again]) again++;
-    return again;
+    same = DHSA_MAX(DHSA_MIN(same, known), 0);
+    int trusted = same > SPREAD;
+    for (int64_t i = p->turn; trusted && i < same - SPREAD; i += SPREAD) trusted = mark_of(k, b, i) == p->marks[i];
+    p->turn = (p->turn + 1) % SPREAD;
+    _Atomic int64_t first;
+    atomic_init(&first, known);
+    look_job job = {p->marks, k, b, trusted ? same - SPREAD : 0, known, &first};
+    look(&job, num_threads);
+    if (trusted && atomic_load(&first) < same) { /* what was said is not so: look at all */
+        job.from = 0;
+        look(&job, num_threads);
+    }
+    return atomic_load(&first);
 }
 
 dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
                              int64_t same, int num_threads, dhsa_error *error)
 {
-    const int64_t length = k->shape[2], end = length - (step != 0), again = recognise(p, k, b, same);
+    const int64_t length = k->shape[2], end = length - (step != 0), again = recognise(p, k, b, same, num_threads);
     const int64_t before = p->known, chunks = p->chunks;
     dhsa_status status;
     forget(p, DHSA_MIN(again, end));
+    if ((status = make_room(p, p->chunks + 1, length, error))) return status;
     /* In a step, keys that came with others in a call that was not seen here are cut as a prompt's are; those that came alone,
      * and those that took the place of such, are not. */
     const int generated = step && p->chunks > 0 && p->chunks == chunks && end <= before;
     if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end && (status = cut(p, k, b, end, config, num_threads, error)))
         return status;
-    if ((status = take_note(p, k, b, error))) return status;
+    if ((status = take_note(p, k, b, num_threads, error))) return status;
     p->total = p->chunks;
     if (!step) return DHSA_OK;
     /* The rest begins a group of its own, after empty chunks, so that the others' means stay as they are. */
@@ -140,21 +228,19 @@ dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, cons
 }
 
 dhsa_status dhsa_past_adopt(dhsa_past *p, const dhsa_tensor *k, int64_t b, const int32_t *given, int64_t n, int64_t same,
-                            dhsa_error *error)
+                            int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
-    void *edges;
-    forget(p, recognise(p, k, b, same));
+    dhsa_status status;
+    forget(p, recognise(p, k, b, same, num_threads));
     while (n > 2 && given[n - 2] == length) n--;
     int64_t alike = 0;
     while (alike < p->chunks && alike < n - 1 && p->edges[alike + 1] == given[alike + 1]) alike++;
-    if (alike < p->chunks) forget(p, p->edges[alike + 1] - 1);
-    edges = p->edges;
-    if (!grow(&edges, &p->edges_room, n + 2 * DHSA_CHUNK_GROUP, p->chunks + 1, sizeof *p->edges)) return no_memory(error, length);
-    p->edges = edges;
+    forget_chunks(p, alike);
+    if ((status = make_room(p, n, length, error))) return status;
     memcpy(p->edges, given, (size_t)n * sizeof *given);
     extended(p, n - 1);
-    const dhsa_status status = take_note(p, k, b, error);
+    status = take_note(p, k, b, num_threads, error);
     p->total = p->chunks;
     return status;
 }

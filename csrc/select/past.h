@@ -16,9 +16,9 @@ enum { DHSA_LEVEL_FINE = 0, DHSA_LEVEL_COARSE, DHSA_LEVELS };
 struct dhsa_past {
     dhsa_dtype dtype;
     int64_t kv_heads, dim;
-    uint64_t *marks; /* [known]: the first bytes of each key */
-    int64_t known, marks_room;
-    int32_t *edges; /* keys before edges[chunks] are cut; in a step others follow, up to edges[total] */
+    uint64_t *marks;                 /* [known]: of each key, of all its bytes in all heads */
+    int64_t known, marks_room, turn; /* turn: which of the keys that are said to be the same are looked at in the next call */
+    int32_t *edges;                  /* keys before edges[chunks] are cut; in a step others follow, up to edges[total] */
     int64_t chunks, total, edges_room;
     float *sum; /* [kv_heads, dim]: of the keys [edges[chunks], summed) */
     int64_t summed;
@@ -26,13 +26,13 @@ struct dhsa_past {
 };
 
 /* Makes `past` one of the keys of batch row b: what it knows again stays, the rest is forgotten, what is new is cut. The first
- * `same` keys are known to be those of the last call, without a look. step: the keys that came one at a time since something was
- * cut are one chunk, the last key another; otherwise everything is cut. */
+ * `same` keys are said to be those of the last call, and few of them are looked at. step: the keys that came one at a time since
+ * something was cut are one chunk, the last key another; otherwise everything is cut. */
 dhsa_status dhsa_past_follow(dhsa_past *past, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
                              int64_t same, int num_threads, dhsa_error *error);
 /* The same, all keys being cut as `given` says, [n] padded with Lk: in place of cutting, and of cuts that were there. */
 dhsa_status dhsa_past_adopt(dhsa_past *past, const dhsa_tensor *k, int64_t b, const int32_t *given, int64_t n, int64_t same,
-                            dhsa_error *error);
+                            int num_threads, dhsa_error *error);
 /* Fills the means of a level for its chunks, edges [count + 1], which were these up to the last call's end: only the missing ones.
  * *chunks becomes a view of them. Thread t has arenas + t * stride, 2 * dim floats. */
 dhsa_status dhsa_past_means(dhsa_past *past, int level, dhsa_means_kind kind, const dhsa_kernels *kernels, const dhsa_tensor *k,
