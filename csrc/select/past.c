@@ -11,9 +11,9 @@
 #include "core/threads.h"
 
 enum {
-    RUN = 256,   /* keys that are looked at in one task, */
-    FEW = 512,   /* and so many without the help of other threads */
-    SPREAD = 128 /* of keys that are said to be the same, the last so many and one in so many of the others are looked at */
+    RUN = 256,  /* keys that are looked at in one task, */
+    FEW = 512,  /* and so many without the help of other threads */
+    SAMPLE = 16 /* of keys that are said to be the same, so many of the last and so many of the others are looked at */
 };
 
 /* ---- knowing keys again ------------------------------------------------------------------------------------------ */
@@ -189,12 +189,14 @@ static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t 
         return 0;
     }
     same = DHSA_MAX(DHSA_MIN(same, known), 0);
-    int trusted = same > SPREAD;
-    for (int64_t i = p->turn; trusted && i < same - SPREAD; i += SPREAD) trusted = mark_of(k, b, i) == p->marks[i];
-    p->turn = (p->turn + 1) % SPREAD;
+    int trusted = same > SAMPLE;
+    const int64_t apart = dhsa_ceil_div(same, SAMPLE);
+    for (int64_t i = trusted ? p->turn % apart : 0; trusted && i < same - SAMPLE; i += apart)
+        trusted = mark_of(k, b, i) == p->marks[i];
+    p->turn++;
     _Atomic int64_t first;
     atomic_init(&first, known);
-    look_job job = {p->marks, k, b, trusted ? same - SPREAD : 0, known, &first};
+    look_job job = {p->marks, k, b, trusted ? same - SAMPLE : 0, known, &first};
     look(&job, num_threads);
     if (trusted && atomic_load(&first) < same) { /* what was said is not so: look at all */
         job.from = 0;

@@ -1,0 +1,137 @@
+"""A Past driven by random calls: keys that come and go, one at a time or many, other keys in any head, cuts that are given,
+copies, any number of threads. After each call it must give what a call gives that keeps nothing, from the same cuts."""
+
+import copy
+
+import numpy as np
+import pytest
+from test_past import CONFIGS, expected, keys_and_values, normal, run
+
+import dhsa
+from dhsa import _core, functional
+
+HEADS, DIM = 2, 16
+
+
+def cuts_of(rng, length):
+    """Boundaries of any kind: chunks of any length, empty ones at the front, in the middle and at the end."""
+    inner = rng.integers(0, length + 1, rng.integers(0, length // 3 + 2))
+    ends = [0] * int(rng.integers(1, 4)), [length] * int(rng.integers(1, 4))
+    return np.sort(np.concatenate([ends[0], inner, ends[1]])).astype(np.int32)[None]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_histories(name, seed):
+    config, rng = CONFIGS[name], np.random.default_rng(seed)
+    k, v = keys_and_values(900, heads=HEADS, dim=DIM, seed=seed)
+    k, v = k.copy(), v.copy()
+    past, length, same, compared = _core.Past(), int(rng.integers(1, 200)), 0, 0
+    for turn in range(40):
+        what = rng.choice(["piece", "step", "step", "crop", "other", "again", "copy", "one", "given"])
+        queries = 1
+        if what in ("piece", "given"):
+            queries = int(rng.integers(2, 120))
+            length = min(length + queries, 900)
+        elif what == "step":
+            length = min(length + 1, 900)
+        elif what == "crop":
+            length = int(rng.integers(1, length + 1))
+        elif what == "one":
+            length = 1
+        elif what == "other":  # as little as one number of one head
+            at, head = int(rng.integers(0, length)), int(rng.integers(0, HEADS))
+            k[0, head, at, int(rng.integers(0, DIM))] = rng.standard_normal()
+            same = min(same, at)
+        if what == "copy":
+            past = copy.deepcopy(past)
+        queries = min(queries, length)
+        same = min(same, length) if rng.random() < 0.5 else 0
+        dhsa.set_num_threads(int(rng.choice([1, 2, 5])))
+        q = normal(1, 4, queries, DIM, seed=turn)
+        keys, values = k[:, :, :length], v[:, :, :length]
+        options = {"boundaries": cuts_of(rng, length)} if what == "given" and rng.random() < 0.7 else {}
+        out, _, stats = functional.run(q, keys, values, config, pasts=(past,), same=same, keep=True, **options)
+        if stats.path != "sparse":  # all keys are within the budget: the Past was not asked
+            np.testing.assert_array_equal(out, dhsa.attention(q, keys, values))
+            continue
+        np.testing.assert_array_equal(out, expected(q, keys, values, config, past), err_msg=f"turn {turn}: {what}")
+        same = length
+        compared += 1
+    assert compared > 5
+
+
+@pytest.mark.parametrize("head", range(3))
+@pytest.mark.parametrize("place", [0, 7, DIM - 1])
+def test_keys_are_known_by_all_their_heads_and_numbers(head, place):
+    config = CONFIGS["rows"]
+    k, v = keys_and_values(400, heads=3, dim=DIM)
+    past, q = _core.Past(), normal(1, 3, 100, DIM, seed=9)
+    run(q, k, v, config, past)
+    other = k.copy()
+    other[0, head, 200, place] = np.nan
+    out, _ = run(q, other, v, config, past)
+    np.testing.assert_array_equal(out, expected(q, other, v, config, past))
+    fresh, _ = run(q, other, v, config, _core.Past())
+    assert np.isnan(fresh[0, head]).any()  # a chunk that is no number is chosen, so that it reaches the rows that see it
+    np.testing.assert_array_equal(np.isnan(out[0, head]).any(-1), np.isnan(fresh[0, head]).any(-1))
+
+
+def test_what_is_said_to_be_the_same_is_looked_at_in_part():
+    """Sixteen of the last keys and sixteen of the others, others in each call: no other contents of a sixteenth of the
+    keys are overlooked, and no single key for more calls than a sixteenth of them."""
+    config = CONFIGS["rows"]
+    k, v = keys_and_values(1000, heads=1, dim=DIM)
+    q = normal(1, 2, 2, DIM, seed=9)
+
+    def noticed(change):
+        """How many calls pass before a key that is no number is seen in its chunk."""
+        past, other = _core.Past(), k.copy()
+        functional.run(q, k, v, config, pasts=(past,), keep=True)
+        other[0, 0, change] = np.nan
+        for call in range(80):
+            out, _, _ = functional.run(q, other, v, config, pasts=(past,), same=1000, keep=True)
+            if np.isnan(out).any():
+                return call
+        return None
+
+    assert noticed(slice(300, 363)) == 0
+    assert noticed(slice(970, 971)) is not None
+    assert noticed(slice(985, 986)) == 0
+    assert 0 < noticed(slice(300, 301)) < 63
+
+
+@pytest.mark.parametrize("floor", [0, 1])
+def test_a_step_on_a_cache_of_one_key(floor):
+    config = dhsa.Config(mass=0.5, floor=floor, sink=0, local=0, dense_tail=0, query_block=4)
+    k, v = keys_and_values(3, heads=1, dim=DIM)
+    q, past = normal(1, 2, 1, DIM), _core.Past()
+    for length in (1, 2, 3, 1):
+        out, _ = run(q, k[:, :, :length], v[:, :, :length], config, past)
+        if length == 1:
+            np.testing.assert_allclose(out, np.broadcast_to(v[:, :, :1], out.shape), rtol=1e-6)
+        assert np.isfinite(out).all()
+
+
+def test_cuts_that_begin_with_empty_chunks_then_others():
+    config = CONFIGS["rows"]
+    k, v = keys_and_values(300, dim=DIM)
+    q, past = normal(1, 4, 50, DIM, seed=5), _core.Past()
+    for cuts in ([0, 0, 0, 100, 300], [0, 50, 300], [0, 0, 300], list(range(301)), [0, 300]):
+        given = np.array([cuts], np.int32)
+        out, _, _ = functional.run(q, k, v, config, pasts=(past,), same=300, keep=True, boundaries=given)
+        np.testing.assert_array_equal(out, expected(q, k, v, config, past))
+        assert past.boundaries == [0, *cuts[1:]]
+
+
+def test_refused_arguments_leave_pasts_alone():
+    config = CONFIGS["rows"]
+    k, v = keys_and_values(300, dim=DIM)
+    q, past = normal(1, 4, 50, DIM, seed=5), _core.Past()
+    run(q, k, v, config, past)
+    before = past.boundaries, past.nbytes
+    two = np.concatenate([k, k])
+    with pytest.raises(ValueError, match="batch"):
+        functional.run(q, two, two, config, pasts=(past, _core.Past()), keep=False)
+    assert (past.boundaries, past.nbytes) == before
+    assert before[0][-1] == 300
