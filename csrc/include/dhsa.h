@@ -67,7 +67,8 @@ dhsa_status dhsa_attend_dense(const dhsa_problem *problem, dhsa_error *error);
 /* Attention over a selection. The selection is validated in full (see dhsa_selection_check) before any of it is used. */
 dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection *selection, dhsa_error *error);
 
-/* Checks everything a kernel relies on; both attend functions call these first. n_indices is the length of `indices`. */
+/* Checks everything a kernel relies on; both attend functions call these first. n_indices is the length of `indices`;
+ * -1: as many as indptr ends with. */
 dhsa_status dhsa_problem_check(const dhsa_problem *problem, dhsa_error *error);
 dhsa_status dhsa_selection_check(const dhsa_selection *selection, int64_t n_indptr, int64_t n_indices, int64_t batch,
                                  int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error);

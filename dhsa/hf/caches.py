@@ -14,6 +14,7 @@ import copy
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,10 +95,11 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     _running.entry = (weakref.ref(module), None if cache is None else weakref.ref(cache), same)
 
 
-def watch(module: torch.nn.Module) -> None:
-    """Lets `recall` know the caches that `module` is called with, until `unwatch`."""
+def watch(module: torch.nn.Module, hook: Callable[..., None] = _before_forward) -> None:
+    """Has `hook` called before every forward of `module` until `unwatch`; without one, lets `recall` know the caches
+    that an attention module is called with."""
     if _HOOK not in module.__dict__:
-        module.__dict__[_HOOK] = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        module.__dict__[_HOOK] = module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def unwatch(module: torch.nn.Module) -> None:
