@@ -44,7 +44,7 @@ def test_workers_of_a_large_call_stay_asleep(make_qkv):
 @pytest.mark.parametrize("name", ["scalar\0junk", "a" + "\u00e9" * 30, "", "\0"])
 def test_names_of_no_tier(name):
     before = dhsa.build_info()["isa"]
-    with pytest.raises(ValueError, match="isa: .* is not a tier"):
+    with pytest.raises(ValueError, match=r"isa: .* is not a tier"):
         dhsa.set_isa(name)
     assert dhsa.build_info()["isa"] == before
 
