@@ -160,3 +160,38 @@ def test_models_that_read_the_mask_themselves_are_refused_by_name():
     )
     with pytest.raises(ValueError, match=r"layers of 'doge' read the mask tensor themselves.*eager"):
         dhsa.patch(model)
+
+
+# ---- an encoder that is handed a cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("padding", [None, [80, 50]])
+def test_queries_of_an_encoder_see_the_whole_cache(padding, length):
+    """BERT as `generate` runs it: its mask is made without the cache, whose keys transformers then does not count."""
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = transformers.BertLMHeadModel._from_config(config, attn_implementation="eager").eval()
+    ids = tokens(2, 80 + length)
+    mask = None if padding is None else (torch.arange(80 + length) >= 80 - torch.tensor(padding)[:, None]).long()
+
+    def pieces():
+        cache, logits = transformers.DynamicCache(), []
+        for first, last in ((0, 80), (80, 80 + length)):
+            seen = {} if mask is None else {"attention_mask": mask[:, :last]}
+            logits.append(
+                model(ids[:, first:last], use_cache=True, **seen, **dhsa.hf.compat.cache_option(model, cache)).logits
+            )
+        assert cache.get_seq_length() == 80 + length
+        return logits[1]
+
+    with torch.no_grad():
+        expected = pieces()
+        for configured in (EXACT, SPARSE):
+            with dhsa.patched(model, configured):
+                got = pieces()
+                assert {run.key_shape[2] for run in dhsa.last_run(model)} == {80 + length}
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
