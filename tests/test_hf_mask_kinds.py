@@ -195,3 +195,21 @@ def test_queries_of_an_encoder_see_the_whole_cache(padding, length):
                 got = pieces()
                 assert {run.key_shape[2] for run in dhsa.last_run(model)} == {80 + length}
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["Align", "Clap", "Splinter"])
+def test_encoders_whose_layers_do_not_say_so_are_not_causal(name):
+    """Their attention modules have no `is_causal`: the mask alone says that every token sees all the others."""
+    model_type = {"Align": "align_text_model", "Clap": "clap_text_model", "Splinter": "splinter"}[name]
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.1,
+    )  # fmt: skip
+    model_class = getattr(transformers, f"{name}Model" if name == "Splinter" else f"{name}TextModel")
+    torch.manual_seed(7)
+    model, ids = model_class._from_config(config, attn_implementation="eager").eval(), tokens(1, 60)
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        with dhsa.patched(model, EXACT):
+            torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=0, atol=2e-5)
+            assert len(dhsa.last_run(model)) == 2
