@@ -208,6 +208,28 @@ def test_shortlist_of_rows_of_boundaries_with_padding_and_chunks_of_any_length()
     check(q, k, long_prompt(), edges=np.tile(np.append(np.arange(0, 33), 400).astype(np.int32), (2, 1)))
 
 
+@pytest.mark.parametrize("chunks", [1, 129, 257])
+def test_shortlist_of_all_of_128_j_plus_1_chunks(isa, chunks):
+    """The last group holds one chunk: its products need the room of a whole group."""
+    size = 2 if chunks > 1 else 10**6
+    length = size * chunks if chunks > 1 else 200
+    q, k = normal(1, 8, length, 32), normal(1, 1, length, 32, seed=1)
+    config = small(budget=32, shortlist=length - 1, rows=9, dense_tail=0, boundaries="fixed", chunk_size=size)
+    _, chosen = check(q, k, config)
+    assert chosen > 0
+
+
+@pytest.mark.parametrize("empties", [50, 300, 1000])
+def test_shortlist_of_few_keys_in_many_chunks(isa, empties):
+    """Empty chunks have no keys, so that a shortlist of a number of keys may meet any number of them."""
+    q, k = normal(1, 8, 300, 32), normal(1, 1, 300, 32, seed=1)
+    once = np.concatenate([[0], np.full(empties + 1, 5), np.arange(10, 301, 10)])
+    spread = np.sort(np.concatenate([np.arange(301), np.repeat(np.arange(0, 300, 2), empties // 50)]))
+    for edges in (once, spread):
+        _, chosen = check(q, k, long_prompt(), edges=edges.astype(np.int32)[None])
+        assert chosen > 0
+
+
 def test_shortlist_never_loses_keys_that_are_not_finite(isa):
     q, k = normal(1, 4, 480, 8), normal(1, 2, 480, 8, seed=1)
     k[0, 1, [37, 201], 2] = np.nan

@@ -20,9 +20,9 @@ static inline void *dhsa_part(void *arena, int64_t *used, int64_t bytes)
     *used = at + room + DHSA_RED_ZONE;
     if (!arena) return NULL;
 #if DHSA_RED_ZONE
-    /* Another layout of the same arena may have had its zones elsewhere. */
-    __asan_unpoison_memory_region((char *)arena + at, (size_t)room);
-    __asan_poison_memory_region((char *)arena + at + room, DHSA_RED_ZONE);
+    /* Another layout of the same arena may have had its zones elsewhere. What alignment adds to a part belongs to its zone. */
+    __asan_poison_memory_region((char *)arena + at, (size_t)(room + DHSA_RED_ZONE));
+    __asan_unpoison_memory_region((char *)arena + at, (size_t)bytes);
 #endif
     return (char *)arena + at;
 }

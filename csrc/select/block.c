@@ -24,8 +24,8 @@ static scratch lay_out(const dhsa_selector *s, char *arena)
     const int64_t dim = s->k->shape[3];
     int64_t used = 0;
     scratch w;
-    w.key = dhsa_part(arena, &used, 2 * dim * 4); /* with sum, where dhsa_chunks_fill works */
-    w.sum = arena ? w.key + dim : NULL;
+    w.key = dhsa_part(arena, &used, dim * 4);
+    w.sum = dhsa_part(arena, &used, dim * 4);
     w.query = dhsa_part(arena, &used, dim * 4);
     w.logit = dhsa_part(arena, &used, s->units * 4);
     w.score = dhsa_part(arena, &used, s->units * 4);

@@ -134,11 +134,11 @@ static dhsa_status pick(const float *scores, int64_t length, int64_t n, double t
                         int32_t *boundaries, int64_t *count, dhsa_error *error)
 {
     const int64_t last = DHSA_MIN(length - 1, instruction > 0 ? length - instruction : length - 1);
-    uint64_t *items = dhsa_alloc(length, 2 * (int64_t)sizeof *items);
+    uint64_t *items = dhsa_alloc(length, (int64_t)sizeof *items), *other = dhsa_alloc(length, (int64_t)sizeof *other);
     unsigned char *state = dhsa_alloc(length, 1);
     dhsa_status status = DHSA_OK;
     int64_t eligible = 0, accepted = 0;
-    if (!items || !state) {
+    if (!items || !other || !state) {
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory to sort %" PRId64 " gaps", length);
         goto cleanup;
     }
@@ -156,7 +156,7 @@ static dhsa_status pick(const float *scores, int64_t length, int64_t n, double t
         u = u & 0x80000000u ? u : ~u & 0x7fffffffu; /* the best first */
         items[eligible++] = (uint64_t)u << 32 | (uint64_t)j;
     }
-    radix_sort(items, items + length, eligible);
+    radix_sort(items, other, eligible);
     for (int64_t i = 0; i < eligible && accepted < n; i++) {
         const int64_t gap = (int64_t)(items[i] & 0xffffffffu);
         if (state[gap] != 0) continue;
@@ -171,6 +171,7 @@ static dhsa_status pick(const float *scores, int64_t length, int64_t n, double t
     *count = at;
 cleanup:
     dhsa_free(items);
+    dhsa_free(other);
     dhsa_free(state);
     return status;
 }

@@ -30,14 +30,33 @@ void dhsa_mean_rows_pack(const dhsa_mean_rows *m, const dhsa_kernels *kernels, i
 
 /* ---- key blocks --------------------------------------------------------------------------------------------------- */
 
+typedef struct {
+    const dhsa_coarse *coarse;
+    dhsa_mean_rows rows;
+    int64_t cut_end;   /* where the last key block ends for this block of queries */
+    float *mean, *sum; /* [dim]: the mean of a block that is cut; what it is summed in */
+    float *score;
+} job;
+
+/* What one thread works in, after the probe. */
+static int64_t lay_out(const dhsa_coarse *c, int64_t dim, char *arena, job *w)
+{
+    int64_t used = c->probe.arena_size;
+    w->rows.rows = dhsa_part(arena, &used, DHSA_MAX_LANES * dim * 4);
+    w->mean = dhsa_part(arena, &used, dim * 4);
+    w->sum = dhsa_part(arena, &used, dim * 4);
+    return used;
+}
+
 int dhsa_coarse_open(dhsa_coarse *c, const dhsa_selector *s, int64_t run)
 {
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3], blocks = dhsa_ceil_div(k_len, s->config->key_block);
     const int64_t queries = DHSA_MIN(s->config->score.query_block, s->q->shape[2]);
+    job unused;
     c->run = run;
     c->edges = dhsa_block_edges(k_len, s->config->key_block);
     dhsa_probe_plan(&c->probe, DHSA_PROBE_KEYS, dhsa_ceil_div(queries, run) * DHSA_MIN(s->heads_per_set, s->group), blocks, dim, 1);
-    c->arena_size = c->probe.arena_size + dhsa_round_up((DHSA_MAX_LANES + 2) * dim * 4, DHSA_ALIGN);
+    c->arena_size = lay_out(c, dim, NULL, &unused);
     const int opened = dhsa_chunks_open(&c->means, DHSA_MEANS_F32, 0, s->k->shape[1], blocks, dim);
     c->means.edges = c->edges;
     c->means.chunks = blocks;
@@ -54,14 +73,6 @@ void dhsa_coarse_begin(dhsa_coarse *c, const dhsa_selector *s)
 {
     dhsa_chunks_fill(s->kernels, s->k, s->b, &c->means, 0, s->arenas, s->arena_stride, s->num_threads);
 }
-
-typedef struct {
-    const dhsa_coarse *coarse;
-    dhsa_mean_rows rows;
-    int64_t cut_end; /* where the last key block ends for this block of queries */
-    float *mean;     /* [2, dim] */
-    float *score;
-} job;
 
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
@@ -80,7 +91,7 @@ static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t 
     for (int j = 0; j < n; j++) {
         int finite = means->state[kv_head * means->pitch + first + j] == DHSA_CHUNK_GOOD;
         if (means->edges[first + j + 1] > w->cut_end) {
-            finite = dhsa_chunk_mean(s->kernels, s->k, s->b, kv_head, means->edges[first + j], w->cut_end, w->mean, w->mean + dim);
+            finite = dhsa_chunk_mean(s->kernels, s->k, s->b, kv_head, means->edges[first + j], w->cut_end, w->mean, w->sum);
             memcpy(tile + j * dim, w->mean, (size_t)dim * sizeof *tile);
         }
         if (!finite) tile[j * dim] = NAN; /* rows that see it are to say nothing */
@@ -101,9 +112,8 @@ void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set
 {
     const int64_t dim = s->q->shape[3], first = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
     const int64_t from = span.lo / s->config->key_block, to = dhsa_ceil_div(span.end, s->config->key_block);
-    float *rows = (float *)(arena + c->probe.arena_size);
-    dhsa_whole(rows, (DHSA_MAX_LANES + 2) * dim * (int64_t)sizeof *rows);
-    job w = {c, {s, dhsa_block_queries(s, block), c->run, 0, heads, rows}, span.end, rows + DHSA_MAX_LANES * dim, score};
+    job w = {.coarse = c, .rows = {s, dhsa_block_queries(s, block), c->run, 0, heads, NULL}, .cut_end = span.end, .score = score};
+    lay_out(c, dim, arena, &w);
     for (int64_t u = from; u < to; u++) score[u] = 0;
     for (w.rows.head = first; w.rows.head < first + s->heads_per_set; w.rows.head += heads) {
         const dhsa_probe_run run = {.rows = dhsa_mean_rows_count(&w.rows),

@@ -3,7 +3,15 @@
  * arXiv 2510.24606. */
 #include <math.h>
 
+#include "core/arena.h"
 #include "select/select.h"
+
+int64_t dhsa_mean_plan(const dhsa_scorer *s)
+{
+    int64_t size = 0;
+    for (int i = 0; i < 2; i++) dhsa_part(NULL, &size, s->q->shape[3] * 4);
+    return size;
+}
 
 /* The mean query of the set's heads against the mean key of its KV heads: a dot product a chunk and KV head. */
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score)
@@ -11,7 +19,8 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
     const int64_t dim = s->q->shape[3], members = s->heads_per_kv * s->kv_per_set;
     const int root = s->config->pooling == DHSA_POOL_MEAN_SQRT;
     const float *means = s->chunks.means;
-    float *query = (float *)arena, *one = query + dim;
+    int64_t used = 0;
+    float *query = dhsa_part(arena, &used, dim * 4), *one = dhsa_part(arena, &used, dim * 4);
     int finite = 1;
     for (int64_t h = 0; h < members; h++) {
         dhsa_mean_query(s->kernels, s->q, s->b, job->set * members + h, job->from, job->to, 1.0f, h == 0 ? query : one);

@@ -21,9 +21,36 @@ typedef struct {
     dhsa_coarse coarse;
     dhsa_probe fine;
     dhsa_finite finite;
-    int64_t most;                                                                 /* keys of kept blocks */
-    int64_t rows, coarse_scores, ranks, keys, fine_scores, edges, scores, masses; /* offsets in an arena */
+    int64_t most; /* keys of kept blocks */
 } state;
+
+/* What one thread works in: the coarse stage, in the place of which the fine one and its rows work later; then these. */
+typedef struct {
+    float *rows;         /* [lanes, dim]: of the fine stage, laid out when that begins */
+    float *coarse;       /* [key blocks] */
+    ranked *ranks;       /* [key blocks] */
+    int32_t *key;        /* [most] */
+    float *fine;         /* [most] */
+    int32_t *edges;      /* [units + 1] */
+    float *score, *mass; /* [units] */
+} scratch;
+
+static int64_t lay_out(const dhsa_selector *s, char *arena, scratch *w)
+{
+    const state *st = s->state;
+    const int64_t blocks = dhsa_ceil_div(s->k->shape[2], s->config->key_block);
+    int64_t used = st->fine.arena_size;
+    w->rows = dhsa_part(arena, &used, DHSA_MAX_LANES * s->q->shape[3] * 4);
+    used = DHSA_MAX(used, st->coarse.arena_size);
+    w->coarse = dhsa_part(arena, &used, blocks * 4);
+    w->ranks = dhsa_part(arena, &used, blocks * (int64_t)sizeof *w->ranks);
+    w->key = dhsa_part(arena, &used, st->most * 4);
+    w->fine = dhsa_part(arena, &used, st->most * 4);
+    w->edges = dhsa_part(arena, &used, (s->units + 1) * 4);
+    w->score = dhsa_part(arena, &used, s->units * 4);
+    w->mass = dhsa_part(arena, &used, s->units * 4);
+    return used;
+}
 
 /* The fine stage of one KV head. */
 typedef struct {
@@ -101,13 +128,14 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
 {
     const state *st = s->state;
     char *arena = dhsa_selector_arena(s, thread);
-    float *coarse = (float *)(arena + st->coarse_scores), *fine = (float *)(arena + st->fine_scores);
-    int32_t *key = (int32_t *)(arena + st->keys), *edges = (int32_t *)(arena + st->edges);
-    float *score = (float *)(arena + st->scores), *mass = (float *)(arena + st->masses);
+    scratch parts;
+    lay_out(s, arena, &parts);
+    float *coarse = parts.coarse, *fine = parts.fine, *score = parts.score, *mass = parts.mass;
+    int32_t *key = parts.key, *edges = parts.edges;
     const int64_t first = span.lo / s->config->key_block, last = dhsa_ceil_div(span.end, s->config->key_block);
     dhsa_coarse_score(&st->coarse, s, set, block, span, arena, coarse);
     dhsa_finite_blocks(&st->finite, s, set, span, coarse, NULL);
-    filter(s, span, coarse, (ranked *)(arena + st->ranks));
+    filter(s, span, coarse, parts.ranks);
 
     int64_t n = 0;
     for (int64_t u = first; u < last; u++) {
@@ -116,8 +144,8 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     }
     for (int64_t i = 0; i < n; i++) fine[i] = 0;
     const int64_t head = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
-    dhsa_whole(arena + st->rows, DHSA_MAX_LANES * s->q->shape[3] * (int64_t)sizeof(float));
-    job w = {st, {s, dhsa_block_queries(s, block), st->coarse.run, head, heads, (float *)(arena + st->rows)}, key, fine};
+    lay_out(s, arena, &parts); /* where the coarse stage was, the fine one's rows are now */
+    job w = {st, {s, dhsa_block_queries(s, block), st->coarse.run, head, heads, parts.rows}, key, fine};
     for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) {
         const dhsa_probe_run run = {.rows = dhsa_mean_rows_count(&w.rows),
                                     .to = n,
@@ -155,6 +183,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     const dhsa_select_config *c = s->config;
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3], blocks = dhsa_ceil_div(k_len, c->key_block);
     const int64_t queries = DHSA_MIN(c->score.query_block, s->q->shape[2]);
+    scratch unused;
     state *st = s->state = calloc(1, sizeof *st);
     if (!st || !dhsa_finite_open(&st->finite, s) ||
         !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.rows)))
@@ -165,21 +194,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group), st->most, dim,
                     1);
     s->units = 2 * st->most + 1;
-    int64_t at = DHSA_MAX(st->coarse.arena_size, dhsa_round_up(st->fine.arena_size + DHSA_MAX_LANES * dim * 4, DHSA_ALIGN));
-    st->rows = st->fine.arena_size;
-    const struct {
-        int64_t *offset, bytes;
-    } parts[] = {
-        {&st->coarse_scores, blocks * 4}, {&st->ranks, blocks * (int64_t)sizeof(ranked)},
-        {&st->keys, st->most * 4},        {&st->fine_scores, st->most * 4},
-        {&st->edges, (s->units + 1) * 4}, {&st->scores, s->units * 4},
-        {&st->masses, s->units * 4},
-    };
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].offset = at;
-        dhsa_part(NULL, &at, parts[i].bytes);
-    }
-    s->arena_size = at;
+    s->arena_size = lay_out(s, NULL, &unused);
     return DHSA_OK;
 }
 

@@ -48,9 +48,8 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhs
     s->group = q->shape[1] / k->shape[1];
     s->num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
     dhsa_status status = s->method->open ? s->method->open(s, error) : DHSA_OK;
-    s->arena_size = dhsa_round_up(s->arena_size, DHSA_ALIGN) + DHSA_RED_ZONE;
     s->arena_stride = s->arena_size;
-    dhsa_part(NULL, &s->arena_stride, s->units * 8);
+    for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->units * 4); /* what dhsa_take works in */
     if (!status) status = dhsa_selector_wake(s, error);
     if (status) dhsa_selector_close(s);
     return status;

@@ -43,21 +43,13 @@ struct dhsa_selector {
     int64_t arena_size; /* bytes it works in, for each thread */
     int64_t units;      /* the most units that it hands to dhsa_take; 0: it does not */
     void *state;
-    /* Work spaces: the method's arena_size bytes, then dhsa_take's. */
+    /* Work spaces: the method's arena_size bytes, then dhsa_take's; each lays out its own parts (core/arena.h). */
     char *arenas;
     int64_t arena_stride;
 };
 
 /* What `thread` works in, aligned to DHSA_ALIGN. */
-static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread)
-{
-    char *arena = s->arenas + thread * s->arena_stride;
-    int64_t used = s->arena_size - DHSA_RED_ZONE;
-    dhsa_whole(arena, used);
-    dhsa_part(arena, &used, 0);            /* the zone between what the method works in */
-    dhsa_part(arena, &used, s->units * 8); /* and what dhsa_take works in */
-    return arena;
-}
+static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread) { return s->arenas + thread * s->arena_stride; }
 
 /* The method of a kind; NULL if there is none (yet). */
 const dhsa_method *dhsa_method_find(dhsa_method_kind kind);
@@ -95,10 +87,9 @@ typedef struct {
  * the share of mass asked for. Of equal scores, and within a unit that only partly fits, the most recent keys come first.
  * Returns its length. `row` has room for `room` keys. */
 int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int32_t *row, int64_t room);
-/* Whole units, best first, until they hold `keys` candidates (all, if there are no more), ascending into chosen [room]; returns how
- * many. Of equal scores the most recent come first. */
-int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen,
-                        int64_t room);
+/* Whole units, best first, until they hold `keys` candidates (all, if there are no more), ascending into chosen, which has room
+ * for all of them; returns how many. Of equal scores the most recent come first. */
+int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen);
 /* Writes keys [from, to) to row and returns how many. */
 int64_t dhsa_write_keys(int32_t *row, int64_t from, int64_t to);
 

@@ -16,8 +16,17 @@ typedef struct {
     const dhsa_selector *s;
     dhsa_span queries;
     int64_t head, heads; /* query heads of one KV head, which share the work on its keys */
-    float *score;
+    float *score, *mass; /* [units] */
 } job;
+
+/* What one thread works in, after the probe. */
+static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
+{
+    int64_t used = ((const state *)s->state)->probe.arena_size;
+    w->score = dhsa_part(arena, &used, s->units * 4);
+    w->mass = dhsa_part(arena, &used, s->units * 4);
+    return used;
+}
 
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
@@ -43,7 +52,8 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     const state *st = s->state;
     char *arena = dhsa_selector_arena(s, thread);
     const int64_t first = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
-    job w = {s, dhsa_block_queries(s, block), 0, heads, (float *)(arena + st->probe.arena_size)};
+    job w = {s, dhsa_block_queries(s, block), 0, heads, NULL, NULL};
+    lay_out(s, arena, &w);
     for (int64_t j = span.lo; j < span.end; j++) w.score[j] = 0;
     for (w.head = first; w.head < first + s->heads_per_set; w.head += heads) {
         const dhsa_probe_run run = {.rows = (w.queries.end - w.queries.lo) * heads,
@@ -57,18 +67,18 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
                                     .take = take};
         dhsa_probe_do(&st->probe, &run, arena);
     }
-    float *mass = w.score + s->units;
-    memcpy(mass + span.lo, w.score + span.lo, (size_t)(span.end - span.lo) * sizeof *mass);
+    memcpy(w.mass + span.lo, w.score + span.lo, (size_t)(span.end - span.lo) * sizeof *w.mass);
     for (int64_t j = span.lo; (j = dhsa_finite_next(&st->finite, s, set, j, span.end)) < span.end; j++) {
         w.score[j] = INFINITY;
-        mass[j] = 0;
+        w.mass[j] = 0;
     }
-    const dhsa_units units = {NULL, span.lo, span.end, w.score, mass};
+    const dhsa_units units = {NULL, span.lo, span.end, w.score, w.mass};
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
 static dhsa_status open(dhsa_selector *s, dhsa_error *error)
 {
+    job unused;
     state *st = s->state = calloc(1, sizeof *st);
     if (!st || !dhsa_finite_open(&st->finite, s))
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "oracle: no memory for flags of %lld keys", (long long)s->k->shape[2]);
@@ -76,7 +86,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, queries * DHSA_MIN(s->heads_per_set, s->group), s->k->shape[2], s->q->shape[3],
                     1);
     s->units = s->k->shape[2];
-    s->arena_size = st->probe.arena_size + 2 * s->units * (int64_t)sizeof(float);
+    s->arena_size = lay_out(s, NULL, &unused);
     return DHSA_OK;
 }
 

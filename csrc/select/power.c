@@ -8,7 +8,8 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
 {
     (void)error;
     s->units = dhsa_ceil_div(s->k->shape[2], s->config->score.query_block) + 1;
-    s->arena_size = (2 * s->units + 1) * 4;
+    dhsa_part(NULL, &s->arena_size, (s->units + 1) * 4);
+    dhsa_part(NULL, &s->arena_size, s->units * 4);
     return DHSA_OK;
 }
 
@@ -16,8 +17,10 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
 {
     const int64_t length = s->config->score.query_block, start = s->k->shape[2] - s->q->shape[2] + block * length;
     const int64_t most = dhsa_ceil_div(start, length);
-    int32_t *edges = (int32_t *)dhsa_selector_arena(s, thread);
-    float *score = (float *)(edges + s->units + 1);
+    char *arena = dhsa_selector_arena(s, thread);
+    int64_t used = 0;
+    int32_t *edges = dhsa_part(arena, &used, (s->units + 1) * 4);
+    float *score = dhsa_part(arena, &used, s->units * 4);
     const dhsa_units units = {.edges = edges, .first = 0, .last = most + 1, .score = score};
     (void)set;
     for (int64_t c = 0; c <= most; c++) {

@@ -14,8 +14,6 @@ typedef struct {
     dhsa_finite finite;
     dhsa_coarse own;   /* only with a mass */
     int32_t *edges;    /* of the key blocks */
-    int64_t rows;      /* offsets in an arena: rows to work in, */
-    int64_t scores;    /* and scores of the key blocks, then their masses */
     int64_t heads, kv; /* query and KV heads of a proxy */
 } state;
 
@@ -23,8 +21,21 @@ typedef struct {
     const dhsa_selector *s;
     dhsa_span queries;
     int64_t head;
-    float *rows, *score;
+    float *rows;         /* [lanes, dim]: to work in */
+    float *score, *mass; /* [units]: of the key blocks */
 } job;
+
+/* What one thread works in: the probe and its rows, in the place of which the heads' own estimate works later; then scores. */
+static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
+{
+    const state *st = s->state;
+    int64_t used = st->probe.arena_size;
+    w->rows = dhsa_part(arena, &used, DHSA_MAX_LANES * s->q->shape[3] * 4);
+    used = DHSA_MAX(used, st->own.arena_size);
+    w->score = dhsa_part(arena, &used, s->units * 4);
+    w->mass = dhsa_part(arena, &used, s->units * 4);
+    return used;
+}
 
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
@@ -75,8 +86,9 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     const state *st = s->state;
     const dhsa_select_config *c = s->config;
     char *arena = dhsa_selector_arena(s, thread);
-    float *score = (float *)(arena + st->scores), *mass = c->mass > 0 ? score + s->units : NULL;
-    job w = {s, dhsa_block_queries(s, block), set * s->heads_per_set / st->heads * st->heads, (float *)(arena + st->rows), score};
+    job w = {.s = s, .queries = dhsa_block_queries(s, block), .head = set * s->heads_per_set / st->heads * st->heads};
+    lay_out(s, arena, &w);
+    float *score = w.score, *mass = c->mass > 0 ? w.mass : NULL;
     const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
     for (int64_t u = first; u < last; u++) score[u] = 0;
     const dhsa_probe_run run = {.rows = dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride),
@@ -99,6 +111,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
 {
     const dhsa_select_config *c = s->config;
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3];
+    job unused;
     state *st = s->state = calloc(1, sizeof *st);
     int opened = st != NULL;
     s->units = dhsa_ceil_div(k_len, c->key_block);
@@ -109,9 +122,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
                         dhsa_ceil_div(k_len, c->stride), dim, c->key_block / c->stride);
         st->edges = dhsa_block_edges(k_len, c->key_block);
         opened = st->edges && dhsa_finite_open(&st->finite, s) && (c->mass == 0 || dhsa_coarse_open(&st->own, s, RUN));
-        st->rows = st->probe.arena_size;
-        st->scores = DHSA_MAX(st->rows + DHSA_MAX_LANES * dim * 4, st->own.arena_size);
-        s->arena_size = st->scores + 2 * s->units * 4;
+        s->arena_size = lay_out(s, NULL, &unused);
     }
     return opened ? DHSA_OK : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys", (long long)s->units);
 }

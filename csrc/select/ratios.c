@@ -2,6 +2,7 @@
  * a model runs. Source: arXiv 2510.24606 (attention-based boundary label). */
 #include <inttypes.h>
 
+#include "core/arena.h"
 #include "core/threads.h"
 #include "select/select.h"
 
@@ -10,7 +11,9 @@ enum { GAPS = 128 /* gaps of a task */ };
 typedef struct {
     const float *attn;
     int64_t stride, length, window, sliding, tasks;
-    double *ratios, *arenas;
+    double *ratios;
+    char *arenas;
+    int64_t arena_size;
 } ratio_job;
 
 static int64_t tile_columns(const ratio_job *job) { return DHSA_MIN(GAPS + 2 * job->window, job->length); }
@@ -29,7 +32,8 @@ static void ratio_task(void *context, int64_t index, int thread)
     const ratio_job *job = context;
     const int64_t w = job->window, L = job->length, first = 2 * w - 1 + index * GAPS, last = DHSA_MIN(first + GAPS, L - 2 * w);
     const int64_t base = first - w + 1, columns = last - 1 + w + 1 - base; /* columns base .. last - 1 + w */
-    double *sums = job->arenas + thread * tile_columns(job);
+    int64_t used = 0;
+    double *sums = dhsa_part(job->arenas + thread * job->arena_size, &used, tile_columns(job) * (int64_t)sizeof *sums);
     /* A sliding layer's gap j sees rows below j + w + W: no gap of the tile sees any from `stop` on. */
     const int64_t stop = job->sliding && job->sliding < L - (last - 1 + w) ? last - 1 + w + job->sliding : L;
     for (int64_t c = 0; c < columns; c++) sums[c] = 0;
@@ -64,9 +68,10 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
     window = DHSA_MIN(window, length); /* none of the gaps has this much on both sides */
     const int64_t gaps = length - 2 * window - (2 * window - 1);
     if (gaps <= 0) return DHSA_OK;
-    ratio_job job = {attn, row_stride, length, window, sliding_window, dhsa_ceil_div(gaps, GAPS), ratios, NULL};
+    ratio_job job = {attn, row_stride, length, window, sliding_window, dhsa_ceil_div(gaps, GAPS), ratios, NULL, 0};
     num_threads = (int)DHSA_MIN(num_threads, job.tasks);
-    job.arenas = dhsa_alloc(tile_columns(&job), num_threads * (int64_t)sizeof *job.arenas);
+    dhsa_part(NULL, &job.arena_size, tile_columns(&job) * (int64_t)sizeof(double));
+    job.arenas = dhsa_alloc(job.arena_size, num_threads);
     if (!job.arenas) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundary_ratios: no memory for column sums");
     dhsa_parallel(job.tasks, num_threads, ratio_task, &job);
     dhsa_free(job.arenas);

@@ -133,7 +133,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
 /* ---- the scorer -------------------------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int64_t most, int rounded, dhsa_past *const *pasts, int level, dhsa_error *error)
+                             int64_t n_boundaries, int rounded, dhsa_past *const *pasts, int level, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
     const int rows = config->score == DHSA_SCORE_ROWS;
@@ -145,8 +145,9 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->sets = dhsa_score_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
     s->capacity = n_boundaries - 1;
-    /* Whole groups are laid out even where the last one is not full. */
-    s->most = DHSA_MIN(most, dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP));
+    /* Whole groups are laid out even where the last one is not full. A shortlist lowers nothing: it is of so many keys, and empty
+     * chunks, which have none, may be in any number between them. Memory that is not touched costs nothing. */
+    s->most = dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP);
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
     const dhsa_means_kind kind = rows && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
@@ -158,7 +159,7 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
         dhsa_chunks_plan(&s->chunks, kind, s->bf16 != NULL, s->capacity, dim);
     else
         opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
-    s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_round_up(2 * dim * 4, DHSA_ALIGN);
+    s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_mean_plan(s);
     if (opened) return DHSA_OK;
     dhsa_scorer_close(s);
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks", n_boundaries - 1);
@@ -191,14 +192,15 @@ static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
     dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
     const dhsa_status status =
-        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, INT64_MAX, 0, s->pasts, DHSA_LEVEL_FINE, error);
+        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->pasts, DHSA_LEVEL_FINE, error);
     if (status) {
         dhsa_free(scorer);
         return status;
     }
     s->state = scorer;
     s->units = scorer->capacity;
-    s->arena_size = scorer->arena_size + scorer->capacity * 4; /* what the scorer works in, then scores */
+    s->arena_size = scorer->arena_size; /* what the scorer works in, then scores */
+    dhsa_part(NULL, &s->arena_size, scorer->capacity * 4);
     return DHSA_OK;
 }
 
@@ -219,7 +221,8 @@ static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, d
 {
     const dhsa_scorer *scorer = s->state;
     char *arena = dhsa_selector_arena(s, thread);
-    float *score = (float *)(arena + scorer->arena_size);
+    int64_t used = scorer->arena_size;
+    float *score = dhsa_part(arena, &used, scorer->capacity * 4);
     dhsa_units units = {.edges = scorer->chunks.edges, .score = score};
     dhsa_scorer_run(scorer, set, block, NULL, 0, arena, score, NULL, &units.first, &units.last);
     return dhsa_take(s, thread, span, &units, row, room);
@@ -257,7 +260,7 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     dhsa_status status;
     if ((status = dhsa_score_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
-        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, INT64_MAX, 0, NULL, DHSA_LEVEL_FINE, error)))
+        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, 0, NULL, DHSA_LEVEL_FINE, error)))
         return status;
     num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
     job.arenas = dhsa_alloc(s->arena_size, num_threads);

@@ -10,8 +10,7 @@
 
 enum {
     COARSER = 8, /* rows of the coarse look: one for so many */
-    UNITS_OF_GROUP = DHSA_CHUNK_GROUP / DHSA_CHUNK_UNIT,
-    SPARE = 2 /* groups that the last key of a shortlist, and the cut chunk, may add to it */
+    UNITS_OF_GROUP = DHSA_CHUNK_GROUP / DHSA_CHUNK_UNIT
 };
 
 typedef struct {
@@ -20,8 +19,25 @@ typedef struct {
     int32_t *edges;       /* [edges_size] of the batch row's units */
     int32_t *group_edges; /* [groups + 1] */
     int64_t edges_size, groups;
-    int64_t listed; /* groups of a shortlist at most */
 } rows_state;
+
+/* What one thread works in, after the scorers. */
+typedef struct {
+    float *score;    /* [capacity] */
+    float *mass;     /* [capacity]; only with a mass */
+    float *coarse;   /* [edges_size]; this and groups only with two stages */
+    int32_t *groups; /* [groups]: any number of them may be on a shortlist, since empty chunks have no keys */
+} scratch;
+
+static int64_t lay_out(const rows_state *state, int with_mass, char *arena, scratch *w)
+{
+    int64_t used = DHSA_MAX(state->fine.arena_size, state->coarse.arena_size);
+    w->score = dhsa_part(arena, &used, state->fine.capacity * 4);
+    w->mass = with_mass ? dhsa_part(arena, &used, state->fine.capacity * 4) : NULL;
+    w->coarse = dhsa_part(arena, &used, state->edges_size * 4);
+    w->groups = dhsa_part(arena, &used, state->groups * 4);
+    return used;
+}
 
 /* A share of mass is one of all candidates: there is no shortlist then. */
 static int two_stages(const dhsa_select_config *c, int64_t keys) { return c->shortlist > 0 && c->mass == 0 && keys > c->shortlist; }
@@ -43,13 +59,13 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     const int two = two_stages(config, s->k->shape[2]);
     rows_state *state = s->state = dhsa_alloc(1, sizeof *state);
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
-    *state = (rows_state){.listed = two ? config->shortlist / DHSA_CHUNK_GROUP + 1 + SPARE : 0};
-    const int64_t most = two ? state->listed * DHSA_CHUNK_GROUP : INT64_MAX;
-    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, most, config->score.by_length,
+    *state = (rows_state){.edges_size = 0};
+    scratch unused;
+    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, config->score.by_length,
                                           s->pasts, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->units = state->fine.capacity;
-    s->arena_size = state->fine.arena_size + state->fine.capacity * (config->mass > 0 ? 8 : 4);
+    s->arena_size = lay_out(state, config->mass > 0, NULL, &unused);
     if (!two) return DHSA_OK;
     state->coarse_config = config->score;
     state->coarse_config.rows = dhsa_ceil_div(config->score.rows, COARSER);
@@ -60,10 +76,9 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
     if (!state->edges || !state->group_edges)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups", state->groups);
-    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, INT64_MAX, 1, s->pasts,
-                              DHSA_LEVEL_COARSE, error);
-    s->arena_size =
-        DHSA_MAX(state->fine.arena_size, state->coarse.arena_size) + (state->fine.capacity + state->edges_size + state->listed) * 4;
+    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, 1, s->pasts, DHSA_LEVEL_COARSE,
+                              error);
+    s->arena_size = lay_out(state, 0, NULL, &unused);
     return status;
 }
 
@@ -99,7 +114,7 @@ static int64_t make_shortlist(const dhsa_selector *s, int64_t set, int64_t block
         const int forced = units.edges[g] < s->config->sink || units.edges[g + 1] > span.end - s->config->local;
         score[g] = forced ? INFINITY : best;
     }
-    return dhsa_take_units(s, thread, span, &units, s->config->shortlist, groups, state->listed);
+    return dhsa_take_units(s, thread, span, &units, s->config->shortlist, groups);
 }
 
 static int64_t list_rows(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
@@ -107,17 +122,16 @@ static int64_t list_rows(const dhsa_selector *s, int64_t set, int64_t block, dhs
     const rows_state *state = s->state;
     const dhsa_scorer *fine = &state->fine;
     char *arena = dhsa_selector_arena(s, thread);
-    float *score = (float *)(arena + DHSA_MAX(fine->arena_size, state->coarse.arena_size));
-    float *mass = s->config->mass > 0 ? score + fine->capacity : NULL;
-    dhsa_units units = {.edges = fine->chunks.edges, .score = score, .mass = mass};
+    scratch w;
+    lay_out(state, s->config->mass > 0, arena, &w);
+    dhsa_units units = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
     int32_t *groups = NULL;
     int64_t n_groups = 0;
     if (two_stages(s->config, span.end - span.lo)) {
-        float *coarse = score + fine->capacity;
-        groups = (int32_t *)(coarse + state->edges_size);
-        n_groups = make_shortlist(s, set, block, span, thread, coarse, groups);
+        groups = w.groups;
+        n_groups = make_shortlist(s, set, block, span, thread, w.coarse, groups);
     }
-    dhsa_scorer_run(fine, set, block, groups, n_groups, arena, score, mass, &units.first, &units.last);
+    dhsa_scorer_run(fine, set, block, groups, n_groups, arena, w.score, w.mass, &units.first, &units.last);
     return dhsa_take(s, thread, span, &units, row, room);
 }
 

@@ -16,6 +16,16 @@ typedef struct {
     int32_t *alive; /* units whose higher digits equal the threshold's */
 } scratch;
 
+static scratch lay_out(const dhsa_selector *s, int thread)
+{
+    int64_t used = s->arena_size;
+    char *arena = dhsa_selector_arena(s, thread);
+    scratch w;
+    w.key = dhsa_part(arena, &used, s->units * 4);
+    w.alive = dhsa_part(arena, &used, s->units * 4);
+    return w;
+}
+
 /* The candidates that are not forced: keys [from, to). */
 typedef struct {
     const dhsa_units *units;
@@ -137,15 +147,13 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
     return DHSA_MIN(DHSA_MAX(size, config->floor), room);
 }
 
-int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen,
-                        int64_t room)
+int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen)
 {
-    char *arena = dhsa_selector_arena(s, thread) + s->arena_size;
-    const scratch w = {(uint32_t *)arena, (int32_t *)(arena + s->units * 4)};
+    const scratch w = lay_out(s, thread);
     const free_keys f = {units, span.lo, span.end};
     int64_t left = 0, count = 0;
     const uint32_t least = threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
-    for (int64_t c = units->last - 1; c >= units->first && count < room; c--) {
+    for (int64_t c = units->last - 1; c >= units->first; c--) {
         const int64_t n = free_in(&f, c);
         if (n == 0 || w.key[c] < least || (w.key[c] == least && left <= 0)) continue;
         if (w.key[c] == least) left -= n;
@@ -176,8 +184,7 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
 int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int32_t *row, int64_t room)
 {
     const dhsa_select_config *config = s->config;
-    char *arena = dhsa_selector_arena(s, thread) + s->arena_size;
-    const scratch w = {(uint32_t *)arena, (int32_t *)(arena + s->units * 4)};
+    const scratch w = lay_out(s, thread);
     const int64_t sink = DHSA_MAX(DHSA_MIN(config->sink, span.end) - span.lo, 0);
     const free_keys f = {units, span.lo + sink, span.end - config->local};
     const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;

@@ -158,7 +158,8 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     const dhsa_span queries = dhsa_block_queries(s, block);
     const int64_t from = span.lo + DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0), to = span.end - s->config->local;
     int64_t left = room - (from - span.lo) - (span.end - to);
-    uint64_t *marks = (uint64_t *)dhsa_selector_arena(s, thread);
+    int64_t used = 0;
+    uint64_t *marks = dhsa_part(dhsa_selector_arena(s, thread), &used, dhsa_ceil_div(k_len, 64) * (int64_t)sizeof *marks);
     memset(marks + from / 64, 0, (size_t)(dhsa_ceil_div(DHSA_MAX(to, from), 64) - from / 64) * sizeof *marks);
     if (dhsa_finite_next(&st->finite, s, set, from, to) < to) /* there is no way but this where all is well */
         for (int64_t j = to - 1; j >= from; j--)

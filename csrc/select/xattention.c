@@ -13,7 +13,6 @@ typedef struct {
     dhsa_finite finite;
     int32_t *edges; /* of the key blocks */
     char *zeros;    /* a row */
-    int64_t scores; /* offset in an arena: those of the key blocks, then their masses */
 } state;
 
 /* A block at work. */
@@ -21,8 +20,17 @@ typedef struct {
     const dhsa_selector *s;
     dhsa_span queries, span;
     int64_t head;
-    float *score;
+    float *score, *mass; /* [units]: of the key blocks */
 } job;
+
+/* What one thread works in, after the probe. */
+static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
+{
+    int64_t used = ((const state *)s->state)->probe.arena_size;
+    w->score = dhsa_part(arena, &used, s->units * 4);
+    w->mass = dhsa_part(arena, &used, s->units * 4);
+    return used;
+}
 
 static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
@@ -76,7 +84,8 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     const state *st = s->state;
     const dhsa_select_config *c = s->config;
     char *arena = dhsa_selector_arena(s, thread);
-    job w = {s, dhsa_block_queries(s, block), span, 0, (float *)(arena + st->scores)};
+    job w = {s, dhsa_block_queries(s, block), span, 0, NULL, NULL};
+    lay_out(s, arena, &w);
     const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
     for (int64_t u = first; u < last; u++) w.score[u] = 0;
     /* The source divides the sums by the stride. */
@@ -94,9 +103,9 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
                                     .take = take};
         dhsa_probe_do(&st->probe, &run, arena);
     }
-    memcpy(w.score + s->units + first, w.score + first, (size_t)(last - first) * sizeof *w.score);
-    dhsa_finite_blocks(&st->finite, s, set, span, w.score, w.score + s->units);
-    const dhsa_units units = {st->edges, first, last, w.score, w.score + s->units};
+    memcpy(w.mass + first, w.score + first, (size_t)(last - first) * sizeof *w.score);
+    dhsa_finite_blocks(&st->finite, s, set, span, w.score, w.mass);
+    const dhsa_units units = {st->edges, first, last, w.score, w.mass};
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
@@ -104,6 +113,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
 {
     const dhsa_select_config *c = s->config;
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3];
+    job unused;
     state *st = s->state = calloc(1, sizeof *st);
     s->units = dhsa_ceil_div(k_len, c->key_block);
     if (st) {
@@ -111,8 +121,7 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
                         dhsa_ceil_div(k_len, c->stride), c->stride * dim, c->key_block / c->stride);
         st->edges = dhsa_block_edges(k_len, c->key_block);
         st->zeros = calloc((size_t)dim, sizeof(float));
-        st->scores = st->probe.arena_size;
-        s->arena_size = st->scores + 2 * s->units * (int64_t)sizeof(float);
+        s->arena_size = lay_out(s, NULL, &unused);
     }
     if (st && st->edges && st->zeros && dhsa_finite_open(&st->finite, s)) return DHSA_OK;
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "xattention: no memory for %lld blocks of keys", (long long)s->units);
