@@ -213,8 +213,8 @@ def test_shortlist_of_all_of_128_j_plus_1_chunks(isa, chunks):
     """The last group holds one chunk: its products need the room of a whole group."""
     size = 2 if chunks > 1 else 10**6
     length = size * chunks if chunks > 1 else 200
-    q, k = normal(1, 8, length, 32), normal(1, 1, length, 32, seed=1)
-    config = small(budget=32, shortlist=length - 1, rows=9, dense_tail=0, boundaries="fixed", chunk_size=size)
+    q, k = normal(1, 8, 32, 32), normal(1, 1, length, 32, seed=1)  # the last block is full: several panels of rows
+    config = small(budget=32, shortlist=length - 1, rows=16, dense_tail=0, boundaries="fixed", chunk_size=size)
     _, chosen = check(q, k, config)
     assert chosen > 0
 
