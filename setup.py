@@ -9,8 +9,8 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-# For `make test-debug`: sanitizers, and red zones between the parts of every arena (csrc/core/arena.h). Zones are wide since what
-# is laid out in strides may overrun its part by a stride.
+# For `make test-debug`: sanitizers, and red zones between the parts of every arena (csrc/core/arena.h). Zones are wide
+# since what is laid out in strides may overrun its part by a stride.
 DEBUG = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDHSA_RED_ZONE=65536"]
 debug = DEBUG if os.environ.get("DHSA_DEBUG_BUILD") == "1" else []
 

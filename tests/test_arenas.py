@@ -1,4 +1,4 @@
-"""Builds and runs tests/c/test_arena.c: with red zones, address sanitizer stops what leaves a part of an arena, by a byte even.
+"""Builds and runs tests/c/test_arena.c: with red zones, address sanitizer stops what leaves a part of an arena.
 
 `make test-debug` runs the array tests in a core that is built like this.
 """
@@ -20,9 +20,9 @@ def program(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C compiler")
     target = tmp_path_factory.mktemp("arena") / "arena"
-    flags = ["-std=c11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address", "-DDHSA_RED_ZONE=1024"]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", *map(str, SOURCES), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address"]
+    flags += ["-DDHSA_RED_ZONE=1024", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+    done = subprocess.run([compiler, *flags, *map(str, SOURCES), "-o", str(target)], capture_output=True, text=True)
     if "asan" in done.stderr:
         pytest.skip("the C compiler has no address sanitizer")
     assert done.returncode == 0, done.stderr

@@ -152,11 +152,13 @@ static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, i
 #pragma GCC unroll 2
         for (int u = 0; u < V_PER; u++) {
             const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
-            const int32_t *lo = job->lo + u * V_LEN, *hi = job->hi + u * V_LEN;
             vf a = v_exp2_half(exponent(v_load(at), e, shift[u], rounded, capped));
             vf b = v_exp2_half(exponent(v_load(at + LANES), e, shift[u], rounded, capped));
-            if (masked) a = v_pick(v_range(lo, hi, job->base + j), a, zero);
-            if (masked) b = v_pick(v_range(lo, hi, job->base + j + 1), b, zero);
+            if (masked) {
+                const int32_t *lo = job->lo + u * V_LEN, *hi = job->hi + u * V_LEN;
+                a = v_pick(v_range(lo, hi, job->base + j), a, zero);
+                b = v_pick(v_range(lo, hi, job->base + j + 1), b, zero);
+            }
             sum[u] = v_add(sum[u], v_add(a, b));
             v_pairs(a, b, job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);
         }
