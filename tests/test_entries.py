@@ -271,7 +271,7 @@ def test_default_device_around_a_patched_model():
     from tiny import SPARSE, build, padded
 
     model = build("gemma2")
-    mask = padded([150, 90], 150, "left")[1]
+    _, mask = padded([150, 90], 150, "left")
     with torch.no_grad(), dhsa.patched(model, SPARSE):
         expected = model.model.layers[1].self_attn  # a layer that sees everything
         hidden = torch.randn(2, 150, model.config.hidden_size)

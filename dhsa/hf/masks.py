@@ -111,6 +111,9 @@ def key_range_mask(
     first = q_offset - kv_offset
     padding = padding_of(attention_mask, kv_offset, kv_length)
 
+    # Of an encoder's, kv_length may leave out the keys of a cache: None says all of them, as it does for sdpa.
+    if kwargs.get("allow_is_bidirectional_skip") and padding is None and local_size is None and not use_vmap:
+        return None
     plain = allow_is_causal_skip and not use_vmap
     if plain and not _follows(mask_function, local_size, batch_size, q_length, kv_length, q_offset, kv_offset):
         plain = False  # a pattern of another kind, for instance chunked attention, which also names a local size
