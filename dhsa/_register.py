@@ -61,7 +61,9 @@ class _Awaiting:
         run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            run(module)  # if it fails, this finder is still there for the next attempt
+            # If it fails, this finder is still there for the next attempt. A frame of its own cannot be left out of a
+            # traceback, so the line that is quoted there says whose error it is.
+            run(module)  # transformers.modeling_utils is imported here: an error below is not of dhsa
             if module.__name__ != _AWAITED:
                 return
             loader.__dict__.pop("exec_module", None)

@@ -250,7 +250,7 @@ class Config(_CoreArgs):
         if self.floor is not None:
             if self.mass is None:
                 raise ValueError("floor: is the least number of keys where `mass` decides, but mass is None")
-            keep("floor", check_int(self.floor, "floor", forced, self.budget))
+            keep("floor", check_int(self.floor, "floor", forced, self.budget or 2**31 - 1))
         if self.num_chunks != "paper" and self.num_chunks is not None:
             if isinstance(self.num_chunks, str):
                 raise ValueError(f"num_chunks: expected an int, 'paper' or None, got {self.num_chunks!r}")

@@ -266,6 +266,8 @@ def run_selected(
     if key_ranges is not None:
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     start = perf_counter()
+    # Copies: the core checks them once and then relies on them, while another thread might make them writeable.
+    indptr, indices = selection.indptr.copy(), selection.indices.copy()
     density, skipped = _core.attend_sparse(
         q,
         k,
@@ -279,8 +281,8 @@ def run_selected(
         key_ranges,
         get_num_threads(),
         skip,
-        selection.indptr,
-        selection.indices,
+        indptr,
+        indices,
         selection.shape,
         selection.query_block,
     )

@@ -2,14 +2,35 @@
 than threads, empty dimensions, names that are no names, numbers beyond what a list can hold, default devices."""
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dhsa
 from dhsa import _threads
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_what_the_header_promises(tmp_path):
+    """tests/c/test_entries.c, in C, where nothing is checked before the entries do."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    sources = [path for path in sorted((ROOT / "csrc").glob("*/*.c")) if path.parent.name != "python"]
+    program = tmp_path / "entries"
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-fno-math-errno", "-ffp-contract=off", "-w", "-pthread"]
+    places = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = [compiler, *flags, *places, *sources, ROOT / "tests/c/test_entries.c", "-o", program, "-lm"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    assert done.stdout.endswith("checks\n")
 
 
 def test_exporters_without_strides(make_qkv):
@@ -41,12 +62,128 @@ def test_workers_of_a_large_call_stay_asleep(make_qkv):
         np.testing.assert_array_equal(dhsa.attention(q, k, v), expected)
 
 
-@pytest.mark.parametrize("name", ["scalar\0junk", "a" + "\u00e9" * 30, "", "\0"])
+@pytest.mark.parametrize("name", ["scalar\0junk", "a" + "\u00e9" * 30, "\udcff", "", "\0"])
 def test_names_of_no_tier(name):
     before = dhsa.build_info()["isa"]
     with pytest.raises(ValueError, match=r"isa: .* is not a tier"):
         dhsa.set_isa(name)
     assert dhsa.build_info()["isa"] == before
+
+
+def test_a_tier_of_any_bytes_in_the_environment():
+    command = [sys.executable, "-c", "import dhsa"]
+    environment = {**os.environb, b"DHSA_ISA": b"\xff\xfe" + b"a\xc3\xa9" * 20}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ImportError: DHSA_ISA: '\\xff\\xfea" in done.stderr
+
+
+class Refusing:
+    """An exporter whose buffer fails, and that notes what is asked of it while an exception is set."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getattribute__(self, name):
+        if name == "__dlpack__":
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
+
+    def __buffer__(self, flags):
+        raise self.error
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="a class in Python has a buffer from Python 3.12 on")
+@pytest.mark.parametrize("error", [BufferError("not now"), MemoryError("no room")])
+def test_a_refused_buffer_says_why(error):
+    from dhsa import _core
+
+    kind = MemoryError if isinstance(error, MemoryError) else ValueError
+    with pytest.raises(kind, match=f"array: cannot be read through the buffer protocol: {error}"):
+        _core.read_bandwidth(Refusing(error), 1)
+
+
+class Dates(np.ndarray):
+    """Its buffer cannot name its dtype, so that another way is looked for, by code that fails beside an exception."""
+
+    def __getattribute__(self, name):
+        if name == "__dlpack__":
+            len(name)  # SystemError while an exception is set
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_attributes_are_asked_for_without_an_exception():
+    from dhsa import _core
+
+    dates = np.zeros(4, "M8[s]").view(Dates)
+    with pytest.raises(ValueError, match="array: cannot be read through the buffer protocol: cannot include dtype"):
+        _core.read_bandwidth(dates, 1)
+
+
+def test_memory_errors_have_a_text():
+    from dhsa import _core
+
+    with pytest.raises(MemoryError, match="Buffer: no memory for 1152921504606846976 elements"):
+        _core.Buffer((2**60,), "float32")
+
+
+WRITER = """
+import threading, time
+import numpy as np
+import dhsa
+g = np.random.default_rng(0)
+q, k, v = (g.standard_normal((1, heads, 2048, 64)).astype(np.float32) for heads in (2, 1, 1))
+selection = dhsa.select(q, k, dhsa.Config(budget=512, dense_tail=0))
+expected = dhsa.sparse_attention(q, k, v, selection)
+served = 0
+for numbers in (selection.indptr, selection.indices):
+    numbers.setflags(write=True)
+    good, stop = numbers.copy(), threading.Event()
+
+    def write():
+        while not stop.is_set():
+            time.sleep(0.003)
+            numbers[1:-1] = np.iinfo(numbers.dtype).max // 2
+            time.sleep(0.001)
+            numbers[:] = good
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(100):
+        try:
+            result = dhsa.sparse_attention(q, k, v, selection)
+        except ValueError as error:
+            assert str(error).startswith(("indptr:", "indices:")), error
+        else:
+            np.testing.assert_array_equal(result, expected)
+            served += 1
+    stop.set()
+    writer.join()
+    numbers[:] = good
+assert served > 0
+"""
+
+
+def test_a_selection_that_another_thread_writes_to():
+    """What is checked is what is used: every call is right or refused, and none reads where no key is. A process of its
+    own, since one that does would crash."""
+    done = subprocess.run([sys.executable, "-c", WRITER], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
+
+
+def test_cpus_of_this_process():
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("no affinity here")
+    one = {min(os.sched_getaffinity(0))}
+    code = f"import os; os.sched_setaffinity(0, {one}); import dhsa; print(dhsa.build_info()['cpu_count'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.strip() == b"1"
+    assert dhsa.build_info()["cpu_count"] == len(os.sched_getaffinity(0))
+
+
+def test_a_floor_beyond_any_list_is_refused():
+    with pytest.raises(ValueError, match=f"floor: expected 144 to 2147483647, got {2**70}"):
+        dhsa.Config(budget=None, mass=0.9, floor=2**70)
 
 
 @pytest.mark.parametrize("field", ["budget", "break_even", "shortlist", "sink", "local"])
@@ -86,12 +223,46 @@ q, k, v = (torch.randn(1, 2, 60, 16, device="cpu", dtype=torch.float32) for _ in
 config = dhsa.Config(budget=16, sink=2, local=4, query_block=8, dense_tail=0)
 for out in (dhsa.attention(q, k, v), dhsa.attention(q, k, v, config, return_lse=True)[0]):
     assert out.device.type == "cpu" and out.dtype == torch.float32 and out.isfinite().all()
+selection = dhsa.select(q, k, config)
+assert torch.equal(dhsa.sparse_attention(q, k, v, selection), dhsa.attention(q, k, v, config))
+assert dhsa.boundaries(k, config).device.type == "cpu"
+
+from types import SimpleNamespace
+from dhsa.evaluation.likelihood import _rows
+from dhsa.evaluation.tasks.output import _block_mass
+from dhsa.training.networks import build, focal_loss
+from dhsa.training.settings import Settings
+head = SimpleNamespace(weight=torch.randn(50, 16, device="cpu", dtype=torch.float32), bias=None)
+told, hits = _rows(head, None, q[0, 0], torch.ones(60, dtype=torch.long, device="cpu"), True)
+assert told.device.type == hits.device.type == "cpu" and told.isfinite().all() and told.dtype == torch.float64
+mass = _block_mass(q[0], k[0], 0, None, 0.25, None)
+assert mass.device.type == "cpu" and mass.isfinite().all()
+for architecture in ("compact", "attention"):
+    network = build(Settings(architecture=architecture), 32, 1.0, 0)
+    logits = network(k[0].transpose(0, 1).reshape(60, 32))
+    assert logits.device.type == "cpu" and logits.dtype == torch.float32
+    assert focal_loss(logits, torch.zeros_like(logits), gamma=2.0, pos_weight=3.0).isfinite()
 """
 
 
 def test_default_device_and_dtype_of_torch():
     pytest.importorskip("torch", reason="needs the hf extra: torch")
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)
+
+
+def test_default_device_around_a_whole_model():
+    """Of a kind whose own code names its devices."""
+    torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
+    pytest.importorskip("transformers", reason="needs the hf extra: transformers")
+    from tiny import SPARSE, build, padded
+
+    model = build("llama")
+    ids, mask = padded([150, 90], 150, "left")
+    with torch.no_grad(), dhsa.patched(model, SPARSE):
+        want = model(ids, attention_mask=mask).logits
+        assert any(run.path == "sparse" for run in dhsa.last_run(model))
+        with torch.device("meta"):
+            assert torch.equal(model(ids, attention_mask=mask).logits, want)
 
 
 def test_default_device_around_a_patched_model():

@@ -173,3 +173,13 @@ def test_a_transformers_that_does_not_fit_is_left_alone(tmp_path):
             raise AssertionError("imported")
         """
     )
+
+
+def test_an_error_while_transformers_is_imported(tmp_path):
+    """Such as of a user's own profile.py, which torch takes for the standard library's: the one line of this package in
+    the traceback says that the error is not its own."""
+    (tmp_path / "profile.py").write_text("raise RuntimeError('a profile of my own')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import dhsa; import transformers.modeling_utils"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stderr.rstrip().endswith("RuntimeError: a profile of my own")
+    assert done.stderr.count("_register.py") == done.stderr.count("an error below is not of dhsa") <= 1

@@ -434,7 +434,8 @@ dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection
     if (status) return status;
     const dhsa_tensor *q = &problem->q, *k = &problem->k;
     int64_t rows;
-    if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows)) rows = -1;
+    if (!s) return dhsa_given(s, "selection", error);
+    if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows) || rows == INT64_MAX) rows = -1;
     /* As many indices as indptr ends with, which is read once the shape is known to be right. */
     status = dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);
     return status ? status : attend(problem, s, error);

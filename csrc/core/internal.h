@@ -39,6 +39,8 @@ static inline void *dhsa_row(const dhsa_tensor *t, int64_t b, int64_t h, int64_t
     return (char *)t->data + (b * t->stride[0] + h * t->stride[1] + i * t->stride[2]) * dhsa_dtype_size(t->dtype);
 }
 
+/* An error that names the argument if a pointer that an entry needs is NULL. problem.c */
+dhsa_status dhsa_given(const void *pointer, const char *name, dhsa_error *error);
 /* Checks one input tensor on its own: rank-4 sizes >= 1, strides, dtype; `name` goes into the message. problem.c */
 dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error *error);
 /* Checks q and k against each other (batch, head counts, lengths, head_dim, dtype). problem.c */

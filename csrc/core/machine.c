@@ -1,5 +1,6 @@
 /* machine.c: what the machine offers: how many CPUs this process may use, and the peaks of arithmetic and of reading that
  * benchmarks are held against. */
+#include <errno.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <unistd.h>
@@ -10,9 +11,17 @@
 int dhsa_cpu_count(void)
 {
 #ifdef __linux__
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return DHSA_MAX(1, CPU_COUNT(&set));
+    /* The kernel refuses a set that is smaller than its own; cpu_set_t has 1,024 CPUs, a large machine more. */
+    for (int cpus = CPU_SETSIZE; cpus <= 1 << 20; cpus *= 2) {
+        cpu_set_t *set = CPU_ALLOC(cpus);
+        if (!set) break;
+        const size_t size = CPU_ALLOC_SIZE(cpus);
+        CPU_ZERO_S(size, set);
+        const int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0, small = !count && errno == EINVAL;
+        CPU_FREE(set);
+        if (count) return count;
+        if (!small) break;
+    }
 #endif
     const long n = sysconf(_SC_NPROCESSORS_ONLN);
     return n < 1 ? 1 : (int)n;

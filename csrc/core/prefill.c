@@ -211,11 +211,15 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
                        const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
                        dhsa_error *error)
 {
-    dhsa_select_config select = *config;
     dhsa_status status;
+    if ((status = dhsa_given(config, "select", error)) || (status = dhsa_given(stats, "stats", error))) return status;
+    dhsa_select_config select = *config;
     memset(stats, 0, sizeof *stats);
     stats->density = 1.0;
     if ((status = dhsa_problem_check(p, error))) return status;
+    if (same < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "same: got %" PRId64 ", expected at least 0", same);
+    for (int64_t b = 0; pasts && b < p->k.shape[0]; b++)
+        if ((status = dhsa_given(pasts[b], "pasts", error))) return status;
     if (!p->causal || p->key_ranges)
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "%s: sparse attention is causal, without ranges of its own",
                          p->key_ranges ? "key_ranges" : "causal");
@@ -238,8 +242,11 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     const int64_t blocks = dhsa_block_count(&select.score, p->q.shape[2]);
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
-        if (!dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span))
-            return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, keep, stats, error);
+        if (dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span)) continue;
+        /* Looked at before the pasts are: what is refused leaves them as they were. */
+        if (dhsa_method_has_chunks(select.method) && !given && (status = dhsa_boundary_config_check(boundaries, &p->k, error)))
+            return status;
+        return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, keep, stats, error);
     }
     return run_exact(p, stats, error);
 }
@@ -254,5 +261,6 @@ dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *b
                             const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
                             dhsa_error *error)
 {
-    return run(p, boundaries, given, n_given, config, pasts, same, keep, stats, error);
+    const dhsa_status status = dhsa_given(pasts, "pasts", error);
+    return status ? status : run(p, boundaries, given, n_given, config, pasts, same, keep, stats, error);
 }

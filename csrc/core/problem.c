@@ -26,8 +26,14 @@ static int extent(const dhsa_tensor *t, int64_t *low, int64_t *high)
     return 1;
 }
 
+dhsa_status dhsa_given(const void *pointer, const char *name, dhsa_error *error)
+{
+    return pointer ? DHSA_OK : dhsa_fail(error, DHSA_ERR_VALUE, "%s: expected a pointer, got NULL", name);
+}
+
 dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error *error)
 {
+    if (!t) return dhsa_given(t, name, error);
     if (t->dtype != DHSA_F32 && t->dtype != DHSA_F16 && t->dtype != DHSA_BF16)
         return dhsa_fail(error, DHSA_ERR_TYPE, "%s: expected dtype float32, float16 or bfloat16", name);
     if (!t->data) return dhsa_fail(error, DHSA_ERR_VALUE, "%s: has no data", name);
@@ -69,6 +75,9 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
     if (q->shape[1] % k->shape[1] != 0)
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " heads do not divide the %" PRId64 " heads of q", k->shape[1],
                          q->shape[1]);
+    /* Rows of an item, which has all heads of a group, are counted in int. */
+    if (q->shape[1] > INT32_MAX / 2)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " heads are more than the supported %d", q->shape[1], INT32_MAX / 2);
     if (k->shape[3] != q->shape[3])
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: head_dim is %" PRId64 ", expected %" PRId64 " as q", k->shape[3], q->shape[3]);
     if (q->shape[3] > 256)
@@ -145,6 +154,7 @@ static dhsa_status out_check(const dhsa_problem *p, dhsa_error *error)
 
 dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
 {
+    if (!p) return dhsa_given(p, "problem", error);
     const dhsa_tensor *q = &p->q, *k = &p->k, *v = &p->v;
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_tensor_check(v, "v", error))) return status;

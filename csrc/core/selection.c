@@ -7,7 +7,6 @@
 static int row_is_valid(const int32_t *row, int64_t n, int64_t k_len)
 {
     int bad = 0;
-    if (n == 0) return 1;
     if (row[0] < 0 || row[n - 1] >= k_len) return 0;
     for (int64_t j = 1; j < n; j++) bad |= row[j] <= row[j - 1];
     return !bad;
@@ -31,6 +30,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
                                  int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error)
 {
     int64_t rows;
+    if (!s) return dhsa_given(s, "selection", error);
     if (s->batch != batch)
         return dhsa_fail(error, DHSA_ERR_VALUE, "selection: made for batch %" PRId64 ", got %" PRId64, s->batch, batch);
     if (s->heads != 1 && s->heads != kv_heads && s->heads != q_heads)
@@ -44,7 +44,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
                          "selection: has %" PRId64 " query blocks, expected %" PRId64 " for %" PRId64
                          " queries in blocks of %" PRId64,
                          s->nq, blocks, q_len, s->query_block);
-    if (!dhsa_mul(batch, s->heads, &rows) || !dhsa_mul(rows, blocks, &rows) || n_indptr != rows + 1)
+    if (!dhsa_mul(batch, s->heads, &rows) || !dhsa_mul(rows, blocks, &rows) || n_indptr < 1 || n_indptr - 1 != rows)
         return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has %" PRId64 " entries, expected batch * heads * nq + 1", n_indptr);
     if (!s->indptr) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has no data");
     if (s->indptr[0] != 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", s->indptr[0]);
@@ -59,7 +59,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
     if (!s->indices && n_indices > 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indices: has no data");
     for (int64_t r = 0; r < rows; r++) {
         const int64_t start = s->indptr[r], n = s->indptr[r + 1] - start;
-        if (!row_is_valid(s->indices + start, n, k_len)) return explain_row(s->indices + start, n, r, start, k_len, error);
+        if (n > 0 && !row_is_valid(s->indices + start, n, k_len)) return explain_row(s->indices + start, n, r, start, k_len, error);
     }
     return DHSA_OK;
 }
@@ -103,8 +103,8 @@ double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s)
     double pairs = 0;
     for (int64_t r = 0; r < s->batch * s->heads * s->nq; r++) {
         const int64_t from = r % s->nq * s->query_block, to = DHSA_MIN(from + s->query_block, q_len) - 1;
-        pairs +=
-            (double)pairs_listed(s->indices + s->indptr[r], s->indptr[r + 1] - s->indptr[r], offset + from, offset + to, window);
+        const int64_t start = s->indptr[r], n = s->indptr[r + 1] - start;
+        if (n > 0) pairs += (double)pairs_listed(s->indices + start, n, offset + from, offset + to, window);
     }
     return pairs;
 }

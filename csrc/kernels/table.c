@@ -103,13 +103,25 @@ int dhsa_isa_products(void)
 
 const char *dhsa_isa_current(void) { return dhsa_kernels_current()->isa; }
 
+/* Bytes of a name that an error shows: at most 40, none of a character that would be cut. */
+static int shown(const char *name)
+{
+    int n = 0;
+    while (n < 40 && name[n]) n++;
+    while (n > 0 && ((unsigned char)name[n] & 0xc0) == 0x80) n--;
+    return n;
+}
+
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error)
 {
+    if (!name) return dhsa_fail(error, DHSA_ERR_VALUE, "isa: expected a name, got NULL");
     const int automatic = strcmp(name, "auto") == 0;
     const dhsa_kernels *table = automatic ? choose() : dhsa_kernels_find(name);
-    if (!table)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: '%.40s' is not a tier that is compiled in and that this CPU runs",
-                         automatic ? "DHSA_ISA" : "isa", automatic ? getenv("DHSA_ISA") : name);
+    if (!table) {
+        const char *wish = automatic ? getenv("DHSA_ISA") : name;
+        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: '%.*s' is not a tier that is compiled in and that this CPU runs",
+                         automatic ? "DHSA_ISA" : "isa", shown(wish), wish);
+    }
     atomic_store_explicit(&current, table, memory_order_release);
     return DHSA_OK;
 }

@@ -362,6 +362,17 @@ int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config)
     return 0;
 }
 
+PyObject *dhsa_py_raise_as(PyObject *type, const dhsa_error *error)
+{
+    /* A name from the environment may hold any bytes. */
+    PyObject *message = PyUnicode_DecodeUTF8(error->message, (Py_ssize_t)strlen(error->message), "backslashreplace");
+    if (message != NULL) {
+        PyErr_SetObject(type, message);
+        Py_DECREF(message);
+    }
+    return NULL;
+}
+
 PyObject *dhsa_py_raise(const dhsa_error *error)
 {
     PyObject *type = PyExc_RuntimeError;
@@ -384,8 +395,7 @@ PyObject *dhsa_py_raise(const dhsa_error *error)
         type = PyExc_OSError;
         break;
     }
-    PyErr_SetString(type, error->message);
-    return NULL;
+    return dhsa_py_raise_as(type, error);
 }
 
 PyObject *dhsa_py_result(dhsa_status status, const dhsa_error *error)

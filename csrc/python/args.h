@@ -58,6 +58,8 @@ int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config);
 
 /* Raises what a dhsa_error says, and returns NULL. */
 PyObject *dhsa_py_raise(const dhsa_error *error);
+/* The same as an exception of `type`. */
+PyObject *dhsa_py_raise_as(PyObject *type, const dhsa_error *error);
 /* None after a good call, NULL after a bad one or a pending interrupt. */
 PyObject *dhsa_py_result(dhsa_status status, const dhsa_error *error);
 

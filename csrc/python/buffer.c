@@ -93,7 +93,8 @@ static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     }
     if (self->memory == NULL || self->memory->data == NULL) {
         Py_DECREF(self);
-        return PyErr_NoMemory();
+        PyErr_Format(PyExc_MemoryError, "Buffer: no memory for %lld elements of %d bytes", (long long)count, found->bits / 8);
+        return NULL;
     }
     return (PyObject *)self;
 }
@@ -161,7 +162,8 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
     buffer_object *self = (buffer_object *)object;
     export *e = calloc(1, sizeof *e);
     if (e == NULL) {
-        return PyErr_NoMemory();
+        PyErr_SetString(PyExc_MemoryError, "Buffer: no memory for an export");
+        return NULL;
     }
     memcpy(e->shape, self->shape, sizeof e->shape);
     memcpy(e->stride, self->stride, sizeof e->stride);

@@ -319,11 +319,12 @@ PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t na
     }
     Py_ssize_t bytes;
     const char *name = PyUnicode_AsUTF8AndSize(args[0], &bytes);
-    if (name == NULL) {
+    if (name == NULL && !PyErr_ExceptionMatches(PyExc_UnicodeError)) {
         return NULL;
     }
-    /* The core reads up to a NUL, and shortens names by bytes: no tier's name has either. */
-    if (strlen(name) != (size_t)bytes || bytes != PyUnicode_GetLength(args[0])) {
+    /* The core reads up to a NUL, and half a surrogate pair has no UTF-8: no tier's name has either. */
+    if (name == NULL || strlen(name) != (size_t)bytes) {
+        PyErr_Clear();
         PyErr_Format(PyExc_ValueError, "isa: %R is not a tier that is compiled in and that this CPU runs", args[0]);
         return NULL;
     }

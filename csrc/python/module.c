@@ -2,6 +2,7 @@
  * so sub-interpreters and free threading are fine wherever the headers can say so. */
 #include <Python.h>
 
+#include "python/args.h"
 #include "python/entries.h"
 #include "python/past.h"
 #include "python/tensor.h"
@@ -24,7 +25,7 @@ static int module_exec(PyObject *module)
     /* A DHSA_ISA that cannot be had is an error here and now, not another tier in silence. */
     dhsa_error error;
     if (dhsa_isa_set("auto", &error) != DHSA_OK) {
-        PyErr_SetString(PyExc_ImportError, error.message);
+        dhsa_py_raise_as(PyExc_ImportError, &error);
         return -1;
     }
     PyObject *buffer = dhsa_py_buffer_type(module);

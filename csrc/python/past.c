@@ -61,7 +61,12 @@ static PyObject *past_boundaries(PyObject *object, void *unused)
     }
     const int64_t count = dhsa_past_boundaries(self->past, NULL);
     int32_t *entries = dhsa_alloc(count, sizeof *entries);
-    PyObject *list = entries != NULL ? PyList_New(0) : PyErr_NoMemory();
+    PyObject *list = NULL;
+    if (entries != NULL) {
+        list = PyList_New(0);
+    } else {
+        PyErr_Format(PyExc_MemoryError, "past: no memory for %lld boundaries", (long long)count);
+    }
     if (list != NULL) {
         dhsa_past_boundaries(self->past, entries);
     }
@@ -156,7 +161,7 @@ int dhsa_py_pasts_open(const dhsa_py_state *state, PyObject *object, int64_t wan
     }
     p->pasts = dhsa_alloc(want, sizeof *p->pasts);
     if (p->pasts == NULL) {
-        PyErr_NoMemory();
+        PyErr_Format(PyExc_MemoryError, "past: no memory for a batch of %lld", (long long)want);
         return -1;
     }
     p->tuple = Py_NewRef(object);

@@ -234,10 +234,18 @@ int dhsa_py_view_open(const dhsa_py_state *state, PyObject *object, const char *
         if (PyObject_CheckBuffer(object)) {
             result = open_buffer(object, name, view);
             /* Some arrays have a buffer but cannot describe their dtype in it (bfloat16); DLPack can. */
-            if (result != 0 && !view->has_buffer && PyObject_HasAttr(object, state->name_dlpack)) {
-                PyErr_Clear();
+            if (result != 0 && !view->has_buffer && PyErr_ExceptionMatches(PyExc_ValueError)) {
+                PyObject *type, *value, *traceback;
+                PyErr_Fetch(&type, &value, &traceback); /* attributes are not to be asked for while an exception is set */
                 method = PyObject_GetAttr(object, state->name_dlpack);
-                result = method ? open_dlpack(state, method, name, view) : -1;
+                if (method == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+                    PyErr_Restore(type, value, traceback); /* there is no other way; this says why */
+                } else {
+                    Py_XDECREF(type);
+                    Py_XDECREF(value);
+                    Py_XDECREF(traceback);
+                    result = method ? open_dlpack(state, method, name, view) : -1;
+                }
             }
         } else if ((method = PyObject_GetAttr(object, state->name_dlpack)) != NULL) {
             result = open_dlpack(state, method, name, view);

@@ -84,11 +84,18 @@ static void similarity_task(void *context, int64_t index, int thread)
     if (index % job->tasks == job->tasks - 1) scores[length - 1] = -INFINITY;
 }
 
+static dhsa_status window_check(int64_t window, dhsa_error *error)
+{
+    if (window >= 1) return DHSA_OK;
+    return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
+}
+
 dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
 {
     dhsa_status status;
-    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error))) return status;
-    if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
+    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
+        (status = dhsa_given(scores, "scores", error)) || (status = window_check(window, error)))
+        return status;
     const int64_t channels = k->shape[1] * k->shape[3], length = k->shape[2];
     similarity_job job = {
         dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL, 0};
@@ -187,8 +194,10 @@ static dhsa_status picking_check(int64_t n, double theta, int64_t nms, dhsa_erro
 dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
                                  int32_t *boundaries, int64_t *count, dhsa_error *error)
 {
-    const dhsa_status status = picking_check(n, theta, nms, error);
-    if (status) return status;
+    dhsa_status status;
+    if ((status = picking_check(n, theta, nms, error)) || (status = dhsa_given(scores, "scores", error)) ||
+        (status = dhsa_given(boundaries, "boundaries", error)) || (status = dhsa_given(count, "count", error)))
+        return status;
     if (length < 1 || length > INT32_MAX / 2)
         return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
     if (instruction < 0 || instruction > length)
@@ -215,12 +224,23 @@ static void fixed_row(int64_t size, int64_t length, int32_t *row, int64_t *count
     *count = at;
 }
 
-static dhsa_status config_check(const dhsa_boundary_config *config, dhsa_error *error)
+dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, const dhsa_tensor *k, dhsa_error *error)
 {
-    if (config->kind == DHSA_BOUNDARIES_PREDICTOR && !config->predictor && !config->compact)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: boundaries come from a predictor, but there is none");
-    if (config->kind == DHSA_BOUNDARIES_SIMILARITY || config->kind == DHSA_BOUNDARIES_PREDICTOR)
-        return picking_check(config->num_chunks, config->theta, config->nms, error);
+    dhsa_status status = dhsa_given(config, "boundaries", error);
+    if (status) return status;
+    if (config->kind == DHSA_BOUNDARIES_PREDICTOR) {
+        if (!config->predictor && !config->compact)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: boundaries come from a predictor, but there is none");
+        if (config->predictor && config->compact)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: expected one network, got one of each kind");
+        status =
+            config->compact ? dhsa_compact_check(config->compact, k, error) : dhsa_predictor_check(config->predictor, k, error);
+        return status ? status : picking_check(config->num_chunks, config->theta, config->nms, error);
+    }
+    if (config->kind == DHSA_BOUNDARIES_SIMILARITY) {
+        status = window_check(config->window, error);
+        return status ? status : picking_check(config->num_chunks, config->theta, config->nms, error);
+    }
     if (config->kind != DHSA_BOUNDARIES_FIXED)
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: unknown kind %d", (int)config->kind);
     if (config->chunk_size < 1)
@@ -278,7 +298,8 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = config_check(config, error)))
+        (status = dhsa_boundary_config_check(config, k, error)) || (status = dhsa_given(boundaries, "boundaries", error)) ||
+        (status = dhsa_given(counts, "counts", error)))
         return status;
     const int64_t batch = k->shape[0], length = k->shape[2];
     rows_job job = {config, NULL, length, capacity, boundaries, counts, NULL};
@@ -312,7 +333,7 @@ int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, 
 dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to, const dhsa_boundary_config *config,
                                   int32_t *boundaries, int64_t *count, int num_threads, dhsa_error *error)
 {
-    dhsa_status status = config_check(config, error);
+    dhsa_status status = dhsa_boundary_config_check(config, k, error);
     if (status) return status;
     const int64_t length = to - from, before = DHSA_MIN(window_of(config), from), seen = before + length;
     if (config->kind == DHSA_BOUNDARIES_FIXED) {

@@ -169,7 +169,7 @@ static void tile_task(void *context, int64_t index, int thread)
     for (int64_t at = 0; at < gaps; at += lanes) classify(pl, &s, at, (int)DHSA_MIN(lanes, gaps - at), logits + at);
 }
 
-static dhsa_status compact_check(const dhsa_compact *n, const dhsa_tensor *k, dhsa_error *error)
+dhsa_status dhsa_compact_check(const dhsa_compact *n, const dhsa_tensor *k, dhsa_error *error)
 {
     if (!n) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: none given");
     const void *const needed[] = {n->project_weight, n->project_bias, n->token_weight, n->token_bias,
@@ -189,7 +189,7 @@ dhsa_status dhsa_compact_logits(const dhsa_compact *net, const dhsa_tensor *k, f
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = compact_check(net, k, error)))
+        (status = dhsa_compact_check(net, k, error)) || (status = dhsa_given(logits, "logits", error)))
         return status;
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;

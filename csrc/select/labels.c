@@ -152,7 +152,7 @@ dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, in
 {
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_scaling_check(scale, softcap, error)) ||
-        (status = dhsa_threads_check(num_threads, error)))
+        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(ratios, "ratios", error)))
         return status;
     const int64_t batch = q->shape[0], length = q->shape[2];
     if (k->shape[2] != length)

@@ -8,6 +8,7 @@ enum { MAX_STRIDE = 1024 }; /* a row of xattention holds so many queries */
 
 dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *c, dhsa_error *error)
 {
+    if (!c) return dhsa_given(c, "config", error);
     const dhsa_method *method = dhsa_method_find(c->method);
     dhsa_score_config score = c->score;
     if (!method) {
@@ -70,8 +71,8 @@ int64_t dhsa_block_keys(const dhsa_select_config *c, int64_t q_len, int64_t k_le
 dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
                              dhsa_error *error)
 {
-    const dhsa_status status = dhsa_select_check(q, k, config, error);
-    if (status) return status;
+    dhsa_status status;
+    if ((status = dhsa_select_check(q, k, config, error)) || (status = dhsa_given(indptr, "indptr", error))) return status;
     const int64_t blocks = dhsa_block_count(&config->score, q->shape[2]);
     const int64_t lists = q->shape[0] * dhsa_score_sets(&config->score, q, k);
     int64_t unused;
@@ -115,6 +116,7 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
     dhsa_status status;
     int sparse;
     if ((status = dhsa_select_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
+        (status = dhsa_given(indptr, "indptr", error)) || (status = dhsa_given(indices, "indices", error)) ||
         (status = check_indptr(q, k, config, indptr, &sparse, error)))
         return status;
     if (!dhsa_method_find(config->method)->has_chunks)

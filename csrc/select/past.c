@@ -330,6 +330,8 @@ dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const
 
 dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
 {
+    const dhsa_status status = dhsa_given(past, "past", error);
+    if (status) return status;
     *past = dhsa_alloc(1, sizeof **past);
     if (!*past) return no_memory(error, 0);
     memset(*past, 0, sizeof **past);
@@ -364,8 +366,8 @@ static void *copy_of(const void *memory, int64_t room, int64_t used, int64_t siz
 
 dhsa_status dhsa_past_copy(const dhsa_past *p, dhsa_past **twin, dhsa_error *error)
 {
-    dhsa_status status = dhsa_past_new(twin, error);
-    if (status) return status;
+    dhsa_status status;
+    if ((status = dhsa_given(p, "past", error)) || (status = dhsa_past_new(twin, error))) return status;
     dhsa_past *t = *twin;
     *t = *p;
     /* The sum is made again from the keys. */

@@ -258,7 +258,7 @@ dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_er
                      channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
 }
 
-static dhsa_status predictor_check(const dhsa_predictor *p, const dhsa_tensor *k, dhsa_error *error)
+dhsa_status dhsa_predictor_check(const dhsa_predictor *p, const dhsa_tensor *k, dhsa_error *error)
 {
     if (!p) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: none given");
     const void *const needed[] = {p->in_proj_weight, p->in_proj_bias, p->out_proj_weight, p->out_proj_bias, p->norm_weight,
@@ -282,7 +282,7 @@ dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = predictor_check(net, k, error)))
+        (status = dhsa_predictor_check(net, k, error)) || (status = dhsa_given(logits, "logits", error)))
         return status;
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;

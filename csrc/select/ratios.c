@@ -57,10 +57,15 @@ static void ratio_task(void *context, int64_t index, int thread)
 dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t length, int64_t window, int64_t sliding_window,
                                  double *ratios, int num_threads, dhsa_error *error)
 {
-    const dhsa_status status = dhsa_threads_check(num_threads, error);
-    if (status) return status;
+    dhsa_status status;
+    int64_t reach;
+    if ((status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(attn, "attn", error)) ||
+        (status = dhsa_given(ratios, "ratios", error)))
+        return status;
     if (length < 1 || length > INT32_MAX / 2)
         return dhsa_fail(error, DHSA_ERR_VALUE, "attn: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
+    if (row_stride < -INT64_MAX || !dhsa_mul(row_stride < 0 ? -row_stride : row_stride, length, &reach) || reach > INT64_MAX / 16)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "attn: its stride reaches further than can be addressed");
     if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", window);
     if (sliding_window < 0)
         return dhsa_fail(error, DHSA_ERR_VALUE, "sliding_window: got %" PRId64 ", expected at least 1", sliding_window);

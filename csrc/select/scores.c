@@ -29,8 +29,8 @@ int64_t dhsa_score_sets(const dhsa_score_config *config, const dhsa_tensor *q, c
 
 dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *c, dhsa_error *error)
 {
-    dhsa_status status = dhsa_qk_check(q, k, error);
-    if (status) return status;
+    dhsa_status status;
+    if ((status = dhsa_given(c, "config", error)) || (status = dhsa_qk_check(q, k, error))) return status;
     if (q->shape[2] > k->shape[2])
         return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk",
                          q->shape[2], k->shape[2]);
@@ -255,13 +255,15 @@ static void scores_task(void *context, int64_t index, int thread)
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error)
 {
-    scores_job job = {.scores = scores, .width = n_boundaries - 1};
+    scores_job job = {.scores = scores};
     dhsa_scorer *s = &job.scorer;
     dhsa_status status;
     if ((status = dhsa_score_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
+        (status = dhsa_given(scores, "scores", error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
         (status = dhsa_scorer_open(s, q, k, config, n_boundaries, 0, NULL, DHSA_LEVEL_FINE, error)))
         return status;
+    job.width = n_boundaries - 1;
     num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
     job.arenas = dhsa_alloc(s->arena_size, num_threads);
     if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);

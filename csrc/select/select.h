@@ -30,6 +30,10 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
 int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to);
 /* Rows [batch, n]: from 0, never falling, ending in length. */
 dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error);
+/* Checks of a config, whose network has to fit k, and of either network. */
+dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, const dhsa_tensor *k, dhsa_error *error);
+dhsa_status dhsa_predictor_check(const dhsa_predictor *predictor, const dhsa_tensor *k, dhsa_error *error);
+dhsa_status dhsa_compact_check(const dhsa_compact *compact, const dhsa_tensor *k, dhsa_error *error);
 /* Whether a boundary network of so many channels fits k; else a message that says how to get one that does. */
 dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_error *error);
 /* Sharing sets: 1, Hkv or H. */

@@ -103,7 +103,7 @@ class Engine:
         shared = self._replaying(replayed) if replayed else self._keeping(first)
         with self._attending(setting), shared:
             start = time.perf_counter()
-            out = self.model.get_decoder()(torch.tensor([ids]), use_cache=False)
+            out = self.model.get_decoder()(torch.tensor([ids], device="cpu"), use_cache=False)
             seconds = time.perf_counter() - start
         runs = dhsa.last_run(self.model, "prefill")
         if any(r.path == "sparse" and r.layer < first for r in runs):
@@ -155,7 +155,9 @@ class Engine:
     def likelihood(self, hidden: Any, ids: list[int], first: int, best: bool = False) -> tuple[Any, Any]:
         """(log-likelihood float64, with `best`: is it the most likely token?) of ids[first:], each given all before."""
         with torch.no_grad():
-            return likelihood(self.model, hidden[first - 1 : len(ids) - 1], torch.tensor(ids[first:]), best)
+            return likelihood(
+                self.model, hidden[first - 1 : len(ids) - 1], torch.tensor(ids[first:], device="cpu"), best
+            )
 
     def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
         """(greedy continuation, what the row says of the work): the prompt's prefill by the setting, exact decode.
@@ -172,7 +174,7 @@ class Engine:
         with self._attending(setting):
             held = cache_option(decoder, DynamicCache(config=self.model.config.get_text_config()))
             start = time.perf_counter()
-            last = decoder(torch.tensor([ids]), **held, use_cache=True).last_hidden_state[:, -1:]
+            last = decoder(torch.tensor([ids], device="cpu"), **held, use_cache=True).last_hidden_state[:, -1:]
             seconds = time.perf_counter() - start
             done = work(dhsa.last_run(self.model, "prefill"), seconds, 0, setting.dense)
             while True:

@@ -32,10 +32,12 @@ def likelihood(model: Any, hidden: Any, target: Any, best: bool = False) -> tupl
 
 def _rows(head: Any, softcap: float | None, hidden: Any, target: Any, best: bool) -> tuple[Any, Any]:
     words = head.weight.shape[0]
-    chosen = torch.empty(len(hidden))
-    top, where = torch.full((len(hidden),), -torch.inf), torch.zeros(len(hidden), dtype=torch.int64)
+    at, numbers = hidden.device, torch.float32
+    chosen = torch.empty(len(hidden), dtype=numbers, device=at)
+    top = torch.full((len(hidden),), -torch.inf, dtype=numbers, device=at)
+    where = torch.zeros(len(hidden), dtype=torch.int64, device=at)
     sums = []
-    space = torch.empty(len(hidden) * min(_WORDS, words), dtype=hidden.dtype)
+    space = torch.empty(len(hidden) * min(_WORDS, words), dtype=hidden.dtype, device=at)
     for start in range(0, words, _WORDS):
         weight = head.weight[start : start + _WORDS]
         room = space[: len(hidden) * len(weight)].view(len(hidden), len(weight))

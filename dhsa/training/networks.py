@@ -4,6 +4,7 @@ predictor.c; parameters have the same names, so that a state dict is all that pa
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,14 @@ from torch.nn import functional as F
 from dhsa.training.settings import Settings
 
 __all__ = ["AttentionNetwork", "CompactNetwork", "build", "focal_loss", "soft_labels"]
+
+
+# Whatever the process's default device and dtype are: the C core reads these weights.
+_HERE: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+
+
+def _scores(inputs: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden, **_HERE), nn.ReLU(), nn.Linear(hidden, 1, **_HERE))
 
 
 class CompactNetwork(nn.Module):
@@ -23,9 +32,9 @@ class CompactNetwork(nn.Module):
     def __init__(self, channels: int, *, width: int, pooled: int, hidden: int, window: int, scale: float = 1.0) -> None:
         super().__init__()
         self.window, self.scale = window, scale
-        self.project = nn.Linear(channels, width)
-        self.token = nn.Linear(2 * width, pooled)
-        self.head = nn.Sequential(nn.Linear(3 * pooled, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.project = nn.Linear(channels, width, **_HERE)
+        self.token = nn.Linear(2 * width, pooled, **_HERE)
+        self.head = _scores(3 * pooled, hidden)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
         """keys [T, C] -> logits [T - 2w + 1] of the gaps that have w keys on either side."""
@@ -51,12 +60,12 @@ class AttentionNetwork(nn.Module):
         super().__init__()
         self.window = window
         self.enc = nn.Module()
-        self.enc.mha = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.enc.norm = nn.LayerNorm(channels)
+        self.enc.mha = nn.MultiheadAttention(channels, heads, batch_first=True, **_HERE)
+        self.enc.norm = nn.LayerNorm(channels, **_HERE)
         if gated:
             self.pool = nn.Module()
-            self.pool.gate = nn.Linear(channels, 1, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(4 * channels + 1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+            self.pool.gate = nn.Linear(channels, 1, bias=False, **_HERE)
+        self.mlp = _scores(4 * channels + 1, hidden)
 
     def _pooled(self, half: torch.Tensor) -> torch.Tensor:
         if not hasattr(self, "pool"):
@@ -105,6 +114,6 @@ def focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float, pos_
     probability given to the label: what is already right counts little."""
     p = torch.sigmoid(logits)
     loss = F.binary_cross_entropy_with_logits(
-        logits, labels, pos_weight=torch.tensor(pos_weight, dtype=logits.dtype), reduction="none"
+        logits, labels, pos_weight=logits.new_tensor(pos_weight), reduction="none"
     )
     return ((1 - (p * labels + (1 - p) * (1 - labels))) ** gamma * loss).mean()

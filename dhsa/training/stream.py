@@ -82,7 +82,7 @@ def layer_keys(
         with torch.no_grad(), dhsa.patched(model, dhsa.Config(budget=None)):
             AttentionInterface.register(hf.IMPLEMENTATION, forward)
             try:
-                model.get_decoder()(torch.tensor([ids]), use_cache=False)
+                model.get_decoder()(torch.tensor([ids], device="cpu"), use_cache=False)
             finally:
                 AttentionInterface.register(hf.IMPLEMENTATION, hf.attention_forward)
     except (NotImplementedError, TypeError, ValueError) as error:

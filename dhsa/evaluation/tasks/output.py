@@ -143,11 +143,10 @@ def _against_best(
                 of_set = mass.reshape(sets, heads // sets, last).sum(1)
                 for s in range(sets):
                     row = s * blocks + block
-                    keys = torch.tensor(
-                        selection.indices[selection.indptr[row] : selection.indptr[row + 1]], dtype=torch.int64
-                    )
+                    listed = selection.indices[selection.indptr[row] : selection.indptr[row + 1]]
+                    keys = torch.tensor(listed, dtype=torch.int64, device="cpu")
                     kept[setting] += float(of_set[s, keys].sum())
-                    best = torch.zeros(last, dtype=torch.bool)
+                    best = torch.zeros(last, dtype=torch.bool, device="cpu")
                     best[of_set[s].topk(len(keys)).indices] = True
                     shared[setting] += int(best[keys].sum())
     return {
@@ -160,7 +159,8 @@ def _block_mass(q: Any, k: Any, first: int, window: int | None, scale: float, so
     s = q @ k.transpose(1, 2) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
-    position, key = torch.arange(first, first + q.shape[1])[:, None], torch.arange(k.shape[1])
+    position = torch.arange(first, first + q.shape[1], device="cpu")[:, None]
+    key = torch.arange(k.shape[1], device="cpu")
     seen = key <= position
     if window is not None:
         seen &= key > position - window
