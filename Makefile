@@ -4,6 +4,7 @@
 #   make eval     what the model loses by each method of selection: perplexity, needles and more (ARGS="all --quick")
 #   make train-boundaries   the network that cuts keys into chunks, trained on a model and text  (ARGS="--out b.safetensors")
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
+#   make test-oldest, test-newest   the tests with transformers, on the oldest and newest releases  (ARGS="-k hf")
 #   make test-debug   the array tests, in a build with sanitizers and red zones                     (ARGS="-k past")
 #   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
@@ -16,12 +17,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 TORCH  ?= torch==2.13.0
+PINS   ?=
 
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
 CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -name '*.inc')
 
-.PHONY: demo eval train-boundaries test test-debug bench bench-model bench-generation bench-report lint clean
+.PHONY: demo eval train-boundaries test test-oldest test-newest test-debug bench bench-model bench-generation bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -50,14 +52,22 @@ bench-generation: $(VENV)/.demo
 bench-report: $(VENV)/.demo
 	$(PY) benchmarks/report.py $(ARGS)
 
+# The tests of the transformers integration on the oldest and the newest releases of what it builds on.
+HF_TESTS := $(shell grep -l transformers tests/test_*.py)
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.6.0 PINS='transformers==5.5.0 numpy==1.26.4 safetensors==0.4.3' \
+	    ARGS="$(HF_TESTS) $(ARGS)"
+test-newest:
+	$(MAKE) test VENV=.venv-newest TORCH='torch<2.15' PINS='--upgrade transformers<6 numpy<2.5' ARGS="$(HF_TESTS) $(ARGS)"
+
 # The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
 # never gives back is not what is looked for.
-DEBUG_TESTS := attend decode skip select selection compact cuts labels methods peers predictor past past_histories bad_input
+DEBUG_TESTS := attend decode skip select selection compact cuts labels methods peers predictor past past_histories bad_input entries
 test-debug: $(VENV)/.test
 	DHSA_DEBUG_BUILD=1 $(PY) setup.py --quiet build --build-base build/debug --build-lib build/debug/lib
 	PYTHONPATH=build/debug/lib LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(VENV)/bin/pytest -q $(DEBUG_TESTS:%=tests/test_%.py) $(ARGS)
+	    $(VENV)/bin/pytest -q -k 'not memory' $(DEBUG_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
@@ -86,7 +96,7 @@ $(VENV)/.demo: $(VENV)/.torch $(CORE)
 
 $(VENV)/.test: $(VENV)/.torch $(CORE)
 	@echo "building the extension, installing dhsa[test]"
-	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]' $(PINS)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python

@@ -37,4 +37,4 @@ def get_num_threads() -> int:
             return min(torch.get_num_threads(), MAX_THREADS)
         except AttributeError:  # being imported right now
             pass
-    return _cpus
+    return min(_cpus, MAX_THREADS)

@@ -95,8 +95,8 @@ class Config(_CoreArgs):
             mean query over the mean keys of fixed blocks), "vertical_slash" (MInference), "xattention", "proxy"
             (ProxyAttn), "hisa", "power" (PowerAttention), "oracle" (the exact scores, slow, for study).
             `Config.source` gives the settings of their sources.
-        budget: keys a block of queries may see, forced ones (`sink`, `local`) counted. None: all of them, so exact
-            attention unless there is a `mass`.
+        budget: keys a block of queries may see, forced ones (`sink`, `local`) counted, 1 to 2**31 - 1. None: all of
+            them, so exact attention unless there is a `mass`.
         mass: in place of a number of keys, the share of each block's estimated attention mass that its keys are to
             hold, above 0 up to 1: keys are taken, best first, until they do, forced ones counted first. `budget` is
             then the most keys (None: no limit). Not for methods whose scores are no shares of mass: "dhsa",
@@ -215,7 +215,7 @@ class Config(_CoreArgs):
         if self.heads is None:
             keep("heads", "head" if self.method in PER_HEAD else "group")
         if self.budget is not None:
-            keep("budget", check_int(self.budget, "budget", 1))
+            keep("budget", check_int(self.budget, "budget", 1, 2**31 - 1))
         keep("query_block", check_int(self.query_block, "query_block", 1, MAX_QUERY_BLOCK))
         for name, low in (
             ("sink", 0), ("local", 0), ("dense_tail", 0), ("chunk_size", 1), ("boundary_window", 1), ("key_block", 1)
@@ -270,7 +270,7 @@ class Config(_CoreArgs):
             if self.share == "boundaries" and self.score is None:
                 raise ValueError(f"share: method={self.method!r} cuts no chunks, so there are no boundaries to share")
         if self.break_even is not None:
-            keep("break_even", check_int(self.break_even, "break_even", 0))
+            keep("break_even", check_int(self.break_even, "break_even", 0, 2**31 - 1))
         if self.theta is not None:
             keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):
@@ -290,7 +290,7 @@ class Config(_CoreArgs):
         paper = self.boundaries == "predictor" and self.predictor.architecture == "attention"
         rows = self.rows if self.rows is not None else max(1, self.query_block // (2 if self.by_length else 4))
         if self.shortlist is not None:
-            keep("shortlist", check_int(self.shortlist, "shortlist", 0))
+            keep("shortlist", check_int(self.shortlist, "shortlist", 0, 2**31 - 1))
             if 0 < self.shortlist < (self.budget or 0):
                 raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {self.budget}")
         keep("_kind", kind)

@@ -92,6 +92,11 @@ def run(args: argparse.Namespace) -> int:
             tokenizer, model = loading.load(source)
         with step("tokenizing"):
             ids = loading.tokenize(tokenizer, text, args.tokens)
+        if args.model is None and int(ids[0, 0]) != tokenizer.bos_token_id:  # seen with transformers 5.5 to 5.17
+            console.print(
+                "This release of transformers reads the file's tokenizer without its first token: all perplexities are "
+                "higher than they should be. A newer one reads it right."
+            )
         import torch
 
         import dhsa

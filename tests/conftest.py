@@ -11,6 +11,19 @@ import dhsa
 from dhsa import _core
 
 
+def pytest_report_header():
+    """The releases that this run is of."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("numpy", "torch", "transformers", "safetensors"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"dhsa {dhsa.__version__} ({_core.isa_current()}), " + ", ".join(found)
+
+
 @pytest.fixture(autouse=True)
 def restore_settings():
     """Threads and instruction set are process-wide; a test that changes them must not change the next one's meaning."""

@@ -305,7 +305,7 @@ def test_output_attentions_are_refused(models):
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"position_bias": torch.zeros(1, 4, 96, 96)}, "position_bias"),
         ({"cache": object()}, "cache"),
-        ({"cu_seq_lens_q": torch.tensor([0, 96])}, "cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([0, 50, 96])}, "cu_seq_lens_q"),
         ({"is_causal": False, "sliding_window": 8}, "needs a mask"),
     ],
 )
@@ -335,7 +335,7 @@ def holes(step, n=96):
     [
         (holes(2), NotImplementedError, "batch row 0, query 95 sees keys in 48 separate intervals"),
         (torch.where(holes(3), 0.0, -torch.inf), NotImplementedError, "32 separate intervals"),
-        (torch.randn(1, 1, 96, 96), NotImplementedError, "position bias"),
+        (torch.randn(1, 1, 96, 96), NotImplementedError, "adds no bias to scores"),
         (
             torch.stack([torch.ones(96, 96).tril(), torch.ones(96, 96)])[None].bool(),
             NotImplementedError,

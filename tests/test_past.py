@@ -211,7 +211,7 @@ def test_a_copy_goes_its_own_way():
 
 
 def test_keys_said_to_be_the_same_are_trusted_where_there_are_many():
-    """Few of them are looked at: a key that changed is overlooked here (and its turn comes later), all of them are not."""
+    """Some of them are looked at: one that changed is overlooked until its turn comes, other keys all over are not."""
     k, v = keys_and_values(1200, dim=256)
     past = _core.Past()
     run(normal(1, 4, 900, 256), k[:, :, :900], v[:, :, :900], ROWS, past)

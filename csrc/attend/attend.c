@@ -433,8 +433,9 @@ dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection
     dhsa_status status = dhsa_problem_check(problem, error);
     if (status) return status;
     const dhsa_tensor *q = &problem->q, *k = &problem->k;
-    const int64_t rows = s->batch * s->heads * s->nq;
-    status = dhsa_selection_check(s, rows + 1, s->indptr ? s->indptr[rows] : 0, q->shape[0], q->shape[1], k->shape[1], q->shape[2],
-                                  k->shape[2], error);
+    int64_t rows;
+    if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows)) rows = -1;
+    /* As many indices as indptr ends with, which is read once the shape is known to be right. */
+    status = dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);
     return status ? status : attend(problem, s, error);
 }

@@ -52,6 +52,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
         if (s->indptr[r + 1] < s->indptr[r])
             return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: falls from %" PRId64 " to %" PRId64 " at entry %" PRId64, s->indptr[r],
                              s->indptr[r + 1], r + 1);
+    if (n_indices < 0) n_indices = s->indptr[rows];
     if (s->indptr[rows] != n_indices)
         return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: ends with %" PRId64 ", expected the number of indices, %" PRId64,
                          s->indptr[rows], n_indices);

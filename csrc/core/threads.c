@@ -1,4 +1,5 @@
-/* threads.c: the thread pool. Workers are made once, sleep on a condition variable between jobs, and are forgotten by a
+/* threads.c: the thread pool. Workers are made once, sleep each on a condition variable of its own between jobs, so that a job
+ * wakes those that it takes and no others, and are forgotten by a
  * forked child, which makes its own when it needs them. It schedules; it knows nothing of the work. */
 #include "core/threads.h"
 
@@ -10,21 +11,18 @@
 #include "core/internal.h"
 
 static struct {
-    pthread_mutex_t owner; /* held by the caller whose job runs; others find it taken and work alone */
-    pthread_mutex_t lock;  /* guards the rest but `next` */
-    pthread_cond_t start, finish;
-    uint64_t job; /* number of the job last posted */
-    int wanted;   /* workers the job takes, threads 1..wanted */
-    int active;   /* of those, not yet done */
-    int alive;    /* workers made so far */
+    pthread_mutex_t owner;                          /* held by the caller whose job runs; others find it taken and work alone */
+    pthread_mutex_t lock;                           /* guards the rest but `next` */
+    pthread_cond_t start[DHSA_MAX_THREADS], finish; /* start[t]: of worker t, made with it */
+    uint64_t job;                                   /* number of the job last posted */
+    int wanted;                                     /* workers the job takes, threads 1..wanted */
+    int active;                                     /* of those, not yet done */
+    int alive;                                      /* workers made so far */
     dhsa_task task;
     void *context;
     int64_t count;
     _Atomic int64_t next;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER,
-          .lock = PTHREAD_MUTEX_INITIALIZER,
-          .start = PTHREAD_COND_INITIALIZER,
-          .finish = PTHREAD_COND_INITIALIZER};
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .finish = PTHREAD_COND_INITIALIZER};
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -34,7 +32,6 @@ static void forked(void)
 {
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.start, NULL);
     pthread_cond_init(&pool.finish, NULL);
     pool.alive = pool.wanted = pool.active = 0;
     pool.job = 0;
@@ -68,7 +65,7 @@ static void *work(void *arg)
     for (;;) {
         while (pool.job == seen || pool.wanted < begin.thread) {
             seen = pool.job;
-            pthread_cond_wait(&pool.start, &pool.lock);
+            pthread_cond_wait(&pool.start[begin.thread], &pool.lock);
         }
         seen = pool.job;
         pthread_mutex_unlock(&pool.lock);
@@ -94,6 +91,10 @@ static void grow(int wanted)
         if (!begin) break;
         begin->thread = pool.alive + 1;
         begin->seen = pool.job;
+        if (pthread_cond_init(&pool.start[begin->thread], NULL) != 0) {
+            dhsa_free(begin);
+            break;
+        }
         if (pthread_create(&id, &attr, work, begin) != 0) {
             dhsa_free(begin);
             break;
@@ -122,7 +123,7 @@ void dhsa_parallel(int64_t count, int num_threads, dhsa_task task, void *context
     pool.count = count;
     atomic_store(&pool.next, 0);
     pool.job++;
-    pthread_cond_broadcast(&pool.start);
+    for (int thread = 1; thread <= pool.wanted; thread++) pthread_cond_signal(&pool.start[thread]);
     pthread_mutex_unlock(&pool.lock);
 
     drain(0);

@@ -79,7 +79,9 @@ const dhsa_kernels *dhsa_kernels_current(void)
         /* A bad DHSA_ISA is an error of dhsa_isa_set("auto"), which Python's import calls; here there is nobody to tell. */
         table = choose();
         if (!table) table = dhsa_kernels_find("scalar");
-        atomic_store_explicit(&current, table, memory_order_release);
+        /* Another thread may have chosen meanwhile, or a caller of dhsa_isa_set, whose choice stays. */
+        const dhsa_kernels *none = NULL;
+        if (!atomic_compare_exchange_strong(&current, &none, table)) table = none;
     }
     return table;
 }

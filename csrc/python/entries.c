@@ -317,8 +317,14 @@ PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t na
         PyErr_SetString(PyExc_TypeError, "name: expected a str");
         return NULL;
     }
-    const char *name = PyUnicode_AsUTF8AndSize(args[0], NULL);
+    Py_ssize_t bytes;
+    const char *name = PyUnicode_AsUTF8AndSize(args[0], &bytes);
     if (name == NULL) {
+        return NULL;
+    }
+    /* The core reads up to a NUL, and shortens names by bytes: no tier's name has either. */
+    if (strlen(name) != (size_t)bytes || bytes != PyUnicode_GetLength(args[0])) {
+        PyErr_Format(PyExc_ValueError, "isa: %R is not a tier that is compiled in and that this CPU runs", args[0]);
         return NULL;
     }
     dhsa_error error = {DHSA_OK, ""};

@@ -115,8 +115,16 @@ static int open_buffer(PyObject *object, const char *name, dhsa_py_view *view)
     view->data = b->buf;
     view->readonly = b->readonly;
     view->ndim = b->ndim;
-    for (int i = 0; i < b->ndim; i++) {
+    int64_t contiguous = 1;
+    for (int i = b->ndim - 1; i >= 0; i--) {
         view->shape[i] = b->shape[i];
+        if (b->strides == NULL) { /* ctypes hands out none where the memory is C-contiguous */
+            view->stride[i] = contiguous;
+            if (b->shape[i] > 0) {
+                contiguous = contiguous > INT64_MAX / b->shape[i] ? INT64_MAX : contiguous * b->shape[i];
+            }
+            continue;
+        }
         /* A stride over at most one element is never used; NumPy leaves anything there. */
         if (b->shape[i] > 1 && b->strides[i] % b->itemsize != 0) {
             PyErr_Format(PyExc_ValueError, "%s: stride %zd of dimension %d is no multiple of the element size %zd", name,

@@ -216,6 +216,8 @@ static void fixed_row(int64_t size, int64_t length, int32_t *row, int64_t *count
 
 static dhsa_status config_check(const dhsa_boundary_config *config, dhsa_error *error)
 {
+    if (config->kind == DHSA_BOUNDARIES_PREDICTOR && !config->predictor && !config->compact)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: boundaries come from a predictor, but there is none");
     if (config->kind == DHSA_BOUNDARIES_SIMILARITY || config->kind == DHSA_BOUNDARIES_PREDICTOR)
         return picking_check(config->num_chunks, config->theta, config->nms, error);
     if (config->kind != DHSA_BOUNDARIES_FIXED)

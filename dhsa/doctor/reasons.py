@@ -40,7 +40,7 @@ def reason(
     if ranges.shape[1] > 1:
         return Reason("mask", f"the mask has queries that see {ranges.shape[1]} separate intervals of keys")
     least = least_stretch(config)
-    parts = segments(ranges[:, 0], least)
+    parts = segments(ranges[:, 0], least, late=k_len - q_len)
     if not parts:
         return Reason("mask", "the mask hides every key")
     plain = [part for part in parts if not part.ranged]

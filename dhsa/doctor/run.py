@@ -281,7 +281,7 @@ def _last_logits(model: PreTrainedModel, head: torch.nn.Module, prompt: _Prompt)
     model scales and caps its logits as ever, but never forms those of the whole prompt."""
 
     def pick(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
-        return (args[0][torch.arange(len(prompt.ids))[:, None], prompt.positions],)
+        return (args[0][torch.arange(len(prompt.ids), device="cpu")[:, None], prompt.positions],)
 
     options = {}
     if prompt.mask is not None and prompt.mask.ndim == 2:  # as `generate` counts
@@ -363,9 +363,9 @@ def _compared(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int], ...]]:
     """Divergence float64 [B, n] in nats, whether the most likely token is the same [B, n], and the last ones of each
     row; NaN and False where logits hold NaN."""
-    kl = torch.empty(exact.shape[:2], dtype=torch.float64)
-    same = torch.empty(exact.shape[:2], dtype=torch.bool)
-    for b, i in torch.cartesian_prod(*(torch.arange(n) for n in exact.shape[:2])).reshape(-1, 2).tolist():
+    kl = torch.empty(exact.shape[:2], dtype=torch.float64, device="cpu")
+    same = torch.empty(exact.shape[:2], dtype=torch.bool, device="cpu")
+    for b, i in torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in exact.shape[:2])).reshape(-1, 2).tolist():
         p, q = exact[b, i].double().log_softmax(-1), sparse[b, i].double().log_softmax(-1)
         # A word that is ruled out has a logit of -inf and adds nothing.
         kl[b, i] = torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum().clamp(min=0)

@@ -99,7 +99,7 @@ def attend(
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
 
     # The core writes into a view, so that the layout that transformers wants costs no copy.
-    out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype)
+    out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device="cpu")
     view = out.transpose(1, 2)
     options = {"scale": scaling, "softcap": softcap}
     stretches = _Stretches(state, memory, layer, sliding_window, unseen)
@@ -122,13 +122,15 @@ def attend(
         record(module, layer, sliding_window, query, key, [(stats, 1)], stretches.reason)
         return out
 
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        config, memory = EXACT, None  # an encoder's: no method is defined for it
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
     if ranges.shape[1] > 1:
         done = _attend_to_intervals(query, key, value, ranges, view, options)
         record(module, layer, sliding_window, query, key, done)
         return out
     ranges = ranges[:, 0]
-    parts = None if q_len == 1 and memory is None else segments(ranges, least_stretch(config))
+    parts = None if q_len == 1 and memory is None else segments(ranges, least_stretch(config), late=k_len - q_len)
     whole = (
         parts is not None
         and len(parts) == 1

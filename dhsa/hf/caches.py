@@ -3,7 +3,8 @@
 A `_core.Past` for each batch row lies on the cache's own layer object, so it lives and dies with the cache, two caches
 never share one, and a deep copy of a cache brings its own along. A Past looks at every key before it relies on it:
 cropping, reordering beams and refilling a cache need no notice. Only where the cache still holds the very tensor that
-the layer saw last, and grew it by appending, is that look left out. How a call learns which cache it belongs to: a hook
+the layer saw last, and grew it by appending, is a part of a large cache's keys looked at in each call, since writes
+through NumPy or `.data` leave no trace on a tensor. How a call learns which cache it belongs to: a hook
 before the attention module's forward, which patching installs, sees the cache among its arguments; attention functions
 are not handed it.
 """
@@ -14,6 +15,7 @@ import copy
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,10 +96,11 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     _running.entry = (weakref.ref(module), None if cache is None else weakref.ref(cache), same)
 
 
-def watch(module: torch.nn.Module) -> None:
-    """Lets `recall` know the caches that `module` is called with, until `unwatch`."""
+def watch(module: torch.nn.Module, hook: Callable[..., None] = _before_forward) -> None:
+    """Has `hook` called before every forward of `module` until `unwatch`; without one, lets `recall` know the caches
+    that an attention module is called with."""
     if _HOOK not in module.__dict__:
-        module.__dict__[_HOOK] = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        module.__dict__[_HOOK] = module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def unwatch(module: torch.nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 __all__ = [
     "GRAPHS",
     "OLDEST",
+    "READS_MASK",
     "cache_in",
     "cache_of",
     "cache_option",
@@ -43,6 +44,11 @@ def _refuse_older() -> None:
             f"transformers {__version__} is older than {OLDEST}, the oldest release that dhsa supports: "
             f"pip install 'transformers>={OLDEST}'"
         )
+
+
+# Models whose layers read the mask tensor themselves and expect [batch, heads or 1, queries, keys]: Doge adds its own
+# values to it, the indexer of HunYuan 4 (5.24) picks keys by it. No attribute or signature tells.
+READS_MASK = ("doge", "hy_v4")
 
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

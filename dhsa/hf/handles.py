@@ -20,7 +20,7 @@ class _Handle:
     graph serves all layers that are alike. A copied or unpickled module has None in its place, until it is patched."""
 
     def __init__(self) -> None:
-        self.number = torch.tensor(next(_numbers))
+        self.number = torch.tensor(next(_numbers), device="cpu")
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(None), ()

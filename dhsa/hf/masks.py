@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dhsa.config import Config
 
 from .compat import outside_graphs
+from .refusals import check_padding
 from .tracing import traced_ranges, tracing
 from .transforms import refuse_transforms
 
@@ -43,9 +43,9 @@ MAX_INTERVALS = 16
 # Masks given as [.., Lq, Lk] tensors are read in slices of about this many elements.
 _SLICE_ELEMENTS = 1 << 22
 
-# An additive mask hides a key with -inf, with the smallest number of some dtype, or (older code) with -1e9. All of
-# these are at or below float16's minimum; anything else that is not 0 is a bias, which is something other than a mask.
-_HIDDEN = -65504.0
+# An additive mask hides a key with -inf, with the smallest number of some dtype or half of it, with -1e9 or with -1e4,
+# which is -9984 in bfloat16. Anything else that is not 0 is a bias, which is something other than a mask.
+_HIDDEN = -9984.0
 
 
 class Segment(NamedTuple):
@@ -104,11 +104,16 @@ def key_range_mask(
             allow_is_causal_skip, use_vmap, "allow_is_bidirectional_skip" in kwargs,
         )  # fmt: skip
     refuse_transforms(attention_mask=attention_mask, q_offset=q_offset, q_length=q_length)
+    if attention_mask is not None:
+        check_padding(attention_mask, batch_size)
     q_offset = int(q_offset)  # static caches count in a tensor
     # Positions below count from the first key that the attention function will be given.
     first = q_offset - kv_offset
     padding = padding_of(attention_mask, kv_offset, kv_length)
 
+    # Of an encoder's, kv_length may leave out the keys of a cache: None says all of them, as it does for sdpa.
+    if kwargs.get("allow_is_bidirectional_skip") and padding is None and local_size is None and not use_vmap:
+        return None
     plain = allow_is_causal_skip and not use_vmap
     if plain and not _follows(mask_function, local_size, batch_size, q_length, kv_length, q_offset, kv_offset):
         plain = False  # a pattern of another kind, for instance chunked attention, which also names a local size
@@ -144,6 +149,7 @@ def padding_of(attention_mask: torch.Tensor | None, kv_offset: int, kv_length: i
     """bool [B, up to kv_length], False for padding, of the keys from `kv_offset` on; None if all of them are tokens."""
     if attention_mask is None:
         return None
+    check_padding(attention_mask)
     padding = attention_mask[:, kv_offset : kv_offset + kv_length].to(dtype=torch.bool, device="cpu").numpy()
     return None if padding.shape[1] == kv_length and padding.all() else padding
 
@@ -166,7 +172,9 @@ def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) 
     """The range table [B, m, Lq, 2] of `ranges` [B, Lq, 2] less the keys that are padding."""
     if padding is None:
         return ranges[:, None]
-    real = _intervals(padding[:, None, :], what="attention_mask")  # [B, m, 1, 2]
+    # [B, m, 1, 2]; keys past the mask's end are hidden, as transformers has it for sdpa.
+    none = np.zeros((len(padding), 1, 1, 2), np.int32)
+    real = _intervals(padding[:, None, :], what="attention_mask") if padding.shape[1] else none
     start = np.maximum(ranges[:, None, :, 0], real[..., 0])
     stop = np.minimum(ranges[:, None, :, 1], real[..., 1])
     table = np.stack([start, stop], axis=-1)
@@ -203,10 +211,10 @@ def _follows(
     if mask_function is causal_mask_function and window is None:
         return True
     probes = sorted({0, q_length // 2, max(q_length - 2, 0), q_length - 1})
-    q = torch.tensor(probes)[None, None, :, None] + q_offset
-    kv = torch.arange(kv_length)[None, None, None, :] + kv_offset
-    batch = torch.arange(batch_size)[:, None, None, None]
-    found = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.long), q, kv)
+    q = torch.tensor(probes, device="cpu")[None, None, :, None] + q_offset
+    kv = torch.arange(kv_length, device="cpu")[None, None, None, :] + kv_offset
+    batch = torch.arange(batch_size, device="cpu")[:, None, None, None]
+    found = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.long, device="cpu"), q, kv)
     expected = kv <= q
     if window is not None:
         expected = expected & (kv > q - window)
@@ -214,9 +222,6 @@ def _follows(
 
 
 # ---- any mask an attention function may meet -------------------------------------------------------------------------
-
-# A model hands the same tensor to every layer: read a big one once. Weak, so that nothing is kept alive.
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: int | None) -> np.ndarray:
@@ -232,6 +237,8 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
     some query's keys are more than MAX_INTERVALS intervals, if heads differ, or if the additive mask carries other
     values (a position bias).
     """
+    if not isinstance(mask, torch.Tensor):
+        check_padding(mask)
     if mask.ndim == 4 and mask.dtype == torch.int32 and 1 <= mask.shape[1] <= MAX_INTERVALS and mask.shape[3] == 2:
         ranges = mask.cpu().numpy()
         if ranges.shape[1] > 1:  # compiled masks come with room for all that there could be
@@ -256,15 +263,8 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
         raise ValueError(f"attention_mask: expected shape [{batch}, 1, {q_len}, {k_len}], got {tuple(mask.shape)}")
 
-    version = None if mask.is_inference() else mask._version
-    known = _known.get(mask)
-    if known is not None and version is not None and known[:2] == (version, k_len):
-        ranges = known[2]
-    else:
-        ranges = _read_4d(mask, k_len)
-        if version is not None:  # an inference tensor does not say when it changes
-            _known[mask] = (version, k_len, ranges)
-    return _spread(ranges, batch, q_len)
+    # Read anew in every layer: nothing but its contents says whether a tensor is as it was, and hashing takes as long.
+    return _spread(_read_4d(mask, k_len), batch, q_len)
 
 
 def _spread(ranges: np.ndarray, batch: int, q_len: int) -> np.ndarray:
@@ -289,8 +289,8 @@ def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
                     visible = piece == 0
                     if not bool((visible | (piece <= _HIDDEN)).all()):
                         raise NotImplementedError(
-                            "attention_mask: an additive mask may hold 0 and -inf (or a dtype's minimum) only; "
-                            'this one carries other values, a position bias, which "dhsa" does not add'
+                            "attention_mask: an additive mask may hold 0 for keys that are seen and -1e4 or less for "
+                            'others; this one holds other values, and "dhsa" adds no bias to scores'
                         )
                     piece = visible
                 found = _intervals(piece.cpu().numpy()[None], start, first_batch=b)
@@ -382,9 +382,13 @@ def least_stretch(config: Config) -> Least | None:
     return Least(8 * max(config.dense_tail, config.query_block), keys + 1)
 
 
-def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64) -> list[Segment]:
+def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, late: int | None = None) -> list[Segment]:
     """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention, as far
     as that pays, and ranged ones for the rest; queries that see nothing are left out.
+
+    `late`: by how many keys at most the key of a query comes after the query's number, the keys less the queries; None:
+    not known. In a plain stretch a query sees keys up to its own: a band that goes on beyond it, as a two-sided
+    window's does, is ranged.
 
     Padded, packed and static-cache prompts come out as one plain stretch a sequence: either the only one of its batch
     row, or beginning with a query that sees one key, or the last query alone (of a right-padded row). In any other row
@@ -392,7 +396,7 @@ def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64) ->
     plain, which then see all keys before them too, and what lies between is ranged; with `least` None the whole row is.
     """
     if len(ranges) > 1 and (ranges[1:] == ranges[:1]).all():
-        same = segments(ranges[:1], least, limit)
+        same = segments(ranges[:1], least, limit, late)
         if not any(
             s.ranged for s in same
         ):  # only a call of its own has the very tiles, and so the bits, of a row alone
@@ -400,7 +404,7 @@ def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64) ->
     found: list[Segment] = []
     for row, table in enumerate(ranges):
         runs = _runs(table)
-        plain = [_plain(table, row, *run) for run in runs]
+        plain = [_plain(table, row, late, *run) for run in runs]
         if len(runs) <= limit and all(s is not None and (len(runs) == 1 or _stands_alone(s, table)) for s in plain):
             found += plain
             continue
@@ -425,6 +429,8 @@ def _runs(table: np.ndarray) -> list[tuple[int, int]]:
     lost = np.diff(start)
     both = seen[1:] & seen[:-1]
     goes_on = both & (np.diff(stop) == 1) & (lost >= 0) & (lost <= 1)
+    # Where a query sees nothing of what the one before saw, and the next one no less, another text begins.
+    goes_on &= (start[1:] < stop[:-1]) | (np.append(lost[1:], 1) != 0)
     goes_on[1:] &= ~(both & (np.diff(stop) == 0))[:-1]  # the last token of a span belongs to it
     begins, ends = seen.copy(), seen.copy()
     begins[1:] &= ~goes_on
@@ -432,9 +438,14 @@ def _runs(table: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
 
 
-def _plain(table: np.ndarray, row: int, q_start: int, q_stop: int) -> Segment | None:
-    """A run as plain attention, or None if its beginnings are no window's."""
+def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: int) -> Segment | None:
+    """A run as plain attention, or None if its beginnings are no window's or it does not end at the queries' own keys.
+    Which keys those are of a static cache, filled to no one knows where, is known by that much only."""
     start, stop = table[q_start:q_stop].astype(np.int64).T
+    if late is not None and not (q_start < stop[0] or len(stop) == 1):  # a single query may look back from anywhere
+        return None
+    if late is not None and stop[0] > q_start + late + 1:
+        return None
     seen = stop - start
     window = int(seen.max()) if start[-1] > start[0] else None
     if window is not None and not np.array_equal(start, np.maximum(start[0], stop - window)):

@@ -110,7 +110,7 @@ def _key_ranges(
 @_key_ranges.register_fake
 def _(attention_mask, offset, follows, rows, batch_size, start, q_length, *_):
     room = 1 if attention_mask is None else MAX_INTERVALS
-    return torch.empty((batch_size, room, q_length, 2), dtype=torch.int32)
+    return torch.empty((batch_size, room, q_length, 2), dtype=torch.int32, device="cpu")
 
 
 @torch.library.custom_op("dhsa::intervals", mutates_args=())
@@ -122,11 +122,11 @@ def _intervals(mask: torch.Tensor) -> torch.Tensor:
 
 @_intervals.register_fake
 def _(mask: torch.Tensor) -> torch.Tensor:
-    return torch.empty((mask.shape[0], MAX_INTERVALS, mask.shape[2], 2), dtype=torch.int32)
+    return torch.empty((mask.shape[0], MAX_INTERVALS, mask.shape[2], 2), dtype=torch.int32, device="cpu")
 
 
 def _roomy(table: np.ndarray, room: int) -> torch.Tensor:
     """A range table with room for `room` intervals: a graph must know its shape before it sees the mask."""
-    out = torch.zeros((table.shape[0], room, *table.shape[2:]), dtype=torch.int32)
+    out = torch.zeros((table.shape[0], room, *table.shape[2:]), dtype=torch.int32, device="cpu")
     out.numpy()[:, : table.shape[1]] = table
     return out

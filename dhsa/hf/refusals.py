@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NO_BACKWARD", "forward_only", "gradients_wanted", "refuse_unsupported"]
+__all__ = ["NO_BACKWARD", "check_padding", "forward_only", "gradients_wanted", "refuse_unsupported"]
 
 NO_BACKWARD = (
     '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode(), or train it with '
@@ -37,7 +37,9 @@ def refuse_unsupported(
     for name in ("position_bias", "head_mask", "cache", "block_table", "indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'{name}: "dhsa" does not know this argument and cannot ignore it; {other}')
-    if attention_mask is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k")):
+    packs = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    # One text alone is not a pack; of several, the mask says where they end.
+    if attention_mask is None and any(cuts is not None and cuts.numel() != 2 for cuts in packs):
         raise NotImplementedError('cu_seq_lens_q: "dhsa" reads packed sequences from position_ids; leave it out')
     if _is_cross_attention(module):
         raise NotImplementedError(
@@ -49,6 +51,29 @@ def refuse_unsupported(
             f"query {tuple(query.shape)} and key {tuple(key.shape)}: "
             "expected [B, H, Lq, D] and [B, Hkv, Lk, D] with Lq <= Lk"
         )
+
+
+def check_padding(mask: Any, batch: int | None = None) -> None:
+    """TypeError or ValueError if `mask` is no padding mask [batch, keys], the only kind that a pattern is combined
+    with."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(
+            f"attention_mask: expected a tensor, got {type(mask).__name__}"
+            + (
+                "; a BlockMask is flex_attention's, give its contents as a 4-D bool mask"
+                if _is_block_mask(mask)
+                else ""
+            )
+        )
+    if mask.ndim != 2 or (batch is not None and mask.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"attention_mask: expected padding of shape [{'batch' if batch is None else batch}, keys] or a complete "
+            f"mask of 4 dimensions [batch, 1, queries, keys], got shape {tuple(mask.shape)}"
+        )
+
+
+def _is_block_mask(mask: Any) -> bool:
+    return type(mask).__name__ == "BlockMask"
 
 
 def gradients_wanted(module: torch.nn.Module, *inputs: torch.Tensor) -> bool:

@@ -13,7 +13,9 @@ from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
+from .compat import READS_MASK
 from .handles import HANDLE, note
+from .refusals import check_padding
 from .sharing import HOOKS, Sharing, attach, attach_one, attached, detach
 from .wrappers import unwrapped
 
@@ -98,6 +100,11 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
         if missing := sorted(chosen - present):
             raise ValueError(f"layers: {missing} not in this model, whose layers are {_span(present)}")
     own = own_networks(model, config, present if chosen is None else chosen)
+    if reads := sorted({c.model_type for c in _configs(model)} & set(READS_MASK)):
+        raise ValueError(
+            f'model: the layers of {reads[0]!r} read the mask tensor themselves, which "dhsa" does not make; '
+            'use attn_implementation="eager"'
+        )
     if any(getattr(c, "output_attentions", False) for c in _configs(model)):
         raise ValueError(
             'model.config.output_attentions is True: "dhsa" never forms the attention weights; set it to False'
@@ -214,8 +221,26 @@ def install(model: torch.nn.Module, state: State) -> None:
     for module in (model, *attention_modules(model)):
         module.__dict__[STATE] = state
         note(module)
-        if hasattr(module, "layer_idx"):
-            watch(module)
+        _watch(module)
+
+
+def _watch(module: torch.nn.Module) -> None:
+    """Of an attention module, the caches; of a patched model, the masks that it is called with."""
+    if hasattr(module, "layer_idx"):
+        watch(module)
+    elif isinstance(module, PreTrainedModel):
+        watch(module, _check_mask)
+
+
+def _check_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a patched model's forward: a mask of another kind would fail in transformers, in words about NumPy or
+    attributes, before it comes to the attention function. A dictionary holds a mask for each kind of layer."""
+    if torch.compiler.is_compiling() or kwargs.get("attention_mask") is None:
+        return
+    mask = kwargs["attention_mask"]
+    for one in mask.values() if isinstance(mask, dict) else (mask,):
+        if one is not None and not (isinstance(one, torch.Tensor) and one.ndim == 4):
+            check_padding(one)
 
 
 def _uninstall(model: torch.nn.Module) -> None:
@@ -251,8 +276,7 @@ def _put_back(entries: Iterable[Entry]) -> None:
             module.__dict__[name] = old
         if name == STATE and old is not None:  # of a patch below this one
             note(module)
-            if hasattr(module, "layer_idx"):
-                watch(module)
+            _watch(module)
 
 
 def _on_top(state: State) -> bool:

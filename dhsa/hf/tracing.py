@@ -108,7 +108,7 @@ def traced_attention(
         frozen = _frozen(module, is_causal)
     else:
         noted = getattr(module, HANDLE, None)  # models that were loaded as "dhsa" and never patched have none
-        handle = torch.tensor(_number_of(module)) if noted is None else noted.number
+        handle = torch.tensor(_number_of(module), device="cpu") if noted is None else noted.number
     return torch.ops.dhsa.attention(
         query, key, value, attention_mask, handle, frozen, scaling, sliding_window, softcap, is_causal
     )
@@ -119,7 +119,7 @@ def traced_attention(
 
 def probes(q_length: int) -> torch.Tensor:
     """The queries by whose whole rows a pattern is judged: the first, the last, two between."""
-    return torch.arange(4) * (q_length - 1) // 3
+    return torch.arange(4, device="cpu") * (q_length - 1) // 3
 
 
 def traced_ranges(
@@ -168,10 +168,10 @@ def traced_ranges(
         return torch.ops.dhsa.intervals(mask)
 
     def visible(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        batch = torch.arange(batch_size)[:, None, None, None]
+        batch = torch.arange(batch_size, device="cpu")[:, None, None, None]
         return mask_function(batch, torch.zeros_like(batch[:1]), q[None, None, :, None], k[None, None])[:, 0]
 
-    keys = torch.arange(kv_length) + kv_offset
+    keys = torch.arange(kv_length, device="cpu") + kv_offset
     follows = visible(keys, (keys - 1).clamp(min=kv_offset)[:, None])[..., 0]
     rows = visible(probes(q_length) + q_offset, keys[None])
     return torch.ops.dhsa.key_ranges(

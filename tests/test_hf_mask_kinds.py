@@ -1,0 +1,162 @@
+"""Masks as they come in the field: changed behind a tensor's back, of any kind and shape; two-sided windows, packs."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
+transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
+
+from tiny import EXACT, SIZES, SPARSE, Layer, build, masked_softmax, qkv, tokens  # noqa: E402
+
+import dhsa  # noqa: E402
+from dhsa.hf import attention_forward  # noqa: E402
+from dhsa.hf.masks import key_range_mask  # noqa: E402
+
+CAUSAL = torch.ones(200, 200, dtype=torch.bool).tril()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def additive(visible, hidden=-torch.inf, dtype=torch.float32):
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, hidden)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "in place"])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_that_changes_is_read_again(kind, how):
+    q, k, v = qkv(q_len=200)
+    first, second = CAUSAL, CAUSAL & (torch.arange(200) >= 50)
+    second = second | torch.eye(200, dtype=torch.bool)
+    mask, other = (first.clone(), second) if kind == "bool" else (additive(first), additive(second))
+    mask, other, layer = mask[None, None], other[None, None], Layer()
+    out, _ = attention_forward(layer, q, k, v, mask)
+    torch.testing.assert_close(out.transpose(1, 2).double(), masked_softmax(q, k, v, first), rtol=0, atol=1e-5)
+    if how == "data":
+        mask.data.copy_(other)
+    elif how == "numpy":
+        mask.numpy()[...] = other.numpy()
+    else:
+        mask.copy_(other)
+    out, _ = attention_forward(layer, q, k, v, mask)
+    torch.testing.assert_close(out.transpose(1, 2).double(), masked_softmax(q, k, v, second), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", ["-1e4", "-6e4", "min / 2", "min", "-inf"])
+def test_numbers_that_mean_hidden(dtype, hidden):
+    least = torch.finfo(dtype).min
+    number = {"min / 2": least / 2, "min": least}.get(hidden) or float(hidden)
+    q, k, v = qkv(q_len=200)
+    out, _ = attention_forward(Layer(), q, k, v, additive(CAUSAL, number, dtype)[None, None])
+    torch.testing.assert_close(out.transpose(1, 2).double(), masked_softmax(q, k, v, CAUSAL), rtol=0, atol=1e-5)
+
+
+def test_other_numbers_are_a_bias():
+    with pytest.raises(NotImplementedError, match="adds no bias to scores"):
+        attention_forward(Layer(), *qkv(q_len=200), additive(CAUSAL, -100.0)[None, None])
+
+
+def test_masks_of_other_kinds_are_refused_by_name():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    model, ids = build("llama"), tokens(2, 200)
+    block = create_block_mask(lambda b, h, q, k: q >= k, B=None, H=None, Q_LEN=200, KV_LEN=200, device="cpu")
+    with dhsa.patched(model, EXACT):
+        for mask, error, words in [
+            (block, TypeError, "attention_mask: expected a tensor, got BlockMask; a BlockMask is flex_attention's"),
+            (CAUSAL.tolist(), TypeError, "attention_mask: expected a tensor, got list"),
+            (CAUSAL[None].expand(2, 200, 200), ValueError, r"attention_mask: expected padding .* \(2, 200, 200\)"),
+            (CAUSAL, ValueError, r"attention_mask: expected padding .* got shape \(200, 200\)"),
+            ({"full_attention": [1]}, TypeError, "attention_mask: expected a tensor, got list"),
+        ]:
+            with pytest.raises(error, match=words):
+                model(ids, attention_mask=mask)
+        assert model(ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
+    with pytest.raises(TypeError, match="expected a tensor, got BlockMask"):
+        attention_forward(Layer(), *qkv(q_len=200), block)
+
+
+def test_a_mask_that_ends_before_the_keys_hides_the_rest():
+    """As transformers has it for sdpa: what a mask does not reach is padding."""
+    sdpa = transformers.masking_utils.sdpa_mask
+    for length, first in ((30, 0), (30, 40), (50, 40), (60, 0)):
+        options = {"batch_size": 1, "q_length": 40, "kv_length": 90, "q_offset": first + 50, "kv_offset": first}
+        mask = torch.ones(1, length, dtype=torch.bool)
+        table = key_range_mask(**options, attention_mask=mask)
+        seen = torch.zeros(40, 90, dtype=torch.bool)
+        want = sdpa(**options, attention_mask=mask, allow_is_causal_skip=False)
+        for interval in table[0]:
+            key = torch.arange(90)
+            seen |= (key >= interval[:, :1]) & (key < interval[:, 1:])
+        known = torch.arange(first + 50, first + 90) < length
+        known[-1] = False
+        assert seen[~known].equal(want[0, 0][~known])
+
+
+@pytest.mark.parametrize("side", [8, 33])
+def test_two_sided_windows_are_exact(side):
+    """Shifted, the band of an encoder looks like a sliding window's; no method is defined for it."""
+    q, k, v = qkv(q_len=300)
+    at = torch.arange(300)
+    band = (at[None] - at[:, None]).abs() < side
+    few = dhsa.Config(budget=side, query_block=8, sink=0, local=4, dense_tail=0, break_even=0)
+    for layer in (Layer(), Layer(is_causal=False)):
+        layer.__dict__["_dhsa_state"] = dhsa.hf.switching.State(few, None, ())
+        out, _ = attention_forward(layer, q, k, v, band[None, None], sliding_window=side)
+        torch.testing.assert_close(out.transpose(1, 2).double(), masked_softmax(q, k, v, band), rtol=0, atol=1e-5)
+        assert dhsa.last_run(layer)[0].path != "sparse"
+
+
+def test_bidirectional_gemma3_is_exact():
+    model = transformers.Gemma3TextModel(
+        transformers.Gemma3TextConfig(
+            **{**SIZES, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
+            layer_types=["sliding_attention", "full_attention"],
+            use_bidirectional_attention=True,
+            attn_implementation="eager",
+        )
+    ).eval()
+    ids = tokens(1, 400)
+    expected = model(ids).last_hidden_state
+    with dhsa.patched(model, dhsa.Config(budget=24, query_block=8, sink=0, local=8, dense_tail=0, break_even=0)):
+        got = model(ids).last_hidden_state
+        assert {run.path for run in dhsa.last_run(model)} <= {"dense", "window"}
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("short", [1, 2, 70])
+def test_a_short_text_before_a_long_one_leaves_it_sparse(short):
+    model, lengths = build("llama"), [short, 600]
+    ids = torch.cat([tokens(1, n, seed=n) for n in lengths], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with dhsa.patched(model, SPARSE.replace(break_even=0)):
+        got = model(ids, position_ids=positions, use_cache=False).logits[0]
+        runs = dhsa.last_run(model)
+        alone = torch.cat([model(tokens(1, n, seed=n), use_cache=False).logits[0] for n in lengths])
+    assert {run.path for run in runs} == {"sparse"}
+    assert all(run.density < 0.6 for run in runs)
+    torch.testing.assert_close(got, alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("lengths", [[300], [120, 180]])
+def test_packs_with_the_arguments_of_flash_attention(lengths):
+    model = build("llama")
+    ids = torch.cat([tokens(1, n, seed=n) for n in lengths], 1)
+    cuts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    flash = {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with dhsa.patched(model, EXACT):
+        got = model(ids, position_ids=positions, use_cache=False, **flash).logits[0]
+    want = torch.cat([model(tokens(1, n, seed=n), use_cache=False).logits[0] for n in lengths])
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_models_that_read_the_mask_themselves_are_refused_by_name():
+    model = transformers.DogeForCausalLM(
+        transformers.DogeConfig(**{**SIZES, "num_hidden_layers": 1, "keep_window_size": 16})
+    )
+    with pytest.raises(ValueError, match=r"layers of 'doge' read the mask tensor themselves.*eager"):
+        dhsa.patch(model)
