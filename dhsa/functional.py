@@ -107,9 +107,9 @@ def run(
     boundaries: int32 [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer, by a
     config with a method of chunks. pasts: a `_core.Past` for each batch item, of such a config: what an earlier call
     cut and averaged of the same keys is not done again, and a single query is a decoding step (arXiv 2510.24606): its
-    keys are chosen for it alone, where the tokens that came by such steps are one chunk. same: so many keys are known
-    to be those of the last call; of the others a Past looks whether they are. keep: whether the means of chunks stay,
-    most of its memory.
+    keys are chosen for it alone, where the tokens that came by such steps are one chunk. same: so many keys are said to
+    be those of the last call; where they are many, a Past looks at some of them in each call. It looks at all others.
+    keep: whether the means of chunks stay, most of its memory.
     """
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")

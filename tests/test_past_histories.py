@@ -3,6 +3,9 @@ given, copies, any number of threads. After each call it must give what a call g
 cuts."""
 
 import copy
+import pickle
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -80,28 +83,74 @@ def test_keys_are_known_by_all_their_heads_and_numbers(head, place):
     np.testing.assert_array_equal(np.isnan(out[0, head]).any(-1), np.isnan(fresh[0, head]).any(-1))
 
 
-def test_what_is_said_to_be_the_same_is_looked_at_in_part():
-    """Sixteen of the last keys and sixteen of the others, others in each call: no other contents of a sixteenth of the
-    keys are overlooked, and no single key for more calls than a sixteenth of them."""
-    config = CONFIGS["rows"]
-    k, v = keys_and_values(1000, heads=1, dim=DIM)
-    q = normal(1, 2, 2, DIM, seed=9)
+def calls_until_noticed(heads, dim, length, change):
+    """How many calls, which are told that all keys are the same, pass before a key that is no number is seen."""
+    k, v = keys_and_values(length, heads=heads, dim=dim)
+    q, past, other = normal(1, heads, 2, dim, seed=9), _core.Past(), k.copy()
+    run(q, k, v, CONFIGS["rows"], past)
+    other[0, -1, change] = np.nan
+    for call in range(512):
+        if np.isnan(run(q, other, v, CONFIGS["rows"], past, same=length)[0]).any():
+            return call
+    return None
 
-    def noticed(change):
-        """How many calls pass before a key that is no number is seen in its chunk."""
-        past, other = _core.Past(), k.copy()
-        functional.run(q, k, v, config, pasts=(past,), keep=True)
-        other[0, 0, change] = np.nan
-        for call in range(80):
-            out, _, _ = functional.run(q, other, v, config, pasts=(past,), same=1000, keep=True)
-            if np.isnan(out).any():
-                return call
-        return None
 
-    assert noticed(slice(300, 363)) == 0
-    assert noticed(slice(970, 971)) is not None
-    assert noticed(slice(985, 986)) == 0
-    assert 0 < noticed(slice(300, 301)) < 63
+def test_all_keys_of_a_small_cache_are_looked_at_whatever_is_said():
+    for change in (0, 1, 200, 398, 399):
+        assert calls_until_noticed(1, 16, 400, slice(change, change + 1)) == 0
+
+
+def test_what_is_said_to_be_the_same_is_looked_at_in_turns():
+    """Some keys all over and the last ones in each call, and each of the others within 512 calls."""
+    large = 4, 256, 2000
+    assert calls_until_noticed(*large, slice(1000, 1125)) == 0
+    assert calls_until_noticed(*large, slice(1990, 1991)) == 0
+    assert calls_until_noticed(*large, slice(0, 1)) == 0
+    for change in (700, 1901):
+        assert 0 < calls_until_noticed(*large, slice(change, change + 1)) < 512
+
+
+def test_copies_and_pickles():
+    k, v = keys_and_values(300)
+    q, past = normal(1, 4, 1, 16), _core.Past()
+    run(normal(1, 4, 299, 16), k[:, :, :299], v[:, :, :299], CONFIGS["rows"], past)
+    twin = copy.copy(past)
+    assert twin is not past
+    assert twin.boundaries == past.boundaries
+    run(q, k + 1, v, CONFIGS["rows"], twin)
+    assert past.boundaries[-1] == 299  # the other's is its own
+    assert twin.boundaries[-1] == 300
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        with pytest.raises(TypeError, match="Past: cannot be pickled; a new one learns what it needs from the keys"):
+            pickle.dumps(past, protocol)
+
+
+def test_copied_and_pickled_while_in_use():
+    k, v = keys_and_values(6000, dim=64)
+    q, past = normal(1, 4, 6000, 64), _core.Past()
+    ended, told = threading.Event(), set()
+
+    def work():
+        while not ended.is_set():
+            run(q, k, v, CONFIGS["rows"], past)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while len(told) < 2 and time.monotonic() < until:
+            for make in (copy.copy, copy.deepcopy):
+                try:
+                    make(past)
+                except RuntimeError as error:
+                    told.add((make, str(error)))
+            with pytest.raises(TypeError, match="Past: cannot be pickled"):
+                pickle.dumps(past)
+    finally:
+        ended.set()
+        thread.join()
+    assert told == {(make, "past: in use by another call") for make in (copy.copy, copy.deepcopy)}
+    assert copy.copy(past).boundaries == past.boundaries
 
 
 @pytest.mark.parametrize("floor", [0, 1])

@@ -144,6 +144,35 @@ def test_a_cache_cropped_into_the_prompt(models, cut):
             assert past.boundaries[-1] == PROMPT - cut + 90
 
 
+@pytest.mark.parametrize("how", ["numpy", "data", "inference"])
+@pytest.mark.parametrize("where", [slice(120, 121), slice(40, 200)])
+def test_keys_written_where_pytorch_does_not_see_it(models, how, where, monkeypatch):
+    """Neither the tensor nor its version tells; the next step is the one of a cache whose keys are all looked at."""
+    model, ids = models("llama"), tokens(1, PROMPT + 3)
+
+    def written():
+        cache = new_cache(model)
+        feed(model, cache, ids[:, :PROMPT])
+        steps(model, cache, ids[:, PROMPT : PROMPT + 2])
+        before = [past.boundaries for past in pasts_of(cache)]
+        for layer in cache.layers:
+            keys = {"numpy": layer.keys.numpy(), "data": layer.keys.data, "inference": layer.keys}[how]
+            keys[0, -1, where] *= -3
+        logits = feed(model, cache, ids[:, PROMPT + 2 :])
+        return logits, before, [past.boundaries for past in pasts_of(cache)]
+
+    with dhsa.patched(model, STEPS), torch.inference_mode(how == "inference"):
+        found, before, after = written()
+        monkeypatch.setattr(caches.Kept, "unchanged", lambda self, layer: 0)
+        want, _, cuts = written()
+    assert torch.equal(found, want)
+    assert after == cuts
+    for old, new in zip(before, after, strict=True):  # cut anew from the first key that is another
+        assert new[-3] == PROMPT + 2
+        stay = [edge for edge in old if edge <= where.start]
+        assert new[: len(stay)] == stay
+
+
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
 def test_reordered_rows_are_whose_they_are(models, family):
     model, prompt = models(family), tokens(1, PROMPT).expand(3, -1)

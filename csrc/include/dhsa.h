@@ -245,10 +245,11 @@ dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config
                          const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 
 /* The same with a past for each batch row, pasts [B], of a method with chunks: keys that they know are not cut and averaged again,
- * whatever number of queries comes with new ones. The first `same` keys are said to be those of the last call: a few of them, all
- * over, are looked at, and all of the others. keep 0: the means are let go again. With a single query it is a decoding step: its
- * keys are chosen for it alone (dense_tail has no say), keys that came by such steps are one chunk and its own another. A call that
- * is exact in any case, or whose arguments are refused, leaves the pasts as they were; one that fails later empties them. */
+ * whatever number of queries comes with new ones. The first `same` keys are said to be those of the last call: where they are
+ * many, some of them are looked at, others in each call, and all that come after. keep 0: the means are let go again. With a single
+ * query it is a decoding step: its keys are chosen for it alone (dense_tail has no say), keys that came by such steps are one chunk
+ * and its own another. A call that is exact in any case, or whose arguments are refused, leaves the pasts as they were; one that
+ * fails later empties them. */
 dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given,
                             int64_t n_given, const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, int keep,
                             dhsa_stats *stats, dhsa_error *error);

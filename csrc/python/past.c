@@ -94,9 +94,10 @@ static PyObject *past_nbytes(PyObject *object, void *unused)
     return PyLong_FromLongLong(bytes);
 }
 
-static PyObject *past_deepcopy(PyObject *object, PyObject *memo)
+/* __copy__ and __deepcopy__: it holds nothing that two could share. */
+static PyObject *past_twin(PyObject *object, PyObject *unused)
 {
-    (void)memo;
+    (void)unused;
     past_object *self = (past_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     if (take(self) != 0) {
@@ -120,10 +121,20 @@ static PyObject *past_deepcopy(PyObject *object, PyObject *memo)
     return (PyObject *)copy;
 }
 
+static PyObject *past_reduce(PyObject *object, PyObject *unused)
+{
+    (void)object;
+    (void)unused;
+    PyErr_SetString(PyExc_TypeError, "Past: cannot be pickled; a new one learns what it needs from the keys it is first given");
+    return NULL;
+}
+
 PyObject *dhsa_py_past_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
-        {"__deepcopy__", past_deepcopy, METH_O, "A twin that goes its own way from here."},
+        {"__copy__", past_twin, METH_NOARGS, "A twin that goes its own way from here."},
+        {"__deepcopy__", past_twin, METH_O, "A twin that goes its own way from here."},
+        {"__reduce__", past_reduce, METH_NOARGS, "Raises TypeError."},
         {NULL, NULL, 0, NULL},
     };
     static PyGetSetDef getters[] = {

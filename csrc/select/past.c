@@ -11,9 +11,14 @@
 #include "core/threads.h"
 
 enum {
-    RUN = 256,  /* keys that are looked at in one task, */
-    FEW = 512,  /* and so many without the help of other threads */
-    SAMPLE = 16 /* of keys that are said to be the same, so many of the last and so many of the others are looked at */
+    RUN = 256, /* keys that are looked at in one task, */
+    FEW = 512, /* and so many without the help of other threads */
+    /* Of keys that are said to be the same, so many of the last and so many all over are looked at, */
+    SAMPLE = 16,
+    /* and a stretch that moves on from call to call, so that each key's turn comes within TURNS calls. Where all are no more than
+     * LOOK bytes, all are looked at. */
+    TURNS = 512,
+    LOOK = 1 << 15
 };
 
 /* ---- knowing keys again ------------------------------------------------------------------------------------------ */
@@ -175,9 +180,15 @@ static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t en
     return DHSA_OK;
 }
 
+/* Whether every step-th key of [from, to) has the mark that was noted. */
+static int alike(const dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to, int64_t step)
+{
+    while (from < to && mark_of(k, b, from) == p->marks[from]) from += step;
+    return from >= to;
+}
+
 /* Begins anew if these keys cannot be those that it knows; else finds how many it knows again. The first `same` are said to be
- * those of the last call. That is trusted as long as those agree that are looked at all the same: the last ones, and in each call
- * others of those before, spread over all of them. */
+ * those of the last call. That is trusted as long as those agree that are looked at all the same. */
 static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t same, int num_threads)
 {
     const int64_t known = DHSA_MIN(p->known, k->shape[2]);
@@ -189,14 +200,17 @@ static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t 
         return 0;
     }
     same = DHSA_MAX(DHSA_MIN(same, known), 0);
-    int trusted = same > SAMPLE;
-    const int64_t apart = dhsa_ceil_div(same, SAMPLE);
-    for (int64_t i = trusted ? p->turn % apart : 0; trusted && i < same - SAMPLE; i += apart)
-        trusted = mark_of(k, b, i) == p->marks[i];
-    p->turn++;
+    const int64_t bytes = k->shape[1] * k->shape[3] * dhsa_dtype_size(k->dtype), old = same - SAMPLE;
+    const int64_t stretch = DHSA_MAX(dhsa_ceil_div(same, TURNS), LOOK / bytes);
+    int trusted = old > stretch;
+    if (trusted) {
+        const int64_t from = p->turn < old ? p->turn : 0, apart = dhsa_ceil_div(old, SAMPLE);
+        p->turn = DHSA_MIN(from + stretch, old);
+        trusted = alike(p, k, b, from, p->turn, 1) && alike(p, k, b, from % apart, old, apart);
+    }
     _Atomic int64_t first;
     atomic_init(&first, known);
-    look_job job = {p->marks, k, b, trusted ? same - SAMPLE : 0, known, &first};
+    look_job job = {p->marks, k, b, trusted ? old : 0, known, &first};
     look(&job, num_threads);
     if (trusted && atomic_load(&first) < same) { /* what was said is not so: look at all */
         job.from = 0;
@@ -236,9 +250,9 @@ dhsa_status dhsa_past_adopt(dhsa_past *p, const dhsa_tensor *k, int64_t b, const
     dhsa_status status;
     forget(p, recognise(p, k, b, same, num_threads));
     while (n > 2 && given[n - 2] == length) n--;
-    int64_t alike = 0;
-    while (alike < p->chunks && alike < n - 1 && p->edges[alike + 1] == given[alike + 1]) alike++;
-    forget_chunks(p, alike);
+    int64_t stay = 0;
+    while (stay < p->chunks && stay < n - 1 && p->edges[stay + 1] == given[stay + 1]) stay++;
+    forget_chunks(p, stay);
     if ((status = make_room(p, n, length, error))) return status;
     memcpy(p->edges, given, (size_t)n * sizeof *given);
     extended(p, n - 1);

@@ -17,7 +17,7 @@ struct dhsa_past {
     dhsa_dtype dtype;
     int64_t kv_heads, dim;
     uint64_t *marks;                 /* [known]: of each key, of all its bytes in all heads */
-    int64_t known, marks_room, turn; /* turn: which of the keys that are said to be the same are looked at in the next call */
+    int64_t known, marks_room, turn; /* turn: the first of the keys said to be the same that the next call looks at */
     int32_t *edges;                  /* keys before edges[chunks] are cut; in a step others follow, up to edges[total] */
     int64_t chunks, total, edges_room;
     float *sum; /* [kv_heads, dim]: of the keys [edges[chunks], summed) */

@@ -3,7 +3,8 @@
 A `_core.Past` for each batch row lies on the cache's own layer object, so it lives and dies with the cache, two caches
 never share one, and a deep copy of a cache brings its own along. A Past looks at every key before it relies on it:
 cropping, reordering beams and refilling a cache need no notice. Only where the cache still holds the very tensor that
-the layer saw last, and grew it by appending, is that look left out. How a call learns which cache it belongs to: a hook
+the layer saw last, and grew it by appending, is a part of a large cache's keys looked at in each call, since writes
+through NumPy or `.data` leave no trace on a tensor. How a call learns which cache it belongs to: a hook
 before the attention module's forward, which patching installs, sees the cache among its arguments; attention functions
 are not handed it.
 """
