@@ -62,7 +62,7 @@ test-newest:
 
 # The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
 # never gives back is not what is looked for.
-DEBUG_TESTS := attend decode skip select selection compact cuts labels methods peers predictor past past_histories bad_input entries
+DEBUG_TESTS := attend decode skip
 test-debug: $(VENV)/.test
 	DHSA_DEBUG_BUILD=1 $(PY) setup.py --quiet build --build-base build/debug --build-lib build/debug/lib
 	PYTHONPATH=build/debug/lib LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \

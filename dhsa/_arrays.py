@@ -203,7 +203,7 @@ def kind_of(x: Array, name: str) -> Any:
 def allocate(make: Any, like: Array) -> Array:
     """make(like), with a failed allocation told as what it is."""
     if 0 in like.shape:  # before a library's own word about it
-        raise ValueError(f"q: expected sizes of at least 1, got shape {list(like.shape)}")
+        raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")
     try:
         return make(like)
     except (MemoryError, ValueError, RuntimeError) as error:

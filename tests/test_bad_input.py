@@ -356,7 +356,7 @@ OTHER_CALLS = {
     "unknown name": (lambda: dhsa.Config(budgt=4), TypeError, r"no field 'budgt'; did you mean 'budget'"),
     "unknown name, paper": (lambda: dhsa.Config.paper(block=4), TypeError, r"no field 'block'"),
     "positional": (lambda: dhsa.Config(2048), TypeError, "positional"),
-    "budget 0": (lambda: dhsa.Config(budget=0), ValueError, r"^budget: expected at least 1, got 0"),
+    "budget 0": (lambda: dhsa.Config(budget=0), ValueError, r"^budget: expected 1 to 2147483647, got 0"),
     "budget float": (lambda: dhsa.Config(budget=8.0), TypeError, r"^budget: expected an int, got float"),
     "budget bool": (lambda: dhsa.Config(budget=True), TypeError, r"^budget: expected an int, got bool"),
     "budget below forced": (lambda: dhsa.Config(budget=383, sink=128, local=256), ValueError,

@@ -169,6 +169,11 @@ except ImportError as error:
 
 def test_compiled_models_are_right_whether_or_not_graphs_hold_the_operators():
     model, ids = build("llama"), tokens(1, 200)
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend="eager")(ids, use_cache=False)
+    except Exception as error:
+        pytest.skip(f"this torch does not compile this transformers without dhsa either: {error}")
     with dhsa.patched(model, dhsa.Config(budget=64, query_block=16)), torch.no_grad():
         expected = model(ids, use_cache=False).logits
         torch._dynamo.reset()

@@ -73,7 +73,7 @@ class Array:
 
 def test_an_empty_dimension_of_any_kind_of_array(make_qkv):
     q, k, v = make_qkv(1, 2, 1, 9, 9, 16)
-    with pytest.raises(ValueError, match="q: expected sizes of at least 1"):
+    with pytest.raises(ValueError, match="q: dimension 2 has size 0, expected at least 1"):
         dhsa.attention(Array(q[:, :, :0]), Array(k), Array(v))
 
 

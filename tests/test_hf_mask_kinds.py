@@ -198,3 +198,56 @@ def test_models_that_read_the_mask_themselves_are_refused_by_name():
     )
     with pytest.raises(ValueError, match=r"layers of 'doge' read the mask tensor themselves.*eager"):
         dhsa.patch(model)
+
+
+# ---- an encoder that is handed a cache -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("padding", [None, [80, 50]])
+def test_queries_of_an_encoder_see_the_whole_cache(padding, length):
+    """BERT as `generate` runs it: its mask is made without the cache, whose keys transformers then does not count."""
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = transformers.BertLMHeadModel._from_config(config, attn_implementation="eager").eval()
+    ids = tokens(2, 80 + length)
+    mask = None if padding is None else (torch.arange(80 + length) >= 80 - torch.tensor(padding)[:, None]).long()
+
+    def pieces():
+        cache, logits = transformers.DynamicCache(), []
+        for first, last in ((0, 80), (80, 80 + length)):
+            seen = {} if mask is None else {"attention_mask": mask[:, :last]}
+            logits.append(
+                model(ids[:, first:last], use_cache=True, **seen, **dhsa.hf.compat.cache_option(model, cache)).logits
+            )
+        assert cache.get_seq_length() == 80 + length
+        return logits[1]
+
+    with torch.no_grad():
+        expected = pieces()
+        for configured in (EXACT, SPARSE):
+            with dhsa.patched(model, configured):
+                got = pieces()
+                assert {run.key_shape[2] for run in dhsa.last_run(model)} == {80 + length}
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["Align", "Clap", "Splinter"])
+def test_encoders_whose_layers_do_not_say_so_are_not_causal(name):
+    """Their attention modules have no `is_causal`: the mask alone says that every token sees all the others."""
+    model_type = {"Align": "align_text_model", "Clap": "clap_text_model", "Splinter": "splinter"}[name]
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.1,
+    )  # fmt: skip
+    model_class = getattr(transformers, f"{name}Model" if name == "Splinter" else f"{name}TextModel")
+    torch.manual_seed(7)
+    model, ids = model_class._from_config(config, attn_implementation="eager").eval(), tokens(1, 60)
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+        with dhsa.patched(model, EXACT):
+            torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=0, atol=2e-5)
+            assert len(dhsa.last_run(model)) == 2

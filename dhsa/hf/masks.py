@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from dhsa.config import Config
 
@@ -46,6 +46,9 @@ _SLICE_ELEMENTS = 1 << 22
 # An additive mask hides a key with -inf, with the smallest number of some dtype or half of it, with -1e9 or with -1e4,
 # which is -9984 in bfloat16. Anything else that is not 0 is a bias, which is something other than a mask.
 _HIDDEN = -9984.0
+
+# Where an interval of a table ends that goes on to the last key, however many the attention function is handed.
+_TO_THE_LAST = np.iinfo(np.int32).max
 
 
 class Segment(NamedTuple):
@@ -98,6 +101,11 @@ def key_range_mask(
 
     Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
+    everything = mask_function is bidirectional_mask_function and local_size is None and not use_vmap
+    if everything and attention_mask is None and kwargs.get("allow_is_bidirectional_skip"):
+        # Encoders leave out their cache: `kv_length` is then the number of queries. transformers makes no mask here.
+        # Nor can we: some modules do not say that they are not causal.
+        return torch.tensor([0, _TO_THE_LAST], dtype=torch.int32, device="cpu").repeat(batch_size, 1, q_length, 1)
     if tracing():
         return traced_ranges(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
@@ -240,6 +248,7 @@ def ranges_of(
         check_padding(mask)
     if mask.ndim == 4 and mask.dtype == torch.int32 and 1 <= mask.shape[1] <= MAX_INTERVALS and mask.shape[3] == 2:
         ranges = mask.cpu().numpy()
+        ranges = np.where(ranges == _TO_THE_LAST, np.int32(k_len), ranges)
         if ranges.shape[1] > 1:  # compiled masks come with room for all that there could be
             used = ranges.any(axis=(0, 2, 3))
             used[0] = True

@@ -1,0 +1,141 @@
+"""Every kind of causal language model that transformers knows, as a tiny model of random weights, and what becomes of
+it: whether exact attention agrees with eager, in a padded batch too, what `generate` says, and what runs sparse.
+
+`python tests/kinds.py` tries all of them on the installed release and writes docs/MODELS.md; test_kinds.py tries those
+again that the page says are served, so that what a later release renames is met by a test that fails.
+"""
+
+import copy
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from tiny import SIZES, padded, tokens  # noqa: E402
+
+import dhsa  # noqa: E402
+
+PAGE = Path(__file__).parents[1] / "docs" / "MODELS.md"
+TOLERANCE = 1e-5  # of the largest logit; float32
+EXACT = dhsa.Config(budget=None)
+SPARSE = dhsa.Config(budget=48, sink=4, local=16, query_block=16, dense_tail=0, break_even=0)
+LENGTH, WINDOW, MOST_WEIGHTS = 200, 64, 30_000_000
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+HEAD = """# Models that were tried
+
+Written by `python tests/kinds.py`, which builds every kind of causal language model of the installed transformers from
+its configuration class, two layers of random weights in float32, and compares with `attn_implementation="eager"`:
+logits of a prompt of 200 tokens, of a batch of two with padding on the left, and the tokens of `generate`. The
+difference is the largest one over the largest logit. "sparse" says that a layer left keys out when it was asked to.
+`tests/test_kinds.py` tries every row again that is served.
+
+Tiny models of random weights say that a model's attention is understood; they say nothing about its quality when keys
+are left out.
+"""
+
+
+def build(kind):
+    """A tiny model of model type `kind`, in eval mode, attention eager."""
+    config = CONFIG_MAPPING[kind]
+    known = set(inspect.signature(config.__init__).parameters) | set(getattr(config, "__dataclass_fields__", {}))
+    sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 64}
+    sizes |= {name: value for name, value in EXPERTS.items() if name in known}
+    sizes |= {name: value for name, value in {"sliding_window": WINDOW, "head_dim": 16}.items() if name in known}
+    made = config(**sizes)
+    with torch.device("meta"):  # some parts of some models do not heed these sizes
+        sketch = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(made), attn_implementation="eager")
+    if (weights := sum(p.numel() for p in sketch.parameters())) > MOST_WEIGHTS:
+        raise ValueError(f"{weights:,} weights are too many for a test")
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:  # norms and biases begin as ones or zeros, as if they were not there
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def outcomes(model):
+    """(logits of a prompt, of a padded batch's tokens, tokens of generate)."""
+    ids, mask = padded([120, 80], 120, "left")
+    with torch.no_grad():
+        return (
+            model(tokens(1, LENGTH), use_cache=False).logits,
+            model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()],
+            model.generate(tokens(1, 80), max_new_tokens=6, do_sample=False),
+        )
+
+
+def compare(model):
+    """(difference of a prompt, of a padded batch, whether generate says the same, the paths that layers went when asked
+    to be sparse)."""
+    expected = outcomes(model)
+    with dhsa.patched(model, EXACT):
+        got = outcomes(model)
+        if not dhsa.last_run(model):
+            raise ValueError("no layer calls the attention function")
+    differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got[:2], expected[:2], strict=True)]
+    with dhsa.patched(model, SPARSE), torch.no_grad():
+        model(tokens(1, LENGTH), use_cache=False)
+        paths = {run.path for run in dhsa.last_run(model)}
+    return *differences, torch.equal(got[2], expected[2]), paths
+
+
+def served():
+    """The kinds that the page says are served."""
+    return re.findall(r"^\| `([^`]+)` \| \d", PAGE.read_text(), re.MULTILINE)
+
+
+def write():
+    rows, refused, untried = [], [], []
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            model = build(kind)
+            outcomes(model)
+        except Exception as error:  # whatever a model says that is not made of such sizes
+            untried.append(f"`{kind}`")
+            print(kind, "not tried:", error, file=sys.stderr)
+            continue
+        try:
+            prompt, batch, same, paths = compare(model)
+        except Exception as error:
+            refused.append(f"| `{kind}` | {' '.join(str(error).split()).replace('|', '/')[:200]} |")
+            continue
+        good = max(prompt, batch) < TOLERANCE and same
+        said, ways = "the same" if same else "other", ", ".join(sorted(paths))
+        row = f"| `{kind}` | {prompt:.0e} | {batch:.0e} | {said} | {ways} |"
+        (rows if good else refused).append(row if good else f"| `{kind}` | differs: {row.strip('| ')} |")
+    release = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+    table = ["| model type | prompt | padded batch | generate | asked to be sparse |", "|---|---|---|---|---|", *rows]
+    no = ["| model type | what it says |", "|---|---|", *refused]
+    PAGE.write_text(
+        f"{HEAD}\n## Served: {len(rows)}, on {release}\n\n"
+        + "\n".join(table)
+        + f"\n\n## Refused, or not alike: {len(refused)}\n\n"
+        + "\n".join(no)
+        + "\n\n## Not tried\n\nNo model could be made of these sizes, or eager itself failed: "
+        + ", ".join(untried)
+        + ".\n"
+    )
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    write()
