@@ -1,5 +1,6 @@
 """Masks as they come in the field: changed behind a tensor's back, of any kind and shape; two-sided windows, packs."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
@@ -71,9 +72,12 @@ def test_masks_of_other_kinds_are_refused_by_name():
             (CAUSAL[None].expand(2, 200, 200), ValueError, r"attention_mask: expected padding .* \(2, 200, 200\)"),
             (CAUSAL, ValueError, r"attention_mask: expected padding .* got shape \(200, 200\)"),
             ({"full_attention": [1]}, TypeError, "attention_mask: expected a tensor, got list"),
+            (np.ones((2, 200)), TypeError, "attention_mask: expected a tensor, got ndarray"),
         ]:
             with pytest.raises(error, match=words):
                 model(ids, attention_mask=mask)
+            with pytest.raises(error, match=words):
+                model(ids, mask)
         assert model(ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
     with pytest.raises(TypeError, match="expected a tensor, got BlockMask"):
         attention_forward(Layer(), *qkv(q_len=200), block)
@@ -127,9 +131,9 @@ def test_bidirectional_gemma3_is_exact():
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("short", [1, 2, 70])
-def test_a_short_text_before_a_long_one_leaves_it_sparse(short):
-    model, lengths = build("llama"), [short, 600]
+@pytest.mark.parametrize("lengths", [[1, 600], [2, 600], [70, 600], [1, 1, 600], [600, 1, 600], [600, 1, 1]])
+def test_a_short_text_among_long_ones_leaves_them_sparse(lengths):
+    model = build("llama")
     ids = torch.cat([tokens(1, n, seed=n) for n in lengths], 1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     with dhsa.patched(model, SPARSE.replace(break_even=0)):
@@ -152,6 +156,40 @@ def test_packs_with_the_arguments_of_flash_attention(lengths):
         got = model(ids, position_ids=positions, use_cache=False, **flash).logits[0]
     want = torch.cat([model(tokens(1, n, seed=n), use_cache=False).logits[0] for n in lengths])
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_padding_of_a_layer_that_is_not_causal_is_all_that_it_hides(dtype):
+    """A padding mask says nothing of order: that is the module's, or `is_causal`'s."""
+    q, k, v = qkv(q_len=200)
+    mask = torch.ones(len(q), 200, dtype=dtype)
+    mask[:, 150:] = 0
+    visible = mask[0].bool()[None].expand(200, 200)
+    want = masked_softmax(q, k, v, visible)[:, :, :150]
+    for layer, options in ((Layer(is_causal=False), {}), (Layer(), {"is_causal": False})):
+        out, _ = attention_forward(layer, q, k, v, mask, **options)
+        torch.testing.assert_close(out.transpose(1, 2)[:, :, :150].double(), want, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match=r"needs a mask of four dimensions; .* handed padding only"):
+        attention_forward(Layer(is_causal=False), q, k, v, mask, sliding_window=8)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "minimax_m3_sparse"])
+def test_models_with_an_indexer_of_their_own_are_refused_by_name(kind):
+    """The indexer writes its choice into the mask tensor; layers that have none are as any others."""
+    if not hasattr(transformers, "MiniMaxM3VLTextConfig"):
+        pytest.skip("this transformers has no MiniMax M3")
+    config = transformers.MiniMaxM3VLTextConfig(
+        **{**SIZES, "num_hidden_layers": 2, "head_dim": 16}, layer_types=[kind] * 2, mlp_layer_types=["dense"] * 2
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if kind == "full_attention":
+        with dhsa.patched(model, EXACT):
+            model(tokens(1, 40))
+            assert len(dhsa.last_run(model)) == 2
+    else:
+        with pytest.raises(ValueError, match=r"layers of 'minimax_m3_vl_text' read the mask tensor themselves"):
+            dhsa.patch(model)
+        assert model.config._attn_implementation == "eager"
 
 
 def test_models_that_read_the_mask_themselves_are_refused_by_name():

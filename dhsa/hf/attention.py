@@ -103,14 +103,16 @@ def attend(
     view = out.transpose(1, 2)
     options = {"scale": scaling, "softcap": softcap}
     stretches = _Stretches(state, memory, layer, sliding_window, unseen)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    padding = attention_mask is None or getattr(attention_mask, "ndim", 4) == 2  # says nothing of a window
+    if not causal and padding and sliding_window is not None and q_len > 1:
+        raise NotImplementedError(
+            'attention_mask: bidirectional sliding-window attention needs a mask of four dimensions; "dhsa" was handed '
+            + ("none" if attention_mask is None else "padding only")
+        )
+    if not causal:
+        config, memory = EXACT, None  # an encoder's: no method is defined for it
     if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if not causal and sliding_window is not None and q_len > 1:
-            raise NotImplementedError(
-                'attention_mask: bidirectional sliding-window attention needs a mask; "dhsa" was handed none'
-            )
-        if not causal:
-            config, memory = EXACT, None
         window = sliding_window if causal else None
         if causal:
             where = (None, 0, q_len, 0, k_len)
@@ -122,9 +124,7 @@ def attend(
         record(module, layer, sliding_window, query, key, [(stats, 1)], stretches.reason)
         return out
 
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        config, memory = EXACT, None  # an encoder's: no method is defined for it
-    ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window)
+    ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal)
     if ranges.shape[1] > 1:
         done = _attend_to_intervals(query, key, value, ranges, view, options)
         record(module, layer, sliding_window, query, key, done)

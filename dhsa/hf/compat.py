@@ -18,7 +18,6 @@ from transformers.masking_utils import sdpa_mask
 __all__ = [
     "GRAPHS",
     "OLDEST",
-    "READS_MASK",
     "cache_in",
     "cache_of",
     "cache_option",
@@ -26,6 +25,7 @@ __all__ = [
     "float32_products",
     "outside_graphs",
     "packed_mask_function",
+    "reads_mask",
 ]
 
 OLDEST = "5.5"  # what the metadata of the package promises
@@ -47,8 +47,23 @@ def _refuse_older() -> None:
 
 
 # Models whose layers read the mask tensor themselves and expect [batch, heads or 1, queries, keys]: Doge adds its own
-# values to it, the indexer of HunYuan 4 (5.24) picks keys by it. No attribute or signature tells.
-READS_MASK = ("doge", "hy_v4")
+# values to it. No attribute or signature tells.
+_READS_MASK = ("doge",)
+
+
+def reads_mask(model: torch.nn.Module) -> str | None:
+    """The name of a model type in `model` whose layers read the mask tensor themselves; None if there is none.
+
+    Beside those of the table, every model that picks keys by an indexer of its own (DeepSeek 3.2, GLM 5, HunYuan 4 and
+    others, up to 5.24), which writes its choice into the mask. All of them call the module `indexer`; a layer without
+    one (of a kind that sees everything) has None there, or no such attribute.
+    """
+    kind = type(model).__name__
+    for module in model.modules():  # what is inside another comes after it, so the last config is its own or around it
+        kind = getattr(getattr(module, "config", None), "model_type", None) or kind
+        if kind in _READS_MASK or isinstance(getattr(module, "indexer", None), torch.nn.Module):
+            return kind
+    return None
 
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

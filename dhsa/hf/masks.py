@@ -229,12 +229,14 @@ def _follows(
 # ---- any mask an attention function may meet -------------------------------------------------------------------------
 
 
-def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: int | None) -> np.ndarray:
+def ranges_of(
+    mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: int | None, causal: bool = True
+) -> np.ndarray:
     """The ranges int32 [batch, m, q_len, 2] (contiguous, not to be written to) of a mask of one of these kinds:
 
     - int32 [B or 1, m, Lq, 2]: a range table already;
     - [B, Lk] bool or integer, True or 1 for a real token: key padding over plain attention, the last query at the last
-      key, within `window` if given;
+      key, within `window` if given; over all keys if not `causal`;
     - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
       equal in all heads. It is complete: causality and window come from it alone, as in transformers.
 
@@ -262,7 +264,9 @@ def ranges_of(mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: in
         if mask.shape[0] != batch or mask.shape[1] < k_len:
             raise ValueError(f"attention_mask: expected shape [{batch}, {k_len}], got {tuple(mask.shape)}")
         first = k_len - q_len
-        rows = causal_rows(batch, q_len, k_len, first, window)
+        rows = causal_rows(batch, q_len, k_len, first, window if causal else None)
+        if not causal:
+            rows[:] = 0, k_len
         return np.ascontiguousarray(without_padding(rows, padding_of(mask[:, -k_len:], 0, k_len), first))
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
@@ -291,15 +295,17 @@ def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
             stop = min(start + step, mask.shape[2])
             for h in range(heads):
                 piece = mask[b, h, start:stop]
-                if piece.dtype != torch.bool:
-                    visible = piece == 0
-                    if not bool((visible | (piece <= _HIDDEN)).all()):
+                if piece.dtype == torch.bool:
+                    visible = piece.cpu().numpy()
+                else:  # NumPy compares several times faster than torch, but knows no bfloat16
+                    values = (piece if piece.dtype in (torch.float32, torch.float64) else piece.float()).cpu().numpy()
+                    visible = values == 0
+                    if np.count_nonzero(visible) + np.count_nonzero(values <= _HIDDEN) != values.size:
                         raise NotImplementedError(
                             "attention_mask: an additive mask may hold 0 for keys that are seen and -1e4 or less for "
                             'others; this one holds other values, and "dhsa" adds no bias to scores'
                         )
-                    piece = visible
-                found = _intervals(piece.cpu().numpy()[None], start, first_batch=b)
+                found = _intervals(visible[None], start, first_batch=b)
                 if h == 0:
                     parts.append(found)
                 elif not np.array_equal(parts[-1], found):

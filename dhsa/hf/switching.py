@@ -1,7 +1,10 @@
 """Switching a model's attention to implementation "dhsa" and back, and the state that says how such a model attends."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +16,7 @@ from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
-from .compat import READS_MASK
+from .compat import reads_mask
 from .handles import HANDLE, note
 from .refusals import check_padding
 from .sharing import HOOKS, Sharing, attach, attach_one, attached, detach
@@ -100,9 +103,9 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
         if missing := sorted(chosen - present):
             raise ValueError(f"layers: {missing} not in this model, whose layers are {_span(present)}")
     own = own_networks(model, config, present if chosen is None else chosen)
-    if reads := sorted({c.model_type for c in _configs(model)} & set(READS_MASK)):
+    if (kind := reads_mask(model)) is not None:
         raise ValueError(
-            f'model: the layers of {reads[0]!r} read the mask tensor themselves, which "dhsa" does not make; '
+            f'model: the layers of {kind!r} read the mask tensor themselves, which "dhsa" does not make; '
             'use attn_implementation="eager"'
         )
     if any(getattr(c, "output_attentions", False) for c in _configs(model)):
@@ -235,12 +238,23 @@ def _watch(module: torch.nn.Module) -> None:
 def _check_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a patched model's forward: a mask of another kind would fail in transformers, in words about NumPy or
     attributes, before it comes to the attention function. A dictionary holds a mask for each kind of layer."""
-    if torch.compiler.is_compiling() or kwargs.get("attention_mask") is None:
+    if torch.compiler.is_compiling():
         return
-    mask = kwargs["attention_mask"]
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > (place := _place_of_mask(type(module).forward)):
+        mask = args[place]
+    if mask is None:
+        return
     for one in mask.values() if isinstance(mask, dict) else (mask,):
         if one is not None and not (isinstance(one, torch.Tensor) and one.ndim == 4):
             check_padding(one)
+
+
+@functools.lru_cache(maxsize=256)
+def _place_of_mask(forward: Callable[..., Any]) -> int:
+    """Where among the arguments of a model's `forward` its mask stands; beyond all of them if it takes none."""
+    names = list(inspect.signature(forward).parameters)[1:]
+    return names.index("attention_mask") if "attention_mask" in names else sys.maxsize
 
 
 def _uninstall(model: torch.nn.Module) -> None:
