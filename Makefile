@@ -60,7 +60,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.6.0 PINS='transformers==5.5.0 numpy==1.26.4 safetensors==0.4.3' \
 	    ARGS="$(HF_TESTS) $(ARGS)"
 test-newest:
-	$(MAKE) test VENV=.venv-newest TORCH='torch<2.15' PINS='--upgrade transformers<6 numpy<2.5' ARGS="$(HF_TESTS) $(ARGS)"
+	$(MAKE) test VENV=.venv-newest TORCH='torch<2.15' PINS="--upgrade 'transformers<6' 'numpy<2.5'" ARGS="$(HF_TESTS) $(ARGS)"
 
 # The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
 # never gives back is not what is looked for, nor how much is used. Two halves that take the same time run side by side; tiers
