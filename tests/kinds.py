@@ -39,6 +39,73 @@ EXPERTS = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+LATENT = {  # keys and values made of a latent vector, keys with a part that is turned
+    "num_key_value_heads": SIZES["num_attention_heads"],
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+}
+# What a kind needs beside the sizes that all share.
+SIZES_OF = {
+    "axk1": LATENT,
+    "axk2": LATENT,
+    "bailing_hybrid": HYBRID | LATENT,
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "bart": {"decoder_layers": 2, "decoder_attention_heads": 8, "decoder_ffn_dim": 64, "encoder_layers": 2},
+    "codegen": {"rotary_dim": 4},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "deepseek_v32": LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": SIZES["num_attention_heads"]},
+    # Of the default sizes its layers take 18 GB in some releases.
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 32,
+    },
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    # The heads of its global layers are 512 wide unless they are told otherwise, and are refused then.
+    "gemma4_text": {
+        "global_head_dim": 32,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": SIZES["vocab_size"],
+        "hidden_size_per_layer_input": 16,
+    },
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gptj": {"rotary_dim": 4, "n_head": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": HYBRID | LATENT,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": LATENT | {"num_layers": 1, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 64},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minicpm3": LATENT,
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_5_text": HYBRID,
+    "qwen3_next": HYBRID,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "sarvam_mla": LATENT,
+    "youtu": LATENT,
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
 HEAD = """# Models that were tried
 
 Written by `python tests/kinds.py`, which builds every kind of causal language model of the installed transformers from
@@ -59,6 +126,7 @@ def build(kind):
     sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 64}
     sizes |= {name: value for name, value in EXPERTS.items() if name in known}
     sizes |= {name: value for name, value in {"sliding_window": WINDOW, "head_dim": 16}.items() if name in known}
+    sizes |= SIZES_OF.get(kind, {})
     made = config(**sizes)
     with torch.device("meta"):  # some parts of some models do not heed these sizes
         sketch = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(made), attn_implementation="eager")

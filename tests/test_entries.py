@@ -216,6 +216,7 @@ def test_an_empty_dimension_of_any_kind_of_array(make_qkv):
 
 PROGRAM = """
 import torch
+import transformers.modeling_utils  # cannot be imported under such a device with every release of torch
 torch.set_default_device("meta")
 torch.set_default_dtype(torch.float64)
 import dhsa
@@ -247,6 +248,7 @@ for architecture in ("compact", "attention"):
 
 def test_default_device_and_dtype_of_torch():
     pytest.importorskip("torch", reason="needs the hf extra: torch")
+    pytest.importorskip("transformers", reason="needs the hf extra: transformers")
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)
 
 

@@ -25,7 +25,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import dhsa  # noqa: E402
 import dhsa.hf  # noqa: E402
-from dhsa.hf.compat import cache_option  # noqa: E402
+from dhsa.hf.compat import GRAPHS, cache_option  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +238,7 @@ def test_bidirectional_gemma3_is_exact():
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.skipif(not GRAPHS, reason="torch before 2.13 fails to compile some of these models, whatever attends")
 def test_compiled_model_breaks_its_graph_at_the_attention(models):
     model = models("gemma2")
     ids, mask = padded([150, 90], 150, "left")
