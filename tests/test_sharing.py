@@ -15,7 +15,7 @@ from transformers import AttentionInterface  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa import functional, hf  # noqa: E402
-from dhsa.hf.compat import cache_option  # noqa: E402
+from dhsa.hf.compat import GRAPHS, cache_option  # noqa: E402
 
 # Below the windows of the tiny models, so that layers of both kinds are sparse.
 SMALL = dhsa.Config(budget=48, sink=4, local=16, query_block=32, dense_tail=16)
@@ -390,6 +390,7 @@ def test_the_doctor_shares_too(model, made):
     assert hooks(model) == 0
 
 
+@pytest.mark.skipif(not GRAPHS, reason="torch before 2.13 fails to compile some of these models, whatever attends")
 def test_compiled_models_find_their_own(model):
     """Their graphs know of no hooks."""
     ids = tokens(1, 400)

@@ -9,6 +9,7 @@ from tiny import EXACT, SPARSE, build, tokens  # noqa: E402
 
 import dhsa  # noqa: E402
 import dhsa.hf  # noqa: E402
+from dhsa.hf.compat import GRAPHS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
 SPARSE = SPARSE.replace(break_even=0)
@@ -83,6 +84,8 @@ def _clean():
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_stands_for_its_model(name):
+    if name == "torch.compile" and not GRAPHS:
+        pytest.skip("torch before 2.13 fails to compile some of these models, whatever attends")
     model, ids = build("llama"), tokens(1, 200)
     wrapper = WRAPPERS[name](model)
     inner = dhsa.hf.wrappers.unwrapped(wrapper)

@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 __all__ = [
     "GRAPHS",
     "OLDEST",
+    "SWITCHING",
     "cache_in",
     "cache_of",
     "cache_option",
@@ -28,6 +29,9 @@ __all__ = [
     "reads_mask",
 ]
 
+# What transformers notes in a config when the attention implementation is set, and is no content of it. The second name
+# was used up to 5.19, and stayed where a part of a model has a config of its own: later settings pass over that part.
+SWITCHING = ("_attn_implementation", "_attn_implementation_internal", "_attn_was_changed")
 OLDEST = "5.5"  # what the metadata of the package promises
 GRAPHS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # whether compiled graphs hold our operators
 

@@ -16,7 +16,7 @@ from dhsa.config import Config
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
-from .compat import reads_mask
+from .compat import SWITCHING, reads_mask
 from .handles import HANDLE, note
 from .refusals import check_padding
 from .sharing import HOOKS, Sharing, attach, attach_one, attached, detach
@@ -330,7 +330,7 @@ def _contents(config: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(config).items()
-        if not isinstance(value, PreTrainedConfig) and not name.startswith("_attn_implementation")
+        if not isinstance(value, PreTrainedConfig) and name not in SWITCHING
     }
 
 
