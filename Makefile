@@ -5,6 +5,7 @@
 #   make train-boundaries   the network that cuts keys into chunks, trained on a model and text  (ARGS="--out b.safetensors")
 #   make test     the whole test suite                                                              (ARGS="-k hf -x")
 #   make test-oldest, test-newest   the tests with transformers, on the oldest and newest releases  (ARGS="-k hf")
+#   make test-bounds  both of them, side by side
 #   make test-debug   the array tests, in a build with sanitizers and red zones                     (ARGS="-k past")
 #   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
@@ -25,7 +26,7 @@ CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -nam
 
 DEBUG_HALVES := test-debug-lists test-debug-rest
 
-.PHONY: demo eval train-boundaries test test-oldest test-newest test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report lint clean
+.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -54,13 +55,19 @@ bench-generation: $(VENV)/.demo
 bench-report: $(VENV)/.demo
 	$(PY) benchmarks/report.py $(ARGS)
 
-# The tests of the transformers integration on the oldest and the newest releases of what it builds on.
+# The tests of the transformers integration on the oldest and the newest releases of what it builds on. test-bounds runs
+# the two side by side, once both environments are there: each installation builds the extension of the checkout anew.
 HF_TESTS := $(shell grep -l transformers tests/test_*.py)
+OLDEST   := VENV=.venv-oldest TORCH=torch==2.6.0 PINS='transformers==5.5.0 numpy==1.26.4 safetensors==0.4.3'
+NEWEST   := VENV=.venv-newest TORCH='torch<2.15' PINS="--upgrade 'transformers<6' 'numpy<2.5'"
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TORCH=torch==2.6.0 PINS='transformers==5.5.0 numpy==1.26.4 safetensors==0.4.3' \
-	    ARGS="$(HF_TESTS) $(ARGS)"
+	$(MAKE) test $(OLDEST) ARGS="$(HF_TESTS) $(ARGS)"
 test-newest:
-	$(MAKE) test VENV=.venv-newest TORCH='torch<2.15' PINS="--upgrade 'transformers<6' 'numpy<2.5'" ARGS="$(HF_TESTS) $(ARGS)"
+	$(MAKE) test $(NEWEST) ARGS="$(HF_TESTS) $(ARGS)"
+test-bounds:
+	$(MAKE) .venv-oldest/.test $(OLDEST)
+	$(MAKE) .venv-newest/.test $(NEWEST)
+	$(MAKE) --jobs=2 --output-sync=target test-oldest test-newest
 
 # The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
 # never gives back is not what is looked for, nor how much is used. Two halves that take the same time run side by side; tiers
