@@ -6,7 +6,7 @@
 
 #include "core/threads.h"
 #include "select/method.h"
-#include "select/past.h"
+#include "chunk/past.h"
 
 /* ---- arguments and spans --------------------------------------------------------------------------------------- */
 

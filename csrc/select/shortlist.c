@@ -6,7 +6,7 @@
 #include <math.h>
 
 #include "select/method.h"
-#include "select/past.h"
+#include "chunk/past.h"
 
 enum {
     COARSER = 8, /* rows of the coarse look: one for so many */

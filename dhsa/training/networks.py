@@ -1,4 +1,4 @@
-"""The boundary networks in torch, as they are trained, and the loss. Their twins that run are csrc/select/compact.c and
+"""The boundary networks in torch, as they are trained, and the loss. Their twins that run are csrc/chunk/compact.c and
 predictor.c; parameters have the same names, so that a state dict is all that passes from one to the other."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _scores(inputs: int, hidden: int) -> nn.Sequential:
 
 
 class CompactNetwork(nn.Module):
-    """This project's: a narrow projection of every key, pooled on either side of a gap. See csrc/select/compact.c.
+    """This project's: a narrow projection of every key, pooled on either side of a gap. See csrc/chunk/compact.c.
 
     `scale`: keys are divided by it; `state_dict` of the result has it folded into the projection (`folded`).
     """
@@ -54,7 +54,7 @@ class CompactNetwork(nn.Module):
 
 
 class AttentionNetwork(nn.Module):
-    """The paper's (BoundarySimilarityAttn), parameter names as the authors have them. See csrc/select/predictor.c."""
+    """The paper's (BoundarySimilarityAttn), parameter names as the authors have them. See csrc/chunk/predictor.c."""
 
     def __init__(self, channels: int, *, heads: int, hidden: int, window: int, gated: bool = False) -> None:
         super().__init__()

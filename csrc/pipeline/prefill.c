@@ -6,7 +6,7 @@
 
 #include "core/internal.h"
 #include "select/method.h"
-#include "select/past.h"
+#include "chunk/past.h"
 
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)
 {
