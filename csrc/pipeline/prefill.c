@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "core/internal.h"
-#include "select/method.h"
+#include "select/selector.h"
 #include "chunk/past.h"
 
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)

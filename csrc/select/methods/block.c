@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "select/method.h"
+#include "select/selector.h"
 
 typedef struct {
     dhsa_chunks blocks; /* of keys */

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "core/threads.h"
-#include "select/method.h"
+#include "select/selector.h"
 #include "chunk/past.h"
 
 /* ---- arguments and spans --------------------------------------------------------------------------------------- */

@@ -1,6 +1,6 @@
 /* method.c: the table of methods, and the selector that runs one of them over all blocks: workspaces, threads, exact blocks,
  * lists put one after the other. How a method finds its keys is its own file's. */
-#include "select/method.h"
+#include "select/selector.h"
 
 #include <inttypes.h>
 #include <string.h>

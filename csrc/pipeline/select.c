@@ -2,7 +2,7 @@
  * entries. The same for every method; how keys are found is theirs, what scores buy is take.c's. */
 #include <inttypes.h>
 
-#include "select/method.h"
+#include "select/selector.h"
 
 enum { MAX_STRIDE = 1024 }; /* a row of xattention holds so many queries */
 

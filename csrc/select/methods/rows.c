@@ -5,7 +5,7 @@
 #include <inttypes.h>
 #include <math.h>
 
-#include "select/method.h"
+#include "select/selector.h"
 #include "chunk/past.h"
 
 enum {
