@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "chunk/chunk.h"
 #include "select/selector.h"
 
 typedef struct {
