@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import pickle
 import resource
 import signal
@@ -149,6 +150,19 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, room):
     room()
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "x.safetensors"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    for name in (path, link):
+        with pytest.raises(OSError, match=f"{name.name}: is not a regular file"):
+            dhsa.BoundaryPredictor.default().save(name)
+    assert sorted(tmp_path.iterdir()) == sorted([path, link])
+    assert path.is_fifo() if kind == "pipe" else path.is_dir()
 
 
 def test_a_report_that_cannot_be_written(tmp_path):

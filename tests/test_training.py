@@ -427,6 +427,7 @@ def test_the_command(folder, tmp_path, capsys):  # noqa: F811
         (("--text", "no.txt"), "--text: .*no.txt"),
         (("--text", "short.txt"), "--text: too little: 50 characters in 1 documents"),
         (("--out", "made.bin"), "--out: expected a name that ends in .safetensors"),
+        (("--out", "folder.safetensors"), "--out: folder.safetensors is not a regular file"),
         (("--out", "nowhere/made.safetensors"), "--out: there is no folder nowhere"),
         (("--model", "nowhere"), "--model: nowhere does not exist"),
         (("--rate", "-1"), "--rate: expected a number above 0"),
@@ -436,6 +437,7 @@ def test_the_command(folder, tmp_path, capsys):  # noqa: F811
 )
 def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, args, message):  # noqa: F811
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "short.txt").write_text("a b c d e " * 5)
     (tmp_path / "long.txt").write_text("a b c d e " * 300)
     options = {"--model": folder, "--text": "long.txt", "--out": "made.safetensors", "--tokens": 256}

@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out: expected a name that ends in .safetensors, got {args.out}")
     if not args.out.parent.is_dir():
         raise UserError(f"--out: there is no folder {args.out.parent}")
+    if args.out.exists() and not args.out.is_file():  # before, not after hours of training
+        raise UserError(f"--out: {args.out} is not a regular file")
     dhsa.set_num_threads(args.threads)
     torch.set_num_threads(dhsa.get_num_threads())
     console = Console(stderr=True)
