@@ -146,6 +146,7 @@ def train(
     *,
     state: Path | None = None,
     advance: Callable[[], None] = lambda: None,
+    keep: Callable[[Training], None] = lambda done: None,
 ) -> Training:
     """Trains a boundary predictor on the keys of `model`.
 
@@ -155,6 +156,8 @@ def train(
         settings: None: the default ones.
         state: a file that is written after each piece and read at the start, if it is there, to go on from; removed at
             the end.
+        keep: called with what is returned, to put it in a safe place, before the state is removed; what it raises is
+            raised here, and the state stays, so that the same call has only to judge and keep once more.
         advance: called after each piece that was read, learned from or judged by.
 
     Raises:
@@ -214,9 +217,11 @@ def train(
     predictor = _predictor(model, settings, learners)
     _check(predictor, history)
     scores = _judge(model, text.held_out, predictor, settings, advance)
+    finished = Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
+    keep(finished)
     if state is not None:
         state.unlink(missing_ok=True)
-    return Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
+    return finished
 
 
 def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
