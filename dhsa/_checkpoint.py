@@ -6,6 +6,7 @@ storages, the two functions that make tensors) and refuses every other one befor
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -42,7 +43,7 @@ STORAGES: dict[str, str | None] = {
 }
 
 
-# What reading garbage can raise; OSError (no such file) passes through.
+# What reading garbage can raise; OSError (no such file) passes through, but for EINVAL, of a seek to before the file.
 _DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -191,7 +192,9 @@ def read_checkpoint(path: str, anchors: tuple[str, ...]) -> dict[str, np.ndarray
             program = read_member(archive, pickles[0], MAX_PICKLE_BYTES)
             check_pickle(program)
             contents = _Unpickler(program, archive, root, ">" if big else "<").load()
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path}: refused as a checkpoint: {str(error) or type(error).__name__}") from None
     found = find_state_dict(contents, anchors, 3)
     if found is None:

@@ -96,6 +96,16 @@ def test_encrypted_zip(tmp_path):
     refused(tmp_path / "x.pt")
 
 
+def test_offsets_before_the_file(tmp_path):
+    file = io.BytesIO()
+    checkpoint(file, b"\x80\x02}.")
+    raw = bytearray(file.getvalue())
+    end = raw.rfind(b"PK\x05\x06")
+    raw[end + 16 : end + 20] = struct.pack("<I", 1 << 31)  # where the directory is said to begin
+    (tmp_path / "x.pt").write_bytes(raw)
+    refused(tmp_path / "x.pt")
+
+
 def test_tensors_over_one_storage_are_views():
     storage = np.arange(12, dtype=np.float32)
     assert all(np.shares_memory(rebuild_tensor(storage, 0, (3, 4), (4, 1)), storage) for _ in range(3))
