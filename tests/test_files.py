@@ -202,3 +202,36 @@ def test_damaged_training_state(tmp_path, contents):
     with pytest.raises(UserError, match=r"cannot be read as the state of a training.*remove it"):
         training.train(build("llama"), training.Text(pieces, pieces, ""), training.Settings(tokens=256), state=state)
     assert state.exists()
+
+
+def test_a_bit_of_a_training_state_that_fell_over(tmp_path):
+    """torch.load does not look at the checksums: the training would go on from other weights."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tiny import build
+
+    from dhsa import training
+
+    class Enough(Exception):
+        pass
+
+    def stop(done):
+        raise Enough
+
+    state, pieces = tmp_path / "x.state", [[i % 90 + 1 for i in range(100)]]
+    args = build("llama"), training.Text(pieces, pieces, ""), training.Settings(tokens=128, epochs=1)
+    with pytest.raises(Enough):
+        training.train(*args, state=state, keep=stop)
+    with pytest.raises(Enough):
+        training.train(*args, state=state, keep=stop)
+    weights = next(iter(torch.load(state, weights_only=True)["learners"].values()))["network"]
+    number = next(x for x in weights.values() if x.numel() > 4).numpy().tobytes()
+    raw = bytearray(state.read_bytes())
+    raw[raw.index(number)] ^= 1
+    state.write_bytes(raw)
+    with pytest.raises(UserError, match=r"cannot be read as the state of a training.*Bad CRC-32.*remove it"):
+        training.train(*args, state=state, keep=stop)
+    raw[raw.index(b"data.pkl")] ^= 1
+    state.write_bytes(raw)
+    with pytest.raises(UserError, match=r"cannot be read as the state of a training.*remove it"):
+        training.train(*args, state=state, keep=stop)

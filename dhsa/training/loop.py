@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ def train(
     done, before, resumed = 0, 0.0, 0
     if state is not None and state.exists():
         try:
+            _intact(state)
             kept = torch.load(state, weights_only=True)
             if kept["identity"] != identity:
                 raise UserError(f"{state} is of a training with other settings, text or model: remove it to start anew")
@@ -231,6 +233,16 @@ def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
         found.setdefault(SHARED if name == SHARED else "own", []).extend(learner.losses)
         learner.losses = []
     return {who: sum(losses) / len(losses) for who, losses in found.items()}
+
+
+def _intact(path: Path) -> None:
+    """Looks at the checksums, which torch.load does not: a training must not go on from weights that fell over."""
+    if torch.serialization.get_crc32_options():  # else torch.save writes none
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    while member.read(1 << 20):
+                        pass
 
 
 def _write(path: Path, **contents: Any) -> None:
