@@ -155,6 +155,26 @@ def test_short_write_of_a_row(tmp_path, room):
     assert list(Store(path).rows) == ["first", "after"]
 
 
+def test_every_byte_of_a_row_counts(tmp_path):
+    """A report is made of what rows say: one that says another thing than was measured is damage, whatever it is."""
+    path = tmp_path / "results.jsonl"
+    row = {"key": "a", "task": "ppl", "nll": 2.5, "facts": {"hit": True, "words": ["é", None]}}
+    Store(path).add(row)
+    assert Store(path).rows == {"a": row}
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for at in range(len(whole) - 1):
+        raw = bytearray(whole)
+        raw[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(raw)
+        store = Store(path)
+        assert not store.rows or {name: store.rows["a"][name] for name in row} == row  # besides: a sum's other name
+        refused += store.damaged > 0
+    assert refused > 0.9 * len(whole)
+    path.write_text(json.dumps(row) + "\n")  # of an earlier version, which wrote no sums
+    assert Store(path).rows == {"a": row}
+
+
 def test_deeply_nested_row_is_damage(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({"key": "a"}) + "\n" + "[" * 200000 + "\n")

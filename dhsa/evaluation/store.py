@@ -19,8 +19,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_SUM = "sum"  # of a line: a digest of its other fields
+
+
 class Store:
-    """The rows of a file, by key. A line that a kill left half written is passed over and written again."""
+    """The rows of a file, by key. A line that a kill left half written, or that is not what was written, is passed over
+    and written again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,8 +40,10 @@ class Store:
                 continue
             try:
                 row = json.loads(line)
+                if row.pop(_SUM, None) not in (None, digest(row)):  # None: of an earlier version
+                    raise ValueError
                 self.rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 self.damaged += 1
 
     def __contains__(self, key: str) -> bool:
@@ -50,7 +56,8 @@ class Store:
             UserError: it could not be written whole. What was written of it is taken away again, or, where that fails
             too, kept apart from the next row.
         """
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        text = json.dumps(row, allow_nan=False)
+        line = json.dumps({**row, _SUM: digest(json.loads(text))}).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
                 start = file.seek(0, os.SEEK_END)
