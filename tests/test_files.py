@@ -96,6 +96,23 @@ def test_encrypted_zip(tmp_path):
     refused(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("number", ["1" * 5000, "01", "\u0661", "1000000"])
+def test_numbers_of_layers(number):
+    """A layer has one number: 01 and 1 would be two networks of one layer."""
+    shared = {n: w for n, w in dhsa.BoundaryPredictor.default().state_dict().items() if not n.startswith("layers.")}
+    own = {f"layers.{number}.{name}": weight for name, weight in shared.items()}
+    with pytest.raises(ValueError, match=r"state_dict: unknown parameters layers\.") as caught:
+        dhsa.BoundaryPredictor.from_state_dict(shared | own)
+    assert len(str(caught.value)) < 1200
+
+
+def test_many_unknown_names():
+    weights = dhsa.BoundaryPredictor.default().state_dict()
+    many = {f"x{i}": np.ones(1, np.float32) for i in range(1000)}
+    with pytest.raises(ValueError, match=r"unknown parameters x0, x1, .*, x7 and 992 others; expected"):
+        dhsa.BoundaryPredictor.from_state_dict(weights | many)
+
+
 def test_offsets_before_the_file(tmp_path):
     file = io.BytesIO()
     checkpoint(file, b"\x80\x02}.")
