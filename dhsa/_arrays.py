@@ -209,10 +209,14 @@ def kind_of(x: Array, name: str) -> Any:
 
 def allocate(make: Any, like: Array) -> Array:
     """make(like), with a failed allocation told as what it is."""
-    if 0 in like.shape:  # before a library's own word about it
+    if len(like.shape) != 4:  # before a library's own word about it
+        raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
+    if 0 in like.shape:
         raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")
     try:
         return make(like)
+    except TypeError as error:  # of a Buffer
+        raise TypeError(f"q: {error}") from None
     except (MemoryError, ValueError, RuntimeError) as error:
         raise MemoryError(f"out: cannot allocate a result for q of shape {list(like.shape)}: {error}") from None
 
