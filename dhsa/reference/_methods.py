@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dhsa.reference import _peers
-from dhsa.reference._attention import check, softmax
-from dhsa.reference._scores import block_scores, boundary_rows, candidates, chunk_means, head_sets, row_scores
-from dhsa.reference._selection import Selection, Units, is_exact, selection_of, take
+from dhsa._twin import blocks as _peers
+from dhsa._twin.attention import check, softmax
+from dhsa._twin.scores import block_scores, boundary_rows, candidates, chunk_means, head_sets, row_scores
+from dhsa._twin.selection import Selection, Units, is_exact, selection_of, take
 
 
 class Block(NamedTuple):

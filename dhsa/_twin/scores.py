@@ -1,13 +1,13 @@
 """Reference chunk scores: how much each block of queries wants each chunk of keys.
 
-Responsible for candidates, chunk means and both scores; the top-k is in _selection.py.
+Responsible for candidates, chunk means and both scores; the top-k is in selection.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from dhsa.reference._attention import check
+from dhsa._twin.attention import check
 
 
 def boundary_rows(boundaries, batch: int, k_len: int) -> np.ndarray:

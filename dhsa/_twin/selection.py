@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dhsa.reference._attention import selection_mask, sparse_attention, visible
-from dhsa.reference._boundaries import boundaries as cut
-from dhsa.reference._scores import boundary_rows, candidates, chunk_scores
+from dhsa._twin.attention import selection_mask, sparse_attention, visible
+from dhsa._twin.boundaries import boundaries as cut
+from dhsa._twin.scores import boundary_rows, candidates, chunk_scores
 
 
 class Selection(NamedTuple):

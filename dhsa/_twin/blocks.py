@@ -14,7 +14,7 @@ import itertools
 
 import numpy as np
 
-from dhsa.reference._selection import Units
+from dhsa._twin.selection import Units
 
 PROBE_QUERIES = 64  # vertical_slash: queries at the prompt's end that are looked at
 PROXY_RUN = 16  # proxy: queries of a mean row of a head's own estimate
