@@ -34,6 +34,15 @@ def check_int(value: object, name: str, low: int, high: int | None = None) -> in
     return number
 
 
+def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
+    """The position of `value` in `choices`; TypeError or ValueError naming the argument otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {type_name(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices.index(value)
+
+
 def torch_obstacle(x: Any) -> str | None:
     """Why the memory of torch tensor `x` cannot be read, and new memory written, in place of operators of torch: a
     transform or a recorder, which sees nothing but operators, or a class of tensor that gives them another meaning.

@@ -120,7 +120,7 @@ def run(
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     skip = None if config is None else config.skip
     if boundaries is not None:
-        if config is None or config._exact or config.score is None:
+        if config is None or config._exact or not config.options.has_chunks:
             method = "an exact config" if config is None or config._exact else f"method={config.method!r}"
             raise ValueError(f"boundaries: {method} cuts no chunks; expected None")
         boundaries = _boundary_array(boundaries, k.shape[0])
@@ -428,7 +428,6 @@ def chunk_scores(
     scale: float | None = None,
     softcap: float | None = None,
     rows: int | None = None,
-    by_length: bool = False,
     window: int | None = None,
 ) -> Array:
     """Scores every chunk of keys for every block of queries.
@@ -439,14 +438,13 @@ def chunk_scores(
             empty chunk, as in padding.
         query_block: queries in a block, 1 to 65536.
         score: "block" (the paper's: product of the block's mean query and the chunk's mean key, each the mean over the
-            heads of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head;
-            squares, summed).
+            heads of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head,
+            in which a chunk counts as often as it has keys; squares of the share of one key, summed).
         pooling: of the block score: "mean", or "mean_sqrt" (times the square root of the length, for both).
         heads: sharing sets: "all", "group" or "head".
         scale: None: 1 for "block", 1 / sqrt(D) for "rows". softcap: caps the logits, or the block's products; None: no
             cap.
-        rows: mean queries of a full block for "rows"; None: query_block // 4.
-        by_length: for "rows": a chunk counts in the softmax as often as it has keys, and its score is that of one key.
+        rows: mean queries of a full block for "rows"; None: query_block // 2.
         window: the layer's sliding window, which bounds a block's candidate keys.
 
     float32 input is scored in float32; selection, which only needs the order, rounds the means of "rows" to bf16.
@@ -467,11 +465,11 @@ def chunk_scores(
     score_index = check_choice(score, "score", SCORES)
     pooling_index = check_choice(pooling, "pooling", POOLINGS)
     heads_index = check_choice(heads, "heads", HEADS)
-    rows = max(1, query_block // 4) if rows is None else check_int(rows, "rows", 1, query_block)
+    rows = max(1, query_block // 2) if rows is None else check_int(rows, "rows", 1, query_block)
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = _boundary_array(boundaries, k.shape[0])
     result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")
-    score_args = (score_index, pooling_index, heads_index, query_block, rows, int(by_length))
+    score_args = (score_index, pooling_index, heads_index, query_block, rows, 0)
     _core.chunk_scores(q, k, cuts, score_args, scale, softcap, window, result, get_num_threads())
     return kind.result(result)
 
@@ -509,10 +507,10 @@ def select(
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     select_args = config._select_args
     shape = _score_shape(q, k, HEADS.index(config.heads), config.query_block)
-    chunks = config.score is not None
+    chunks = config.options.has_chunks
     if not chunks and boundaries is not None:
         raise ValueError(f"boundaries: method={config.method!r} cuts no chunks; expected None")
-    if config.score == "block":
+    if config.method == "dhsa":
         scale = softcap = None  # its products are only compared with each other
     indptr = empty((shape[0] * shape[1] * shape[2] + 1,), np.int64, "q")
     _core.select_plan(q, k, select_args, scale, softcap, window, indptr)

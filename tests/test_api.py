@@ -5,7 +5,9 @@ elsewhere, predictors in test_predictor.py and refused input in test_bad_input.p
 """
 
 import ast
+import copy
 import inspect
+import json
 import math
 import pickle
 import signal
@@ -392,11 +394,10 @@ def test_config_defaults():
         "boundary_window": 4,
         "theta": None,
         "nms": None,
-        "score": "rows",
+        "method": "rows",
         "rows": None,
-        "by_length": True,
         "shortlist": None,
-        "pooling": "mean",
+        "options": dhsa.methods.Rows(),
         "predictor": None,
     }
     assert {name: getattr(config, name) for name in expected} == expected
@@ -405,15 +406,6 @@ def test_config_defaults():
     assert dhsa.Config(budget=3000)._select_args[-2] == 12000
     chunks = [config._boundary_args(length)[2] for length in (32_000, 40_000, 65_536, 131_072)]
     assert chunks == [8000, 8192, 8192, 16_384]
-
-
-def test_config_of_plain_row_scores():
-    config = dhsa.Config(score="rows")
-    assert (config.method, config.score, config.by_length) == ("rows", "rows", False)
-    assert config._boundary_args(1000) == (0, 8, 125, 4, -math.inf, 4, None)
-    assert config._select_args[-1] == (0, 0, 0, 64, 16, 0)
-    assert dhsa.Config(method="rows", by_length=False)._select_args == config._select_args
-    assert dhsa.Config(score="rows", by_length=True)._select_args == dhsa.Config()._select_args
 
 
 def test_config_fits_default_forced_keys_into_a_small_budget():
@@ -427,11 +419,11 @@ def test_config_fits_default_forced_keys_into_a_small_budget():
 
 def test_config_paper():
     paper = dhsa.Config.paper()
-    assert (paper.query_block, paper.local, paper.heads, paper.score, paper.pooling) == (
+    assert (paper.query_block, paper.local, paper.heads, paper.method, paper.pooling) == (
         256,
         128,
         "all",
-        "block",
+        "dhsa",
         "mean_sqrt",
     )
     assert paper._boundary_args(1000) == (0, 8, 24, 4, -math.inf, 8, None)
@@ -442,21 +434,108 @@ def test_config_paper():
     assert learned._boundary_args(1000)[:6] == (2, 8, 24, 4, 1.1, 8)
 
 
-def test_config_methods_and_their_other_names():
-    assert (dhsa.Config().method, dhsa.Config().score, dhsa.Config().heads) == ("rows", "rows", "group")
-    paper = dhsa.Config(score="block")
-    assert (paper.method, paper.score, paper.heads) == ("dhsa", "block", "group")
-    assert paper == dhsa.Config(method="dhsa") == dhsa.Config(method="dhsa", score="block")
-    assert paper.replace(method="window") == dhsa.Config(method="window")
-    assert paper.replace(score="rows") == dhsa.Config(score="rows")
-    assert paper.replace(method="rows") == dhsa.Config()
-    assert dhsa.Config(method="window").score is None
-    assert dhsa.Config.paper().replace(method="rows").score == "rows"
+def test_config_spellings_of_a_method():
+    flat = dhsa.Config(method="xattention", stride=16, mass=0.9)
+    assert flat == dhsa.Config(method=dhsa.methods.XAttention(stride=16), mass=0.9) != dhsa.Config(method="xattention")
+    assert (flat.method, flat.options, flat.stride, flat.key_block, flat.heads) == (
+        "xattention",
+        dhsa.methods.XAttention(stride=16),
+        16,
+        128,
+        "head",
+    )
+    assert dhsa.Config(method="xattention") == dhsa.Config(method=dhsa.methods.XAttention())
+    assert hash(flat) == hash(flat.replace())
     per_head = dhsa.Config(method="proxy", heads=None)
     assert (per_head.heads, per_head.stride) == ("head", 4)
-    assert (per_head.replace(method="block").heads, per_head.replace(method="block").stride) == ("group", None)
+    assert per_head.replace(method="block") == dhsa.Config(method="block")
+    assert per_head.replace(method="block").heads == "group"
     assert per_head.replace(heads="all").heads == "all"
-    assert pickle.loads(pickle.dumps(per_head)) == per_head
+    assert per_head.replace(stride=2, budget=300) == dhsa.Config(method="proxy", stride=2, budget=300)
+    assert per_head.replace(method="xattention", stride=2) == dhsa.Config(method="xattention", stride=2)
+    assert flat.replace(method="xattention", key_block=64) == flat.replace(key_block=64)
+    assert dhsa.Config.paper().replace(method="rows").method == "rows"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: dhsa.Config(method="block", stride=8),
+            "^stride: is an option of method='xattention' and 'proxy'",
+        ),
+        (lambda: dhsa.Config(method="window", key_block=128), "^key_block: .*; method='window' has no options"),
+        (lambda: dhsa.Config(pooling="mean"), "^pooling: is an option of method='dhsa'; method='rows' has rows, short"),
+        (lambda: dhsa.Config(method="proxy").replace(rows=3), "^rows: is an option of method='rows' and 'hisa'"),
+        (lambda: dhsa.Config(method="proxy").replace(method="block", stride=3), "^stride: is an option of"),
+        (lambda: dhsa.Config(method=dhsa.methods.Proxy(), stride=2), "^stride: give options to dhsa.methods.Proxy or"),
+        (lambda: dhsa.Config(method=dhsa.methods.Proxy), r"^method: .* got a class; write Proxy\(\)"),
+        (
+            lambda: dhsa.Config(score="block"),
+            "^score: is gone; write method='rows' for score='rows'",
+        ),
+        (lambda: dhsa.Config(by_length=False), "^by_length: is gone; method='rows' always counts"),
+        (lambda: dhsa.Config().replace(score="rows"), "^score: is gone"),
+    ],
+)
+def test_config_options_of_another_method_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_config_attributes_that_are_not_there():
+    with pytest.raises(AttributeError, match=r"^stride: is an option of .*; this Config has method='rows'"):
+        _ = dhsa.Config().stride
+    with pytest.raises(AttributeError, match=r"^score: is gone"):
+        _ = dhsa.Config().score
+    with pytest.raises(AttributeError, match="no attribute 'budgets'"):
+        _ = dhsa.Config().budgets
+    assert not hasattr(dhsa.Config(method="window"), "rows")
+
+
+EXAMPLES = {
+    "Config()": dhsa.Config(),
+    "Config(budget=512)": dhsa.Config(budget=512, query_block=64),
+    "Config(budget=None, mass=0.9)": dhsa.Config(mass=0.9, budget=None),
+    "Config(method='window', sink=4)": dhsa.Config(method="window", sink=4),
+    "Config(rows=16)": dhsa.Config(rows=16),
+    "Config(method='hisa', key_block=64, dense_tail=0)": dhsa.Config(method="hisa", key_block=64, dense_tail=0),
+    "Config(budget=64, sink=16)": dhsa.Config(budget=20, sink=16).replace(budget=64),
+    "Config(budget=20, sink=16)": dhsa.Config(budget=20, sink=16),
+    "Config(theta=-inf)": dhsa.Config(theta=-math.inf),
+    "Config(boundaries='fixed', chunk_size=4, num_chunks='paper')": dhsa.Config(
+        boundaries="fixed", chunk_size=4, num_chunks="paper"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_config_prints_pickles_and_becomes_a_dict(text):
+    config = EXAMPLES[text]
+    assert eval(text, {"Config": dhsa.Config, "inf": math.inf}) == config
+    assert repr(config) == text or "budget=64, sink=16" in text
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert again._select_args == config._select_args
+    words = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    assert dhsa.Config.from_dict(words) == config
+    assert copy.deepcopy(config) == config
+
+
+def test_config_with_a_predictor_becomes_a_dict(tmp_path):
+    shipped = dhsa.Config(boundaries="predictor")
+    assert shipped.to_dict() == {"boundaries": "predictor"}
+    assert dhsa.Config.from_dict(shipped.to_dict()) == shipped
+    own = dhsa.Config.paper(predictor=dhsa.BoundaryPredictor.from_state_dict(random_weights(8, 4), heads=2))
+    with pytest.raises(ValueError, match=r"^predictor: .*save it and give its path"):
+        own.to_dict()
+    own.predictor.save(tmp_path / "p.safetensors")
+    words = json.loads(json.dumps(own.to_dict(predictor=str(tmp_path / "p.safetensors"))))
+    again = dhsa.Config.from_dict(words)
+    assert again.replace(predictor=own.predictor) == own
+    assert again._select_args == own._select_args
+    with pytest.raises(TypeError, match=r"^values: expected a dict, got list"):
+        dhsa.Config.from_dict([])
 
 
 def test_config_mass():
@@ -567,10 +646,10 @@ def test_label_vectors(case):
 
 
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-@pytest.mark.parametrize("score", ["rows", "block"])
-def test_select_then_attend_is_attention(make_qkv, heads, score):
+@pytest.mark.parametrize("method", ["rows", "dhsa"])
+def test_select_then_attend_is_attention(make_qkv, heads, method):
     q, k, v = make_qkv(2, 4, 2, 70, 90, 16)
-    config = SMALL.replace(heads=heads, score=score, dense_tail=5)
+    config = SMALL.replace(heads=heads, method=method, dense_tail=5)
     options = {"scale": 0.3, "softcap": 4.0}
     out, lse = dhsa.attention(q, k, v, config, **options, return_lse=True)
     selection = dhsa.select(q, k, config, **options)

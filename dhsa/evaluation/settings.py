@@ -17,11 +17,12 @@ import dhsa
 from dhsa import config as configs
 from dhsa.evaluation.cuts import WORDS
 from dhsa.loading import UserError
+from dhsa.methods import registry
 
 __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
 
 DENSE = "dense"
-METHODS = configs.METHODS
+METHODS = tuple(registry)
 NAMES = (*METHODS, "paper", "exact")
 _SLOW = ("oracle",)  # for study: left out unless asked for
 
@@ -57,7 +58,8 @@ class Setting:
 
     def fields(self) -> dict[str, Any]:
         """Every field of the Config as JSON can hold it, a predictor by the hash of its weights; `cuts` if set."""
-        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        values = {name: getattr(self.config, name) for name in configs.FIELDS}
+        values |= dataclasses.asdict(self.config.options)
         if values.get("predictor") is not None:
             values["predictor"] = _predictor_hash(values["predictor"])
         if self.cuts:
@@ -140,7 +142,7 @@ def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
     problem = None
     if word not in WORDS:
         problem = f"cuts: expected one of {', '.join(WORDS)}, got {word!r}"
-    elif config.score is None or config._exact:
+    elif not config.options.has_chunks or config._exact:
         problem = "cuts: only methods of chunks that have a budget or a mass cut keys"
     elif "label" in word and config.boundaries != "similarity":
         problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} has no say, leave it out"
@@ -154,7 +156,7 @@ def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
 
 def _override(spec: str, word: str) -> tuple[str, Any]:
     field, equals, text = word.partition("=")
-    if not equals or field not in configs.FIELDS:
+    if not equals or field not in (*configs.FIELDS, *configs.OPTIONS):
         raise UserError(
             f"--methods: {spec}: expected source, cuts=WORD or field=value with a field of dhsa.Config, got {word!r}"
         )

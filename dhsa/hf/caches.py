@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dhsa import _core
-from dhsa.config import SCORE_OF, Config
+from dhsa.config import Config
 
 from .compat import GRAPHS, cache_in
 
@@ -151,7 +151,7 @@ def recall(
     of an operator in a graph, which runs no hooks."""
     entry = getattr(_running, "entry", None)
     _running.entry = None
-    if config._exact or config.method not in SCORE_OF:
+    if config._exact or not config.options.has_chunks:
         return None, ""
     place, same, hooked = None, 0, entry is not None and entry[0]() is module
     if hooked and entry[1] is not None:

@@ -18,10 +18,10 @@ from dhsa._twin.boundaries import (
     predictor_logits,
     similarity_scores,
 )
-from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
-from dhsa.reference._past import Past
 from dhsa._twin.scores import chunk_means, chunk_scores
 from dhsa._twin.selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
+from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
+from dhsa.reference._past import Past
 from dhsa.reference._skip import Grouping, skip_mask
 
 __all__ = [
