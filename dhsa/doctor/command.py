@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the check for parsed arguments; 0 if all is well, 1 if not."""
+    """Run the check for parsed arguments. Return 0 if the sparse prefill answers as the exact one, 1 if it does not."""
     loading.prepare(NEEDED, "check")
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`python -m dhsa eval`: its arguments, the run, and what it prints. The work is in the modules beside this one."""
+"""`python -m dhsa eval`: arguments, the run, and the output. The other modules of this package do the work."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ _layers.__name__ = "layers"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the evaluation for parsed arguments (see `add_arguments`) and returns the exit status."""
+    """Run the evaluation for parsed arguments (see `add_arguments`) and return the exit status."""
     loading.prepare(_NEEDED, "eval")
     from rich.console import Console
 
@@ -185,7 +185,7 @@ def _tasks(text: str) -> list[str]:
 
 
 def _resolve(args: argparse.Namespace) -> None:
-    """Fills in what depends on other arguments."""
+    """Fill in the defaults that depend on other arguments."""
     defaults = {**DEFAULTS, **(QUICK if args.quick else {})}
     if args.mass:
         defaults["budget"] = []
@@ -196,7 +196,7 @@ def _resolve(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
-    """Dense, then every method at every budget; a setting that two of them share, once."""
+    """Return dense attention, then every method at every budget, without duplicates."""
     specs = settings_of.methods(args.methods)
     options = {"dense_tail": args.dense_tail, "sink": args.sink, "local": args.local}
     made = [settings_of.dense()]

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON object a line, appended as they come, found again by a key of all that they depend on."""
+"""Results on disk: one JSON object a line, appended as they are measured, found by a key of all that they depend on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Store", "digest"]
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of what JSON makes of a value, whatever the order of its keys."""
+    """Return 16 hexadecimal digits of the JSON text of a value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Store:
-    """The rows of a file, by key. A line that a kill left half written is passed over and written again."""
+    """The rows of a file, by key. An incomplete line, left by an interrupted run, is skipped and measured again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +30,7 @@ class Store:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
         except OSError as error:
             raise UserError(f"--out: {error}") from error
-        self._torn = bool(lines and lines[-1])  # the file does not end with a line's end
+        self._torn = bool(lines and lines[-1])  # the file does not end with a newline
         for line in lines:
             if not line.strip():
                 continue
@@ -44,11 +44,11 @@ class Store:
         return key in self.rows
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row, which must have a "key"; it is on disk when this returns.
+        """Append a row, which must have a "key". It is on disk when this returns.
 
         Raises:
-            UserError: it could not be written whole. What was written of it is taken away again, or, where that fails
-            too, kept apart from the next row.
+            UserError: the row could not be written completely. The part that was written is removed, or, where that
+                fails too, separated from the next row.
         """
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
@@ -56,7 +56,7 @@ class Store:
                 start = file.seek(0, os.SEEK_END)
                 rest = memoryview((b"\n" if self._torn else b"") + line)
                 try:
-                    while rest:  # a write may take less than all, as when the disk fills
+                    while rest:  # a write may be incomplete, as when the disk is full
                         rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
                 except OSError:

@@ -21,7 +21,7 @@ NEEDED = ("torch", "transformers", "safetensors", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options; defaults of None are Settings' own."""
+    """Add the options of the command. Those with a default of None take the default of Settings."""
     parser.add_argument("--model", help="a GGUF file, a model folder, gemma3 or smollm2; default: gemma3")
     parser.add_argument(
         "--text", type=Path, nargs="+", help="UTF-8 files, a document each; default: Python's own documentation"
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command and return its exit status."""
     loading.prepare(NEEDED, "train-boundaries")
     import torch
     from rich.console import Console
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(args: argparse.Namespace, tokenizer: object):
-    """The text of the command line, packed."""
+    """Return the text that the command line names, packed."""
     from dhsa.training import Text, pack, python_documents, read_documents, split
 
     documents = python_documents() if args.text is None else read_documents(args.text)
