@@ -88,7 +88,7 @@ SIZES = {
 }
 ANCHORS = tuple(architecture.anchor for architecture in ARCHITECTURES.values())
 _STORED = ("architecture", "heads", "window", "model", "format")  # metadata of a file other than notes
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")  # no leading zeros: two names would be one layer
 
 
 class BoundaryPredictor:
@@ -393,8 +393,9 @@ def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | No
     parameters = ARCHITECTURES[kind].parameters
     if missing := [name for name in parameters if name not in state_dict and name not in ARCHITECTURES[kind].optional]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
-    if unknown := [str(name) for name in state_dict if name not in parameters]:
-        raise ValueError(f"{where}: unknown parameters {', '.join(unknown)}; expected {', '.join(parameters)}")
+    if unknown := [str(name)[:80] for name in state_dict if name not in parameters]:
+        few = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} others" if len(unknown) > 8 else "")
+        raise ValueError(f"{where}: unknown parameters {few}; expected {', '.join(parameters)}")
     arrays = {name: _float32(state_dict[name], name) for name in parameters if name in state_dict}
     letters = {letter: _size(arrays, kind, name, axis) for letter, (name, axis) in SIZES[kind].items()}
     for name, array in arrays.items():

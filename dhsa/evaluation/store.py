@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ def digest(value: Any) -> str:
 
 
 class Store:
-    """The rows of a file, by key. An incomplete line, left by an interrupted run, is skipped and measured again."""
+    """The rows of a file, by key.
 
-    def __init__(self, path: Path) -> None:
+    Each line holds a digest of itself as "check" (lines of earlier releases hold none). A line that is incomplete or
+    damaged is skipped and measured again.
+    """
+
+    def __init__(self, path: Path, whole: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
+        """`whole`: whether a row has all its fields, for lines without a digest."""
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         self.damaged = 0
@@ -36,8 +42,11 @@ class Store:
                 continue
             try:
                 row = json.loads(line)
+                check = row.pop("check", None)
+                if not (whole(row) if check is None else check == digest(row)):
+                    raise ValueError
                 self.rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 self.damaged += 1
 
     def __contains__(self, key: str) -> bool:
@@ -50,7 +59,8 @@ class Store:
             UserError: the row could not be written completely. The part that was written is removed, or, where that
                 fails too, separated from the next row.
         """
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        check = digest(json.loads(json.dumps(row, allow_nan=False)))  # of the values as a reader parses them
+        line = json.dumps({**row, "check": check}, allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
                 start = file.seek(0, os.SEEK_END)

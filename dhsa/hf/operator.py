@@ -35,7 +35,7 @@ def _attention(
     is_causal: bool | None,
 ) -> torch.Tensor:
     module = waiting(int(handle)) if frozen is None else thawed(frozen)
-    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal)
+    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal, in_graph=True)
 
 
 @_attention.register_fake

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def train(
     *,
     state: Path | None = None,
     advance: Callable[[], None] = lambda: None,
+    keep: Callable[[Training], None] = lambda done: None,
 ) -> Training:
     """Train a boundary predictor on the keys of `model`.
 
@@ -167,6 +169,8 @@ def train(
         state: a file that is written after each piece. If it exists at the start, the training continues from it. It is
             removed at the end.
         advance: called after each piece that was read, for training or for scores.
+        keep: called with the result before the state is removed, to store it. If it raises, the error is raised here
+            and the state stays, so that the same call only has to measure scores and call `keep` again.
 
     Raises:
         UserError: there is too little text; the model's attention cannot be read; the state is that of another
@@ -186,6 +190,7 @@ def train(
     done, before, resumed = 0, 0.0, 0
     if state is not None and state.exists():
         try:
+            _intact(state)
             kept = torch.load(state, weights_only=True)
             if kept["identity"] != identity:
                 raise UserError(f"{state} is of a training with other settings, text or model: remove it to start anew")
@@ -225,9 +230,11 @@ def train(
     predictor = _predictor(model, settings, learners)
     _check(predictor, history)
     scores = _judge(model, text.held_out, predictor, settings, advance)
+    finished = Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
+    keep(finished)
     if state is not None:
         state.unlink(missing_ok=True)
-    return Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
+    return finished
 
 
 def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
@@ -237,6 +244,16 @@ def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
         found.setdefault(SHARED if name == SHARED else "own", []).extend(learner.losses)
         learner.losses = []
     return {who: sum(losses) / len(losses) for who, losses in found.items()}
+
+
+def _intact(path: Path) -> None:
+    """Verify the checksums, which torch.load does not: a training must not continue from damaged weights."""
+    if torch.serialization.get_crc32_options():  # else torch.save writes none
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    while member.read(1 << 20):
+                        pass
 
 
 def _write(path: Path, **contents: Any) -> None:
