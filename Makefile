@@ -123,7 +123,7 @@ $(VENV)/.test: $(VENV)/.torch $(CORE)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.python
-	$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1,<2'
+	$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1,<2' 'ruff>=0.6'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python

@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
             ids = loading.tokenize(tokenizer, text, args.tokens)
         if args.model is None and int(ids[0, 0]) != tokenizer.bos_token_id:  # seen with transformers 5.5 to 5.17
             console.print(
-                "This release of transformers reads the file's tokenizer without its first token: all perplexities are "
-                "higher than they should be. A newer one reads it right."
+                "This release of transformers omits the first token of a text for this file, so all perplexities are "
+                "too high. A newer release reads the file correctly."
             )
         import torch
 
@@ -128,9 +128,9 @@ def run(args: argparse.Namespace) -> int:
 
     console.print(_table(results, length, rest_mib))
     if all("sparse" not in r.paths for r in results):
-        console.print(f"The prompt is within the budget of {args.budget:,} keys: nothing was left out anywhere.")
+        console.print(f"The prompt is within the budget of {args.budget:,} keys: no key was left out.")
     console.print(f"What layer {layer} selected: {picture}", soft_wrap=True, highlight=False)
-    console.print(f"All of it took {time.perf_counter() - started:.0f} s.", highlight=False)
+    console.print(f"The demo took {time.perf_counter() - started:.0f} s.", highlight=False)
     return 0
 
 

@@ -27,7 +27,7 @@ class Haystack:
         self.sentences = [ids for ids in map(engine.encode, pieces) if ids]
         self.words = sorted({w.lower() for w in re.findall(r"\b[a-zA-Z]{4,10}\b", text)})
         if sum(map(len, self.sentences)) < 64:
-            raise UserError("--text: too short to hide anything in")
+            raise UserError("--text: too short for hidden texts")
 
     def prompt(self, length: int, hidden: Sequence[tuple[float, str]], before: str, after: str, start: int = 0):
         """Return `length` tokens: `before`, sentences with each of `hidden` (depth 0 to 1, text) among them, and

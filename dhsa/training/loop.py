@@ -178,7 +178,7 @@ def train(
     """
     settings = Settings() if settings is None else settings
     if not text.train or not text.held_out:
-        raise UserError("text: too little: at least one piece to learn from and one to be held out are needed")
+        raise UserError("text: too little: at least one piece to train on and one held out are needed")
     if (longest := max(map(len, text.train + text.held_out))) > settings.tokens:
         raise UserError(
             f"text: a piece of {longest} tokens, but the settings say at most {settings.tokens}; pack it so"

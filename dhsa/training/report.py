@@ -69,12 +69,12 @@ def card(training: Training, settings: Settings, *, model: str, source: str, siz
         f"# {name}",
         "",
         f"Boundary predictor for `dhsa` ({predictor.architecture} architecture), for {model} ({facts}).",
-        "It scores the gaps between the keys of one attention layer; it holds no part of the model and of no text.",
+        "It scores the gaps between the keys of one attention layer. It contains no part of the model or of the text.",
         "",
         f"- Made: {datetime.date.today().isoformat()} by `python -m dhsa train-boundaries`, dhsa {dhsa.__version__}, "
         f"Python {platform.python_version()}, in {training.seconds / 60:.1f} minutes"
         + (f", interrupted {training.resumed} times" if training.resumed else ""),
-        f"- Text: {source}; {sizes[0]:,} tokens to learn from, {sizes[1]:,} held out",
+        f"- Text: {source}; {sizes[0]:,} tokens to train on, {sizes[1]:,} held out",
         f"- Networks: {'one for all layers' if predictor.shared else 'none for all layers'}"
         + (f", one for each of {len(predictor.layers)} layers" if predictor.layers else ""),
         "- Settings: " + ", ".join(f"{key} {value}" for key, value in settings.fields().items()),
