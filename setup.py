@@ -16,7 +16,7 @@ debug = DEBUG if os.environ.get("DHSA_DEBUG_BUILD") == "1" else []
 
 core = Extension(
     "dhsa._core",
-    sources=sorted(glob("csrc/*/*.c")),
+    sources=sorted(glob("csrc/**/*.c", recursive=True)),
     depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.inc", recursive=True)),
     include_dirs=["csrc", "csrc/include"],
     define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],

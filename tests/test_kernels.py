@@ -23,7 +23,8 @@ FLAGS = [
 ]
 SOURCES = [
     *sorted((ROOT / "csrc" / "kernels").glob("*.c")),
-    ROOT / "csrc/core/status.c",
+    ROOT / "csrc/core/error.c",
+    ROOT / "csrc/core/threads.c",
     ROOT / "tests/c/test_kernels.c",
 ]
 

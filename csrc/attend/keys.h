@@ -3,6 +3,7 @@
 #define DHSA_ATTEND_KEYS_H
 
 #include "core/internal.h"
+#include "kernels/kernels.h"
 
 /* n ascending keys; with keys NULL they are start, start + 1, ... */
 typedef struct {

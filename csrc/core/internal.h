@@ -1,4 +1,4 @@
-/* internal.h: small helpers shared by core, select and attend: errors, overflow-checked sizes, arenas, dtypes. */
+/* internal.h: small helpers that every room uses: errors, overflow-checked sizes, memory, dtypes, checks of tensors. */
 #ifndef DHSA_INTERNAL_H
 #define DHSA_INTERNAL_H
 
@@ -6,8 +6,8 @@
 #include <stdlib.h>
 
 #include "dhsa.h"
-#include "kernels/kernels.h"
 
+#define DHSA_ALIGN 64 /* bytes: a cache line, and the widest vector */
 #define DHSA_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define DHSA_MAX(a, b) ((a) > (b) ? (a) : (b))
 

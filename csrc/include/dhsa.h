@@ -91,7 +91,7 @@ typedef struct {
     float mlp2_bias;
 } dhsa_predictor;
 
-/* The compact boundary network, this project's: see select/compact.c. Weights alike. */
+/* The compact boundary network, this project's: see chunk/compact.c. Weights alike. */
 typedef struct {
     int64_t channels, width, pooled, hidden; /* C, R, M, N */
     int64_t window;

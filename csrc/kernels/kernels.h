@@ -10,10 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "dhsa.h"
+#include "core/internal.h"
 
 #define DHSA_MAX_LANES 64
-#define DHSA_ALIGN 64
 #define DHSA_DECODE_STEP 32
 #define DHSA_DECODE_AHEAD 64
 

@@ -1,4 +1,4 @@
-/* past.c: the type _core.Past: what is kept of a sequence's keys from call to call, owned by Python. The work is select/past.c's.
+/* past.c: the type _core.Past: what is kept of a sequence's keys from call to call, owned by Python. The work is chunk/past.c's.
  */
 #include "python/past.h"
 

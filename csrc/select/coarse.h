@@ -3,6 +3,7 @@
 #ifndef DHSA_COARSE_H
 #define DHSA_COARSE_H
 
+#include "chunk/chunk.h"
 #include "select/probe.h"
 
 /* Rows [first, first + n) of a probe are means of `run` neighbouring queries of a block: row r is mean r / heads of head

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "chunk/chunk.h"
 #include "core/threads.h"
 
 enum { KEYS = 1024 }; /* of a task */

@@ -3,7 +3,7 @@
 #ifndef DHSA_FINITE_H
 #define DHSA_FINITE_H
 
-#include "select/method.h"
+#include "select/selector.h"
 
 typedef struct {
     unsigned char *bad; /* [rows, Lk]: 1 where any of a row's KV heads has such a key; a row a KV head, or one for all */

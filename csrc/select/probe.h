@@ -3,7 +3,7 @@
 #ifndef DHSA_PROBE_H
 #define DHSA_PROBE_H
 
-#include "select/method.h"
+#include "select/selector.h"
 
 /* What becomes of the probabilities. All but TWICE take one pass over the keys and keep numbers relative to the maximum of
  * their time, which is made good once the sums are known. */

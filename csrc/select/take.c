@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "select/method.h"
+#include "select/selector.h"
 
 /* Digits of an order-preserving image of the score, highest first. */
 enum { PASSES = 3, MOST_DIGITS = 1 << 11 };

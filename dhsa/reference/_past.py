@@ -1,4 +1,4 @@
-"""Reference of what is kept of a sequence's keys from call to call: where they were cut (csrc/select/past.c).
+"""Reference of what is kept of a sequence's keys from call to call: where they were cut (csrc/chunk/past.c).
 
 Responsible for which cuts stay, which go and which are added; gap scores and picking are _boundaries.py's.
 """

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "core/internal.h"
+#include "kernels/kernels.h"
 #include "kernels/half.h"
 
 static const dhsa_kernels *ref, *kn;

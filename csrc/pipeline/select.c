@@ -1,10 +1,35 @@
-/* lists.c: what a selection may be asked for, which blocks are exact and how many keys the others may have, and the public
- * entries. The same for every method; how keys are found is theirs, what scores buy is take.c's. */
+/* select.c: the public entries of scores and of selection, and what they may be asked for. */
 #include <inttypes.h>
+#include <math.h>
 
-#include "select/method.h"
+#include "core/threads.h"
+#include "pipeline/pipeline.h"
+#include "select/scorer.h"
 
 enum { MAX_STRIDE = 1024 }; /* a row of xattention holds so many queries */
+
+dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *c, dhsa_error *error)
+{
+    dhsa_status status;
+    if ((status = dhsa_given(c, "config", error)) || (status = dhsa_qk_check(q, k, error))) return status;
+    if (q->shape[2] > k->shape[2])
+        return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk",
+                         q->shape[2], k->shape[2]);
+    if (c->score != DHSA_SCORE_ROWS && c->score != DHSA_SCORE_BLOCK)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "score: unknown kind %d", (int)c->score);
+    if (c->pooling != DHSA_POOL_MEAN && c->pooling != DHSA_POOL_MEAN_SQRT)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "pooling: unknown kind %d", (int)c->pooling);
+    if (c->heads != DHSA_HEADS_GROUP && c->heads != DHSA_HEADS_ALL && c->heads != DHSA_HEADS_HEAD)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "heads: unknown kind %d", (int)c->heads);
+    if (c->query_block < 1 || c->query_block > INT32_MAX)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: got %" PRId64 ", expected 1 to %d", c->query_block, INT32_MAX);
+    if (c->score == DHSA_SCORE_ROWS && (c->rows < 1 || c->rows > c->query_block))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "rows: got %" PRId64 ", expected 1 to the query_block of %" PRId64, c->rows,
+                         c->query_block);
+    if ((status = dhsa_scaling_check(c->scale, c->softcap, error))) return status;
+    if (c->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", c->window);
+    return DHSA_OK;
+}
 
 dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *c, dhsa_error *error)
 {
@@ -49,23 +74,6 @@ dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
                          "stride: got %" PRId64 ", expected a divisor of key_block = %" PRId64 ", at most %d", c->stride,
                          c->key_block, MAX_STRIDE);
     return DHSA_OK;
-}
-
-int dhsa_span_exact(const dhsa_select_config *c, int64_t q_len, int64_t k_len, int64_t block, dhsa_span *span)
-{
-    const int64_t end_query = DHSA_MIN((block + 1) * c->score.query_block, q_len), window = c->score.window;
-    const int64_t least = c->mass > 0 ? c->floor : c->budget;
-    *span = dhsa_span_candidates(&c->score, q_len, k_len, block);
-    if (!(end_query > q_len - c->dense_tail || span->end <= least || (window && window <= least))) return 0;
-    span->lo = window ? DHSA_MAX(k_len - q_len + block * c->score.query_block - window + 1, 0) : 0;
-    return 1;
-}
-
-int64_t dhsa_block_keys(const dhsa_select_config *c, int64_t q_len, int64_t k_len, int64_t block)
-{
-    dhsa_span span;
-    const int exact = dhsa_span_exact(c, q_len, k_len, block, &span);
-    return exact ? span.end - span.lo : DHSA_MIN(span.end - span.lo, c->budget);
 }
 
 dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
@@ -123,7 +131,9 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
         boundaries = NULL;
     else if ((status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)))
         return status;
-    if ((status = dhsa_selector_open(&s, q, k, boundaries, n_boundaries, NULL, config, num_threads, error))) return status;
+    if ((status = dhsa_selector_open(&s, dhsa_method_find(config->method), q, k, boundaries, n_boundaries, NULL, config,
+                                     num_threads, error)))
+        return status;
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
         if (sparse) status = dhsa_selector_begin(&s, b, error);
         if (!status) status = dhsa_selector_run(&s, 0, s.blocks, indptr + b * s.sets * s.blocks, indices, error);
@@ -136,4 +146,50 @@ int dhsa_method_has_chunks(dhsa_method_kind kind)
 {
     const dhsa_method *method = dhsa_method_find(kind);
     return method && method->has_chunks;
+}
+
+/* ---- scores alone ------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    dhsa_scorer scorer;
+    float *scores;
+    int64_t width; /* chunks, padding included */
+    char *arenas;
+} scores_job;
+
+static void scores_task(void *context, int64_t index, int thread)
+{
+    const scores_job *job = context;
+    const dhsa_scorer *s = &job->scorer;
+    const int64_t block = s->blocks - 1 - index / s->sets, set = index % s->sets;
+    float *score = job->scores + ((s->b * s->sets + set) * s->blocks + block) * job->width;
+    int64_t first, last;
+    dhsa_scorer_run(s, set, block, NULL, 0, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
+    for (int64_t c = 0; c < first; c++) score[c] = -INFINITY;
+    for (int64_t c = last; c < job->width; c++) score[c] = -INFINITY;
+}
+
+dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
+                              const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error)
+{
+    scores_job job = {.scores = scores};
+    dhsa_scorer *s = &job.scorer;
+    dhsa_status status;
+    if ((status = dhsa_score_check(q, k, config, error)) || (status = dhsa_threads_check(num_threads, error)) ||
+        (status = dhsa_given(scores, "scores", error)) ||
+        (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
+        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, 0, NULL, DHSA_LEVEL_FINE, error)))
+        return status;
+    job.width = n_boundaries - 1;
+    num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
+    job.arenas = dhsa_alloc(s->arena_size, num_threads);
+    if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);
+    for (int64_t b = 0; b < q->shape[0] && !status; b++) {
+        status =
+            dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads, error);
+        if (!status) dhsa_parallel(s->sets * s->blocks, num_threads, scores_task, &job);
+    }
+    dhsa_free(job.arenas);
+    dhsa_scorer_close(s);
+    return status;
 }

@@ -1,7 +1,7 @@
 /* past.c: keys that were there in an earlier call: knows them again, and keeps their cuts and the means of their chunks, so that a
  * prompt in pieces and a decoding step do that work once a key. How keys are cut is boundaries.c's, what means are for scores.c's.
  * Decoding after arXiv 2510.24606: the prompt's chunks are kept, generated tokens are one chunk more, the current one its own. */
-#include "select/past.h"
+#include "chunk/past.h"
 
 #include <inttypes.h>
 #include <stdatomic.h>

@@ -1,10 +1,10 @@
-/* dhsa.c: the paper's score of chunks: the mean query of a block against the mean key of a chunk. Which chunks are candidates,
- * and what this score has in common with row scores, is scores.c's. Source: Dynamic Hierarchical Sparse Attention,
+/* mean_scores.c: the paper's score of chunks: the mean query of a block against the mean key of a chunk. Which chunks are
+ * candidates, and what this score has in common with row scores, is in scorer.c. Source: Dynamic Hierarchical Sparse Attention,
  * arXiv 2510.24606. */
 #include <math.h>
 
 #include "core/arena.h"
-#include "select/select.h"
+#include "select/scorer.h"
 
 int64_t dhsa_mean_plan(const dhsa_scorer *s)
 {

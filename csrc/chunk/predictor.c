@@ -10,7 +10,7 @@
 
 #include "core/arena.h"
 #include "core/threads.h"
-#include "select/select.h"
+#include "chunk/chunk.h"
 
 enum { TILE_TOKENS = 128 };
 

@@ -2,7 +2,7 @@
 #ifndef DHSA_PAST_H
 #define DHSA_PAST_H
 
-#include "select/select.h"
+#include "chunk/chunk.h"
 
 /* Means of chunks, of which the first `done` are those of the keys. */
 typedef struct {

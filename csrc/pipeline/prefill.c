@@ -5,8 +5,8 @@
 #include <string.h>
 
 #include "core/internal.h"
-#include "select/method.h"
-#include "select/past.h"
+#include "chunk/past.h"
+#include "pipeline/pipeline.h"
 
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)
 {
@@ -189,7 +189,8 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
-    if ((status = dhsa_selector_open(&l.selector, &p->q, &p->k, l.boundaries, l.capacity, pasts, select, p->num_threads, error)))
+    if ((status = dhsa_selector_open(&l.selector, dhsa_method_find(select->method), &p->q, &p->k, l.boundaries, l.capacity, pasts,
+                                     select, p->num_threads, error)))
         goto cleanup;
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;

@@ -1,12 +1,12 @@
-/* shortlist.c: the method "rows", this project's: row scores of chunks, in two stages where there are many keys. A coarse look at
+/* rows.c: the method "rows", this project's: row scores of chunks, in two stages where there are many keys. A coarse look at
  * groups of neighbouring chunks, by fewer rows, leaves a shortlist of so many keys; only chunks on it are scored. That is one level
  * more of DHSA's hierarchy (arXiv 2510.24606), and what keeps the cost of a block from growing with the prompt: the coarse look is
- * a hundredth of scoring every chunk. The scores are rows.c's. */
+ * a hundredth of scoring every chunk. The scores are those of row_scores.c. */
 #include <inttypes.h>
 #include <math.h>
 
-#include "select/method.h"
-#include "select/past.h"
+#include "select/scorer.h"
+#include "select/selector.h"
 
 enum {
     COARSER = 8, /* rows of the coarse look: one for so many */

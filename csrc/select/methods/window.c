@@ -1,6 +1,6 @@
 /* window.c: the selection that looks at nothing: the first keys and the most recent ones, as many as the budget holds.
  * Source: attention sinks, StreamingLLM (arXiv 2309.17453); the shape is also called A. */
-#include "select/method.h"
+#include "select/selector.h"
 
 static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
 {

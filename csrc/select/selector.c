@@ -1,40 +1,18 @@
-/* method.c: the table of methods, and the selector that runs one of them over all blocks: workspaces, threads, exact blocks,
+/* selector.c: the selector that runs one of them over all blocks: workspaces, threads, exact blocks,
  * lists put one after the other. How a method finds its keys is its own file's. */
-#include "select/method.h"
+#include "select/selector.h"
 
 #include <inttypes.h>
 #include <string.h>
 
 #include "core/threads.h"
 
-/* Adding a method: its name here, in dhsa.h's dhsa_method_kind and in config.py's METHODS. */
-extern const dhsa_method dhsa_method_rows, dhsa_method_dhsa, dhsa_method_window, dhsa_method_block, dhsa_method_power,
-    dhsa_method_vertical_slash, dhsa_method_xattention, dhsa_method_proxy, dhsa_method_hisa, dhsa_method_oracle;
-
-static const dhsa_method *const methods[] = {
-    [DHSA_METHOD_ROWS] = &dhsa_method_rows,
-    [DHSA_METHOD_DHSA] = &dhsa_method_dhsa,
-    [DHSA_METHOD_WINDOW] = &dhsa_method_window,
-    [DHSA_METHOD_BLOCK] = &dhsa_method_block,
-    [DHSA_METHOD_VERTICAL_SLASH] = &dhsa_method_vertical_slash,
-    [DHSA_METHOD_XATTENTION] = &dhsa_method_xattention,
-    [DHSA_METHOD_PROXY] = &dhsa_method_proxy,
-    [DHSA_METHOD_HISA] = &dhsa_method_hisa,
-    [DHSA_METHOD_POWER] = &dhsa_method_power,
-    [DHSA_METHOD_ORACLE] = &dhsa_method_oracle,
-};
-
-const dhsa_method *dhsa_method_find(dhsa_method_kind kind)
-{
-    return (int)kind >= 0 && (size_t)kind < sizeof methods / sizeof *methods ? methods[kind] : NULL;
-}
-
-dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
-                               int64_t n_boundaries, dhsa_past *const *pasts, const dhsa_select_config *config, int num_threads,
-                               dhsa_error *error)
+dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, const dhsa_tensor *q, const dhsa_tensor *k,
+                               const int32_t *boundaries, int64_t n_boundaries, dhsa_past *const *pasts,
+                               const dhsa_select_config *config, int num_threads, dhsa_error *error)
 {
     memset(s, 0, sizeof *s);
-    s->method = dhsa_method_find(config->method);
+    s->method = method;
     s->config = config;
     s->kernels = dhsa_kernels_current();
     s->q = q;

@@ -6,7 +6,7 @@
 
 #include "core/arena.h"
 #include "core/threads.h"
-#include "select/select.h"
+#include "chunk/chunk.h"
 
 enum { GAPS = 64 /* gaps of a task */ };
 
@@ -356,4 +356,24 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
     }
     for (int64_t i = 0; i < *count && !status; i++) boundaries[i] += (int32_t)from;
     return status;
+}
+
+dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error)
+{
+    if (!boundaries || n < 2)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: expected at least the two entries 0 and %" PRId64, length);
+    for (int64_t b = 0; b < batch; b++) {
+        const int32_t *row = boundaries + b * n;
+        if (row[0] != 0)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " begins with %d, expected 0", b, row[0]);
+        for (int64_t c = 1; c < n; c++)
+            if (row[c] < row[c - 1])
+                return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " falls from %d to %d at entry %" PRId64, b,
+                                 row[c - 1], row[c], c);
+        if (row[n - 1] != length)
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "boundaries: row %" PRId64 " ends with %d, expected the number of keys, %" PRId64, b, row[n - 1],
+                             length);
+    }
+    return DHSA_OK;
 }

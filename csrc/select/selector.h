@@ -1,11 +1,12 @@
-/* method.h: what a method of selection is, and what it is given to work with. A method is one file of select/ with a const
- * dhsa_method, which method.c lists; who calls it, and what forced keys, budgets, windows and exact blocks mean, is the same
- * for all of them. */
-#ifndef DHSA_METHOD_H
-#define DHSA_METHOD_H
+/* selector.h: what a method of selection is, and what it is given to work with. A method is one file of select/methods/ with a
+ * const dhsa_method, which registry.c there lists; who calls it, and what forced keys, budgets, windows and exact blocks mean, is
+ * the same for all of them. */
+#ifndef DHSA_SELECTOR_H
+#define DHSA_SELECTOR_H
 
 #include "core/arena.h"
-#include "select/select.h"
+#include "kernels/kernels.h"
+#include "select/span.h"
 
 typedef struct dhsa_selector dhsa_selector;
 
@@ -51,13 +52,13 @@ struct dhsa_selector {
 /* What `thread` works in, aligned to DHSA_ALIGN. */
 static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread) { return s->arenas + thread * s->arena_stride; }
 
-/* The method of a kind; NULL if there is none (yet). */
+/* The method of a kind; NULL if there is none. methods/registry.c */
 const dhsa_method *dhsa_method_find(dhsa_method_kind kind);
 
 /* Allocates; arguments have been checked. boundaries is borrowed and may be NULL if the method has no chunks; pasts may be NULL. */
-dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
-                               int64_t n_boundaries, dhsa_past *const *pasts, const dhsa_select_config *config, int num_threads,
-                               dhsa_error *error);
+dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, const dhsa_tensor *q, const dhsa_tensor *k,
+                               const int32_t *boundaries, int64_t n_boundaries, dhsa_past *const *pasts,
+                               const dhsa_select_config *config, int num_threads, dhsa_error *error);
 void dhsa_selector_close(dhsa_selector *s);
 /* The workspaces of threads, which open makes, can be given back and made anew while the state stays. */
 void dhsa_selector_rest(dhsa_selector *s);

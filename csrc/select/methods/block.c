@@ -5,7 +5,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "select/method.h"
+#include "chunk/chunk.h"
+#include "select/selector.h"
 
 typedef struct {
     dhsa_chunks blocks; /* of keys */

@@ -1,12 +1,12 @@
-/* rows.c: row scores: mean rows of a block's queries against chunk means, a softmax over the chunks for each row, and the
+/* row_scores.c: row scores: mean rows of a block's queries against chunk means, a softmax over the chunks for each row, and the
  * sum of its squares (and, where asked for, of the probabilities themselves: attention mass) over rows: ours. Which chunks are
- * candidates is scores.c's, which groups of them are looked at at all is shortlist.c's. */
+ * candidates is decided in scorer.c, which groups of them are looked at at all in methods/rows.c. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
 #include "core/arena.h"
-#include "select/select.h"
+#include "select/scorer.h"
 
 enum {
     TILE = 128,             /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */

@@ -12,7 +12,7 @@
 
 #include "core/arena.h"
 #include "core/threads.h"
-#include "select/select.h"
+#include "chunk/chunk.h"
 
 enum { TILE_TOKENS = 256 };
 

@@ -1,10 +1,10 @@
-/* chunks.c: mean keys of chunks, per KV head, and which of them are finite. What they are compared with is scores.c's. */
+/* means.c: mean keys of chunks, per KV head, and which of them are finite. What they are compared with is in select/scorer.c. */
 #include <math.h>
 #include <string.h>
 
 #include "core/arena.h"
 #include "core/threads.h"
-#include "select/select.h"
+#include "chunk/chunk.h"
 
 enum {
     RUN = 128, /* keys summed on their own before they join the total: long chunks round less */
@@ -34,6 +34,17 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
     if (dhsa_all_finite(kernels, mean, dim)) return 1;
     memset(mean, 0, (size_t)dim * sizeof *mean);
     return 0;
+}
+
+void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to, float sign,
+                     float *mean)
+{
+    const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
+    const float n = sign < 0 ? -(float)(to - from) : (float)(to - from);
+    kernels->sum_rows(dhsa_row(q, b, h, from), (ptrdiff_t)stride, q->dtype, to - from, dim, mean);
+    /* Divided, not times 1 / n: a mean that lies on a tie of bf16 must stay there. */
+    for (int64_t d = 0; d < dim; d++) mean[d] /= n;
+    for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
 
 void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to)

@@ -4,7 +4,7 @@
 
 #include "core/arena.h"
 #include "core/threads.h"
-#include "select/select.h"
+#include "kernels/kernels.h"
 
 enum { GAPS = 128 /* gaps of a task */ };
 

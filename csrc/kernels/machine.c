@@ -7,6 +7,7 @@
 
 #include "core/internal.h"
 #include "core/threads.h"
+#include "kernels/kernels.h"
 
 int dhsa_cpu_count(void)
 {

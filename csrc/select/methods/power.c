@@ -2,7 +2,7 @@
  * Blocks are as long as those of queries, and a distance counts them back from the block itself: it is 0. The budget is filled
  * in the order of the hops of power-of-two length that a distance takes: first the powers, then sums of two of them, and so
  * on; of equal ones the nearer. Source: PowerAttention (arXiv 2503.03588); the order beyond the powers is this project's. */
-#include "select/method.h"
+#include "select/selector.h"
 
 static dhsa_status open(dhsa_selector *s, dhsa_error *error)
 {

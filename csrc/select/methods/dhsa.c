@@ -1,0 +1,48 @@
+/* dhsa.c: the method "dhsa": chunks by the paper's score, the mean query of a block against the mean key of a chunk. The scores are
+ * mean_scores.c's. Source: Dynamic Hierarchical Sparse Attention, arXiv 2510.24606. */
+#include "select/scorer.h"
+#include "select/selector.h"
+
+static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
+{
+    dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
+    if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
+    const dhsa_status status =
+        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->pasts, DHSA_LEVEL_FINE, error);
+    if (status) {
+        dhsa_free(scorer);
+        return status;
+    }
+    s->state = scorer;
+    s->units = scorer->capacity;
+    s->arena_size = scorer->arena_size; /* what the scorer works in, then scores */
+    dhsa_part(NULL, &s->arena_size, scorer->capacity * 4);
+    return DHSA_OK;
+}
+
+static void close_chunks(dhsa_selector *s)
+{
+    if (s->state) dhsa_scorer_close(s->state);
+    dhsa_free(s->state);
+}
+
+static dhsa_status begin_chunks(dhsa_selector *s, int64_t b, dhsa_error *error)
+{
+    return dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas, s->arena_stride,
+                             s->num_threads, error);
+}
+
+static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                           int64_t room)
+{
+    const dhsa_scorer *scorer = s->state;
+    char *arena = dhsa_selector_arena(s, thread);
+    int64_t used = scorer->arena_size;
+    float *score = dhsa_part(arena, &used, scorer->capacity * 4);
+    dhsa_units units = {.edges = scorer->chunks.edges, .score = score};
+    dhsa_scorer_run(scorer, set, block, NULL, 0, arena, score, NULL, &units.first, &units.last);
+    return dhsa_take(s, thread, span, &units, row, room);
+}
+
+const dhsa_method dhsa_method_dhsa = {
+    .name = "dhsa", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};

@@ -1,0 +1,111 @@
+/* scorer.c: how much each block of queries wants each chunk: candidates, and what the two scores of chunks (row_scores.c,
+ * mean_scores.c) have in common. Source: arXiv 2510.24606. */
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+#include "select/scorer.h"
+
+/* ---- one block -------------------------------------------------------------------------------------------------- */
+
+/* First entry of edges [0, n) that is at least x (above: more than x). */
+static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
+{
+    int64_t low = 0;
+    while (low < n) {
+        const int64_t mid = low + (n - low) / 2;
+        if (edges[mid] < x || (above && edges[mid] == x))
+            low = mid + 1;
+        else
+            n = mid;
+    }
+    return low;
+}
+
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups, char *arena,
+                     float *score, float *mass, int64_t *first, int64_t *last)
+{
+    const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
+    const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
+    const int32_t *edges = s->chunks.edges;
+    *first = search(edges, chunks + 1, span.lo, 1) - 1;
+    *last = search(edges, chunks + 1, span.end, 0);
+    dhsa_block_job job = {.set = set, .from = block * s->config->query_block, .first = *first, .n = *last - *first};
+    job.groups = groups;
+    job.n_groups = n_groups;
+    job.to = DHSA_MIN(job.from + s->config->query_block, q_len);
+    const int rows = s->config->score == DHSA_SCORE_ROWS;
+    const int64_t kv = set * s->k->shape[1] / s->sets; /* the first KV head of the set */
+    /* Row scores may not look past the block's end; the paper's means are of whole chunks. */
+    if (rows && edges[*last] > span.end) job.cut_end = span.end;
+    score += *first;
+    if (mass) mass += *first;
+    const unsigned char last_state =
+        rows ? dhsa_rows_score(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
+    for (int64_t c = 0; c < job.n; c++) {
+        unsigned char state = DHSA_CHUNK_GOOD;
+        if (score[c] == -INFINITY && !s->chunks.bad) continue; /* on no shortlist */
+        for (int64_t h = kv; h < kv + s->kv_per_set; h++)
+            state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + job.first + c]);
+        if (c == job.n - 1) state = last_state;
+        /* A NaN must reach the rows that see it, as in exact attention: such a chunk is always picked.
+         * Adding 0 makes one number of the two zeros, so that they tie. */
+        score[c] = state == DHSA_CHUNK_EMPTY ? -INFINITY : state == DHSA_CHUNK_BAD ? INFINITY : score[c] + 0.0f;
+        if (mass && state != DHSA_CHUNK_GOOD) mass[c] = 0;
+    }
+}
+
+/* ---- the scorer -------------------------------------------------------------------------------------------------- */
+
+dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
+                             int64_t n_boundaries, int rounded, dhsa_past *const *pasts, int level, dhsa_error *error)
+{
+    const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
+    const int rows = config->score == DHSA_SCORE_ROWS;
+    memset(s, 0, sizeof *s);
+    s->kernels = dhsa_kernels_current();
+    s->q = q;
+    s->k = k;
+    s->config = config;
+    s->sets = dhsa_score_sets(config, q, k);
+    s->blocks = dhsa_block_count(config, q->shape[2]);
+    s->capacity = n_boundaries - 1;
+    /* Whole groups are laid out even where the last one is not full. A shortlist lowers nothing: it is of so many keys, and empty
+     * chunks, which have none, may be in any number between them. Memory that is not touched costs nothing. */
+    s->most = dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP);
+    s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
+    s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
+    const dhsa_means_kind kind = rows && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
+    if (kind == DHSA_MEANS_BF16) s->bf16 = s->kernels->bf16;
+    s->pasts = pasts;
+    s->level = level;
+    int opened = 1;
+    if (pasts)
+        dhsa_chunks_plan(&s->chunks, kind, s->bf16 != NULL, s->capacity, dim);
+    else
+        opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
+    s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_mean_plan(s);
+    if (opened) return DHSA_OK;
+    dhsa_scorer_close(s);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks", n_boundaries - 1);
+}
+
+void dhsa_scorer_close(dhsa_scorer *s)
+{
+    if (!s->pasts) dhsa_chunks_close(&s->chunks);
+    memset(s, 0, sizeof *s);
+}
+
+dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas,
+                              int64_t stride, int num_threads, dhsa_error *error)
+{
+    const int64_t count = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
+    s->b = b;
+    if (s->pasts)
+        return dhsa_past_means(s->pasts[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count, &s->chunks, arenas,
+                               stride, num_threads, error);
+    s->chunks.edges = boundaries;
+    s->chunks.chunks = count;
+    dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, 0, arenas, stride, num_threads);
+    return DHSA_OK;
+}
