@@ -87,6 +87,25 @@ def test_every_module_is_public_or_known_not_to_be():
         assert f"`{name}`" in REFERENCE["reference/index.md"]
 
 
+def test_the_files_that_the_architecture_names_are_there():
+    """By their path in the checkout, or by their name alone."""
+    root = DOCS.parent
+    files = [
+        path.relative_to(root).as_posix()
+        for folder in ("csrc", "dhsa", "tests", "benchmarks")
+        for path in (root / folder, *(root / folder).rglob("*"))
+    ]
+    named = {
+        (page, name.rstrip("/"))
+        for page, text in PAGES.items()
+        if page.startswith(("ARCHITECTURE", "architecture/"))
+        for name in re.findall(r"`([\w/]+(?:/|\.(?:c|h|inc|py)))`", text)
+        if "NAME" not in name
+    }
+    assert len(named) > 60
+    assert not [pair for pair in sorted(named) if not any(f"/{file}".endswith(f"/{pair[1]}") for file in files)]
+
+
 def test_the_table_of_settings():
     rows = re.findall(r"^\| (`[^|]+`) \| ([^|]+) \| .+ \|$", PAGES["howto/model.md"], re.M)
     printed = {}
