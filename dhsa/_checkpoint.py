@@ -72,6 +72,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self.archive, self.root, self.byte_order = archive, root, byte_order
         self.storages: dict[str, np.ndarray] = {}
+        assert archive.fp is not None  # it is open
         self.room = os.fstat(archive.fp.fileno()).st_size  # members are stored as they are, side by side
 
     def find_class(self, module: str, name: str) -> Any:
@@ -190,6 +191,7 @@ def check_pickle(program: bytes) -> None:
     stored: set[int] = set()
     suspect: set[int] = set()  # what may be a tuple
     again, before = 0, ""
+    argument: Any  # of a type that the opcode says
     for opcode, argument, _ in pickletools.genops(program):
         name = opcode.name
         if name in UNUSED_OPCODES:

@@ -8,15 +8,17 @@ arithmetic (csrc/).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from dhsa import _core
 from dhsa._arrays import (
-    Array,
     DlpackKind,
+    Kind,
     NumpyKind,
     TorchKind,
     allocate,
@@ -28,6 +30,7 @@ from dhsa._arrays import (
     type_name,
 )
 from dhsa._threads import get_num_threads, set_num_threads
+from dhsa._typing import Array, ArrayLike, ArrayT, ScalarT
 from dhsa.config import HEADS, MAX_QUERY_BLOCK, POOLINGS, SCORES, Config, check_choice
 from dhsa.selection import Selection
 
@@ -69,7 +72,7 @@ class RunStats(NamedTuple):
     skipped: float = 0.0
 
 
-def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array, Array, Array, Array, bool]:
+def _inputs(q: Any, k: Any, v: Any, out: Any) -> tuple[Kind, Any, Any, Any, Any, bool]:
     """Kind, checked q, k and v, the output to write, and whether it is the caller's own."""
     kind = kind_of(q, "q")
     q, k, v = kind.accept(q, "q"), kind.accept(k, "k"), kind.accept(v, "v")
@@ -84,7 +87,7 @@ def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array
 
 
 def run(
-    q: Array,
+    q: ArrayT,
     k: Array,
     v: Array,
     config: Config | None = None,
@@ -93,14 +96,14 @@ def run(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
-    boundaries: Array | None = None,
-    pasts: tuple[Any, ...] | None = None,
+    out: ArrayT | None = None,
+    boundaries: ArrayLike | None = None,
+    pasts: tuple[_core.Past, ...] | None = None,
     same: int = 0,
     keep: bool = True,
-) -> tuple[Array, Array | None, RunStats]:
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
     """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments, errors as in `attention`,
     but `config.share` is the caller's business.
 
@@ -144,11 +147,73 @@ def run(
     if type(kind) is DlpackKind:  # its results are Buffers until here
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    return out if given else target, lse, stats
+    return target if out is None else out, lse, stats
 
 
+# fmt: off  # four signatures that differ in q, return_lse and the result only
+@overload
 def attention(
-    q: Array,
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    out: ArrayT | None = ...,
+) -> ArrayT: ...
+@overload
+def attention(
+    q: npt.NDArray[ScalarT],
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: npt.NDArray[ScalarT] | None = ...,
+) -> tuple[npt.NDArray[ScalarT], npt.NDArray[np.float32]]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: ArrayT | None = ...,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: bool,
+    out: ArrayT | None = ...,
+) -> ArrayT | tuple[ArrayT, Any]: ...
+# fmt: on
+def attention(
+    q: Any,
     k: Array,
     v: Array,
     config: Config | None = None,
@@ -157,9 +222,9 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
     """Attention over the keys that `config` selects; exact over all visible keys with None or a budget of None.
 
@@ -212,8 +277,66 @@ def attention(
     return (result, lse) if return_lse else result
 
 
+# fmt: off  # four signatures that differ in q, return_lse and the result only
+@overload
 def sparse_attention(
-    q: Array,
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[False] = ...,
+    out: ArrayT | None = ...,
+) -> ArrayT: ...
+@overload
+def sparse_attention(
+    q: npt.NDArray[ScalarT],
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[True],
+    out: npt.NDArray[ScalarT] | None = ...,
+) -> tuple[npt.NDArray[ScalarT], npt.NDArray[np.float32]]: ...
+@overload
+def sparse_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[True],
+    out: ArrayT | None = ...,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def sparse_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: bool,
+    out: ArrayT | None = ...,
+) -> ArrayT | tuple[ArrayT, Any]: ...
+# fmt: on
+def sparse_attention(
+    q: Any,
     k: Array,
     v: Array,
     selection: Selection,
@@ -223,7 +346,7 @@ def sparse_attention(
     window: int | None = None,
     skip: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
     """Causal attention over the keys of a selection: the second half of `attention`, for a selection made or kept
     before.
@@ -242,7 +365,7 @@ def sparse_attention(
 
 
 def run_selected(
-    q: Array,
+    q: ArrayT,
     k: Array,
     v: Array,
     selection: Selection,
@@ -250,11 +373,11 @@ def run_selected(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     skip: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
-) -> tuple[Array, Array | None, RunStats]:
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
     """`sparse_attention` with a report, as `run` is of `attention`; nothing was selected, so no seconds went there.
 
     key_ranges: as in `attention`, of what the lists hold. The lists then say which keys there are, none is left out.
@@ -291,7 +414,7 @@ def run_selected(
     if type(kind) is DlpackKind:
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    return out if given else target, lse, stats
+    return target if out is None else out, lse, stats
 
 
 def _config(config: object) -> Config:
@@ -300,7 +423,7 @@ def _config(config: object) -> Config:
     return config
 
 
-def _boundaries(k: Array, config: Config) -> np.ndarray:
+def _boundaries(k: Any, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
@@ -313,7 +436,11 @@ def _boundaries(k: Array, config: Config) -> np.ndarray:
     return result if most == result.shape[1] else np.ascontiguousarray(result[:, :most])
 
 
-def boundaries(k: Array, config: Config) -> Array:
+@overload
+def boundaries(k: npt.NDArray[Any], config: Config) -> npt.NDArray[np.int32]: ...
+@overload
+def boundaries(k: ArrayT, config: Config) -> ArrayT: ...
+def boundaries(k: Any, config: Config) -> Any:
     """Cuts keys into chunks of variable length, by `config.boundaries`.
 
     Args:
@@ -332,7 +459,13 @@ def boundaries(k: Array, config: Config) -> Array:
     return kind.result(_boundaries(kind.accept(k, "k"), _config(config)))
 
 
-def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instruction: int | None = None) -> Array:
+@overload
+def pick_boundaries(
+    scores: npt.NDArray[Any] | Sequence[float], n: int, *, theta: float, nms: int, instruction: int | None = ...
+) -> npt.NDArray[np.int32]: ...
+@overload
+def pick_boundaries(scores: ArrayT, n: int, *, theta: float, nms: int, instruction: int | None = ...) -> ArrayT: ...
+def pick_boundaries(scores: Any, n: int, *, theta: float, nms: int, instruction: int | None = None) -> Any:
     """Picks boundaries from gap scores: best first (equal scores: lower index first), spaced out.
 
     Args:
@@ -382,7 +515,7 @@ def _ranked(scores: np.ndarray, theta: float) -> tuple[np.ndarray, float]:
     return ranked, -np.inf
 
 
-def _boundary_array(value: Array, batch: int) -> np.ndarray:
+def _boundary_array(value: ArrayLike, batch: int) -> np.ndarray:
     """Boundaries as int32 [B, n]; one row serves all batch items. Their contents are checked by the core."""
     array = int_array(value, "boundaries", np.int32)
     if array.ndim == 1:
@@ -401,7 +534,7 @@ def _boundary_array(value: Array, batch: int) -> np.ndarray:
     return result
 
 
-def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int, int, int]:
+def _score_shape(q: Any, k: Any, heads: int, query_block: int) -> tuple[int, int, int]:
     """(B, sharing sets, nq) of q and k, checked as far as results of this shape need it; the rest is the core's."""
     for x, name, axes in ((q, "q", "[B, H, Lq, D]"), (k, "k", "[B, Hkv, Lk, D]")):
         if len(x.shape) != 4:
@@ -416,21 +549,37 @@ def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int,
     return q.shape[0], sets, -(-q.shape[2] // query_block)
 
 
+# fmt: off
+@overload
 def chunk_scores(
-    q: Array,
+    q: npt.NDArray[Any], k: Array, boundaries: ArrayLike, *, query_block: int, score: Literal["block", "rows"] = ...,
+    pooling: Literal["mean", "mean_sqrt"] = ..., heads: Literal["all", "group", "head"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., rows: int | None = ..., by_length: bool = ...,
+    window: int | None = ...,
+) -> npt.NDArray[np.float32]: ...
+@overload
+def chunk_scores(
+    q: ArrayT, k: Array, boundaries: ArrayLike, *, query_block: int, score: Literal["block", "rows"] = ...,
+    pooling: Literal["mean", "mean_sqrt"] = ..., heads: Literal["all", "group", "head"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., rows: int | None = ..., by_length: bool = ...,
+    window: int | None = ...,
+) -> ArrayT: ...
+# fmt: on
+def chunk_scores(
+    q: Any,
     k: Array,
-    boundaries: Array,
+    boundaries: ArrayLike,
     *,
     query_block: int,
-    score: str = "block",
-    pooling: str = "mean_sqrt",
-    heads: str = "all",
+    score: Literal["block", "rows"] = "block",
+    pooling: Literal["mean", "mean_sqrt"] = "mean_sqrt",
+    heads: Literal["all", "group", "head"] = "all",
     scale: float | None = None,
     softcap: float | None = None,
     rows: int | None = None,
     by_length: bool = False,
     window: int | None = None,
-) -> Array:
+) -> Any:
     """Scores every chunk of keys for every block of queries.
 
     Args:
@@ -481,7 +630,7 @@ def select(
     k: Array,
     config: Config,
     *,
-    boundaries: Array | None = None,
+    boundaries: ArrayLike | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -535,7 +684,13 @@ def select(
     )
 
 
-def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = None) -> Array:
+@overload
+def boundary_ratios(
+    attn: npt.NDArray[Any] | Sequence[Sequence[float]], *, window: int, sliding_window: int | None = ...
+) -> npt.NDArray[np.float64]: ...
+@overload
+def boundary_ratios(attn: ArrayT, *, window: int, sliding_window: int | None = ...) -> ArrayT: ...
+def boundary_ratios(attn: Any, *, window: int, sliding_window: int | None = None) -> Any:
     """The boundary predictor's training label: how differently later tokens attend to the two sides of a gap.
 
     Args:
@@ -569,15 +724,27 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
     return kind.result(result)
 
 
+# fmt: off
+@overload
 def attention_ratios(
-    q: Array,
+    q: npt.NDArray[Any], k: Array, *, window: int = ..., sliding_window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ...,
+) -> npt.NDArray[np.float64]: ...
+@overload
+def attention_ratios(
+    q: ArrayT, k: Array, *, window: int = ..., sliding_window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ...,
+) -> ArrayT: ...
+# fmt: on
+def attention_ratios(
+    q: Any,
     k: Array,
     *,
     window: int = 4,
     sliding_window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-) -> Array:
+) -> Any:
     """The training label straight from queries and keys: `boundary_ratios` of the head-mean of their causal attention
     matrix, which is never formed. Memory grows with L alone, about 190 bytes a key at the default window.
 

@@ -141,6 +141,7 @@ class Engine:
     def _replaying(self, first: int) -> Iterator[None]:
         """Layers before `first` hand on what was kept instead of computing."""
         kept = self._kept[first]
+        assert self._blocks is not None  # found when something was kept
         blocks = self._blocks[:first]
         try:
             for block in blocks:

@@ -90,6 +90,7 @@ def build(settings: Settings, channels: int, scale: float, seed: int) -> Compact
     """A network with fresh weights that depend on the seed alone. `scale`: root mean square of a key's numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        assert settings.hidden is not None  # Settings fills in a width
         if settings.architecture == "compact":
             return CompactNetwork(
                 channels,

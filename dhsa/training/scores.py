@@ -7,6 +7,7 @@ import numpy as np
 import dhsa
 from dhsa import _core
 from dhsa._threads import get_num_threads
+from dhsa._typing import Array
 
 __all__ = ["POSITIVE", "average_precision", "recall", "score", "similarity"]
 
@@ -40,7 +41,7 @@ def recall(scores: np.ndarray, ratios: np.ndarray) -> float:
     return len(wanted & found) / len(wanted) if wanted else float("nan")
 
 
-def similarity(keys: object, window: int) -> np.ndarray:
+def similarity(keys: Array, window: int) -> np.ndarray:
     """[L], the scores of boundaries="similarity" for keys [1, Hkv, L, D]."""
     scores = np.empty((1, keys.shape[2]), np.float32)
     _core.similarity_scores(keys, window, scores, get_num_threads())
