@@ -58,12 +58,8 @@ def torch_obstacle(x: Any) -> str | None:
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is not None and (transform := _transform(functorch, x)):
         return f"torch.{transform} does not reach into this package's functions, which are no operators of torch"
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-        return (
-            "has a tangent of torch.autograd.forward_ad, which would be lost: there is no forward-mode derivative of "
-            "this package's functions"
-        )
+    if tangent := torch_tangent(x):
+        return tangent
     if x.is_nested:
         return "is a nested tensor, expected one whose items all have one shape"
     kind = type(x)
@@ -76,6 +72,17 @@ def torch_obstacle(x: Any) -> str | None:
     if kind.__name__ == "FakeTensor":
         return "is a FakeTensor, which has a shape and no data"
     return f"is a {kind.__name__}, which gives torch's operators a meaning of its own; expected a plain torch.Tensor"
+
+
+def torch_tangent(x: Any) -> str | None:
+    """Why torch tensor `x` cannot be read, if it carries a derivative of forward mode; else None."""
+    forward_ad = sys.modules["torch"].autograd.forward_ad
+    if forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None:
+        return None
+    return (
+        "has a tangent of torch.autograd.forward_ad, which would be lost: there is no forward-mode derivative of "
+        "this package's functions"
+    )
 
 
 def _transform(functorch: Any, x: Any) -> str | None:
@@ -227,10 +234,14 @@ def kind_of(x: Any, name: str) -> Kind:
 
 def allocate(make: Callable[[Any], Any], like: Any) -> Any:
     """make(like), with a failed allocation told as what it is."""
-    if 0 in like.shape:  # before a library's own word about it
+    if len(like.shape) != 4:  # before a library's own word about it
+        raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
+    if 0 in like.shape:
         raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")
     try:
         return make(like)
+    except TypeError as error:  # of a Buffer
+        raise TypeError(f"q: {error}") from None
     except (MemoryError, ValueError, RuntimeError) as error:
         raise MemoryError(f"out: cannot allocate a result for q of shape {list(like.shape)}: {error}") from None
 

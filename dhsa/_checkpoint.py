@@ -6,6 +6,7 @@ storages, the two functions that make tensors) and refuses every other one befor
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -13,7 +14,7 @@ import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ STORAGES: dict[str, str | None] = {
 }
 
 
-# What reading garbage can raise; OSError (no such file) passes through.
+# What reading garbage can raise; OSError (no such file) passes through, but for EINVAL, of a seek to before the file.
 _DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -67,25 +68,53 @@ class _StorageType:
         self.name = name
 
 
+class _Function:
+    """A function as a pickle gets hold of it: it can be called, and no attributes can be put on it."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it sets attributes of a function")
+
+
+class _OrderedDict(OrderedDict):
+    """Takes no attributes: torch puts versions of modules there, which are of no use here, and each would be a copy."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, byte_order: str):
-        super().__init__(file)
+    def __init__(self, program: bytes, archive: zipfile.ZipFile, root: str, byte_order: str):
+        super().__init__(io.BytesIO(program))
+        self.items = len(program)  # that dicts may be made of: without copies, no more than this
         self.archive, self.root, self.byte_order = archive, root, byte_order
         self.storages: dict[str, np.ndarray] = {}
         assert archive.fp is not None  # it is open
         self.room = os.fstat(archive.fp.fileno()).st_size  # members are stored as they are, side by side
 
     def find_class(self, module: str, name: str) -> Any:
-        # Made anew for each load: a pickle may set attributes on what it is given.
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return _Function(self.ordered_dict)
         if module == "torch" and name in STORAGES:
             return _StorageType(name)
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return lambda storage, offset, shape, stride, *rest: rebuild_tensor(storage, offset, shape, stride)
+            return _Function(lambda *args: rebuild_tensor(*args[:4]))
         if module == "torch._utils" and name == "_rebuild_parameter":
-            return lambda data, *rest: rebuild_parameter(data)
+            return _Function(lambda *args: rebuild_parameter(*args[:1]))
         raise pickle.UnpicklingError(f"it asks for {module}.{name}; only tensors and plain containers are read")
+
+    def ordered_dict(self, items: Any = ()) -> OrderedDict:
+        self.items -= len(items)
+        if self.items < 0:
+            raise pickle.UnpicklingError("it copies dicts again and again")
+        return _OrderedDict(items)
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
@@ -163,8 +192,10 @@ def read_checkpoint(path: str, anchors: tuple[str, ...]) -> dict[str, np.ndarray
             big = f"{root}/byteorder" in archive.namelist() and read_member(archive, f"{root}/byteorder", 16) == b"big"
             program = read_member(archive, pickles[0], MAX_PICKLE_BYTES)
             check_pickle(program)
-            contents = _Unpickler(io.BytesIO(program), archive, root, ">" if big else "<").load()
-    except _DAMAGE as error:
+            contents = _Unpickler(program, archive, root, ">" if big else "<").load()
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path}: refused as a checkpoint: {str(error) or type(error).__name__}") from None
     found = find_state_dict(contents, anchors, 3)
     if found is None:

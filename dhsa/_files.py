@@ -15,6 +15,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`, with the same suffix, that takes its place when the block ends without an error;
     what is at `path` stays as it is otherwise."""
     target = Path(os.path.realpath(path))  # a link stays a link
+    if target.exists() and not target.is_file():  # a device or a pipe would be lost, and a plain file be in its place
+        raise OSError(f"{path}: is not a regular file, nothing is written in its place")
     part = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         yield part

@@ -87,7 +87,7 @@ SIZES = {
 }
 ANCHORS = tuple(architecture.anchor for architecture in ARCHITECTURES.values())
 _STORED = ("architecture", "heads", "window", "model", "format")  # what a file says of itself besides notes
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")  # one way to write a number: two would be one layer
 
 
 class BoundaryPredictor:
@@ -376,8 +376,9 @@ def _network(
     parameters = ARCHITECTURES[kind].parameters
     if missing := [name for name in parameters if name not in state_dict and name not in ARCHITECTURES[kind].optional]:
         raise ValueError(f"{where}: lacks {', '.join(missing)}")
-    if unknown := [str(name) for name in state_dict if name not in parameters]:
-        raise ValueError(f"{where}: unknown parameters {', '.join(unknown)}; expected {', '.join(parameters)}")
+    if unknown := [str(name)[:80] for name in state_dict if name not in parameters]:
+        few = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} others" if len(unknown) > 8 else "")
+        raise ValueError(f"{where}: unknown parameters {few}; expected {', '.join(parameters)}")
     arrays = {name: _float32(state_dict[name], name) for name in parameters if name in state_dict}
     letters = {letter: _size(arrays, kind, name, axis) for letter, (name, axis) in SIZES[kind].items()}
     for name, array in arrays.items():

@@ -107,6 +107,65 @@ def test_a_cache_that_cannot_be_seen_is_said_once():
         torch.testing.assert_close(got, expected, rtol=0, atol=0.5)
 
 
+@pytest.mark.skipif(not compat.GRAPHS, reason="compiled graphs cannot be told from such calls")
+def test_a_module_that_is_called_past_its_hooks_is_said_once():
+    """As some adapters do: their own module calls `forward` of the one inside."""
+
+    class Around(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return self.inner.forward(*args, **kwargs)
+
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn = Around(layer.self_attn)
+    with dhsa.patched(model, STEPS):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            read(model, DynamicCache(config=model.config))
+            read(model, DynamicCache(config=model.config))
+        assert len([w for w in said if f"but {caches.UNHOOKED}" in str(w.message)]) == 1
+        assert {(run.path, run.reason) for run in dhsa.last_run(model)} == {("sparse", caches.UNHOOKED)}
+
+
+def test_a_compiled_step_says_that_graphs_keep_nothing():
+    torch._dynamo.reset()
+    model = build("llama")
+    with dhsa.patched(model, STEPS), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        read(torch.compile(model, backend="eager"), DynamicCache(config=model.config))
+        assert {run.reason for run in dhsa.last_run(model)} == {caches.COMPILED}
+
+
+def test_a_cache_that_weak_references_cannot_name_is_seen():
+    class Slots:
+        __slots__ = ("cache",)
+        is_compileable = False
+
+        def __init__(self, cache):
+            self.cache = cache
+
+        def __getattr__(self, name):
+            return getattr(object.__getattribute__(self, "cache"), name)
+
+        def update(self, *args, **kwargs):
+            return self.cache.update(*args, **kwargs)
+
+        def get_seq_length(self, *args):
+            return self.cache.get_seq_length(*args)
+
+    model = build("llama")
+    with dhsa.patched(model, STEPS):
+        expected = read(model, DynamicCache(config=model.config))
+        cache = Slots(DynamicCache(config=model.config))
+        assert torch.equal(read(model, cache), expected)
+        assert kept_by(cache) == [PROMPT + 1] * model.config.num_hidden_layers
+    assert getattr(caches._running, "entry", None) is None
+
+
 def test_caches_are_recognized_by_what_they_are():
     class Own:
         def update(self, keys, values, layer): ...

@@ -214,6 +214,66 @@ def test_an_empty_dimension_of_any_kind_of_array(make_qkv):
         dhsa.attention(Array(q[:, :, :0]), Array(k), Array(v))
 
 
+@pytest.mark.parametrize("shape", [(), (1, 2, 9), (1,) * 9])
+def test_a_wrong_number_of_dimensions_of_any_kind_of_array(make_qkv, shape):
+    """A Buffer holds at most 8."""
+    for kind in (np.asarray, Array):
+        with pytest.raises(ValueError, match=rf"q: expected 4 dimensions \[B, H, Lq, D\], got {len(shape)}"):
+            dhsa.attention(*(kind(x) for x in (np.zeros(shape, np.float32), *make_qkv(1, 2, 1, 9, 9, 16)[1:])))
+
+
+def test_a_wrong_dtype_of_an_array_of_another_library(make_qkv):
+    with pytest.raises(TypeError, match="q: dtype: expected float32, float16 or bfloat16, got float64"):
+        dhsa.attention(*(Array(x.astype(np.float64)) for x in make_qkv(1, 2, 1, 9, 9, 16)))
+
+
+class Capsule(ctypes.Structure):
+    """DLManagedTensor; rest: strides, offset, context and deleter, all 0."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p * 4),
+    )
+
+
+class Exporter:
+    def __init__(self, data, shape):
+        self.shape = (ctypes.c_int64 * len(shape))(*shape)
+        self.tensor = Capsule(data, (1, 0), len(shape), 2, 32, 1, ctypes.addressof(self.shape))
+
+    def __dlpack__(self, **options):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self.tensor), b"dltensor", None)
+
+
+def test_exporters_that_say_impossible_things():
+    from dhsa import _core
+
+    memory, scores = np.zeros(64, np.float32), np.empty((1, 2), np.float32)
+    assert _core.read_bandwidth(Exporter(memory.ctypes.data, (4, 16)), 1) > 0
+    _core.similarity_scores(Exporter(memory.ctypes.data, (1, 2, 2, 16)), 1, scores, 1)
+    for call in (
+        lambda x: _core.read_bandwidth(x, 1),
+        lambda x: _core.similarity_scores(x, 1, scores, 1),
+        lambda x: _core.pick_boundaries(x, 1, 0.0, 1, None, scores),
+    ):
+        with pytest.raises(ValueError, match="has no data"):
+            call(Exporter(None, (1, 2, 2, 16)))
+        with pytest.raises(ValueError, match="dimension 1 has size -2"):
+            call(Exporter(memory.ctypes.data, (1, -2, 2, 16)))
+    with pytest.raises(ValueError, match="array: expected contiguous memory"):
+        _core.read_bandwidth(Exporter(memory.ctypes.data, (1 << 40, 1 << 40)), 1)
+    with pytest.raises(ValueError, match="array: expected contiguous memory"):
+        _core.read_bandwidth(Exporter(memory.ctypes.data, (0, 1 << 40)), 1)
+
+
 PROGRAM = """
 import torch
 import transformers.modeling_utils  # cannot be imported under such a device with every release of torch

@@ -294,6 +294,21 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
     assert {k: r["nll"] for k, r in again.items()} == {r["key"]: r["nll"] for r in whole}
     assert [json.loads(line)["time"] for line in file.read_bytes().splitlines()[:9]] == [r["time"] for r in whole[:9]]
 
+    # A line that is JSON, but not what was written: a number that changed, a field that is gone. And one of an earlier
+    # release, which has no digest of itself, as it was and without a field.
+    lines = [json.loads(line) for line in file.read_bytes().splitlines() if line.endswith(b"}")]
+    old = [{k: v for k, v in row.items() if k != "check"} for row in lines[2:4]]
+    lines[:4] = lines[0] | {"nll": 0.5}, {k: v for k, v in lines[1].items() if k != "nll"}, old[0], old[1]
+    del lines[3]["task"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    capsys.readouterr()
+    assert evaluate("no/such/model", tmp_path, "report") == 0
+    assert "3 damaged lines" in capsys.readouterr().out
+    assert evaluate(folder, tmp_path, *args) == 0
+    assert "18 of 21 results are there already" in capsys.readouterr().out
+    again = store.Store(file).rows
+    assert {k: r["nll"] for k, r in again.items()} == {r["key"]: r["nll"] for r in whole}
+
     # Nothing missing: nothing is measured; `report` needs no model at all.
     size = file.stat().st_size
     assert evaluate(folder, tmp_path, *args) == 0

@@ -71,7 +71,9 @@ def test_masks_of_other_kinds_are_refused_by_name():
             (CAUSAL.tolist(), TypeError, "attention_mask: expected a tensor, got list"),
             (CAUSAL[None].expand(2, 200, 200), ValueError, r"attention_mask: expected padding .* \(2, 200, 200\)"),
             (CAUSAL, ValueError, r"attention_mask: expected padding .* got shape \(200, 200\)"),
-            ({"full_attention": [1]}, TypeError, "attention_mask: expected a tensor, got list"),
+            ({"full_attention": CAUSAL}, TypeError, "got dict; the layers of LlamaForCausalLM are of one kind"),
+            (torch.ones(2, 200, device="meta"), ValueError, "attention_mask: is on device 'meta'"),
+            (torch.ones(2, 200).to_sparse(), ValueError, "attention_mask: expected a dense tensor, got one of layout"),
             (np.ones((2, 200)), TypeError, "attention_mask: expected a tensor, got ndarray"),
         ]:
             with pytest.raises(error, match=words):
@@ -81,6 +83,27 @@ def test_masks_of_other_kinds_are_refused_by_name():
         assert model(ids, attention_mask=torch.ones_like(ids)).logits.isfinite().all()
     with pytest.raises(TypeError, match="expected a tensor, got BlockMask"):
         attention_forward(Layer(), *qkv(q_len=200), block)
+    for mask in (CAUSAL[None, None].to("meta"), torch.ones(1, 200, device="meta")):
+        with pytest.raises(ValueError, match="attention_mask: is on device 'meta'"):
+            attention_forward(Layer(), *qkv(q_len=200), mask)
+    with pytest.raises(ValueError, match=r"expected a dense tensor, got one of layout torch\.sparse_coo"):
+        attention_forward(Layer(), *qkv(q_len=200), CAUSAL[None, None].to_sparse())
+    two = build("gemma3")
+    with dhsa.patched(two, EXACT), pytest.raises(TypeError, match="attention_mask: expected a tensor, got list"):
+        two(ids, attention_mask={"full_attention": [1]})
+
+
+@pytest.mark.parametrize("kind", ["list", "BlockMask"])
+def test_masks_of_other_kinds_are_refused_by_name_in_a_compiled_model(kind):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch._dynamo.reset()
+    mask = [[1] * 200] * 2
+    if kind == "BlockMask":
+        mask = create_block_mask(lambda b, h, q, k: q >= k, B=None, H=None, Q_LEN=200, KV_LEN=200, device="cpu")
+    model = dhsa.patch(build("llama"), EXACT)
+    with torch.no_grad(), pytest.raises(TypeError, match=f"attention_mask: expected a tensor, got {kind}"):
+        torch.compile(model, backend="eager")(tokens(2, 200), attention_mask=mask)
 
 
 def test_a_mask_that_ends_before_the_keys_hides_the_rest():
@@ -156,6 +179,12 @@ def test_packs_with_the_arguments_of_flash_attention(lengths):
         got = model(ids, position_ids=positions, use_cache=False, **flash).logits[0]
     want = torch.cat([model(tokens(1, n, seed=n), use_cache=False).logits[0] for n in lengths])
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    flash["cu_seq_lens_q"] = flash["cu_seq_lens_k"] = cuts.tolist()
+    with dhsa.patched(model, EXACT):
+        assert model(ids, position_ids=positions, use_cache=False, **flash).logits[0].equal(got)
+        if len(lengths) > 1:  # where the texts begin is said nowhere else
+            with pytest.raises(NotImplementedError, match="give the model position_ids that begin at 0 in each text"):
+                model(ids, use_cache=False, **flash)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long])

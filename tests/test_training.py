@@ -421,12 +421,48 @@ def test_the_command(folder, tmp_path, capsys):  # noqa: F811
     assert documents.prefix_of(tokenizer) == []
 
 
+def test_what_was_learned_outlives_a_failure_to_save_it(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("".join(rng.choice(list("abcdefgh \n"), 400)))
+    out, state = tmp_path / "made.safetensors", tmp_path / "made.state"
+    options = ("--model", folder, "--text", *sorted(tmp_path.glob("*.txt")), "--out", out, "--tokens", 256)
+    options += ("--held-out", 1, "--pieces", 2, "--threads", 1)
+
+    def full(predictor, path, **how):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dhsa.BoundaryPredictor, "save", full)
+        assert run(*options) == 2
+    assert re.search(r"--out: .*what was learned stays in \S*made\.state", capsys.readouterr().err.replace("\n", " "))
+    assert state.exists()
+    save, dtypes = dhsa.BoundaryPredictor.save, []
+
+    def too_narrow(predictor, path, *, dtype, notes):
+        dtypes.append(dtype)
+        if dtype == "float16":
+            raise ValueError("head.2.weight: holds numbers beyond float16; save as float32")
+        save(predictor, path, dtype=dtype, notes=notes)
+
+    monkeypatch.setattr(dhsa.BoundaryPredictor, "save", too_narrow)
+    monkeypatch.setattr(loop._Learner, "step", None)  # nothing is learned again
+    assert run(*options, "--dtype", "float16") == 2
+    assert "save as float32" in capsys.readouterr().err
+    assert state.exists()
+    assert run(*options) == 0
+    assert dtypes == ["float16", "float32"]
+    assert not state.exists()
+    assert len(json.loads(dhsa.BoundaryPredictor.load(out).notes["losses"])["own"]) == 2 * 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (("--text", "no.txt"), "--text: .*no.txt"),
         (("--text", "short.txt"), "--text: too little: 50 characters in 1 documents"),
         (("--out", "made.bin"), "--out: expected a name that ends in .safetensors"),
+        (("--out", "folder.safetensors"), "--out: folder.safetensors is not a regular file"),
         (("--out", "nowhere/made.safetensors"), "--out: there is no folder nowhere"),
         (("--model", "nowhere"), "--model: nowhere does not exist"),
         (("--rate", "-1"), "--rate: expected a number above 0"),
@@ -436,6 +472,7 @@ def test_the_command(folder, tmp_path, capsys):  # noqa: F811
 )
 def test_the_command_refuses(folder, tmp_path, monkeypatch, capsys, args, message):  # noqa: F811
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "short.txt").write_text("a b c d e " * 5)
     (tmp_path / "long.txt").write_text("a b c d e " * 300)
     options = {"--model": folder, "--text": "long.txt", "--out": "made.safetensors", "--tokens": 256}

@@ -18,8 +18,8 @@ static inline key_list list_of(const dhsa_problem *p, const dhsa_selection *s, i
         const int64_t H = p->q.shape[1], Hkv = p->k.shape[1];
         const int64_t set = s->heads == 1 ? 0 : s->heads == Hkv ? head / (H / Hkv) : head;
         const int64_t *row = s->indptr + (b * s->heads + set) * s->nq + block;
-        list.keys = s->indices + row[0];
         list.n = row[1] - row[0];
+        if (list.n > 0) list.keys = s->indices + row[0];                        /* else there need be none */
         if (list.n > 0 && list.keys[list.n - 1] - list.keys[0] == list.n - 1) { /* ascending and unique: no gaps */
             list.start = list.keys[0];
             list.keys = NULL;

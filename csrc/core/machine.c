@@ -89,6 +89,7 @@ static void read_piece(void *context, int64_t index, int thread)
 
 double dhsa_read_bandwidth(const void *data, int64_t bytes, int num_threads)
 {
+    if (!data || bytes < 4) return 0;
     reading r = {.kernels = dhsa_kernels_current(), .data = data, .n = bytes / 4};
     const double start = dhsa_now();
     dhsa_parallel(dhsa_ceil_div(r.n, READ_PIECE), num_threads, read_piece, &r);

@@ -218,8 +218,14 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     stats->density = 1.0;
     if ((status = dhsa_problem_check(p, error))) return status;
     if (same < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "same: got %" PRId64 ", expected at least 0", same);
-    for (int64_t b = 0; pasts && b < p->k.shape[0]; b++)
+    for (int64_t b = 0; pasts && b < p->k.shape[0]; b++) {
         if ((status = dhsa_given(pasts[b], "pasts", error))) return status;
+        pasts[b]->row = b;
+    }
+    for (int64_t b = 0; pasts && b < p->k.shape[0]; b++)
+        if (pasts[b]->row != b)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "pasts: one is that of rows %" PRId64 " and %" PRId64 ", expected one a row", b,
+                             pasts[b]->row);
     if (!p->causal || p->key_ranges)
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "%s: sparse attention is causal, without ranges of its own",
                          p->key_ranges ? "key_ranges" : "causal");

@@ -135,7 +135,7 @@ dhsa_status dhsa_compact_logits(const dhsa_compact *compact, const dhsa_tensor *
  * min(n, L) + 3 entries; *count receives how many were written: 0, ..., L. */
 dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
                                  int32_t *boundaries, int64_t *count, dhsa_error *error);
-/* The most entries a row of dhsa_boundaries can have. */
+/* The most entries a row of dhsa_boundaries can have; 0 where config is NULL or there is no such length. */
 int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length);
 /* boundaries [B, capacity], rows padded with Lk; counts [B] (entries that are not padding). */
 dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
@@ -210,7 +210,8 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
 /* ---- keys from call to call --------------------------------------------------------------------------------------- */
 
 /* What is kept of the keys of one sequence in one layer: how they were cut, the means of their chunks, and a mark of each by which
- * a later call knows it again. Keys that changed are noticed and forgotten with all that follow. Not for two calls at once. */
+ * a later call knows it again. Keys that changed are noticed and forgotten with all that follow. Not for two calls at once.
+ * Where functions below return nothing or a number, a past of NULL is one that keeps nothing. */
 typedef struct dhsa_past dhsa_past;
 
 dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error);
@@ -244,12 +245,12 @@ typedef struct {
 dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
                          const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 
-/* The same with a past for each batch row, pasts [B], of a method with chunks: keys that they know are not cut and averaged again,
- * whatever number of queries comes with new ones. The first `same` keys are said to be those of the last call: where they are
- * many, some of them are looked at, others in each call, and all that come after. keep 0: the means are let go again. With a single
- * query it is a decoding step: its keys are chosen for it alone (dense_tail has no say), keys that came by such steps are one chunk
- * and its own another. A call that is exact in any case, or whose arguments are refused, leaves the pasts as they were; one that
- * fails later empties them. */
+/* The same with a past for each batch row, pasts [B], each another one, of a method with chunks: keys that they know are not cut
+ * and averaged again, whatever number of queries comes with new ones. The first `same` keys are said to be those of the last call:
+ * where they are many, some of them are looked at, others in each call, and all that come after. keep 0: the means are let go
+ * again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail has no say), keys that came by
+ * such steps are one chunk and its own another. A call that is exact in any case, or whose arguments are refused, leaves the pasts
+ * as they were; one that fails later empties them. */
 dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given,
                             int64_t n_given, const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, int keep,
                             dhsa_stats *stats, dhsa_error *error);
@@ -269,7 +270,8 @@ int dhsa_isa_products(void);
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error);
 /* Measured fp32 FMA peak of the current tier, GFLOP/s summed over num_threads; for benchmarks. */
 double dhsa_fma_peak(int num_threads);
-/* GB/s at which num_threads threads read `bytes` bytes (aligned to 4) once from end to end; for benchmarks. */
+/* GB/s at which num_threads threads read `bytes` bytes (aligned to 4) once from end to end; for benchmarks. 0 where there are
+ * none. */
 double dhsa_read_bandwidth(const void *data, int64_t bytes, int num_threads);
 
 #ifdef __cplusplus

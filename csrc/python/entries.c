@@ -417,13 +417,12 @@ PyObject *dhsa_py_read_bandwidth(PyObject *module, PyObject *const *args, Py_ssi
         dhsa_py_view_open(PyModule_GetState(module), args[0], "array", &view) != 0) {
         return NULL;
     }
-    int64_t n = 1;
+    int64_t bytes = view.dtype.bits / 8; /* of as many dimensions as were found to be contiguous, whose memory exists */
     int contiguous = 1;
-    for (int i = view.ndim - 1; i >= 0; i--) {
-        contiguous &= view.shape[i] == 1 || view.stride[i] == n;
-        n *= view.shape[i];
+    for (int i = view.ndim - 1; i >= 0 && contiguous; i--) {
+        contiguous = view.shape[i] == 1 || view.stride[i] == bytes / (view.dtype.bits / 8);
+        contiguous = contiguous && dhsa_mul(bytes, view.shape[i], &bytes);
     }
-    const int64_t bytes = n * view.dtype.bits / 8;
     PyObject *result = NULL;
     if (!contiguous || bytes < 4 || (uintptr_t)view.data % 4 != 0) {
         PyErr_SetString(PyExc_ValueError, "array: expected contiguous memory of at least 4 bytes, aligned to 4");

@@ -264,6 +264,18 @@ int dhsa_py_view_open(const dhsa_py_state *state, PyObject *object, const char *
     } else {
         result = result == 1 ? 0 : -1;
     }
+    int elements = 1;
+    for (int i = 0; result == 0 && i < view->ndim; i++) {
+        elements &= view->shape[i] != 0;
+        if (view->shape[i] < 0) {
+            PyErr_Format(PyExc_ValueError, "%s: dimension %d has size %lld", name, i, (long long)view->shape[i]);
+            result = -1;
+        }
+    }
+    if (result == 0 && view->data == NULL && elements) {
+        PyErr_Format(PyExc_ValueError, "%s: has no data", name);
+        result = -1;
+    }
     if (result == 0 && view->dtype.lanes != 1) {
         PyErr_Format(PyExc_TypeError, "%s: expected a dtype of 1 lane, got %d", name, (int)view->dtype.lanes);
         result = -1;

@@ -210,6 +210,7 @@ dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n,
 
 int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length)
 {
+    if (!config || length < 1 || length > INT32_MAX / 2) return 0;
     if (config->kind == DHSA_BOUNDARIES_FIXED) return dhsa_ceil_div(length, DHSA_MIN(DHSA_MAX(config->chunk_size, 1), length)) + 1;
     /* Accepted gaps are more than nms apart, among length - 1. */
     const int64_t apart = DHSA_MIN(DHSA_MAX(config->nms, 0), length) + 1;

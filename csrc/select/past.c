@@ -355,7 +355,7 @@ dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
 
 void dhsa_past_slim(dhsa_past *p)
 {
-    for (int i = 0; i < DHSA_LEVELS; i++) {
+    for (int i = 0; p && i < DHSA_LEVELS; i++) {
         if (p->levels[i].open) dhsa_chunks_close(&p->levels[i].chunks);
         p->levels[i].open = 0;
     }
@@ -363,6 +363,7 @@ void dhsa_past_slim(dhsa_past *p)
 
 void dhsa_past_reset(dhsa_past *p)
 {
+    if (!p) return;
     dhsa_past_slim(p);
     dhsa_free(p->marks);
     dhsa_free(p->edges);
@@ -403,19 +404,20 @@ dhsa_status dhsa_past_copy(const dhsa_past *p, dhsa_past **twin, dhsa_error *err
 
 void dhsa_past_free(dhsa_past *p)
 {
-    if (p) dhsa_past_reset(p);
+    dhsa_past_reset(p);
     dhsa_free(p);
 }
 
 int64_t dhsa_past_boundaries(const dhsa_past *p, int32_t *boundaries)
 {
-    const int64_t count = p->total > 0 ? p->total + 1 : 0;
+    const int64_t count = p && p->total > 0 ? p->total + 1 : 0;
     if (boundaries && count > 0) memcpy(boundaries, p->edges, (size_t)count * sizeof *boundaries);
     return count;
 }
 
 int64_t dhsa_past_bytes(const dhsa_past *p)
 {
+    if (!p) return 0;
     int64_t bytes = p->marks_room * (int64_t)sizeof *p->marks + p->edges_room * (int64_t)sizeof *p->edges +
                     (p->sum ? p->kv_heads * p->dim * (int64_t)sizeof *p->sum : 0);
     for (int i = 0; i < DHSA_LEVELS; i++) {

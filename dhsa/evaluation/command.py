@@ -145,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
     loading.prepare(_NEEDED, "eval")
     from rich.console import Console
 
+    from dhsa.evaluation import report
     from dhsa.evaluation import settings as settings_of
     from dhsa.evaluation.store import Store
 
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {error}") from error
-    store = Store(args.out / "results.jsonl")
+    store = Store(args.out / "results.jsonl", report.whole)
     if names == ["report"]:
         if not store.rows:
             raise UserError(f"--out: no results in {store.path}")

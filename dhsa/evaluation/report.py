@@ -10,7 +10,19 @@ from dhsa._files import replacing
 from dhsa.evaluation import tasks
 from dhsa.evaluation.pairing import Estimate, paired
 
-__all__ = ["WORK", "budget_words", "by_item", "duels", "grouped", "markdown", "newest", "number", "work_cells", "write"]
+__all__ = [
+    "WORK",
+    "budget_words",
+    "by_item",
+    "duels",
+    "grouped",
+    "markdown",
+    "newest",
+    "number",
+    "whole",
+    "work_cells",
+    "write",
+]
 
 WORK = ["documents", "tokens", "density", "selection, s", "attention, s"]
 
@@ -42,6 +54,17 @@ def write(rows: Iterable[dict[str, Any]], folder: Path, command: str) -> tuple[P
     with replacing(path) as part:
         part.write_text("\n".join(lines), encoding="utf-8")
     return path, lines, drawn
+
+
+def whole(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the fields that the report tells rows apart by."""
+    names = ("model", "dtype", "products", "task", "item", "method", "given")
+    return (
+        all(type(row.get(name)) is str for name in names)
+        and {"layers", "build", "config"} <= row.keys()
+        and type(row.get("length")) is int
+        and _rank(row["given"]) >= (0, 0.0)
+    )
 
 
 def newest(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ def digest(value: Any) -> str:
 
 
 class Store:
-    """The rows of a file, by key. A line that a kill left half written is passed over and written again."""
+    """The rows of a file, by key. A line that a kill left half written, or that is not what was written, is passed over
+    and measured again: each line holds a digest of itself as "check" (lines of earlier releases hold none)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, whole: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
+        """`whole`: whether a row has what it needs, for lines without a digest."""
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         self.damaged = 0
@@ -36,8 +39,11 @@ class Store:
                 continue
             try:
                 row = json.loads(line)
+                check = row.pop("check", None)
+                if not (whole(row) if check is None else check == digest(row)):
+                    raise ValueError
                 self.rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 self.damaged += 1
 
     def __contains__(self, key: str) -> bool:
@@ -50,7 +56,8 @@ class Store:
             UserError: it could not be written whole. What was written of it is taken away again, or, where that fails
             too, kept apart from the next row.
         """
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        check = digest(json.loads(json.dumps(row, allow_nan=False)))  # of what a reader will find
+        line = json.dumps({**row, "check": check}, allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
                 start = file.seek(0, os.SEEK_END)

@@ -81,8 +81,9 @@ def attend(
     sliding_window: int | None,
     softcap: float | None,
     is_causal: bool | None,
+    in_graph: bool = False,
 ) -> torch.Tensor:
-    """`attention_forward` of tensors that are really there, and of what is not refused."""
+    """`attention_forward` of tensors that are really there, and of what is not refused. `in_graph`: as an operator."""
     batch, heads, q_len, dim = query.shape
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
@@ -91,7 +92,7 @@ def attend(
     # Keys that slide out of a window take their chunks along: only layers that see everything keep them.
     memory, unseen = None, ""
     if sliding_window is None:
-        memory, unseen = recall(module, query, key, config, None if state is None else state.sharing)
+        memory, unseen = recall(module, query, key, config, None if state is None else state.sharing, in_graph)
     if q_len == 1 and (memory is None or config.decode == "exact"):
         config, memory, unseen = EXACT, None, ""
     if config.share == "selections" and q_len > 1:

@@ -23,9 +23,9 @@ import torch
 from dhsa import _core
 from dhsa.config import SCORE_OF, Config
 
-from .compat import cache_in
+from .compat import GRAPHS, cache_in
 
-__all__ = ["COMPILED", "UNSEEN", "Memory", "recall", "unwatch", "watch"]
+__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "Memory", "recall", "unwatch", "watch"]
 
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
@@ -38,6 +38,10 @@ _told: weakref.WeakSet[Any] = weakref.WeakSet()  # of patched models that were w
 UNSEEN = (
     "no cache was seen among the arguments of the attention module, so that what earlier calls found of the keys is "
     "not used"
+)
+UNHOOKED = (
+    "the attention module was not called as module(...), so that its cache was not seen and what earlier calls found "
+    "of the keys is not used"
 )
 COMPILED = "compiled graphs keep nothing of a cache's keys from call to call"
 
@@ -94,7 +98,14 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     place = _place_of(cache, module)
     kept = _kept_at(place)
     same = 0 if kept is None or place is None else kept.unchanged(place[0])
-    _running.entry = (weakref.ref(module), None if cache is None else weakref.ref(cache), same)
+    _running.entry = (weakref.ref(module), None if cache is None else _reference(cache), same)
+
+
+def _reference(cache: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(cache)
+    except TypeError:  # a user's own class with __slots__; held until the attention function has run
+        return lambda: cache
 
 
 def watch(module: torch.nn.Module, hook: Callable[..., None] = _before_forward) -> None:
@@ -133,11 +144,12 @@ class Memory:
 
 
 def recall(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, config: Config, patched: Any
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, config: Config, patched: Any, in_graph: bool
 ) -> tuple[Memory | None, str]:
     """The memory of the cache that `module` is running with, if `config` has a use for one (None without chunks, or
     where the keys are in no cache), and, of a patched model, why keys that came from a cache have to be cut anew, else
-    "". `patched`: an object of the model's patch, which is warned of once, or None."""
+    "". `patched`: an object of the model's patch, which is warned of once, or None. `in_graph`: whether this is a call
+    of an operator in a graph, which runs no hooks."""
     entry = getattr(_running, "entry", None)
     _running.entry = None
     if config._exact or config.method not in SCORE_OF:
@@ -148,12 +160,13 @@ def recall(
     if place is None:
         reason = ""
         if patched is not None and key.shape[2] > query.shape[2]:
-            reason = UNSEEN if hooked else COMPILED
-            if hooked and patched not in _told:
+            # Before torch 2.13 compiled graphs cannot be told from calls past the hooks.
+            reason = UNSEEN if hooked else COMPILED if in_graph or not GRAPHS else UNHOOKED
+            if reason is not COMPILED and _HOOK in module.__dict__ and patched not in _told:
                 _told.add(patched)
                 warnings.warn(
                     f"dhsa: {type(module).__name__} attends to {key.shape[2]:,} keys with {query.shape[2]:,} queries, "
-                    f"but {UNSEEN}; dhsa.last_run names this reason for each layer",
+                    f"but {reason}; dhsa.last_run names this reason for each layer",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -18,7 +18,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from dhsa.config import Config
 
 from .compat import outside_graphs
-from .refusals import check_padding
+from .refusals import check_contents, check_padding
 from .tracing import traced_ranges, tracing
 from .transforms import refuse_transforms
 
@@ -246,6 +246,7 @@ def ranges_of(
     """
     if not isinstance(mask, torch.Tensor):
         check_padding(mask)
+    check_contents(mask)
     if mask.ndim == 4 and mask.dtype == torch.int32 and 1 <= mask.shape[1] <= MAX_INTERVALS and mask.shape[3] == 2:
         ranges = mask.cpu().numpy()
         ranges = np.where(ranges == _TO_THE_LAST, np.int32(k_len), ranges)

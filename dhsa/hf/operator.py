@@ -39,7 +39,7 @@ def _attention(
         module = waiting(int(handle))
     else:
         module = thawed(frozen)
-    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal)
+    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal, in_graph=True)
 
 
 @_attention.register_fake

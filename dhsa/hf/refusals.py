@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NO_BACKWARD", "check_padding", "forward_only", "gradients_wanted", "refuse_unsupported"]
+__all__ = ["NO_BACKWARD", "check_contents", "check_padding", "forward_only", "gradients_wanted", "refuse_unsupported"]
 
 NO_BACKWARD = (
     '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode(), or train it with '
@@ -39,8 +39,11 @@ def refuse_unsupported(
             raise NotImplementedError(f'{name}: "dhsa" does not know this argument and cannot ignore it; {other}')
     packs = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
     # One text alone is not a pack; of several, the mask says where they end.
-    if attention_mask is None and any(cuts is not None and cuts.numel() != 2 for cuts in packs):
-        raise NotImplementedError('cu_seq_lens_q: "dhsa" reads packed sequences from position_ids; leave it out')
+    if attention_mask is None and any(cuts is not None and len(cuts) != 2 for cuts in packs):
+        raise NotImplementedError(
+            'cu_seq_lens_q: "dhsa" sees where packed texts begin by position_ids; give the model position_ids that '
+            "begin at 0 in each text"
+        )
     if _is_cross_attention(module):
         raise NotImplementedError(
             f'"dhsa" does self-attention only, {type(module).__name__} is cross-attention, or a decoder\'s attention '
@@ -65,11 +68,20 @@ def check_padding(mask: Any, batch: int | None = None) -> None:
                 else ""
             )
         )
+    check_contents(mask)
     if mask.ndim != 2 or (batch is not None and mask.shape[0] not in (1, batch)):
         raise ValueError(
             f"attention_mask: expected padding of shape [{'batch' if batch is None else batch}, keys] or a complete "
             f"mask of 4 dimensions [batch, 1, queries, keys], got shape {tuple(mask.shape)}"
         )
+
+
+def check_contents(mask: torch.Tensor) -> None:
+    """ValueError if the values of a mask cannot be read."""
+    if mask.is_meta:
+        raise ValueError("attention_mask: is on device 'meta', where tensors have no contents; expected one on the CPU")
+    if mask.layout is not torch.strided:
+        raise ValueError(f"attention_mask: expected a dense tensor, got one of layout {mask.layout}")
 
 
 def _is_block_mask(mask: Any) -> bool:

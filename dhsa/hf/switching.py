@@ -239,13 +239,20 @@ def _watch(module: torch.nn.Module) -> None:
 def _check_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a patched model's forward: a mask of another kind would fail in transformers, in words about NumPy or
     attributes, before it comes to the attention function. A dictionary holds a mask for each kind of layer."""
-    if torch.compiler.is_compiling():
-        return
     mask = kwargs.get("attention_mask")
+    if torch.compiler.is_compiling():  # of tensors the graph asks when it runs
+        if mask is not None and not isinstance(mask, (torch.Tensor, dict)):
+            check_padding(mask)
+        return
     if mask is None and len(args) > (place := _place_of_mask(type(module).forward)):
         mask = args[place]
     if mask is None:
         return
+    if isinstance(mask, dict) and not any(getattr(c, "layer_types", None) for c in _configs(module)):
+        raise TypeError(
+            f"attention_mask: expected a tensor, got {type(mask).__name__}; the layers of {type(module).__name__} are "
+            "of one kind and take one mask"
+        )
     for one in mask.values() if isinstance(mask, dict) else (mask,):
         if one is not None and not (isinstance(one, torch.Tensor) and one.ndim == 4):
             check_padding(one)

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mask
 
+from dhsa._arrays import torch_tangent
 from dhsa.config import Config
 
 from .compat import exporting
 from .handles import HANDLE, number_of
+from .refusals import check_padding
 from .switching import DEFAULT, STATE, State
 
 __all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing"]
@@ -98,11 +100,17 @@ def traced_attention(
     Compiled, it asks the module at every run, so that `patch`, `unpatch` and `last_run` work as ever. Exported, or
     traced with tensors that are not real, it keeps what the module says now, and notes nothing.
     """
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        check_padding(attention_mask)
     if transform := _derivative():
         raise NotImplementedError(
             f'query: torch.func.{transform} finds no derivative of the operator "dhsa::attention"; '
             'use attn_implementation="eager"'
         )
+    if not torch.compiler.is_compiling():  # under a dispatch mode, which the operator would fail in with a dual tensor
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tangent := torch_tangent(tensor):
+                raise NotImplementedError(f'{name}: {tangent}; use attn_implementation="eager"')
     handle = frozen = None
     if type(query) is not torch.Tensor or _exporting():
         frozen = _frozen(module, is_causal)

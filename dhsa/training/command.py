@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from dhsa import loading
 from dhsa._files import replacing
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out: expected a name that ends in .safetensors, got {args.out}")
     if not args.out.parent.is_dir():
         raise UserError(f"--out: there is no folder {args.out.parent}")
+    if args.out.exists() and not args.out.is_file():  # before, not after hours of training
+        raise UserError(f"--out: {args.out} is not a regular file")
     dhsa.set_num_threads(args.threads)
     torch.set_num_threads(dhsa.get_num_threads())
     console = Console(stderr=True)
@@ -99,18 +102,9 @@ def run(args: argparse.Namespace) -> int:
         with step(
             f"{len(text.train)} pieces, {settings.epochs} epochs, {len(text.held_out)} to judge", total
         ) as advance:
-            done = training.train(model, text, settings, state=state, advance=advance)
-    sizes = (sum(map(len, text.train)), sum(map(len, text.held_out)))
-    losses = {who: [round(h[who], 5) for h in done.history] for who in done.history[0]}
-    notes = {"settings": json.dumps(settings.fields()), "losses": json.dumps(losses), "text": text.source}
-    name = args.model or "gemma3"
-    described = report.card(done, settings, model=Path(name).name, source=text.source, sizes=sizes, name=args.out.name)
-    try:
-        done.predictor.save(args.out, dtype=args.dtype, notes=notes)
-        with replacing(args.out.with_suffix(".md")) as part:
-            part.write_text(described, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: {error}") from error
+            done = training.train(
+                model, text, settings, state=state, advance=advance, keep=lambda done: save(args, done, settings, text)
+            )
     Console().print(report.table(done))
     console.print(
         f"{done.seconds:.0f} s; {args.out} ({args.out.stat().st_size / 1024:.0f} KiB) and its card "
@@ -120,6 +114,26 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,  # to be copied
     )
     return 0
+
+
+def save(args: argparse.Namespace, done: Any, settings: Any, text: Any) -> None:
+    """Writes the predictor and its card."""
+    from dhsa.training import report
+
+    sizes = (sum(map(len, text.train)), sum(map(len, text.held_out)))
+    losses = {who: [round(h[who], 5) for h in done.history] for who in done.history[0]}
+    notes = {"settings": json.dumps(settings.fields()), "losses": json.dumps(losses), "text": text.source}
+    name = Path(args.model or "gemma3").name
+    described = report.card(done, settings, model=name, source=text.source, sizes=sizes, name=args.out.name)
+    try:
+        done.predictor.save(args.out, dtype=args.dtype, notes=notes)
+        with replacing(args.out.with_suffix(".md")) as part:
+            part.write_text(described, encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: weights beyond float16
+        raise UserError(
+            f"--out: {error}; what was learned stays in {args.out.with_suffix('.state')}, and the same command, given "
+            "again, saves it"
+        ) from error
 
 
 def read(args: argparse.Namespace, tokenizer: object):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def train(
     *,
     state: Path | None = None,
     advance: Callable[[], None] = lambda: None,
+    keep: Callable[[Training], None] = lambda done: None,
 ) -> Training:
     """Trains a boundary predictor on the keys of `model`.
 
@@ -155,6 +157,8 @@ def train(
         settings: None: the default ones.
         state: a file that is written after each piece and read at the start, if it is there, to go on from; removed at
             the end.
+        keep: called with what is returned, to put it in a safe place, before the state is removed; what it raises is
+            raised here, and the state stays, so that the same call has only to judge and keep once more.
         advance: called after each piece that was read, learned from or judged by.
 
     Raises:
@@ -175,6 +179,7 @@ def train(
     done, before, resumed = 0, 0.0, 0
     if state is not None and state.exists():
         try:
+            _intact(state)
             kept = torch.load(state, weights_only=True)
             if kept["identity"] != identity:
                 raise UserError(f"{state} is of a training with other settings, text or model: remove it to start anew")
@@ -214,9 +219,11 @@ def train(
     predictor = _predictor(model, settings, learners)
     _check(predictor, history)
     scores = _judge(model, text.held_out, predictor, settings, advance)
+    finished = Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
+    keep(finished)
     if state is not None:
         state.unlink(missing_ok=True)
-    return Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
+    return finished
 
 
 def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
@@ -226,6 +233,16 @@ def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
         found.setdefault(SHARED if name == SHARED else "own", []).extend(learner.losses)
         learner.losses = []
     return {who: sum(losses) / len(losses) for who, losses in found.items()}
+
+
+def _intact(path: Path) -> None:
+    """Looks at the checksums, which torch.load does not: a training must not go on from weights that fell over."""
+    if torch.serialization.get_crc32_options():  # else torch.save writes none
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    while member.read(1 << 20):
+                        pass
 
 
 def _write(path: Path, **contents: Any) -> None:

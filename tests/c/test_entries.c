@@ -13,7 +13,7 @@
 
 enum { H = 2, L = 96, D = 16, ROWS = 3 };
 
-static float q[H * L * D], k[H * L * D], v[H * L * D], out[H * L * D], scores[L];
+static float q[H * L * D], k[H * L * D], v[H * L * D], out[H * L * D], twins[2 * H * L * D], scores[L];
 static int checks;
 static dhsa_error error;
 
@@ -96,6 +96,12 @@ static void boundaries(void)
     REFUSED(dhsa_boundary_ratios(q, INT64_MIN, 8, 1, 0, ratios, 1, &error), "attn: its stride");
     REFUSED(dhsa_boundary_ratios(q, INT64_MAX / 4, 8, 1, 0, ratios, 1, &error), "attn: its stride");
     REFUSED(dhsa_attention_ratios(&keys, &keys, 2, 0, 0.25, 0, NULL, 1, &error), "ratios: ");
+    c.kind = DHSA_BOUNDARIES_FIXED;
+    c.chunk_size = 7;
+    require(dhsa_boundaries_capacity(&c, 15) == 4, "edges of 15 keys in chunks of 7", __LINE__);
+    require(dhsa_boundaries_capacity(NULL, 15) == 0, "no config, no room", __LINE__);
+    require(dhsa_boundaries_capacity(&c, 0) == 0 && dhsa_boundaries_capacity(&c, -1) == 0, "no keys, no room", __LINE__);
+    require(dhsa_boundaries_capacity(&c, INT64_MAX) == 0, "more keys than there may be, no room", __LINE__);
 }
 
 static void selections(void)
@@ -201,7 +207,25 @@ static void pipeline(void)
     b.nms = -1;
     REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, 0, 0, &stats, &error), "nms: ");
     require(dhsa_past_boundaries(past, NULL) == edges && dhsa_past_bytes(past) == bytes, "pasts stay", __LINE__);
+    b = cuts();
+    /* A past is of one batch row: none can follow two. */
+    dhsa_problem two = p;
+    two.q.shape[0] = two.k.shape[0] = two.v.shape[0] = two.out.shape[0] = 2;
+    two.q.stride[0] = two.k.stride[0] = two.v.stride[0] = 0;
+    two.out.data = twins;
+    dhsa_past *both[] = {past, past};
+    REFUSED(dhsa_prefill_on(&two, &b, NULL, 0, &c, both, 0, 0, &stats, &error), "pasts: ");
+    require(dhsa_past_boundaries(past, NULL) == edges && dhsa_past_bytes(past) == bytes, "it stays", __LINE__);
+    SERVED(dhsa_past_copy(past, &twin, &error));
+    both[1] = twin;
+    SERVED(dhsa_prefill_on(&two, &b, NULL, 0, &c, both, 0, 1, &stats, &error));
+    dhsa_past_free(twin);
     dhsa_past_free(past);
+    /* NULL is nothing that is kept, as for dhsa_past_free. */
+    dhsa_past_free(NULL);
+    dhsa_past_reset(NULL);
+    dhsa_past_slim(NULL);
+    require(dhsa_past_boundaries(NULL, NULL) == 0 && dhsa_past_bytes(NULL) == 0, "of no past", __LINE__);
 }
 
 /* ---- tiers -------------------------------------------------------------------------------------------------------------- */
@@ -236,6 +260,7 @@ static void tiers(void)
         require(child > 0 && waitpid(child, &status, 0) == child && status == 0, "a tier that was set stays", __LINE__);
     }
     REFUSED(dhsa_isa_set(NULL, &error), "isa: ");
+    require(dhsa_read_bandwidth(NULL, 64, 1) == 0 && dhsa_read_bandwidth(q, -64, 1) == 0, "nothing to read", __LINE__);
     char name[64] = "a";
     for (int i = 0; i < 30; i++) strcat(name, "\xc3\xa9");
     REFUSED(dhsa_isa_set(name, &error), "\xc3\xa9' is not a tier"); /* no half of a character before the quote */
