@@ -135,6 +135,6 @@ $(VENV)/.lint: $(VENV)/.python pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info demo-output eval-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info demo-output eval-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f dhsa/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
