@@ -12,7 +12,8 @@
 #   make bench-generation   decoding steps, prompts in pieces, a model's memory at 32K
 #   make bench-report  what the two measured goes into docs/PERFORMANCE.md, tables and picture
 #   make docs     the documentation site, from docs/ and docstrings, into site/; warnings are errors
-#   make lint     ruff and clang-format, checking only
+#   make lint     ruff, clang-format, mypy and pyright, the files of the CI service: checking only
+#   make lab      the notebooks in JupyterLab, in the demo's environment                            (ARGS="--no-browser")
 #   make clean    removes environments, builds and caches
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -nam
 
 DEBUG_HALVES := test-debug-lists test-debug-rest
 
-.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report docs lint clean
+.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report docs lint lab clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -96,6 +97,14 @@ lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(PY) -m mypy
+	$(PY) -m pyright --pythonpath $(PY)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+lab: $(VENV)/.lab
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(ARGS)
 
 # A stamp for each set of packages; the extension is built again whenever its sources changed. Python files are used from
 # the checkout (an editable install), so that editing them needs no make at all. The build uses the environment's own
@@ -126,11 +135,16 @@ $(VENV)/.docs: $(VENV)/.python
 	$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1,<2' 'ruff>=0.6'
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.python
-	$(PIP) 'ruff>=0.6' 'clang-format>=18'
+$(VENV)/.lab: $(VENV)/.torch $(CORE)
+	@echo "building the extension, installing dhsa[lab]"
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[lab]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python pyproject.toml
+	$(PIP) --group lint
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist site *.egg-info demo-output eval-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist site *.egg-info demo-output eval-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f dhsa/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

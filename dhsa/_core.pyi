@@ -1,9 +1,13 @@
 # The C extension, for type checkers. Private: arguments are positional, outputs are arrays made by the caller.
 from typing import Any
 
-Array = Any
+import numpy.typing as npt
+
+from dhsa._typing import SupportsDLPack
+
+Array = npt.NDArray[Any] | SupportsDLPack
 BoundaryConfig = tuple[int, int, int, int, float, int, tuple[Any, ...] | None]
-ScoreConfig = tuple[int, int, int, int, int]
+ScoreConfig = tuple[int, int, int, int, int, int]
 SelectConfig = tuple[int, int, float, int, int, int, int, int, int, ScoreConfig]
 
 class Past:

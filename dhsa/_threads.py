@@ -35,7 +35,7 @@ def get_num_threads() -> int:
     torch = sys.modules.get("torch")
     if torch is not None:
         try:
-            return min(torch.get_num_threads(), MAX_THREADS)
+            return min(int(torch.get_num_threads()), MAX_THREADS)
         except AttributeError:  # being imported right now
             pass
     return min(_cpus, MAX_THREADS)

@@ -79,8 +79,7 @@ def _method_of(method: object, options: Mapping[str, Any]) -> Method:
         return method
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method: expected a name or an instance, got a class; write {method.__name__}()")
-    check_choice(method, "method", tuple(methods.registry))
-    kind = methods.registry[method]  # type: ignore[index]
+    kind = tuple(methods.registry.values())[check_choice(method, "method", tuple(methods.registry))]
     _refuse_others(kind, options)
     return kind(**options)
 
@@ -214,7 +213,11 @@ class Config:
             decode: Literal["exact", "dhsa"] = "exact",
             share: Literal["boundaries", "selections"] | None = None,
             break_even: int | None = None,
-            **options: Any,
+            rows: int | None = None,
+            shortlist: int | None = None,
+            pooling: Literal["mean", "mean_sqrt"] = "mean",
+            key_block: int = 128,
+            stride: int | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -297,7 +300,9 @@ class Config:
         }
         own |= self.options.core(query_block=self.query_block, budget=self.budget)
         # The paper's network is picked from as the paper says, ours as similarity is.
-        paper = self.boundaries == "predictor" and self.predictor.architecture == "attention"
+        paper = (
+            self.boundaries == "predictor" and self.predictor is not None and self.predictor.architecture == "attention"
+        )
         finer = self.method == "rows"
         keep("_kind", BOUNDARIES.index(self.boundaries))
         keep("_paper_gaps", self.num_chunks == "paper" or paper)
@@ -393,7 +398,8 @@ class Config:
         _check_names(changes)
         kept: dict[str, Any] = self._asked_values()
         own = {name: changes.pop(name) for name in list(changes) if name in OPTIONS}
-        if (method := changes.pop("method", self.method)) == self.method:
+        method: Any = changes.pop("method", self.method)
+        if method == self.method:
             _refuse_others(type(self.options), own)
             method, own = dataclasses.replace(self.options, **own), {}
         return Config(**{**kept, **changes, **own, "method": method})
@@ -517,7 +523,7 @@ def _init(self: Config, **values: Any) -> None:
     _fit_defaults(values)
     object.__setattr__(self, "_asked", asked)
     object.__setattr__(self, "_given", options)
-    _generated_init(self, **values, method=options.name)
+    _generated_init(self, **values, method=options.name)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 Config.__init__ = _init  # type: ignore[method-assign]

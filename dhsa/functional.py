@@ -10,15 +10,17 @@ The definitions of what is computed are in dhsa.reference; the arithmetic is in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from dhsa import _core
 from dhsa._arrays import (
-    Array,
     DlpackKind,
+    Kind,
     NumpyKind,
     TorchKind,
     allocate,
@@ -30,6 +32,7 @@ from dhsa._arrays import (
     type_name,
 )
 from dhsa._threads import get_num_threads, set_num_threads
+from dhsa._typing import Array, ArrayLike, ArrayT, ScalarT
 from dhsa.config import HEADS, MAX_QUERY_BLOCK, POOLINGS, SCORES, Config, check_choice
 from dhsa.selection import Selection
 
@@ -73,7 +76,7 @@ class RunStats(NamedTuple):
     skipped: float = 0.0
 
 
-def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array, Array, Array, Array, bool]:
+def _inputs(q: Any, k: Any, v: Any, out: Any) -> tuple[Kind, Any, Any, Any, Any, bool]:
     """Return the kind of array, the checked q, k and v, the output to write, and whether the caller gave it."""
     kind = kind_of(q, "q")
     q, k, v = kind.accept(q, "q"), kind.accept(k, "k"), kind.accept(v, "v")
@@ -88,7 +91,7 @@ def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array
 
 
 def run(
-    q: Array,
+    q: ArrayT,
     k: Array,
     v: Array,
     config: Config | None = None,
@@ -97,14 +100,14 @@ def run(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
-    boundaries: Array | None = None,
-    pasts: tuple[Any, ...] | None = None,
+    out: ArrayT | None = None,
+    boundaries: ArrayLike | None = None,
+    pasts: tuple[_core.Past, ...] | None = None,
     same: int = 0,
     keep: bool = True,
-) -> tuple[Array, Array | None, RunStats]:
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
     """Compute `attention` and report what was done: (out, lse or None, RunStats).
 
     For integrations. Arguments and errors are those of `attention`, except that `config.share` is not refused: sharing
@@ -165,11 +168,73 @@ def run(
     if type(kind) is DlpackKind:  # results are still Buffers
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    return out if given else target, lse, stats
+    return target if out is None else out, lse, stats
 
 
+# fmt: off  # four signatures that differ in q, return_lse and the result only
+@overload
 def attention(
-    q: Array,
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    out: ArrayT | None = ...,
+) -> ArrayT: ...
+@overload
+def attention(
+    q: npt.NDArray[ScalarT],
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: npt.NDArray[ScalarT] | None = ...,
+) -> tuple[npt.NDArray[ScalarT], npt.NDArray[np.float32]]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: ArrayT | None = ...,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: bool,
+    out: ArrayT | None = ...,
+) -> ArrayT | tuple[ArrayT, Any]: ...
+# fmt: on
+def attention(
+    q: Any,
     k: Array,
     v: Array,
     config: Config | None = None,
@@ -178,9 +243,9 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
     """Compute attention over the keys that `config` selects.
 
@@ -239,8 +304,66 @@ def attention(
     return (result, lse) if return_lse else result
 
 
+# fmt: off  # four signatures that differ in q, return_lse and the result only
+@overload
 def sparse_attention(
-    q: Array,
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[False] = ...,
+    out: ArrayT | None = ...,
+) -> ArrayT: ...
+@overload
+def sparse_attention(
+    q: npt.NDArray[ScalarT],
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[True],
+    out: npt.NDArray[ScalarT] | None = ...,
+) -> tuple[npt.NDArray[ScalarT], npt.NDArray[np.float32]]: ...
+@overload
+def sparse_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[True],
+    out: ArrayT | None = ...,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def sparse_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: bool,
+    out: ArrayT | None = ...,
+) -> ArrayT | tuple[ArrayT, Any]: ...
+# fmt: on
+def sparse_attention(
+    q: Any,
     k: Array,
     v: Array,
     selection: Selection,
@@ -250,7 +373,7 @@ def sparse_attention(
     window: int | None = None,
     skip: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
     """Compute causal attention over the keys of a selection.
 
@@ -285,7 +408,7 @@ def sparse_attention(
 
 
 def run_selected(
-    q: Array,
+    q: ArrayT,
     k: Array,
     v: Array,
     selection: Selection,
@@ -293,11 +416,11 @@ def run_selected(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     skip: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
-) -> tuple[Array, Array | None, RunStats]:
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
     """Compute `sparse_attention` and report what was done, as `run` does for `attention`. No time is spent on
     selection.
 
@@ -346,7 +469,7 @@ def run_selected(
     if type(kind) is DlpackKind:
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    return out if given else target, lse, stats
+    return target if out is None else out, lse, stats
 
 
 def _config(config: object) -> Config:
@@ -355,7 +478,7 @@ def _config(config: object) -> Config:
     return config
 
 
-def _boundaries(k: Array, config: Config) -> np.ndarray:
+def _boundaries(k: Any, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
@@ -368,7 +491,11 @@ def _boundaries(k: Array, config: Config) -> np.ndarray:
     return result if most == result.shape[1] else np.ascontiguousarray(result[:, :most])
 
 
-def boundaries(k: Array, config: Config) -> Array:
+@overload
+def boundaries(k: npt.NDArray[Any], config: Config) -> npt.NDArray[np.int32]: ...
+@overload
+def boundaries(k: ArrayT, config: Config) -> ArrayT: ...
+def boundaries(k: Any, config: Config) -> Any:
     """Cut keys into chunks of variable length, as `config.boundaries` says.
 
     Args:
@@ -390,7 +517,13 @@ def boundaries(k: Array, config: Config) -> Array:
     return kind.result(_boundaries(kind.accept(k, "k"), _config(config)))
 
 
-def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instruction: int | None = None) -> Array:
+@overload
+def pick_boundaries(
+    scores: npt.NDArray[Any] | Sequence[float], n: int, *, theta: float, nms: int, instruction: int | None = ...
+) -> npt.NDArray[np.int32]: ...
+@overload
+def pick_boundaries(scores: ArrayT, n: int, *, theta: float, nms: int, instruction: int | None = ...) -> ArrayT: ...
+def pick_boundaries(scores: Any, n: int, *, theta: float, nms: int, instruction: int | None = None) -> Any:
     """Pick boundaries from the scores of gaps, the highest score first, with a minimum distance.
 
     Of equal scores, the lower index comes first.
@@ -446,7 +579,7 @@ def _ranked(scores: np.ndarray, theta: float) -> tuple[np.ndarray, float]:
     return ranked, -np.inf
 
 
-def _boundary_array(value: Array, batch: int) -> np.ndarray:
+def _boundary_array(value: ArrayLike, batch: int) -> np.ndarray:
     """Return boundaries as int32 [B, n]. One row serves all batch items. The core checks the contents."""
     array = int_array(value, "boundaries", np.int32)
     if array.ndim == 1:
@@ -465,7 +598,7 @@ def _boundary_array(value: Array, batch: int) -> np.ndarray:
     return result
 
 
-def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int, int, int]:
+def _score_shape(q: Any, k: Any, heads: int, query_block: int) -> tuple[int, int, int]:
     """Return (B, number of lists that heads share, nq), after the checks that allocating results needs. The core does
     the others.
     """
@@ -482,20 +615,36 @@ def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int,
     return q.shape[0], sets, -(-q.shape[2] // query_block)
 
 
+# fmt: off
+@overload
 def chunk_scores(
-    q: Array,
+    q: npt.NDArray[Any], k: Array, boundaries: ArrayLike, *, query_block: int, score: Literal["block", "rows"] = ...,
+    pooling: Literal["mean", "mean_sqrt"] = ..., heads: Literal["all", "group", "head"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., rows: int | None = ...,
+    window: int | None = ...,
+) -> npt.NDArray[np.float32]: ...
+@overload
+def chunk_scores(
+    q: ArrayT, k: Array, boundaries: ArrayLike, *, query_block: int, score: Literal["block", "rows"] = ...,
+    pooling: Literal["mean", "mean_sqrt"] = ..., heads: Literal["all", "group", "head"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., rows: int | None = ...,
+    window: int | None = ...,
+) -> ArrayT: ...
+# fmt: on
+def chunk_scores(
+    q: Any,
     k: Array,
-    boundaries: Array,
+    boundaries: ArrayLike,
     *,
     query_block: int,
-    score: str = "block",
-    pooling: str = "mean_sqrt",
-    heads: str = "all",
+    score: Literal["block", "rows"] = "block",
+    pooling: Literal["mean", "mean_sqrt"] = "mean_sqrt",
+    heads: Literal["all", "group", "head"] = "all",
     scale: float | None = None,
     softcap: float | None = None,
     rows: int | None = None,
     window: int | None = None,
-) -> Array:
+) -> Any:
     """Score every chunk of keys for every block of queries.
 
     float32 input is scored in float32. Selection needs only the order of scores, and rounds the means of "rows" to
@@ -548,7 +697,7 @@ def select(
     k: Array,
     config: Config,
     *,
-    boundaries: Array | None = None,
+    boundaries: ArrayLike | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -606,7 +755,13 @@ def select(
     )
 
 
-def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = None) -> Array:
+@overload
+def boundary_ratios(
+    attn: npt.NDArray[Any] | Sequence[Sequence[float]], *, window: int, sliding_window: int | None = ...
+) -> npt.NDArray[np.float64]: ...
+@overload
+def boundary_ratios(attn: ArrayT, *, window: int, sliding_window: int | None = ...) -> ArrayT: ...
+def boundary_ratios(attn: Any, *, window: int, sliding_window: int | None = None) -> Any:
     """Compute the training label of boundary predictors from an attention matrix.
 
     The label states how differently later tokens attend to the two sides of a gap.
@@ -643,15 +798,27 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
     return kind.result(result)
 
 
+# fmt: off
+@overload
 def attention_ratios(
-    q: Array,
+    q: npt.NDArray[Any], k: Array, *, window: int = ..., sliding_window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ...,
+) -> npt.NDArray[np.float64]: ...
+@overload
+def attention_ratios(
+    q: ArrayT, k: Array, *, window: int = ..., sliding_window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ...,
+) -> ArrayT: ...
+# fmt: on
+def attention_ratios(
+    q: Any,
     k: Array,
     *,
     window: int = 4,
     sliding_window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-) -> Array:
+) -> Any:
     """Compute the training label of boundary predictors from queries and keys.
 
     The result is `boundary_ratios` of their causal attention matrix, averaged over heads, which is never formed. Memory

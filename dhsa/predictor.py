@@ -13,15 +13,17 @@ import os
 import re
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from dhsa import _core
-from dhsa._arrays import Array, check_int, empty, kind_of, to_numpy, type_name
+from dhsa._arrays import check_int, empty, kind_of, to_numpy, type_name
 from dhsa._checkpoint import read_checkpoint
 from dhsa._files import replacing
 from dhsa._threads import get_num_threads
+from dhsa._typing import ArrayLike, ArrayT
 
 DEFAULT_WINDOW = 4
 SHIPPED = "gemma-3-270m.safetensors"  # in dhsa/weights, with a model card
@@ -144,7 +146,7 @@ class BoundaryPredictor:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a BoundaryPredictor is immutable; cannot delete {name!r}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.state_dict(), self.heads, self.window, self.model, self.notes)
 
     def __repr__(self) -> str:
@@ -159,7 +161,7 @@ class BoundaryPredictor:
     @classmethod
     def from_state_dict(
         cls,
-        state_dict: Mapping[str, Array],
+        state_dict: Mapping[str, ArrayLike],
         *,
         heads: int | None = None,
         window: int = DEFAULT_WINDOW,
@@ -192,7 +194,7 @@ class BoundaryPredictor:
         if notes is not None and not isinstance(notes, Mapping):
             raise TypeError(f"notes: expected a mapping or None, got {type_name(notes)}")
         window = check_int(window, "window", 1, 4096)
-        parts: dict[int | None, dict[str, Array]] = {}
+        parts: dict[int | None, dict[str, ArrayLike]] = {}
         for name, value in _strip_prefix(state_dict).items():
             match = _LAYER.fullmatch(name) if isinstance(name, str) else None
             layer, name = (int(match[1]), match[2]) if match else (None, name)
@@ -247,7 +249,7 @@ class BoundaryPredictor:
             magic = file.read(16)
         stored: dict[str, str] = {}
         if magic[:4] == b"PK\x03\x04":
-            state_dict: Mapping[str, Array] = read_checkpoint(path, ANCHORS)
+            state_dict: Mapping[str, ArrayLike] = read_checkpoint(path, ANCHORS)
         elif len(magic) > 8 and magic[8:9] == b"{":
             state_dict, stored = _read_safetensors(path)
         else:
@@ -339,7 +341,11 @@ class BoundaryPredictor:
             own |= {f"layers.{layer}.{name}": array for name, array in network.state_dict().items()}
         return own
 
-    def logits(self, k: Array) -> Array:
+    @overload
+    def logits(self, k: npt.NDArray[Any]) -> npt.NDArray[np.float32]: ...
+    @overload
+    def logits(self, k: ArrayT) -> ArrayT: ...
+    def logits(self, k: Any) -> Any:
         """Score every gap by the network for all layers (`layer(i).logits` uses that of one layer).
 
         Each row of a batch is scored independently. Padding is not recognised, its keys are treated like others: pass
@@ -384,7 +390,9 @@ def _make(**fields: Any) -> BoundaryPredictor:
     return self
 
 
-def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | None, window: int) -> BoundaryPredictor:
+def _network(
+    state_dict: Mapping[str, ArrayLike], layer: int | None, heads: int | None, window: int
+) -> BoundaryPredictor:
     """Return one network, checked."""
     where = "state_dict" if layer is None else f"state_dict: layer {layer}"
     kind = next((kind for kind, a in ARCHITECTURES.items() if a.anchor in state_dict), None)
@@ -434,7 +442,9 @@ def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | No
 
 def _dimension(size: str, letters: dict[str, int]) -> int:
     """Return the number that "3C", "4C+1", "N" or "1" stands for."""
-    times, letter, plus = re.fullmatch(r"(\d*)([A-Z]?)(\+\d+)?", size).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\d*)([A-Z]?)(\+\d+)?", size)
+    assert found is not None  # sizes are those of ARCHITECTURES
+    times, letter, plus = found.groups()
     return int(times or 1) * letters.get(letter, 1) + int(plus or 0)
 
 
@@ -458,7 +468,7 @@ def _listed(layers: tuple[int, ...]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _strip_prefix(state_dict: Mapping[str, Array]) -> dict[str, Array]:
+def _strip_prefix(state_dict: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     """Return the mapping without a prefix that all names have in common, as wrapper modules add one."""
     names = [name for name in state_dict if isinstance(name, str)]
     for name in names:
@@ -470,7 +480,7 @@ def _strip_prefix(state_dict: Mapping[str, Array]) -> dict[str, Array]:
     return dict(state_dict)
 
 
-def _float32(value: Array, name: str) -> np.ndarray:
+def _float32(value: Any, name: str) -> np.ndarray:
     if type(value).__module__.partition(".")[0] == "torch" and getattr(value, "is_floating_point", bool)():
         value = value.detach().float()  # NumPy has no bfloat16
     array = to_numpy(value, name)
@@ -489,7 +499,7 @@ def _size(arrays: dict[str, np.ndarray], kind: str, name: str, axis: int) -> int
         raise ValueError(
             f"{name}: expected shape [{', '.join(ARCHITECTURES[kind].parameters[name])}], got {list(shape)}"
         )
-    return shape[axis]
+    return int(shape[axis])
 
 
 def _stored_int(stored: dict[str, str], name: str, path: str) -> int:

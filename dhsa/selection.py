@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from dhsa._arrays import Array, check_int, int_array, to_numpy, type_name
+from dhsa._arrays import check_int, int_array, to_numpy, type_name
+from dhsa._typing import ArrayLike
 
 MAX_MASK_BYTES = 1 << 28  # 256 MiB: masks are for inspection and tests, not for computing attention
 
@@ -86,7 +88,7 @@ class Selection:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a Selection is immutable; cannot delete {name!r}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, tuple(getattr(self, name) for name in _FIELDS)
 
     def __eq__(self, other: object) -> bool:
@@ -100,7 +102,7 @@ class Selection:
             and np.array_equal(self.indices, other.indices)
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         lengths = "" if self.k_len is None else f", q_len={self.q_len}, k_len={self.k_len}"
@@ -113,8 +115,8 @@ class Selection:
     @classmethod
     def from_indices(
         cls,
-        indptr: Array,
-        indices: Array,
+        indptr: ArrayLike,
+        indices: ArrayLike,
         *,
         shape: tuple[int, int, int],
         query_block: int,
@@ -173,7 +175,7 @@ class Selection:
         return cls._trusted(indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len)
 
     @classmethod
-    def from_mask(cls, mask: Array, *, query_block: int, window: int | None = None) -> Selection:
+    def from_mask(cls, mask: ArrayLike, *, query_block: int, window: int | None = None) -> Selection:
         """Make a selection from a boolean mask.
 
         All queries of a block share one list. The rows of a block must therefore be equal wherever causality (and
@@ -261,7 +263,7 @@ class Selection:
         attended = int(np.maximum(last - np.maximum(first, keys) + 1, 0).sum())
         return attended / visible
 
-    def mask(self, *, causal: bool = False, window: int | None = None) -> np.ndarray:
+    def mask(self, *, causal: bool = False, window: int | None = None) -> npt.NDArray[np.bool_]:
         """Return the selection as a boolean mask [B, heads, Lq, Lk], for small sizes.
 
         Args:
@@ -289,7 +291,9 @@ class Selection:
         blocks = np.zeros((batch * heads * nq, k_len), np.bool_)
         rows = np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
         blocks[rows, self.indices] = True
-        mask = blocks.reshape(batch, heads, nq, k_len)[:, :, np.arange(q_len) // self.query_block]
+        mask: npt.NDArray[np.bool_] = blocks.reshape(batch, heads, nq, k_len)[
+            :, :, np.arange(q_len) // self.query_block
+        ]
         if causal:
             mask &= visible_keys(0, q_len, q_len, k_len, window)
         return mask

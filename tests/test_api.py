@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -76,8 +77,13 @@ except ImportError as error:
     ), done.stderr
 
 
-def test_version_is_the_projects():
-    assert dhsa.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+def test_version_has_one_source():
+    """pyproject.toml reads it from the package, so that neither can be of another release."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in settings["project"]
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "dhsa.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+|\.dev\d+)?", dhsa.__version__)
 
 
 def test_stub_has_the_extensions_functions():

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, and show what they say they show."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,22 @@ def test_notebook_runs(path, monkeypatch):
 
 def test_the_notebooks_are_those_that_are_known():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SAYS)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_says_what_it_needs_and_keeps_its_outputs(path):
+    """Whoever reads it without running it sees its results: of one run from top to bottom, of no one's own machine."""
+    notebook = nbformat.read(path, as_version=4)
+    top = notebook.cells[0].source
+    assert top.startswith("# ")
+    assert "**Needs** " in top
+    assert "**Takes** about" in top
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = [output.output_type for cell in code for output in cell.outputs]
+    assert "display_data" in kinds or "execute_result" in kinds
+    assert "error" not in kinds
+    assert not [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
+    text = path.read_text()
+    assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+    assert len(text) < 600_000

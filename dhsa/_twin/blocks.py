@@ -46,7 +46,7 @@ def logits(rows, keys, options, factor=1.0):
     return s if options["softcap"] is None else options["softcap"] * np.tanh(s / options["softcap"])
 
 
-def probabilities(s, seen=True):
+def probabilities(s, seen: np.ndarray | bool = True):
     """Softmax of each row of s over the keys it sees, zeros elsewhere and in rows that say nothing."""
     seen = np.broadcast_to(seen, s.shape)
     top = np.where(seen, s, -np.inf).max(axis=1, initial=-np.inf, keepdims=True)

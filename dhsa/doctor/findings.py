@@ -48,7 +48,8 @@ class Facts:
 def findings(check: Check, facts: Facts) -> tuple[list[str], list[str], bool]:
     """Return (warnings, notes, ok)."""
     wrong = [*_not_finite(check, facts), *_networks(facts), *_different(check, facts)]
-    warnings, notes = [], []
+    warnings: list[str] = []
+    notes: list[str] = []
     for kind, text, layers in _grouped(check, facts):
         (notes if kind in _EXPECTED else warnings).append(f"{_layers(layers)} ran exact: {text}.")
     if not any(layer.path == "sparse" for layer in check.layers):

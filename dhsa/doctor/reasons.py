@@ -47,6 +47,7 @@ def reason(
         return Reason("mask", "the mask hides every key")
     plain = [part for part in parts if not part.ranged]
     if not plain:
+        assert least is not None  # its config leaves keys out, or another reason was found above
         return Reason(
             "mask",
             "the mask is neither causal nor a sliding window (a span seen from both sides?), nor is a stretch of it "

@@ -110,7 +110,7 @@ def check(
         products=tuple(info["products"]),
         reasons=tuple(call.reason.kind for call in sparse.calls),
         exact_fault=next(((call.run.layer, call.fault) for call in exact.calls if call.fault), None),
-        logits_finite=tuple(bool((logits < torch.inf).all()) for logits in (exact_logits, sparse_logits)),
+        logits_finite=(bool((exact_logits < torch.inf).all()), bool((sparse_logits < torch.inf).all())),
         unserved=unserved,
         shared=shared,
     )
@@ -340,7 +340,7 @@ def _served(
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None or not predictor.layers:
         return chosen, (), ()
-    present = {getattr(module, "layer_idx", None) for module in hf.switching.attention_modules(model)} - {None}
+    present = {m.layer_idx for m in hf.switching.attention_modules(model) if getattr(m, "layer_idx", None) is not None}
     wanted = frozenset(present) if chosen is None else chosen
     without = tuple(sorted(wanted - set(predictor.layers)))
     return (chosen, (), without) if predictor.shared else (wanted - set(without), without, ())

@@ -64,17 +64,19 @@ class Cuts:
             self._first = cuts
         return cuts
 
-    def run(self, q: Any, k: Any, v: Any, config: dhsa.Config | None = None, **options: Any) -> tuple:
+    def run(
+        self, q: Any, k: Any, v: Any, config: dhsa.Config | None = None, **options: Any
+    ) -> tuple[Any, Any, RunStats]:
         """`dhsa.functional.run` with these boundaries. Calls that leave nothing out neither use nor set them."""
-        layer = {name: options.get(name) for name in ("scale", "softcap", "window")}
-        plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused by `run`
+        layer: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap", "window")}
+        plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
         if plain or config is None or not config._leaves_out(q.shape[2], k.shape[2], layer["window"]):
             return _run(q, k, v, config, **options)
         start = perf_counter()
         cuts = self.boundaries(q, k, config, **layer)
         self.selection = dhsa.select(q, k, config, boundaries=cuts, **layer)
         chosen = perf_counter()
-        kept = {name: options[name] for name in ("out", "return_lse") if name in options}
+        kept: dict[str, Any] = {name: options[name] for name in ("out", "return_lse") if name in options}
         made = dhsa.sparse_attention(q, k, v, self.selection, **layer, **kept)
         done = perf_counter()
         out, lse = made if options.get("return_lse") else (made, None)

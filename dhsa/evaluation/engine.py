@@ -144,6 +144,7 @@ class Engine:
     def _replaying(self, first: int) -> Iterator[None]:
         """Have the layers before `first` return what was kept instead of computing it."""
         kept = self._kept[first]
+        assert self._blocks is not None  # found when something was kept
         blocks = self._blocks[:first]
         try:
             for block in blocks:

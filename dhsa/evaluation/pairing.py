@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float
-    count: int
+    count: int  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def sure(self) -> bool:

@@ -87,14 +87,14 @@ def grouped(rows: Sequence[dict[str, Any]], *names: str) -> Iterator[tuple[Any, 
     """Yield (value or values of the named fields, rows with them); budgets in ascending order, others in order of
     occurrence.
     """
-    found: dict[tuple, list[dict[str, Any]]] = {}
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     order = sorted(
         found, key=lambda key: [_rank(value) if n == "given" else 0 for n, value in zip(names, key, strict=True)]
     )
     for key in order:
-        yield (key if len(key) > 1 else key[0]), found[key]
+        yield (key[0] if len(key) == 1 else key), found[key]
 
 
 def _rank(given: str) -> tuple[int, float]:

@@ -190,4 +190,4 @@ def _config(name: str, source: bool, values: dict[str, Any]) -> dhsa.Config:
         return dhsa.Config(**values)
     if name == "paper":
         return dhsa.Config.paper(**values)
-    return dhsa.Config.source(name, **values) if source else dhsa.Config(method=name, **values)
+    return dhsa.Config.source(name, **values) if source else dhsa.Config(**{"method": name, **values})

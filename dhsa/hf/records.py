@@ -55,9 +55,10 @@ def record(
     """Keep on the module what its call did. Several stretches become one record, their densities weighted by pairs."""
     paths = {stats.path for stats, _ in done}
     # A table of ranges has no window of its own, but in a sliding layer its rows are windows (and spans of pictures).
-    exact = "window" if "window" in paths or (sliding_window is not None and sliding_window < key.shape[2]) else "dense"
+    windowed = "window" in paths or (sliding_window is not None and sliding_window < key.shape[2])
+    exact: Literal["dense", "window"] = "window" if windowed else "dense"
     decode = query.shape[2] == 1
-    step = "decode" if decode else "prefill"
+    step: Literal["prefill", "decode"] = "decode" if decode else "prefill"
     total = sum(pairs for _, pairs in done)
     run = LayerRun(
         layer=-1 if layer is None else layer,

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class State:
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
             return EXACT
-        return self.own.get(layer, self.config)
+        return self.config if layer is None else self.own.get(layer, self.config)
 
 
 def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Wrapped:
@@ -395,7 +396,7 @@ def _restore(former: tuple[tuple[Any, str | None], ...]) -> None:
 def _index(layer: Any) -> int:
     if isinstance(layer, bool) or not hasattr(layer, "__index__"):
         raise TypeError(f"layers: expected layer indices, got {layer!r}")
-    return layer.__index__()
+    return operator.index(layer)
 
 
 def _span(present: set[int]) -> str:

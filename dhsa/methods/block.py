@@ -53,7 +53,7 @@ class Block(Method):
         edges = np.arange(block.lo // o["key_block"] * o["key_block"], block.end, o["key_block"])
         edges = np.append(edges, block.end)
         means = np.stack([block.k[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
-        finite = np.isfinite(means).all(axis=2)
+        finite = np.asarray(np.isfinite(means).all(axis=2))
         mass = np.zeros(len(edges) - 1)
         for h, query in enumerate(block.queries.mean(axis=1)):
             kv = h * len(block.k) // len(block.q)

@@ -108,6 +108,7 @@ def build(settings: Settings, channels: int, scale: float, seed: int) -> Compact
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        assert settings.hidden is not None  # Settings fills in a width
         if settings.architecture == "compact":
             return CompactNetwork(
                 channels,

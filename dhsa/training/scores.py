@@ -7,6 +7,7 @@ import numpy as np
 import dhsa
 from dhsa import _core
 from dhsa._threads import get_num_threads
+from dhsa._typing import Array
 
 __all__ = ["POSITIVE", "average_precision", "recall", "score", "similarity"]
 
@@ -54,7 +55,7 @@ def recall(scores: np.ndarray, ratios: np.ndarray) -> float:
     return len(wanted & found) / len(wanted) if wanted else float("nan")
 
 
-def similarity(keys: object, window: int) -> np.ndarray:
+def similarity(keys: Array, window: int) -> np.ndarray:
     """Return the scores of boundaries="similarity", [L].
 
     Args:

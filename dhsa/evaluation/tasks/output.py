@@ -53,7 +53,7 @@ def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[
 
     def layer(index: int, q: Any, k: Any, v: Any, window: int | None, scale: float, softcap: float | None) -> None:
         wanted = [s for s in settings if index >= first[s] and (engine.layers is None or index in engine.layers)]
-        options = {"window": window, "scale": scale, "softcap": softcap}
+        options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
         for setting, facts in losses(q, k, v, {s: s.at(index) for s in wanted}, cuts, **options).items():
             found[setting].append({"layer": index, **facts})
 
@@ -104,7 +104,7 @@ def losses(
     settings: with their Config in this layer; those that leave nothing out here are missing from the result. `cuts`:
     the boundaries of the settings that have their own, for all layers of a prompt.
     """
-    options = {"scale": scale, "softcap": softcap, "window": window}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
     exact = dhsa.attention(q, k, v, **options).float()
     norm = float(exact.norm())
     made: dict[Setting, dict[str, float]] = {}
