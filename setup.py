@@ -9,9 +9,9 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-# For `make test-debug`: sanitizers, and red zones between the parts of every arena (csrc/core/arena.h). Zones are wide
-# since what is laid out in strides may overrun its part by a stride.
-DEBUG = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDHSA_RED_ZONE=65536"]
+# For `make test-debug`: sanitizers, assertions, and red zones between the parts of every arena (csrc/core/arena.h).
+# Zones are wide since what is laid out in strides may overrun its part by a stride.
+DEBUG = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDHSA_RED_ZONE=65536", "-UNDEBUG"]
 debug = DEBUG if os.environ.get("DHSA_DEBUG_BUILD") == "1" else []
 
 core = Extension(

@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any, Literal
 
+from dhsa import _core
 from dhsa._arrays import check_int, type_name
 from dhsa.predictor import BoundaryPredictor
 
@@ -32,9 +33,7 @@ PER_HEAD = ("vertical_slash", "xattention", "proxy")  # as their sources have it
 STRIDES = {"xattention": 8, "proxy": 4}
 MAX_STRIDE = 1024  # a row of xattention holds so many queries
 
-PAPER_GAPS_PER_BLOCK = 8
 MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
-MOST_SHORT_CHUNKS = 8192
 MAX_QUERY_BLOCK = 65536
 
 
@@ -66,24 +65,15 @@ def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
-class _CoreArgs:
-    """What the C core takes, made once from a Config's fields, so that a call costs no Python work beyond num_chunks.
-
-    A class of its own, since annotations in the dataclass would be fields.
-    """
+class _Derived:
+    """What is made of a Config's fields. A class of its own, since annotations in the dataclass would be fields."""
 
     _asked: frozenset[str]  # the fields that were given, not defaulted
-    _kind: int
-    _theta: float
-    _nms: int
-    _paper_gaps: bool
-    _score_args: tuple[int, int, int, int, int, int]
-    _select_args: tuple[Any, ...]
-    _exact: bool  # no key is ever left out
+    _core: _core.Config  # what the C core takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(_CoreArgs):
+class Config(_Derived):
     """How the keys that each block of queries attends to are found. Frozen; make variants with `replace`.
 
     The default is what measured best without training: row scores over chunks cut by key similarity.
@@ -279,9 +269,9 @@ class Config(_CoreArgs):
             keep("nms", check_int(self.nms, "nms", 0, 2**31 - 1))
         if self.rows is not None:
             keep("rows", check_int(self.rows, "rows", 1, self.query_block))
-        kind = check_choice(self.boundaries, "boundaries", BOUNDARIES)
-        pooling = check_choice(self.pooling, "pooling", POOLINGS)
-        heads = check_choice(self.heads, "heads", HEADS)
+        check_choice(self.boundaries, "boundaries", BOUNDARIES)
+        check_choice(self.pooling, "pooling", POOLINGS)
+        check_choice(self.heads, "heads", HEADS)
         if self.predictor is not None and not isinstance(self.predictor, BoundaryPredictor):
             raise TypeError(f"predictor: expected a dhsa.BoundaryPredictor, got {type_name(self.predictor)}")
         if self.boundaries == "predictor" and self.predictor is None:
@@ -293,57 +283,66 @@ class Config(_CoreArgs):
             keep("shortlist", check_int(self.shortlist, "shortlist", 0, 2**31 - 1))
             if 0 < self.shortlist < (self.budget or 0):
                 raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {self.budget}")
-        keep("_kind", kind)
-        keep("_paper_gaps", self.num_chunks == "paper" or paper)
-        keep("_theta", self.theta if self.theta is not None else (1.1 if paper else -math.inf))
-        keep("_nms", self.nms if self.nms is not None else 8 if paper else 2 if self.by_length else 4)
-        score = SCORES.index(self.score or "rows")  # rules of candidates other than upstream's are those of rows
+        shortlist = 0  # all keys: nothing to choose from
+        if self.budget is not None:
+            shortlist = max(MIN_SHORTLIST, 4 * self.budget) if self.shortlist is None else self.shortlist
         keep(
-            "_score_args",
-            (score, pooling, heads, self.query_block, rows, int(bool(self.by_length))),
-        )
-        keep("_exact", self.budget is None and self.mass is None)
-        # More than any length is all keys; where every block is exact, functional.py sets the budget.
-        budget = 2**63 - 1 if self.budget is None else min(self.budget, 2**63 - 1)
-        shortlist = max(MIN_SHORTLIST, min(4 * budget, 2**63 - 1)) if self.shortlist is None else self.shortlist
-        floor = forced if self.floor is None else min(self.floor, 2**63 - 1)
-        keep(
-            "_select_args",
-            (
-                METHODS.index(self.method), budget, self.mass or 0.0, floor, self.sink, self.local, self.dense_tail,
-                self.key_block, self.stride or 0, min(shortlist, 2**63 - 1), self._score_args,
+            "_core",
+            _core.Config(
+                method=self.method,
+                budget=self.budget,
+                mass=self.mass,
+                floor=self.floor,
+                query_block=self.query_block,
+                sink=self.sink,
+                local=self.local,
+                dense_tail=self.dense_tail,
+                heads=self.heads,
+                boundaries=self.boundaries,
+                chunk_size=self.chunk_size,
+                num_chunks="paper" if paper and self.num_chunks is None else self.num_chunks,
+                boundary_window=self.boundary_window,
+                theta=self.theta if self.theta is not None else (1.1 if paper else -math.inf),
+                nms=self.nms if self.nms is not None else 8 if paper else 2 if self.by_length else 4,
+                predictor=self._weights(),
+                rows=rows,
+                by_length=self.by_length,
+                shortlist=shortlist,
+                pooling=self.pooling,
+                key_block=self.key_block,
+                stride=self.stride,
             ),
-        )  # fmt: skip
-
-    def _leaves_out(self, q_len: int, k_len: int, window: int | None) -> bool:
-        """Does causal attention of the last `q_len` of `k_len` positions leave keys out in some block? The core's rule
-        (dhsa_span_exact): of the blocks before the dense tail the last one has the most candidates."""
-        if self._exact:
-            return False
-        least = self._select_args[1] if self.mass is None else self._select_args[3]
-        end = (q_len - self.dense_tail) // self.query_block * self.query_block if self.dense_tail else q_len
-        return end > 0 and k_len - q_len + end > least and not (window is not None and window <= least)
-
-    def _num_chunks(self, length: int) -> int:
-        """The most gaps to cut at for `length` keys."""
-        if isinstance(self.num_chunks, int):
-            return self.num_chunks
-        if self._paper_gaps:
-            return length // self.query_block * PAPER_GAPS_PER_BLOCK
-        # Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough.
-        return max(length // 8, min(length // 4, MOST_SHORT_CHUNKS) if self.by_length else 0)
-
-    def _boundary_args(self, length: int) -> tuple:
-        """The boundary config of _core for `length` keys; ValueError if the predictor has no network for all layers."""
-        return (
-            self._kind,
-            self.chunk_size,
-            self._num_chunks(length),
-            self.boundary_window,
-            self._theta,
-            self._nms,
-            self.predictor._args() if self.boundaries == "predictor" and self.predictor is not None else None,
         )
+
+    def _weights(self) -> tuple[Any, ...] | None:
+        """Of the network that cuts keys; None also where there are networks of single layers only."""
+        network = self.predictor if self.boundaries == "predictor" else None
+        return network._args() if network is not None and network.shared else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether no key is ever left out: neither a budget nor a mass."""
+        return self._core.exact
+
+    @property
+    def exact_up_to(self) -> int:
+        """Keys up to which a block of queries sees all that are visible to it: the budget, or the floor where a mass
+        decides."""
+        return self._core.exact_up_to
+
+    def leaves_out(self, q_len: int, k_len: int, window: int | None = None) -> bool:
+        """Whether causal attention of the last `q_len` of `k_len` positions leaves a visible key out for some query.
+
+        Args:
+            q_len, k_len: queries and keys, 0 to 2**30 - 1. window: the layer's sliding window in keys, None: none.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        return self._core.leaves_out(q_len, k_len, window)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, ({name: getattr(self, name) for name in self._asked},)
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, validated again. Unknown names raise TypeError.
@@ -391,6 +390,10 @@ class Config(_CoreArgs):
             values["boundaries"] = "predictor"
         values.update(overrides)
         return cls(**values)
+
+
+def _rebuild(values: dict[str, Any]) -> Config:
+    return Config(**values)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))

@@ -492,15 +492,15 @@ def test_bad_boundaries_are_refused(edges):
 
 def test_a_wrong_plan_is_refused():
     q, k = normal(1, 2, 64, 8), normal(1, 2, 64, 8)
-    args = small()._select_args
+    core = small()._core
     indptr = np.empty(9, np.int64)
-    _core.select_plan(q, k, args, None, None, None, indptr)
+    _core.select_plan(q, k, core, None, None, None, indptr)
     cuts = np.array([[0, 30, 64]], np.int32)
     wrong = indptr.copy()
     wrong[3] += 1
     for plan in (wrong, indptr + 1):
         with pytest.raises(ValueError, match="indptr"):
-            _core.select(q, k, cuts, args, None, None, None, plan, np.empty(plan[-1], np.int32), 1)
+            _core.select(q, k, cuts, core, None, None, None, plan, np.empty(plan[-1], np.int32), 1)
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------

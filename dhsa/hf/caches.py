@@ -151,7 +151,7 @@ def recall(
     of an operator in a graph, which runs no hooks."""
     entry = getattr(_running, "entry", None)
     _running.entry = None
-    if config._exact or config.method not in SCORE_OF:
+    if config.exact or config.method not in SCORE_OF:
         return None, ""
     place, same, hooked = None, 0, entry is not None and entry[0]() is module
     if hooked and entry[1] is not None:
