@@ -82,13 +82,13 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 config, wins = dhsa.Config(budget=budget), 0
                 for step in STEPS:
                     length = int(step * budget)
-                    if config._leaves_out(length, length, None) and wins < ENOUGH:
+                    if config.leaves_out(length, length, None) and wins < ENOUGH:
                         row = measure(shape, length, length, dtype, config, args.repeats)
                         wins = wins + 1 if row["sparse_over_exact"] < 1 else 0
                         yield row | {"part": "whole"}
                 for q_len, more in PIECES:
                     k_len = max(int(more * budget), q_len + budget // 2)
-                    if config._leaves_out(q_len, k_len, None):
+                    if config.leaves_out(q_len, k_len, None):
                         yield measure(shape, q_len, k_len, dtype, config, args.repeats) | {"part": "piece"}
         for shape in SMALL_SHAPES:
             for length, budget in SMALL:

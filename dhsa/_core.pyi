@@ -1,14 +1,92 @@
-# The C extension, for type checkers. Private: arguments are positional, outputs are arrays made by the caller.
-from typing import Any
+# The C extension, for type checkers. Private: arguments of functions are positional, outputs are arrays made by the
+# caller. What their ranges are is said where they are checked, in csrc/.
+from typing import Any, Literal
 
 import numpy.typing as npt
 
 from dhsa._typing import SupportsDLPack
 
 Array = npt.NDArray[Any] | SupportsDLPack
-BoundaryConfig = tuple[int, int, int, int, float, int, tuple[Any, ...] | None]
-ScoreConfig = tuple[int, int, int, int, int, int]
-SelectConfig = tuple[int, int, float, int, int, int, int, int, int, ScoreConfig]
+
+class Config:
+    """A configuration that has been parsed and checked; immutable. `num_chunks` None: the number that measured best for
+    the length; `floor` None: sink + local; `stride` None: none. See dhsa.Config, which makes one of its fields."""
+    def __new__(
+        cls,
+        *,
+        method: str = "rows",
+        budget: int | None = None,
+        mass: float | None = None,
+        floor: int | None = None,
+        query_block: int = 64,
+        sink: int = 0,
+        local: int = 0,
+        dense_tail: int = 0,
+        heads: str = "group",
+        boundaries: str = "similarity",
+        chunk_size: int = 8,
+        num_chunks: int | Literal["paper"] | None = None,
+        boundary_window: int = 4,
+        theta: float = ...,
+        nms: int = 0,
+        predictor: tuple[Any, ...] | None = None,
+        rows: int = 1,
+        rounded: bool = False,
+        shortlist: int = 0,
+        pooling: str = "mean",
+        key_block: int = 128,
+        stride: int | None = None,
+    ) -> Config: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def budget(self) -> int | None: ...
+    @property
+    def mass(self) -> float | None: ...
+    @property
+    def floor(self) -> int: ...
+    @property
+    def query_block(self) -> int: ...
+    @property
+    def sink(self) -> int: ...
+    @property
+    def local(self) -> int: ...
+    @property
+    def dense_tail(self) -> int: ...
+    @property
+    def heads(self) -> str: ...
+    @property
+    def boundaries(self) -> str: ...
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def num_chunks(self) -> int | Literal["paper"] | None: ...
+    @property
+    def boundary_window(self) -> int: ...
+    @property
+    def theta(self) -> float: ...
+    @property
+    def nms(self) -> int: ...
+    @property
+    def predictor(self) -> tuple[Any, ...] | None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def rounded(self) -> bool: ...
+    @property
+    def shortlist(self) -> int: ...
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def key_block(self) -> int: ...
+    @property
+    def stride(self) -> int | None: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def exact_up_to(self) -> int: ...
+    def leaves_out(self, q_len: int, k_len: int, window: int | None, /) -> bool: ...
+    def num_gaps(self, length: int, /) -> int: ...
 
 class Past:
     def __new__(cls) -> Past: ...
@@ -77,8 +155,7 @@ def prefill(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
-    boundary_config: BoundaryConfig,
-    select_config: SelectConfig,
+    config: Config,
     boundaries: Array | None,
     pasts: tuple[Past, ...] | None,
     same: int,
@@ -90,10 +167,8 @@ def predictor_logits(predictor: tuple[Any, ...], k: Array, logits: Array, num_th
 def pick_boundaries(
     scores: Array, n: int, theta: float, nms: int, instruction: int | None, boundaries: Array, /
 ) -> int: ...
-def boundaries_capacity(boundary_config: BoundaryConfig, length: int, /) -> int: ...
-def boundaries(
-    k: Array, boundary_config: BoundaryConfig, boundaries: Array, counts: Array, num_threads: int, /
-) -> None: ...
+def boundaries_capacity(config: Config, length: int, /) -> int: ...
+def boundaries(k: Array, config: Config, boundaries: Array, counts: Array, num_threads: int, /) -> None: ...
 def boundary_ratios(
     attn: Array, window: int, sliding_window: int | None, ratios: Array, num_threads: int, /
 ) -> None: ...
@@ -112,7 +187,7 @@ def chunk_scores(
     q: Array,
     k: Array,
     boundaries: Array,
-    score_config: ScoreConfig,
+    config: Config,
     scale: float | None,
     softcap: float | None,
     window: int | None,
@@ -123,7 +198,7 @@ def chunk_scores(
 def select_plan(
     q: Array,
     k: Array,
-    select_config: SelectConfig,
+    config: Config,
     scale: float | None,
     softcap: float | None,
     window: int | None,
@@ -134,7 +209,7 @@ def select(
     q: Array,
     k: Array,
     boundaries: Array | None,
-    select_config: SelectConfig,
+    config: Config,
     scale: float | None,
     softcap: float | None,
     window: int | None,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from dhsa import methods
+from dhsa import _core, methods
 from dhsa._arrays import check_choice, check_int, type_name
 from dhsa.methods.base import MAX_OPTION, Method
 from dhsa.methods.dhsa import POOLINGS
@@ -39,8 +39,6 @@ HEADS = ("group", "all", "head")
 DECODES = ("exact", "dhsa")
 SHARED = ("boundaries", "selections")
 
-PAPER_GAPS_PER_BLOCK = 8
-MOST_SHORT_CHUNKS = 8192
 MAX_QUERY_BLOCK = 65536
 
 # {option: the methods that have it}
@@ -98,8 +96,15 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "no options of its own"
 
 
+class _Derived:
+    """What is made of a Config's fields. A class of its own, since annotations in the dataclass would be fields."""
+
+    _asked: frozenset[str]  # the fields that were given, not defaulted
+    _core: _core.Config  # what the C core takes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Config:
+class Config(_Derived):
     """How the keys that each block of queries attends to are found. Frozen; make variants with `replace`.
 
     The default is what measured best without training: row scores over chunks cut by key similarity.
@@ -286,73 +291,62 @@ class Config:
         self._prepare()
 
     def _prepare(self) -> None:
-        """What the C core takes, made once, so that a call costs no Python work beyond num_chunks."""
-
-        def keep(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        own = {
-            "rows": max(1, self.query_block // 4),
-            "shortlist": None,
-            "pooling": "mean",
-            "key_block": 128,
-            "stride": 0,
-        }
+        """Parse and check the fields once, for the C core."""
+        own: dict[str, Any] = {"rows": max(1, self.query_block // 4), "shortlist": None}
         own |= self.options.core(query_block=self.query_block, budget=self.budget)
+        if self.budget is None:
+            own["shortlist"] = 0  # all keys: nothing to choose from
+        elif own["shortlist"] is None:
+            own["shortlist"] = max(MIN_SHORTLIST, 4 * self.budget)
         # The paper's network is picked from as the paper says, ours as similarity is.
-        paper = (
-            self.boundaries == "predictor" and self.predictor is not None and self.predictor.architecture == "attention"
+        network = self.predictor if self.boundaries == "predictor" else None
+        paper = network is not None and network.architecture == "attention"
+        core = _core.Config(
+            method=self.method,
+            budget=self.budget,
+            mass=self.mass,
+            floor=self.floor,
+            query_block=self.query_block,
+            sink=self.sink,
+            local=self.local,
+            dense_tail=self.dense_tail,
+            heads=self.heads or self.options.heads,
+            boundaries=self.boundaries,
+            chunk_size=self.chunk_size,
+            num_chunks="paper" if paper and self.num_chunks is None else self.num_chunks,
+            boundary_window=self.boundary_window,
+            theta=self.theta if self.theta is not None else (1.1 if paper else -math.inf),
+            nms=self.nms if self.nms is not None else 8 if paper else 2 if self.method == "rows" else 4,
+            # None also where there are networks of single layers only: functional.py refuses these where keys are cut.
+            predictor=network._args() if network is not None and network.shared else None,
+            **own,
         )
-        finer = self.method == "rows"
-        keep("_kind", BOUNDARIES.index(self.boundaries))
-        keep("_paper_gaps", self.num_chunks == "paper" or paper)
-        keep("_theta", self.theta if self.theta is not None else (1.1 if paper else -math.inf))
-        keep("_nms", self.nms if self.nms is not None else 8 if paper else 2 if finer else 4)
-        score = SCORES.index("block" if self.method == "dhsa" else "rows")
-        heads, pooling = HEADS.index(self.heads), POOLINGS.index(own["pooling"])
-        keep("_score_args", (score, pooling, heads, self.query_block, own["rows"], int(finer)))
-        keep("_exact", self.budget is None and self.mass is None)
-        # More than any length is all keys; where every block is exact, functional.py sets the budget.
-        budget = 2**63 - 1 if self.budget is None else self.budget
-        shortlist = max(MIN_SHORTLIST, min(4 * budget, 2**63 - 1)) if own["shortlist"] is None else own["shortlist"]
-        floor = self.sink + self.local if self.floor is None else self.floor
-        keep(
-            "_select_args",
-            (
-                tuple(methods.registry).index(self.method), budget, self.mass or 0.0, floor, self.sink, self.local,
-                self.dense_tail, own["key_block"], own["stride"], shortlist, self._score_args,
-            ),
-        )  # fmt: skip
+        object.__setattr__(self, "_core", core)
 
-    def _leaves_out(self, q_len: int, k_len: int, window: int | None) -> bool:
-        """Does causal attention of the last `q_len` of `k_len` positions leave keys out in some block? The core's rule
-        (dhsa_span_exact): of the blocks before the dense tail the last one has the most candidates."""
-        if self._exact:
-            return False
-        least = self._select_args[1] if self.mass is None else self._select_args[3]
-        end = (q_len - self.dense_tail) // self.query_block * self.query_block if self.dense_tail else q_len
-        return end > 0 and k_len - q_len + end > least and not (window is not None and window <= least)
+    @property
+    def exact(self) -> bool:
+        """Whether no key is ever left out: neither a budget nor a mass."""
+        return self._core.exact
 
-    def _num_chunks(self, length: int) -> int:
-        """The most gaps to cut at for `length` keys."""
-        if isinstance(self.num_chunks, int):
-            return self.num_chunks
-        if self._paper_gaps:
-            return length // self.query_block * PAPER_GAPS_PER_BLOCK
-        # Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough.
-        return max(length // 8, min(length // 4, MOST_SHORT_CHUNKS) if self.method == "rows" else 0)
+    @property
+    def exact_up_to(self) -> int:
+        """Keys up to which a block of queries sees all that are visible to it: the budget, or the floor where a mass
+        decides."""
+        return self._core.exact_up_to
 
-    def _boundary_args(self, length: int) -> tuple:
-        """The boundary config of _core for `length` keys; ValueError if the predictor has no network for all layers."""
-        return (
-            self._kind,
-            self.chunk_size,
-            self._num_chunks(length),
-            self.boundary_window,
-            self._theta,
-            self._nms,
-            self.predictor._args() if self.boundaries == "predictor" and self.predictor is not None else None,
-        )
+    def leaves_out(self, q_len: int, k_len: int, window: int | None = None) -> bool:
+        """Whether causal attention of the last `q_len` of `k_len` positions leaves a visible key out for some query.
+
+        Args:
+            q_len: queries, 0 to 2**30 - 1.
+            k_len: keys, 0 to 2**30 - 1.
+            window: the layer's sliding window in keys. None: none.
+
+        Raises:
+            TypeError: an argument of the wrong type; the message names it.
+            ValueError: an argument out of range; the message names it.
+        """
+        return self._core.leaves_out(q_len, k_len, window)
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is no attribute: options of the method, and what is not there.

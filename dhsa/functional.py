@@ -144,12 +144,12 @@ def run(
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     skip = None if config is None else config.skip
     if boundaries is not None:
-        if config is None or config._exact or not config.options.has_chunks:
-            method = "an exact config" if config is None or config._exact else f"method={config.method!r}"
+        if config is None or config.exact or not config.options.has_chunks:
+            method = "an exact config" if config is None or config.exact else f"method={config.method!r}"
             raise ValueError(f"boundaries: {method} cuts no chunks; expected None")
         boundaries = _boundary_array(boundaries, k.shape[0])
     args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads(), skip)
-    if config is None or config._exact:
+    if config is None or config.exact:
         start = perf_counter()
         skipped = _core.attend_dense(*args)
         seconds = perf_counter() - start
@@ -161,9 +161,7 @@ def run(
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
-        done, *report = _core.prefill(
-            *args, config._boundary_args(k.shape[2]), config._select_args, boundaries, pasts, same, int(keep)
-        )
+        done, *report = _core.prefill(*args, _cutting(config), boundaries, pasts, same, int(keep))
         stats = RunStats(PATHS[done], *report)
     if type(kind) is DlpackKind:  # results are still Buffers
         target = target if given else kind.result(target)
@@ -478,15 +476,22 @@ def _config(config: object) -> Config:
     return config
 
 
+def _cutting(config: Config) -> _core.Config:
+    """`config` for _core; ValueError if keys are to be cut by a predictor that has no network for all layers."""
+    if config.boundaries == "predictor" and config.predictor is not None:
+        config.predictor._args()
+    return config._core
+
+
 def _boundaries(k: Any, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
     check_int(length, "k: its length", 1, MAX_LENGTH)
-    args = config._boundary_args(length)
-    result = empty((batch, _core.boundaries_capacity(args, length)), np.int32, "k")
+    parsed = _cutting(config)
+    result = empty((batch, _core.boundaries_capacity(parsed, length)), np.int32, "k")
     counts = empty((batch,), np.int64, "k")
-    _core.boundaries(k, args, result, counts, get_num_threads())
+    _core.boundaries(k, parsed, result, counts, get_num_threads())
     most = int(counts.max(initial=2))
     return result if most == result.shape[1] else np.ascontiguousarray(result[:, :most])
 
@@ -680,15 +685,21 @@ def chunk_scores(
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     query_block = check_int(query_block, "query_block", 1, MAX_QUERY_BLOCK)
-    score_index = check_choice(score, "score", SCORES)
-    pooling_index = check_choice(pooling, "pooling", POOLINGS)
+    check_choice(score, "score", SCORES)
+    check_choice(pooling, "pooling", POOLINGS)
     heads_index = check_choice(heads, "heads", HEADS)
     rows = max(1, query_block // 2) if rows is None else check_int(rows, "rows", 1, query_block)
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = _boundary_array(boundaries, k.shape[0])
     result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")
-    score_args = (score_index, pooling_index, heads_index, query_block, rows, 0)
-    _core.chunk_scores(q, k, cuts, score_args, scale, softcap, window, result, get_num_threads())
+    config = _core.Config(
+        method="dhsa" if score == "block" else score,
+        query_block=query_block,
+        rows=rows,
+        pooling=pooling,
+        heads=heads,
+    )
+    _core.chunk_scores(q, k, cuts, config, scale, softcap, window, result, get_num_threads())
     return kind.result(result)
 
 
@@ -727,7 +738,6 @@ def select(
     config = _config(config)
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
-    select_args = config._select_args
     shape = _score_shape(q, k, HEADS.index(config.heads), config.query_block)
     chunks = config.options.has_chunks
     if not chunks and boundaries is not None:
@@ -735,12 +745,12 @@ def select(
     if config.method == "dhsa":
         scale = softcap = None  # only the order of its products matters
     indptr = empty((shape[0] * shape[1] * shape[2] + 1,), np.int64, "q")
-    _core.select_plan(q, k, select_args, scale, softcap, window, indptr)
+    _core.select_plan(q, k, config._core, scale, softcap, window, indptr)
     cuts = None
     if chunks:
         cuts = _boundaries(k, config) if boundaries is None else _boundary_array(boundaries, k.shape[0])
     indices = empty((int(indptr[-1]),), np.int32, "config")
-    _core.select(q, k, cuts, select_args, scale, softcap, window, indptr, indices, get_num_threads())
+    _core.select(q, k, cuts, config._core, scale, softcap, window, indptr, indices, get_num_threads())
     if indptr[-1] < indices.size:
         indices = indices[: indptr[-1]].copy()  # with a share of mass, fewer keys may be taken than allocated
     return Selection._trusted(

@@ -456,7 +456,7 @@ def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Co
     image[shares == 0] = to_rgb(_LEFT_OUT)
     starts, stops = edges[:-1][None, :], edges[1:][None, :]
     image[np.broadcast_to(starts >= ends[:, None], shares.shape)] = to_rgb(_UNSEEN)
-    if config is not None and not config._exact:
+    if config is not None and not config.exact:
         forced = (stops <= config.sink) | ((starts >= ends[:, None] - config.local) & (starts < ends[:, None]))
         image[forced & (shares > 0)] = _FORCED
         # A block that sees every key (within the budget, or in the dense tail) has no keys selected by score.
@@ -475,7 +475,7 @@ def _legend(figure: Figure, config: Config | None) -> None:
         Patch(facecolor=_LEFT_OUT, edgecolor="#c9c6bd", label="left out"),
         Patch(facecolor=_UNSEEN, label="in the future"),
     ]
-    if config is not None and not config._exact:
+    if config is not None and not config.exact:
         handles.insert(0, Patch(facecolor=_FORCED, label="always in: sinks, local, blocks within budget or dense"))
     figure.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0.068, 0.02), ncols=len(handles), frameon=False, fontsize=9,

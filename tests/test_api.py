@@ -407,11 +407,22 @@ def test_config_defaults():
         "predictor": None,
     }
     assert {name: getattr(config, name) for name in expected} == expected
-    assert config._boundary_args(1000) == (0, 8, 250, 4, -math.inf, 2, None)
-    assert config._select_args == (0, 2048, 0.0, 144, 16, 128, 64, 128, 0, 8192, (0, 0, 0, 64, 32, 1))
-    assert dhsa.Config(budget=3000)._select_args[-2] == 12000
-    chunks = [config._boundary_args(length)[2] for length in (32_000, 40_000, 65_536, 131_072)]
+    assert parsed(config) == {
+        "method": "rows", "budget": 2048, "mass": None, "floor": 144, "query_block": 64, "sink": 16, "local": 128,
+        "dense_tail": 64, "heads": "group", "boundaries": "similarity", "chunk_size": 8, "num_chunks": None,
+        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 32, "rounded": False,
+        "shortlist": 8192, "pooling": "mean", "key_block": 128, "stride": None, "exact": False, "exact_up_to": 2048,
+    }  # fmt: skip
+    assert config._core.num_gaps(1000) == 250
+    assert dhsa.Config(budget=3000)._core.shortlist == 12000
+    chunks = [config._core.num_gaps(length) for length in (32_000, 40_000, 65_536, 131_072)]
     assert chunks == [8000, 8192, 8192, 16_384]
+
+
+def parsed(config):
+    """What the core made of a config."""
+    values = {name: getattr(config._core, name) for name in dir(config._core) if name[0] != "_"}
+    return {name: value for name, value in values.items() if not callable(value)}
 
 
 def test_config_fits_default_forced_keys_into_a_small_budget():
@@ -432,12 +443,13 @@ def test_config_paper():
         "dhsa",
         "mean_sqrt",
     )
-    assert paper._boundary_args(1000) == (0, 8, 24, 4, -math.inf, 8, None)
+    assert (paper._core.num_gaps(1000), paper._core.theta, paper._core.nms) == (24, -math.inf, 8)
     assert dhsa.Config.paper(budget=1024, nms=2).nms == 2
     predictor = dhsa.BoundaryPredictor.from_state_dict(random_weights(8, 4), heads=2)
     learned = dhsa.Config.paper(predictor=predictor)
     assert learned.boundaries == "predictor"
-    assert learned._boundary_args(1000)[:6] == (2, 8, 24, 4, 1.1, 8)
+    assert (learned._core.num_gaps(1000), learned._core.theta, learned._core.nms) == (24, 1.1, 8)
+    assert learned._core.predictor[:2] == (2, 4)  # heads, window
 
 
 def test_config_spellings_of_a_method():
@@ -522,7 +534,7 @@ def test_config_prints_pickles_and_becomes_a_dict(text):
     assert repr(config) == text or "budget=64, sink=16" in text
     again = pickle.loads(pickle.dumps(config))
     assert again == config
-    assert again._select_args == config._select_args
+    assert parsed(again) == parsed(config)
     words = json.loads(json.dumps(config.to_dict(), allow_nan=False))
     assert dhsa.Config.from_dict(words) == config
     assert copy.deepcopy(config) == config
@@ -539,15 +551,16 @@ def test_config_with_a_predictor_becomes_a_dict(tmp_path):
     words = json.loads(json.dumps(own.to_dict(predictor=str(tmp_path / "p.safetensors"))))
     again = dhsa.Config.from_dict(words)
     assert again.replace(predictor=own.predictor) == own
-    assert again._select_args == own._select_args
+    assert parsed(again)["method"] == parsed(own)["method"]
     with pytest.raises(TypeError, match=r"^values: expected a dict, got list"):
         dhsa.Config.from_dict([])
 
 
 def test_config_mass():
     config = dhsa.Config(mass=0.9, budget=None, sink=100, local=200)
-    assert config._select_args[1:4] == (2**63 - 1, 0.9, 300)
-    assert dhsa.Config(mass=0.9, floor=600)._select_args[1:4] == (2048, 0.9, 600)
+    assert (config._core.budget, config._core.mass, config._core.floor, config.exact_up_to) == (None, 0.9, 300, 300)
+    floored = dhsa.Config(mass=0.9, floor=600)
+    assert (floored._core.budget, floored._core.floor, floored.exact_up_to, floored.exact) == (2048, 600, 600, False)
     assert config.replace(mass=None) == dhsa.Config(budget=None, sink=100, local=200)
 
 

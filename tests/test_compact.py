@@ -205,13 +205,18 @@ def test_a_common_prefix_is_removed():
 
 def test_gaps_are_picked_as_the_method_has_it():
     """A compact network is picked from like similarity, the paper's as the paper says."""
+
+    def picking(config):
+        core = config._core
+        return core.num_gaps(8192), core.boundary_window, core.theta, core.nms
+
     ours, theirs = compact(16), dhsa.BoundaryPredictor.from_state_dict(random_weights(16, 8), heads=4)
-    for options in ({}, {"method": "dhsa"}, {"score": "rows"}):
+    for options in ({}, {"method": "dhsa"}, {"method": "block"}):
         similarity = dhsa.Config(**options)
         mine = dhsa.Config(boundaries="predictor", predictor=ours, **options)
-        assert mine._boundary_args(8192)[2:6] == similarity._boundary_args(8192)[2:6]
+        assert picking(mine) == picking(similarity)
         paper = dhsa.Config(boundaries="predictor", predictor=theirs, **options)
-        assert paper._boundary_args(8192)[2:6] == (8192 // 64 * 8, 4, 1.1, 8)
+        assert picking(paper) == (8192 // 64 * 8, 4, 1.1, 8)
     k = keys(1, 2, 400, 8)
     got = dhsa.boundaries(k, dhsa.Config(boundaries="predictor", predictor=ours))
     want = dhsa.pick_boundaries(ours.logits(k)[0], 100, theta=-np.inf, nms=2)

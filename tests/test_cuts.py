@@ -43,7 +43,7 @@ def by_hand(q, k, config, **layer):
     with np.errstate(divide="ignore"):
         scores = np.log(ratios)
     return dhsa.pick_boundaries(
-        scores, config._num_chunks(len(scores)), theta=config.theta or -np.inf, nms=config._nms
+        scores, config._core.num_gaps(len(scores)), theta=config.theta or -np.inf, nms=config._core.nms
     ).tolist()
 
 
@@ -215,7 +215,7 @@ def test_words_make_other_settings_and_other_rows():
     assert len({s.config for s in made}) == 1
     assert [s.fields().get("cuts") for s in made] == [None, *cuts.WORDS]
     tuned = settings.setting("dhsa:cuts=label:num_chunks=40:nms=3", 96)
-    assert (tuned.config._num_chunks(500), tuned.config._nms) == (40, 3)
+    assert (tuned.config._core.num_gaps(500), tuned.config._core.nms) == (40, 3)
 
 
 @pytest.mark.parametrize(

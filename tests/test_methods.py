@@ -435,41 +435,13 @@ def test_power_takes_powers_of_two_first():
     assert blocks == [16, 8, 4, 3, 2, 1, 0]  # all powers, then the nearest sum of two
 
 
-@pytest.mark.parametrize(
-    ("config", "at", "value", "error", "message"),
-    [
-        (dhsa.Config(), 0, 99, ValueError, "^method: expected 0 to 9, got 99"),
-        (dhsa.Config(), 0, 1, ValueError, "^score: the block score goes with method dhsa"),
-        (dhsa.Config(method="window"), 2, 0.5, ValueError, "^mass: the scores of method window are no shares"),
-        (dhsa.Config(mass=0.5), 2, 1.5, ValueError, "^mass: got 1.5, expected above 0, at most 1"),
-        (dhsa.Config(mass=0.5, local=99), 3, 114, ValueError, r"^floor: got 114, expected sink \+ local = 115 to"),
-        (dhsa.Config(mass=0.5), 3, 2049, ValueError, "^floor: got 2049, expected .* budget of 2048"),
-        (dhsa.Config(method="block"), 7, 0, ValueError, "^key_block: got 0, expected 1 to"),
-        (dhsa.Config(method="block"), 7, 2**40, ValueError, "^key_block: got 1099511627776, expected 1 to"),
-        (
-            dhsa.Config(method="proxy", heads="group"),
-            8,
-            3,
-            ValueError,
-            "^stride: got 3, expected a divisor of key_block",
-        ),
-    ],
-)
-def test_the_core_checks_for_itself(config, at, value, error, message):
-    """C callers have no Config before them."""
-    q, k = normal(1, 2, 64, 8), normal(1, 2, 64, 8)
-    args = (*config._select_args[:at], value, *config._select_args[at + 1 :])
-    with pytest.raises(error, match=message):
-        _core.select_plan(q, k, args, None, None, None, np.empty(3, np.int64))
-
-
 def test_chunks_need_boundaries():
     q, k = normal(1, 2, 64, 8), normal(1, 2, 64, 8)
-    args = small()._select_args
+    core = small()._core
     indptr = np.empty(9, np.int64)
-    _core.select_plan(q, k, args, None, None, None, indptr)
+    _core.select_plan(q, k, core, None, None, None, indptr)
     with pytest.raises(ValueError, match=r"^boundaries: expected at least"):
-        _core.select(q, k, None, args, None, None, None, indptr, np.empty(indptr[-1], np.int32), 1)
+        _core.select(q, k, None, core, None, None, None, indptr, np.empty(indptr[-1], np.int32), 1)
 
 
 def test_every_method_has_a_twin_or_says_that_it_is_not_there():

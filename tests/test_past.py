@@ -168,7 +168,7 @@ def test_cuts_are_the_twins(calls, seed, shortlist):
         found = twin.follow(
             k[0],
             scores_of(k[:, :, : end - (kind == "step")], config),
-            n=config._num_chunks(end),
+            n=config._core.num_gaps(end),
             theta=-np.inf,
             nms=2,
             step=kind == "step",

@@ -19,7 +19,6 @@ from weights import random_weights
 
 import dhsa
 from dhsa import _core, functional, reference
-from dhsa.config import POOLINGS, SCORES
 
 SCORE_OF = {"rows": "rows", "dhsa": "block"}
 
@@ -294,13 +293,13 @@ def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=N
     """The C lists are what the reference makes of the C scores, bit for bit; returns the selection."""
     if edges is None:
         edges = dhsa.boundaries(k, config)
-    score = SCORES.index(SCORE_OF[config.method])
-    args = (score, POOLINGS.index(getattr(config, "pooling", "mean")), *config._score_args[2:5], score == 0)
-    layer = (scale, softcap) if score == 0 else (None, None)
+    words = {"pooling": config.pooling} if config.method == "dhsa" else {"rows": config._core.rows, "rounded": True}
+    asked = _core.Config(method=config.method, query_block=config.query_block, heads=config.heads, **words)
+    layer = (scale, softcap) if config.method == "rows" else (None, None)
     shape = (q.shape[0], {"all": 1, "group": k.shape[1], "head": q.shape[1]}[config.heads])
     shape += (-(-q.shape[2] // config.query_block), edges.shape[1] - 1)
     scores = np.empty(shape, np.float32)
-    _core.chunk_scores(q, k, edges, tuple(map(int, args)), *layer, window, scores, 2)  # of means as selection has them
+    _core.chunk_scores(q, k, edges, asked, *layer, window, scores, 2)  # of means as selection has them
     want = reference.select_from_scores(
         scores, edges, q_len=q.shape[2], k_len=k.shape[2], query_block=config.query_block, budget=config.budget,
         sink=config.sink, local=config.local, dense_tail=config.dense_tail, window=window,
@@ -499,15 +498,15 @@ def test_bad_boundaries_are_refused(edges):
 
 def test_a_wrong_plan_is_refused():
     q, k = normal(1, 2, 64, 8), normal(1, 2, 64, 8)
-    args = small()._select_args
+    core = small()._core
     indptr = np.empty(9, np.int64)
-    _core.select_plan(q, k, args, None, None, None, indptr)
+    _core.select_plan(q, k, core, None, None, None, indptr)
     cuts = np.array([[0, 30, 64]], np.int32)
     wrong = indptr.copy()
     wrong[3] += 1
     for plan in (wrong, indptr + 1):
         with pytest.raises(ValueError, match="indptr"):
-            _core.select(q, k, cuts, args, None, None, None, plan, np.empty(plan[-1], np.int32), 1)
+            _core.select(q, k, cuts, core, None, None, None, plan, np.empty(plan[-1], np.int32), 1)
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------

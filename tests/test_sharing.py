@@ -114,9 +114,9 @@ def test_the_core_refuses_boundaries():
     args = (q, k, v, torch.empty_like(q), None, None, None, None, True, None, 1, None)
     window, cuts = SMALL.replace(method="window"), np.array([[0, 100]], np.int32)
     with pytest.raises(ValueError, match="boundaries: this method cuts no chunks"):
-        dhsa._core.prefill(*args, window._boundary_args(100), window._select_args, cuts, None, 0, 1)
+        dhsa._core.prefill(*args, window._core, cuts, None, 0, 1)
     with pytest.raises(ValueError, match="boundaries"):
-        dhsa._core.prefill(*args, SMALL._boundary_args(100), SMALL._select_args, np.repeat(cuts, 2, 0), None, 0, 1)
+        dhsa._core.prefill(*args, SMALL._core, np.repeat(cuts, 2, 0), None, 0, 1)
 
 
 @pytest.mark.parametrize("window", [None, 80, 300, 2**31])

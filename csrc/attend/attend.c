@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "attend/attend.h"
 #include "attend/keys.h"
 #include "core/arena.h"
 #include "core/threads.h"
@@ -375,7 +376,7 @@ static void attend_item(void *context, int64_t index, int thread)
     }
 }
 
-static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
+dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
     if (dhsa_decodes(p, list)) return dhsa_decode(p, list, error);
     plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
@@ -425,7 +426,7 @@ static dhsa_status attend(const dhsa_problem *p, const dhsa_selection *list, dhs
 dhsa_status dhsa_attend_dense(const dhsa_problem *problem, dhsa_error *error)
 {
     const dhsa_status status = dhsa_problem_check(problem, error);
-    return status ? status : attend(problem, NULL, error);
+    return status ? status : dhsa_attend_checked(problem, NULL, error);
 }
 
 dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection *s, dhsa_error *error)
@@ -438,5 +439,5 @@ dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection
     if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows) || rows == INT64_MAX) rows = -1;
     /* As many indices as indptr ends with, which is read once the shape is known to be right. */
     status = dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);
-    return status ? status : attend(problem, s, error);
+    return status ? status : dhsa_attend_checked(problem, s, error);
 }

@@ -90,12 +90,8 @@ static dhsa_status window_check(int64_t window, dhsa_error *error)
     return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
 }
 
-dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
+static dhsa_status similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
 {
-    dhsa_status status;
-    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = dhsa_given(scores, "scores", error)) || (status = window_check(window, error)))
-        return status;
     const int64_t channels = k->shape[1] * k->shape[3], length = k->shape[2];
     similarity_job job = {
         dhsa_kernels_current(), k, DHSA_MIN(window, length), channels, dhsa_ceil_div(length, GAPS), scores, NULL, 0};
@@ -109,6 +105,15 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
     dhsa_parallel(k->shape[0] * job.tasks, num_threads, similarity_task, &job);
     dhsa_free(job.arenas);
     return DHSA_OK;
+}
+
+dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
+{
+    dhsa_status status;
+    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
+        (status = dhsa_given(scores, "scores", error)) || (status = window_check(window, error)))
+        return status;
+    return similarity_scores(k, window, scores, num_threads, error);
 }
 
 /* ---- picking ------------------------------------------------------------------------------------------------------ */
@@ -225,18 +230,25 @@ static void fixed_row(int64_t size, int64_t length, int32_t *row, int64_t *count
     *count = at;
 }
 
-dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, const dhsa_tensor *k, dhsa_error *error)
+int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int paper)
+{
+    enum { PAPER_GAPS = 8, MOST_SHORT_CHUNKS = 8192 };
+    if (!config || length < 1 || length > INT32_MAX / 2) return 0;
+    if (paper) return length / DHSA_MAX(config->score.query_block, 1) * PAPER_GAPS;
+    /* Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough. */
+    return DHSA_MAX(length / 8, config->method == DHSA_METHOD_ROWS ? DHSA_MIN(length / 4, MOST_SHORT_CHUNKS) : 0);
+}
+
+dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, dhsa_error *error)
 {
     dhsa_status status = dhsa_given(config, "boundaries", error);
     if (status) return status;
     if (config->kind == DHSA_BOUNDARIES_PREDICTOR) {
-        if (!config->predictor && !config->compact)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: boundaries come from a predictor, but there is none");
         if (config->predictor && config->compact)
             return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: expected one network, got one of each kind");
-        status =
-            config->compact ? dhsa_compact_check(config->compact, k, error) : dhsa_predictor_check(config->predictor, k, error);
-        return status ? status : picking_check(config->num_chunks, config->theta, config->nms, error);
+        if (config->predictor && (status = dhsa_predictor_check(config->predictor, error))) return status;
+        if (config->compact && (status = dhsa_compact_check(config->compact, error))) return status;
+        return picking_check(config->num_chunks, config->theta, config->nms, error);
     }
     if (config->kind == DHSA_BOUNDARIES_SIMILARITY) {
         status = window_check(config->window, error);
@@ -247,6 +259,14 @@ dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, const
     if (config->chunk_size < 1)
         return dhsa_fail(error, DHSA_ERR_VALUE, "chunk_size: got %" PRId64 ", expected at least 1", config->chunk_size);
     return DHSA_OK;
+}
+
+dhsa_status dhsa_boundary_config_fits(const dhsa_boundary_config *config, const dhsa_tensor *k, dhsa_error *error)
+{
+    if (config->kind != DHSA_BOUNDARIES_PREDICTOR) return DHSA_OK;
+    if (!config->predictor && !config->compact)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: boundaries come from a predictor, but there is none");
+    return dhsa_predictor_width(config->compact ? config->compact->channels : config->predictor->channels, k, error);
 }
 
 /* Tokens on one side of a gap that its score looks at. */
@@ -261,9 +281,9 @@ static dhsa_status score_gaps(const dhsa_tensor *k, const dhsa_boundary_config *
                               dhsa_error *error)
 {
     const int64_t batch = k->shape[0], length = k->shape[2], window = window_of(c);
-    if (c->kind == DHSA_BOUNDARIES_SIMILARITY) return dhsa_similarity_scores(k, window, scores, num_threads, error);
-    const dhsa_status status = c->compact ? dhsa_compact_logits(c->compact, k, scores, num_threads, error)
-                                          : dhsa_predictor_logits(c->predictor, k, scores, num_threads, error);
+    if (c->kind == DHSA_BOUNDARIES_SIMILARITY) return similarity_scores(k, window, scores, num_threads, error);
+    const dhsa_status status = c->compact ? dhsa_compact_logits_checked(c->compact, k, scores, num_threads, error)
+                                          : dhsa_predictor_logits_checked(c->predictor, k, scores, num_threads, error);
     for (int64_t b = 0; b < batch && !status; b++)
         for (int64_t j = 0; j < length; j++)
             if (j < window - 1 || j >= length - window) scores[b * length + j] = -INFINITY;
@@ -299,14 +319,21 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = dhsa_boundary_config_check(config, k, error)) || (status = dhsa_given(boundaries, "boundaries", error)) ||
-        (status = dhsa_given(counts, "counts", error)))
+        (status = dhsa_boundary_config_check(config, error)) || (status = dhsa_boundary_config_fits(config, k, error)) ||
+        (status = dhsa_given(boundaries, "boundaries", error)) || (status = dhsa_given(counts, "counts", error)))
         return status;
+    if (capacity < dhsa_boundaries_capacity(config, k->shape[2]))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "capacity: got %" PRId64 ", expected at least %" PRId64, capacity,
+                         dhsa_boundaries_capacity(config, k->shape[2]));
+    return dhsa_boundaries_checked(k, config, boundaries, capacity, counts, num_threads, error);
+}
+
+dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
+                                    int64_t *counts, int num_threads, dhsa_error *error)
+{
+    dhsa_status status = DHSA_OK;
     const int64_t batch = k->shape[0], length = k->shape[2];
     rows_job job = {config, NULL, length, capacity, boundaries, counts, NULL};
-    if (capacity < dhsa_boundaries_capacity(config, length))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "capacity: got %" PRId64 ", expected at least %" PRId64, capacity,
-                         dhsa_boundaries_capacity(config, length));
     job.errors = dhsa_alloc(batch, sizeof *job.errors);
     job.scores = config->kind == DHSA_BOUNDARIES_FIXED ? NULL : dhsa_alloc(batch, length * (int64_t)sizeof *job.scores);
     if (!job.errors || (!job.scores && config->kind != DHSA_BOUNDARIES_FIXED)) {
@@ -334,8 +361,7 @@ int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, 
 dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to, const dhsa_boundary_config *config,
                                   int32_t *boundaries, int64_t *count, int num_threads, dhsa_error *error)
 {
-    dhsa_status status = dhsa_boundary_config_check(config, k, error);
-    if (status) return status;
+    dhsa_status status = DHSA_OK;
     const int64_t length = to - from, before = DHSA_MIN(window_of(config), from), seen = before + length;
     if (config->kind == DHSA_BOUNDARIES_FIXED) {
         fixed_row(DHSA_MIN(config->chunk_size, length), length, boundaries, count);

@@ -15,12 +15,21 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
 int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to);
 /* Rows [batch, n]: from 0, never falling, ending in length. */
 dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error);
-/* Checks of a config, whose network has to fit k, and of either network. */
-dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, const dhsa_tensor *k, dhsa_error *error);
-dhsa_status dhsa_predictor_check(const dhsa_predictor *predictor, const dhsa_tensor *k, dhsa_error *error);
-dhsa_status dhsa_compact_check(const dhsa_compact *compact, const dhsa_tensor *k, dhsa_error *error);
-/* Whether a boundary network of so many channels fits k; else a message that says how to get one that does. */
+/* Checks of a config by itself, its network included if it has one; and of whether what it cuts by is there and fits k. */
+dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, dhsa_error *error);
+dhsa_status dhsa_boundary_config_fits(const dhsa_boundary_config *config, const dhsa_tensor *k, dhsa_error *error);
+/* Checks of either network by itself, and whether one of so many channels fits k; else a message that says how to get one. */
+dhsa_status dhsa_predictor_check(const dhsa_predictor *predictor, dhsa_error *error);
+dhsa_status dhsa_compact_check(const dhsa_compact *compact, dhsa_error *error);
 dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_error *error);
+
+/* The public functions of these names, of arguments that have been checked. */
+dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
+                                    int64_t *counts, int num_threads, dhsa_error *error);
+dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_tensor *k, float *logits, int num_threads,
+                                          dhsa_error *error);
+dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads,
+                                        dhsa_error *error);
 /* ---- chunk means of one batch row ---------------------------------------------------------------------------- */
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };

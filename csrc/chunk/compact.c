@@ -169,7 +169,7 @@ static void tile_task(void *context, int64_t index, int thread)
     for (int64_t at = 0; at < gaps; at += lanes) classify(pl, &s, at, (int)DHSA_MIN(lanes, gaps - at), logits + at);
 }
 
-dhsa_status dhsa_compact_check(const dhsa_compact *n, const dhsa_tensor *k, dhsa_error *error)
+dhsa_status dhsa_compact_check(const dhsa_compact *n, dhsa_error *error)
 {
     if (!n) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: none given");
     const void *const needed[] = {n->project_weight, n->project_bias, n->token_weight, n->token_bias,
@@ -182,15 +182,23 @@ dhsa_status dhsa_compact_check(const dhsa_compact *n, const dhsa_tensor *k, dhsa
             return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: a layer of %" PRId64 " numbers, expected 1 to %d", sizes[i],
                              1 << 20);
     if (n->window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", n->window);
-    return dhsa_predictor_width(n->channels, k, error);
+    return DHSA_OK;
 }
 
 dhsa_status dhsa_compact_logits(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = dhsa_compact_check(net, k, error)) || (status = dhsa_given(logits, "logits", error)))
+        (status = dhsa_compact_check(net, error)) || (status = dhsa_predictor_width(net->channels, k, error)) ||
+        (status = dhsa_given(logits, "logits", error)))
         return status;
+    return dhsa_compact_logits_checked(net, k, logits, num_threads, error);
+}
+
+dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads,
+                                        dhsa_error *error)
+{
+    dhsa_status status = DHSA_OK;
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
     if (net->window > length / 2) return DHSA_OK; /* no gap has a full window */

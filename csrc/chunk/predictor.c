@@ -258,16 +258,14 @@ dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_er
                      channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
 }
 
-dhsa_status dhsa_predictor_check(const dhsa_predictor *p, const dhsa_tensor *k, dhsa_error *error)
+dhsa_status dhsa_predictor_check(const dhsa_predictor *p, dhsa_error *error)
 {
     if (!p) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: none given");
     const void *const needed[] = {p->in_proj_weight, p->in_proj_bias, p->out_proj_weight, p->out_proj_bias, p->norm_weight,
                                   p->norm_bias,      p->mlp0_weight,  p->mlp0_bias,       p->mlp2_weight};
     for (int i = 0; i < 9; i++)
         if (!needed[i]) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: weights are missing");
-    const dhsa_status status = dhsa_predictor_width(p->channels, k, error);
-    if (status) return status;
-    if (p->channels > 1 << 20 || p->hidden < 1 || p->hidden > 1 << 24)
+    if (p->channels < 1 || p->channels > 1 << 20 || p->hidden < 1 || p->hidden > 1 << 24)
         return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " channels and %" PRId64 " hidden units are not supported",
                          p->channels, p->hidden);
     if (p->heads < 1 || p->channels % p->heads)
@@ -282,8 +280,15 @@ dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = dhsa_predictor_check(net, k, error)) || (status = dhsa_given(logits, "logits", error)))
+        (status = dhsa_predictor_check(net, error)) || (status = dhsa_predictor_width(net->channels, k, error)) ||
+        (status = dhsa_given(logits, "logits", error)))
         return status;
+    return dhsa_predictor_logits_checked(net, k, logits, num_threads, error);
+}
+
+dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_tensor *k, float *logits, int num_threads,
+                                          dhsa_error *error)
+{
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
     if (net->window > length / 2) return DHSA_OK; /* no gap has a full window */

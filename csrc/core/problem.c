@@ -1,4 +1,4 @@
-/* problem.c: all validation of tensors and attention problems, once, before any kernel runs. Below it code only asserts.
+/* problem.c: checks of tensors and of attention problems, which public entries make once a call; what lies below them relies on it.
  * A message names the argument, says what came and what was expected. */
 #include <inttypes.h>
 #include <math.h>

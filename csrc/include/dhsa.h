@@ -67,8 +67,8 @@ dhsa_status dhsa_attend_dense(const dhsa_problem *problem, dhsa_error *error);
 /* Attention over a selection. The selection is validated in full (see dhsa_selection_check) before any of it is used. */
 dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection *selection, dhsa_error *error);
 
-/* Checks everything a kernel relies on; both attend functions call these first. n_indices is the length of `indices`;
- * -1: as many as indptr ends with. */
+/* Checks everything a kernel relies on; every function that takes a problem or a selection calls these first, once. n_indices is
+ * the length of `indices`; -1: as many as indptr ends with. */
 dhsa_status dhsa_problem_check(const dhsa_problem *problem, dhsa_error *error);
 dhsa_status dhsa_selection_check(const dhsa_selection *selection, int64_t n_indptr, int64_t n_indices, int64_t batch,
                                  int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error);
@@ -197,8 +197,19 @@ typedef struct {
     dhsa_score_config score; /* score: block goes with method dhsa and only with it; rows for methods without chunks: ignored */
 } dhsa_select_config;
 
+/* The name of a method, "rows" for DHSA_METHOD_ROWS; NULL for a number that has none. */
+const char *dhsa_method_name(dhsa_method_kind kind);
 /* Whether a method cuts keys into chunks: others take no boundaries. */
 int dhsa_method_has_chunks(dhsa_method_kind kind);
+/* The number of gaps to pick among `length` keys that measured best, or with paper not 0 the paper's: a num_chunks for those who
+ * give none. It depends on the method or on query_block; 0 where config is NULL or there is no such length. */
+int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int paper);
+/* All that a config has to fulfil whatever the arrays of a call are; boundaries NULL: nothing is cut. Every function that takes a
+ * config calls it first. (scale, softcap, window and whether a network fits the keys belong to the call.) */
+dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundaries, dhsa_error *error);
+/* Whether causal attention of the last q_len of k_len positions leaves a visible key out in some block, under this window (0: none)
+ * in place of the config's: the rule that dhsa_prefill follows, in constant time. config must have been checked. */
+int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window);
 /* indptr [B * S * nq + 1], the room that lists need, depends on shapes only; call plan first, allocate indptr[last] indices, then
  * select, which writes to indptr where the lists really lie: shorter ones if a mass is given, else the same. boundaries may be NULL
  * for methods without chunks. */

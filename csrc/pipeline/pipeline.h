@@ -4,7 +4,7 @@
 
 #include "select/selector.h"
 
-dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config, dhsa_error *error);
-dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, dhsa_error *error);
+/* What dhsa_config_check asks of the score. config.c */
+dhsa_status dhsa_score_config_check(const dhsa_score_config *config, dhsa_error *error);
 
 #endif

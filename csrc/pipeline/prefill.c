@@ -1,17 +1,18 @@
 /* prefill.c: the pipeline: boundaries where the method has chunks, then scores and lists and attention over them, a wave of blocks
  * at a time; or attention alone where nothing is left out. It strings the steps together and says what it did; how each is done
  * lies in select/ and attend/. */
+#include <assert.h>
 #include <inttypes.h>
 #include <string.h>
 
-#include "core/internal.h"
+#include "attend/attend.h"
 #include "chunk/past.h"
 #include "pipeline/pipeline.h"
 
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)
 {
     const double start = dhsa_now();
-    const dhsa_status status = dhsa_attend_dense(p, error);
+    const dhsa_status status = dhsa_attend_checked(p, NULL, error);
     stats->path = p->window && p->window < p->k.shape[2] ? DHSA_PATH_WINDOW : DHSA_PATH_DENSE;
     stats->attend_seconds = dhsa_now() - start;
     return status;
@@ -97,7 +98,9 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     part.v = part_of(&l->p->v, w->b, w->batch, 0, end);
     if (l->p->lse) part.lse = whole ? l->p->lse + w->b * H * q_len : l->lse;
     const dhsa_selection list = {w->batch, l->sets, w->blocks, block, l->indptr, l->indices};
-    const dhsa_status status = dhsa_attend_sparse(&part, &list, error);
+    assert(dhsa_selection_check(&list, w->batch * l->sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n, end, NULL) ==
+           DHSA_OK);
+    const dhsa_status status = dhsa_attend_checked(&part, &list, error);
     if (!status && l->p->lse && !whole) /* one batch row */
         for (int64_t h = 0; h < H; h++)
             memcpy(l->p->lse + (w->b * H + h) * q_len + from, l->lse + h * n, (size_t)n * sizeof *l->lse);
@@ -138,7 +141,7 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
     l->capacity = dhsa_boundaries_capacity(config, k->shape[2]);
     l->boundaries = l->own = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->own);
     const dhsa_status status =
-        counts && l->own ? dhsa_boundaries(k, config, l->own, l->capacity, counts, l->p->num_threads, error)
+        counts && l->own ? dhsa_boundaries_checked(k, config, l->own, l->capacity, counts, l->p->num_threads, error)
                          : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     dhsa_free(counts);
     return status;
@@ -217,7 +220,7 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     dhsa_select_config select = *config;
     memset(stats, 0, sizeof *stats);
     stats->density = 1.0;
-    if ((status = dhsa_problem_check(p, error))) return status;
+    if ((status = dhsa_problem_check(p, error)) || (status = dhsa_config_check(config, NULL, error))) return status;
     if (same < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "same: got %" PRId64 ", expected at least 0", same);
     for (int64_t b = 0; pasts && b < p->k.shape[0]; b++) {
         if ((status = dhsa_given(pasts[b], "pasts", error))) return status;
@@ -242,20 +245,16 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
         /* A query alone needs no list that is long enough for the differing wishes of a block. */
         select.shortlist = DHSA_MAX(select.shortlist / 2, DHSA_MIN(select.shortlist, select.budget));
     }
-    if ((status = dhsa_select_check(&p->q, &p->k, &select, error))) return status;
     if (given && !dhsa_method_has_chunks(select.method))
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: this method cuts no chunks; expected none");
     if (given && (status = dhsa_boundaries_check(given, p->k.shape[0], n_given, p->k.shape[2], error))) return status;
-    const int64_t blocks = dhsa_block_count(&select.score, p->q.shape[2]);
-    for (int64_t i = 0; i < blocks; i++) {
-        dhsa_span span;
-        if (dhsa_span_exact(&select, p->q.shape[2], p->k.shape[2], i, &span)) continue;
-        /* Looked at before the pasts are: what is refused leaves them as they were. */
-        if (dhsa_method_has_chunks(select.method) && !given && (status = dhsa_boundary_config_check(boundaries, &p->k, error)))
-            return status;
-        return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, keep, stats, error);
-    }
-    return run_exact(p, stats, error);
+    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window)) return run_exact(p, stats, error);
+    /* Looked at before the pasts are: what is refused leaves them as they were. */
+    if (dhsa_method_has_chunks(select.method) && !given &&
+        ((status = dhsa_boundary_config_check(boundaries, error)) ||
+         (status = dhsa_boundary_config_fits(boundaries, &p->k, error))))
+        return status;
+    return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, keep, stats, error);
 }
 
 dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,

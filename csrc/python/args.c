@@ -7,7 +7,7 @@
 
 #include "core/threads.h"
 
-static int wrong_type(const char *name, const char *expected, PyObject *object)
+int dhsa_py_wrong_type(const char *name, const char *expected, PyObject *object)
 {
     PyObject *type = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
     if (type != NULL) {
@@ -20,7 +20,7 @@ static int wrong_type(const char *name, const char *expected, PyObject *object)
 int dhsa_py_int(PyObject *object, const char *name, int64_t min, int64_t max, int64_t *value)
 {
     if (PyBool_Check(object) || !PyIndex_Check(object)) {
-        return wrong_type(name, "an int", object);
+        return dhsa_py_wrong_type(name, "an int", object);
     }
     PyObject *integer = PyNumber_Index(object);
     if (integer == NULL) {
@@ -57,13 +57,13 @@ int dhsa_py_optional_int(PyObject *object, const char *name, int64_t min, int64_
 int dhsa_py_double(PyObject *object, const char *name, int infinite, double *value)
 {
     if (PyBool_Check(object) || PyUnicode_Check(object) || PyBytes_Check(object)) {
-        return wrong_type(name, "a number", object);
+        return dhsa_py_wrong_type(name, "a number", object);
     }
     const double number = PyFloat_AsDouble(object);
     if (number == -1.0 && PyErr_Occurred()) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Clear();
-            return wrong_type(name, "a number", object);
+            return dhsa_py_wrong_type(name, "a number", object);
         }
         if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
             PyErr_Clear();
@@ -172,8 +172,11 @@ void dhsa_py_problem_release(dhsa_py_problem *p)
 /* A tuple of exactly `size` items. These tuples come from our own Python files, so the message is for their authors. */
 static int check_tuple(PyObject *tuple, const char *name, Py_ssize_t size)
 {
-    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != size) {
-        PyErr_Format(PyExc_TypeError, "%s: expected a tuple of %zd items", name, size);
+    if (!PyTuple_Check(tuple)) {
+        return dhsa_py_wrong_type(name, "a tuple", tuple);
+    }
+    if (PyTuple_Size(tuple) != size) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tuple of %zd items, got %zd", name, size, PyTuple_Size(tuple));
         return -1;
     }
     return 0;
@@ -292,74 +295,6 @@ void dhsa_py_predictor_release(dhsa_py_predictor *p)
     for (int i = 0; i < DHSA_PY_PREDICTOR_ARRAYS; i++) {
         dhsa_py_view_release(&p->arrays[i]);
     }
-}
-
-int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_boundary_config *config, dhsa_py_predictor *predictor)
-{
-    memset(config, 0, sizeof *config);
-    memset(predictor, 0, sizeof *predictor);
-    int64_t kind = 0;
-    if (check_tuple(tuple, "boundary config", 7) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 0), "boundaries", 0, DHSA_BOUNDARIES_PREDICTOR, &kind) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 1), "chunk_size", 1, INT64_MAX, &config->chunk_size) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 2), "num_chunks", 0, INT64_MAX, &config->num_chunks) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 3), "boundary_window", 1, INT64_MAX, &config->window) != 0 ||
-        dhsa_py_double(PyTuple_GetItem(tuple, 4), "theta", 1, &config->theta) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 5), "nms", 0, INT64_MAX, &config->nms) != 0) {
-        return -1;
-    }
-    config->kind = (dhsa_boundary_kind)kind;
-    if (config->kind == DHSA_BOUNDARIES_PREDICTOR) {
-        if (dhsa_py_predictor_open(state, PyTuple_GetItem(tuple, 6), predictor) != 0) {
-            return -1;
-        }
-        config->predictor = predictor->attention;
-        config->compact = predictor->compact;
-    }
-    return 0;
-}
-
-int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config)
-{
-    int64_t score = 0, pooling = 0, heads = 0, rounded = 0;
-    memset(config, 0, sizeof *config);
-    if (check_tuple(tuple, "score config", 6) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 0), "score", 0, DHSA_SCORE_BLOCK, &score) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 1), "pooling", 0, DHSA_POOL_MEAN_SQRT, &pooling) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 2), "heads", 0, DHSA_HEADS_HEAD, &heads) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 3), "query_block", 1, INT32_MAX, &config->query_block) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 4), "rows", 1, config->query_block, &config->rows) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 5), "rounded", 0, 1, &rounded) != 0) {
-        return -1;
-    }
-    config->rounded = (int)rounded;
-    config->score = (dhsa_score_kind)score;
-    config->pooling = (dhsa_pooling)pooling;
-    config->heads = (dhsa_heads)heads;
-    config->scale = 1.0;
-    return 0;
-}
-
-int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config)
-{
-    memset(config, 0, sizeof *config);
-    int64_t method = 0;
-    if (check_tuple(tuple, "select config", 11) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 0), "method", 0, DHSA_METHOD_ORACLE, &method) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 1), "budget", 1, INT64_MAX, &config->budget) != 0 ||
-        dhsa_py_double(PyTuple_GetItem(tuple, 2), "mass", 0, &config->mass) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 3), "floor", 0, INT64_MAX, &config->floor) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 4), "sink", 0, INT64_MAX, &config->sink) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 5), "local", 0, INT64_MAX, &config->local) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 6), "dense_tail", 0, INT64_MAX, &config->dense_tail) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 7), "key_block", 0, INT64_MAX, &config->key_block) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 8), "stride", 0, INT64_MAX, &config->stride) != 0 ||
-        dhsa_py_int(PyTuple_GetItem(tuple, 9), "shortlist", 0, INT64_MAX, &config->shortlist) != 0 ||
-        dhsa_py_score_config(PyTuple_GetItem(tuple, 10), &config->score) != 0) {
-        return -1;
-    }
-    config->method = (dhsa_method_kind)method;
-    return 0;
 }
 
 PyObject *dhsa_py_raise_as(PyObject *type, const dhsa_error *error)

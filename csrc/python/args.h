@@ -1,10 +1,12 @@
 /* args.h: Python numbers, tuples and arrays to the plain structs of dhsa.h. Ranges that the C core checks itself are left to it;
- * here only what is lost in conversion (type, overflow, None). Functions return 0, or -1 with an exception naming the argument. */
+ * here only what conversion would lose (type, overflow, None). Functions return 0, or -1 with an exception naming the argument. */
 #ifndef DHSA_PYTHON_ARGS_H
 #define DHSA_PYTHON_ARGS_H
 
 #include "python/tensor.h"
 
+/* Raises TypeError, "name: expected ..., got the object's type", and returns -1. */
+int dhsa_py_wrong_type(const char *name, const char *expected, PyObject *object);
 /* Exactly `want` positional arguments. */
 int dhsa_py_count(const char *function, Py_ssize_t have, Py_ssize_t want);
 /* An int by __index__, no bool, min <= value <= max. */
@@ -46,15 +48,6 @@ typedef struct {
 
 int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *predictor);
 void dhsa_py_predictor_release(dhsa_py_predictor *predictor);
-
-/* (kind, chunk_size, num_chunks, window, theta, nms, predictor tuple | None); *predictor is zeroed, opened if there is one and
- * must be released after use. */
-int dhsa_py_boundary_config(const dhsa_py_state *state, PyObject *tuple, dhsa_boundary_config *config,
-                            dhsa_py_predictor *predictor);
-/* (score, pooling, heads, query_block, rows); scale, softcap and window are set apart. */
-int dhsa_py_score_config(PyObject *tuple, dhsa_score_config *config);
-/* (method, budget, mass or 0, floor, sink, local, dense_tail, key_block, stride or 0, score tuple). */
-int dhsa_py_select_config(PyObject *tuple, dhsa_select_config *config);
 
 /* Raises what a dhsa_error says, and returns NULL. */
 PyObject *dhsa_py_raise(const dhsa_error *error);

@@ -2,7 +2,7 @@
  * entries.c. */
 #include <string.h>
 
-#include "python/args.h"
+#include "python/config.h"
 #include "python/entries.h"
 
 PyObject *dhsa_py_similarity_scores(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -102,23 +102,21 @@ PyObject *dhsa_py_pick_boundaries(PyObject *module, PyObject *const *args, Py_ss
 
 PyObject *dhsa_py_boundaries_capacity(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
-    dhsa_boundary_config config;
-    dhsa_py_predictor predictor;
     int64_t length = 0;
-    if (dhsa_py_count("boundaries_capacity", nargs, 2) != 0 || dhsa_py_int(args[1], "length", 1, INT32_MAX, &length) != 0 ||
-        dhsa_py_boundary_config(PyModule_GetState(module), args[0], &config, &predictor) != 0) {
+    if (dhsa_py_count("boundaries_capacity", nargs, 2) != 0 || dhsa_py_int(args[1], "length", 1, INT32_MAX, &length) != 0) {
         return NULL;
     }
-    const int64_t capacity = dhsa_boundaries_capacity(&config, length);
-    dhsa_py_predictor_release(&predictor);
-    return PyLong_FromLongLong(capacity);
+    const dhsa_py_config *config = dhsa_py_config_of(PyModule_GetState(module), args[0]);
+    if (config == NULL) {
+        return NULL;
+    }
+    const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, length);
+    return PyLong_FromLongLong(dhsa_boundaries_capacity(&cuts, length));
 }
 
 PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_boundary_config config;
-    dhsa_py_predictor predictor;
     dhsa_py_view k, boundaries, counts;
     dhsa_tensor tensor;
     int threads = 0;
@@ -126,17 +124,22 @@ PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t
     memset(&k, 0, sizeof k);
     memset(&boundaries, 0, sizeof boundaries);
     memset(&counts, 0, sizeof counts);
-    if (dhsa_py_count("boundaries", nargs, 5) != 0 || dhsa_py_boundary_config(state, args[1], &config, &predictor) != 0) {
+    if (dhsa_py_count("boundaries", nargs, 5) != 0) {
+        return NULL;
+    }
+    const dhsa_py_config *config = dhsa_py_config_of(state, args[1]);
+    if (config == NULL) {
         return NULL;
     }
     if (dhsa_py_input(state, args[0], "k", &k, &tensor) == 0 && dhsa_py_threads(args[4], &threads) == 0) {
         const int64_t shape[2] = {tensor.shape[0], -1};
         if (dhsa_py_array_open(state, args[2], "boundaries", DL_INT, 32, 2, shape, 1, &boundaries) == 0 &&
             dhsa_py_array_open(state, args[3], "counts", DL_INT, 64, 1, shape, 1, &counts) == 0) {
+            const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, tensor.shape[2]);
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_boundaries(&tensor, &config, boundaries.data, boundaries.shape[1], counts.data, threads, &error);
+            status = dhsa_boundaries(&tensor, &cuts, boundaries.data, boundaries.shape[1], counts.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }
@@ -144,7 +147,6 @@ PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t
     dhsa_py_view_release(&k);
     dhsa_py_view_release(&boundaries);
     dhsa_py_view_release(&counts);
-    dhsa_py_predictor_release(&predictor);
     return result;
 }
 

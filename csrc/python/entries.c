@@ -4,10 +4,11 @@
 
 #include <string.h>
 
-#include "core/internal.h"
+#include "attend/attend.h"
 #include "core/threads.h"
-#include "python/args.h"
+#include "python/config.h"
 #include "python/past.h"
+#include "select/span.h"
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
@@ -94,7 +95,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
         dhsa_py_raise(&error);
     } else if (open_selection(state, args + 12, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_attend_sparse(&p.problem, &selection, &error);
+        status = dhsa_attend_checked(&p.problem, &selection, &error); /* both have been */
         if (status == DHSA_OK) density = dhsa_pairs_kept(&p.problem, &selection) / dhsa_pairs_visible(&p.problem, selection.heads);
         Py_END_ALLOW_THREADS;
         result = dhsa_py_result(status, &error);
@@ -109,39 +110,34 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* -> (path, density, select_seconds, attend_seconds, skipped); the last argument: boundaries int32 [B, n] to use, or None */
+/* -> (path, density, select_seconds, attend_seconds, skipped); boundaries: int32 [B, n] to use, or None */
 PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (dhsa_py_count("prefill", nargs, 18) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    const dhsa_py_config *config;
+    if (dhsa_py_count("prefill", nargs, 17) != 0 || (config = dhsa_py_config_of(state, args[12])) == NULL ||
+        dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
-    dhsa_boundary_config boundaries;
-    dhsa_select_config select;
-    dhsa_py_predictor predictor;
     dhsa_py_pasts pasts;
     int64_t same = 0, keep = 0;
     dhsa_py_view given;
     memset(&given, 0, sizeof given);
     PyObject *result = NULL;
-    if (dhsa_py_boundary_config(state, args[12], &boundaries, &predictor) != 0) {
-        dhsa_py_problem_release(&p);
-        return NULL;
-    }
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
-    if (dhsa_py_select_config(args[13], &select) == 0 &&
-        (args[14] == Py_None || dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &given) == 0) &&
-        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[17], "keep", 0, 1, &keep) == 0 &&
-        dhsa_py_pasts_open(state, args[15], p.problem.k.shape[0], &pasts) == 0) {
+    if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &given) == 0) &&
+        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep", 0, 1, &keep) == 0 &&
+        dhsa_py_pasts_open(state, args[14], p.problem.k.shape[0], &pasts) == 0) {
+        const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
         const int64_t n_given = given.data ? given.shape[1] : 0;
-        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &boundaries, given.data, n_given, &select, pasts.pasts, same, (int)keep,
-                                               &stats, &error)
-                             : dhsa_prefill(&p.problem, &boundaries, given.data, n_given, &select, &stats, &error);
+        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &cuts, given.data, n_given, &config->select, pasts.pasts, same,
+                                               (int)keep, &stats, &error)
+                             : dhsa_prefill(&p.problem, &cuts, given.data, n_given, &config->select, &stats, &error);
         Py_END_ALLOW_THREADS;
         dhsa_py_pasts_release(&pasts);
         result = dhsa_py_result(status, &error);
@@ -152,7 +148,6 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
         }
     }
     dhsa_py_view_release(&given);
-    dhsa_py_predictor_release(&predictor);
     dhsa_py_problem_release(&p);
     return result;
 }
@@ -189,12 +184,6 @@ static int select_args_open(const dhsa_py_state *state, PyObject *const *args, P
     return -1;
 }
 
-/* Sharing sets of a score config: 1, Hkv or H. */
-static int64_t sharing_sets(const dhsa_score_config *config, const select_args *a)
-{
-    return config->heads == DHSA_HEADS_ALL ? 1 : config->heads == DHSA_HEADS_HEAD ? a->q.shape[1] : a->k.shape[1];
-}
-
 static int score_scaling(PyObject *const *args, const select_args *a, dhsa_score_config *config)
 {
     /* The paper's block products are not scaled, so None means 1 there. */
@@ -206,15 +195,16 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     select_args a;
-    dhsa_score_config config;
     int threads = 0;
     PyObject *result = NULL;
-    if (dhsa_py_count("chunk_scores", nargs, 9) != 0 || dhsa_py_score_config(args[3], &config) != 0 ||
+    const dhsa_py_config *parsed;
+    if (dhsa_py_count("chunk_scores", nargs, 9) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
         dhsa_py_threads(args[8], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
         return NULL;
     }
+    dhsa_score_config config = parsed->select.score;
     const int64_t length = a.q.shape[2], block = config.query_block;
-    const int64_t shape[4] = {a.q.shape[0], sharing_sets(&config, &a), length / block + (length % block != 0),
+    const int64_t shape[4] = {a.q.shape[0], dhsa_score_sets(&config, &a.q, &a.k), length / block + (length % block != 0),
                               a.boundaries.shape[1] - 1};
     if (a.boundaries.shape[1] < 2) {
         PyErr_SetString(PyExc_ValueError, "boundaries: expected at least the two entries 0 and Lk");
@@ -239,7 +229,7 @@ static int open_indptr(const dhsa_py_state *state, PyObject *object, int writabl
     }
     const int64_t length = a->q.shape[2], block = config->query_block;
     const int64_t nq = length / block + (length % block != 0);
-    const int64_t factors[3] = {a->q.shape[0], sharing_sets(config, a), nq};
+    const int64_t factors[3] = {a->q.shape[0], dhsa_score_sets(config, &a->q, &a->k), nq};
     int64_t rows = a->indptr.shape[0] - 1; /* divided down, so that no product can overflow */
     for (int i = 0; i < 3; i++) {
         if (factors[i] < 1 || rows % factors[i] != 0) {
@@ -259,12 +249,13 @@ PyObject *dhsa_py_select_plan(PyObject *module, PyObject *const *args, Py_ssize_
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     select_args a;
-    dhsa_select_config config;
     PyObject *result = NULL;
-    if (dhsa_py_count("select_plan", nargs, 7) != 0 || dhsa_py_select_config(args[2], &config) != 0 ||
+    const dhsa_py_config *parsed;
+    if (dhsa_py_count("select_plan", nargs, 7) != 0 || (parsed = dhsa_py_config_of(state, args[2])) == NULL ||
         select_args_open(state, args, NULL, &a) != 0) {
         return NULL;
     }
+    dhsa_select_config config = parsed->select;
     if (score_scaling(args + 3, &a, &config.score) == 0 && open_indptr(state, args[6], 1, &config.score, &a) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_status status;
@@ -281,13 +272,14 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     select_args a;
-    dhsa_select_config config;
     int threads = 0;
     PyObject *result = NULL;
-    if (dhsa_py_count("select", nargs, 10) != 0 || dhsa_py_select_config(args[3], &config) != 0 ||
+    const dhsa_py_config *parsed;
+    if (dhsa_py_count("select", nargs, 10) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
         dhsa_py_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
         return NULL;
     }
+    dhsa_select_config config = parsed->select;
     if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 1, &config.score, &a) == 0) {
         int64_t *indptr = a.indptr.data;
         const int64_t total[1] = {indptr[a.indptr.shape[0] - 1]};

@@ -10,18 +10,18 @@
     X(attend_sparse,                                                                                                               \
       "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, indptr, indices, "               \
       "shape, query_block, /")                                                                                                     \
-    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, boundary_config, "      \
-               "select_config, boundaries, pasts, same, keep, /")                                                                  \
+    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, config, "               \
+               "boundaries, pasts, same, keep, /")                                                                                 \
     X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
     X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
     X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
-    X(boundaries_capacity, "$module, boundary_config, length, /")                                                                  \
-    X(boundaries, "$module, k, boundary_config, boundaries, counts, num_threads, /")                                               \
+    X(boundaries_capacity, "$module, config, length, /")                                                                           \
+    X(boundaries, "$module, k, config, boundaries, counts, num_threads, /")                                                        \
     X(boundary_ratios, "$module, attn, window, sliding_window, ratios, num_threads, /")                                            \
     X(attention_ratios, "$module, q, k, window, sliding_window, scale, softcap, ratios, num_threads, /")                           \
-    X(chunk_scores, "$module, q, k, boundaries, score_config, scale, softcap, window, scores, num_threads, /")                     \
-    X(select_plan, "$module, q, k, select_config, scale, softcap, window, indptr, /")                                              \
-    X(select, "$module, q, k, boundaries, select_config, scale, softcap, window, indptr, indices, num_threads, /")                 \
+    X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, scores, num_threads, /")                           \
+    X(select_plan, "$module, q, k, config, scale, softcap, window, indptr, /")                                                     \
+    X(select, "$module, q, k, boundaries, config, scale, softcap, window, indptr, indices, num_threads, /")                        \
     X(isa_set, "$module, name, /")                                                                                                 \
     X(isa_current, "$module")                                                                                                      \
     X(build_info, "$module")                                                                                                       \

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include "python/args.h"
+#include "python/config.h"
 #include "python/entries.h"
 #include "python/past.h"
 #include "python/tensor.h"
@@ -32,7 +33,12 @@ static int module_exec(PyObject *module)
     const int result = buffer == NULL ? -1 : PyModule_AddObjectRef(module, "Buffer", buffer);
     Py_XDECREF(buffer);
     state->past_type = dhsa_py_past_type(module);
-    return result != 0 || state->past_type == NULL ? -1 : PyModule_AddObjectRef(module, "Past", state->past_type);
+    state->config_type = dhsa_py_config_type(module);
+    if (result != 0 || state->past_type == NULL || state->config_type == NULL ||
+        PyModule_AddObjectRef(module, "Past", state->past_type) != 0) {
+        return -1;
+    }
+    return PyModule_AddObjectRef(module, "Config", state->config_type);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
@@ -40,6 +46,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     dhsa_py_state *state = PyModule_GetState(module);
     Py_VISIT(state->versioned_kwargs);
     Py_VISIT(state->past_type);
+    Py_VISIT(state->config_type);
     return 0;
 }
 
@@ -51,6 +58,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->no_args);
     Py_CLEAR(state->versioned_kwargs);
     Py_CLEAR(state->past_type);
+    Py_CLEAR(state->config_type);
     return 0;
 }
 

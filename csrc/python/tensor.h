@@ -15,6 +15,7 @@ typedef struct {
     PyObject *no_args;          /* () */
     PyObject *versioned_kwargs; /* {"max_version": (1, 0)} */
     PyObject *past_type;        /* _core.Past */
+    PyObject *config_type;      /* _core.Config */
 } dhsa_py_state;
 
 #define DHSA_PY_MAX_NDIM 8

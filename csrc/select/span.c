@@ -28,6 +28,20 @@ int dhsa_span_exact(const dhsa_select_config *c, int64_t q_len, int64_t k_len, i
     return 1;
 }
 
+int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window)
+{
+    if (!config || config->score.query_block < 1 || config->score.query_block > INT32_MAX || q_len < 1 || k_len < 1 ||
+        q_len > INT32_MAX / 2 || k_len > INT32_MAX / 2)
+        return 0;
+    dhsa_select_config c = *config;
+    c.score.window = window;
+    /* Of the blocks before the dense tail the last one has the most candidates. */
+    const int64_t before_tail = (q_len - c.dense_tail) / c.score.query_block;
+    const int64_t blocks = c.dense_tail ? before_tail : dhsa_block_count(&c.score, q_len);
+    dhsa_span span;
+    return blocks > 0 && !dhsa_span_exact(&c, q_len, k_len, blocks - 1, &span);
+}
+
 int64_t dhsa_block_keys(const dhsa_select_config *c, int64_t q_len, int64_t k_len, int64_t block)
 {
     dhsa_span span;

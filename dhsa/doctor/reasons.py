@@ -1,6 +1,7 @@
 """Why a call left no key out although its config might have: the rules of hf/attention.py and of the core, in words.
 
-The core decides block by block (dhsa_span_exact); here the same question is answered for whole calls.
+The core decides block by block (dhsa_span_exact in csrc/select/span.c); `Config.leaves_out` answers the same question
+for whole calls.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def reason(
     config: Config, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, window: int | None, causal: bool
 ) -> Reason:
     """Return the reason of a prefill call that was not sparse, given the arguments of the attention function."""
-    if config._exact:
+    if config.exact:
         return Reason("config", "the config is exact, with neither a budget nor a mass")
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
     if not causal:
@@ -63,14 +64,12 @@ def reason(
 def _plain(config: Config, query: torch.Tensor, key: torch.Tensor, window: int | None) -> Reason:
     """Return the reason for causal attention within `window`, where the last query is at the last key."""
     q_len, k_len = query.shape[2], key.shape[2]
-    name, least = ("budget", config._select_args[1]) if config.mass is None else ("floor", config._select_args[3])
+    name, least = "budget" if config.mass is None else "floor", config.exact_up_to
     if k_len <= least:
         return Reason("short", f"the prompt's {k_len:,} keys are within the {name} of {least:,}")
     if window is not None and window <= least:
         return Reason("window", f"a window of {window:,} keys is within the {name} of {least:,}")
-    # The last block that may be sparse is the one before the first block with a query of the tail.
-    end = (q_len - config.dense_tail) // config.query_block * config.query_block if config.dense_tail else q_len
-    if end <= 0 or k_len - q_len + end <= least:
+    if not config.leaves_out(q_len, k_len, window):
         tail = f"a block of the last {config.dense_tail:,} queries (dense_tail)"
         return Reason("tail", f"every query that sees more than the {name} of {least:,} keys is in {tail}")
     if does_not_pay := break_even.reason(config, query, key, window):

@@ -218,7 +218,7 @@ class _Watch:
     def _why(self, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]) -> Reason:
         state: hf.switching.State = module.__dict__[hf.switching.STATE]
         layer = getattr(module, "layer_idx", None)
-        if not state.config._exact and state.layers is not None and layer not in state.layers:
+        if not state.config.exact and state.layers is not None and layer not in state.layers:
             if layer in self._unserved:
                 return Reason("network", "the predictor has no network for it")
             return Reason("layers", "it is not among layers=")

@@ -38,7 +38,8 @@ def label_boundaries(q: Any, k: Any, config: dhsa.Config, **layer: Any) -> np.nd
     # A ratio of 0 means that the gap has no label.
     scores = np.where(ratios > 0, np.log(np.where(ratios > 0, ratios, 1)), -np.inf)
     length = k.shape[2]
-    rows = [dhsa.pick_boundaries(s, config._num_chunks(length), theta=config._theta, nms=config._nms) for s in scores]
+    core = config._core
+    rows = [dhsa.pick_boundaries(s, core.num_gaps(length), theta=core.theta, nms=core.nms) for s in scores]
     made = np.full((len(rows), max(map(len, rows))), length, np.int32)
     for row, picked in zip(made, rows, strict=True):
         row[: len(picked)] = picked
@@ -70,7 +71,7 @@ class Cuts:
         """`dhsa.functional.run` with these boundaries. Calls that leave nothing out neither use nor set them."""
         layer: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap", "window")}
         plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
-        if plain or config is None or not config._leaves_out(q.shape[2], k.shape[2], layer["window"]):
+        if plain or config is None or not config.leaves_out(q.shape[2], k.shape[2], layer["window"]):
             return _run(q, k, v, config, **options)
         start = perf_counter()
         cuts = self.boundaries(q, k, config, **layer)

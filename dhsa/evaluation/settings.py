@@ -147,7 +147,7 @@ def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
     problem = None
     if word not in WORDS:
         problem = f"cuts: expected one of {', '.join(WORDS)}, got {word!r}"
-    elif not config.options.has_chunks or config._exact:
+    elif not config.options.has_chunks or config.exact:
         problem = "cuts: only methods of chunks that have a budget or a mass cut keys"
     elif "label" in word and config.boundaries != "similarity":
         problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} has no say, leave it out"

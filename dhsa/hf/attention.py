@@ -141,7 +141,7 @@ def attend(
     # Windows and tables too: only a call of their own has the very tiles, and so the bits, that a row has alone. And
     # short rows, which have a way of their own.
     apart = parts is not None and (
-        not config._exact
+        not config.exact
         or config.skip is not None
         or any(p.window or p.ranged or p.q_stop - p.q_start == p.k_stop - p.k_start <= FEW for p in parts)
     )
@@ -198,9 +198,9 @@ class _Stretches:
         if why := break_even.reason(config, q, k, window):
             self.reason = self.reason or why
             config = break_even.fallback(config.skip)
-        elif not self.reason and not config._exact:
+        elif not self.reason and not config.exact:
             self.reason = self._unseen
-        if self._memory is not None and not config._exact:
+        if self._memory is not None and not config.exact:
             options |= self._memory.of(where[0], where[3])
         if self._state is not None and config.share is not None and q.shape[2] > 1:  # in a step each layer chooses
             return self._state.sharing.run(self._layer, self._kind, where, q, k, v, config, window=window, **options)

@@ -59,8 +59,8 @@ def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None)
     """Why causal attention of q to k, the last query at the last key, runs exact although `config` leaves keys out, in
     words; "" if it does not."""
     k_len = k.shape[2]
-    step = q.shape[2] == 1 and not config._exact
-    if config.break_even == 0 or not (step or config._leaves_out(q.shape[2], k_len, window)):
+    step = q.shape[2] == 1 and not config.exact
+    if config.break_even == 0 or not (step or config.leaves_out(q.shape[2], k_len, window)):
         return ""
     if config.break_even is not None:
         if k_len >= config.break_even:
@@ -69,8 +69,8 @@ def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None)
     if config.method != "rows" or config.mass is not None:
         return ""  # not measured
     if step:
-        least = STEP[str(q.dtype).removeprefix("torch.")] * config._select_args[1]
-        if config._select_args[1] >= k_len or k_len >= least or 2 * k[:1].numel() * k.element_size() < STEP_BYTES:
+        least = STEP[str(q.dtype).removeprefix("torch.")] * config.exact_up_to
+        if config.exact_up_to >= k_len or k_len >= least or 2 * k[:1].numel() * k.element_size() < STEP_BYTES:
             return ""
         return f"break-even: {k_len:,} keys are fewer than the {least:,} from which a step that chooses its keys pays"
     exact, sparse = seconds(config, q, k, window)
@@ -114,7 +114,7 @@ def work(config: Config, q_len: int, k_len: int, window: int | None) -> Work:
     width = k_len if window is None else window
     block = config.query_block
     tail = q_len - (q_len - config.dense_tail) // block * block if config.dense_tail else 0
-    kept = _pairs(tail, k_len, width) + _pairs(q_len - tail, k_len - tail, min(width, config._select_args[1]))
+    kept = _pairs(tail, k_len, width) + _pairs(q_len - tail, k_len - tail, min(width, config.exact_up_to))
     return Work(kept, _pairs(q_len, k_len, width), kept / block, k_len)
 
 

@@ -152,7 +152,7 @@ def recall(
     of an operator in a graph, which runs no hooks."""
     entry = getattr(_running, "entry", None)
     _running.entry = None
-    if config._exact or not config.options.has_chunks:
+    if config.exact or not config.options.has_chunks:
         return None, ""
     place, same, hooked = None, 0, entry is not None and entry[0]() is module
     if entry is not None and hooked and entry[1] is not None:

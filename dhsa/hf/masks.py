@@ -389,10 +389,9 @@ class Least(NamedTuple):
 def least_stretch(config: Config) -> Least | None:
     """Of a config; None if it never leaves a key out. The last queries of every stretch are exact (`dense_tail`), and
     each cuts all of its keys into chunks anew."""
-    if config._exact:
+    if config.exact:
         return None
-    keys = config._select_args[1 if config.mass is None else 3]  # up to here the budget or the floor holds all
-    return Least(8 * max(config.dense_tail, config.query_block), keys + 1)
+    return Least(8 * max(config.dense_tail, config.query_block), config.exact_up_to + 1)
 
 
 def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, late: int | None = None) -> list[Segment]:

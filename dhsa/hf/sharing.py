@@ -82,7 +82,7 @@ class Sharing:
         """
         held = self._stack[-1][1] if self._stack else None
         known: dict[str, Any] = {"pasts": pasts, "same": same, "keep": keep}
-        if held is None or layer is None or not config._leaves_out(q.shape[2], k.shape[2], window):
+        if held is None or layer is None or not config.leaves_out(q.shape[2], k.shape[2], window):
             return functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
         cuts_only = config.share == "boundaries"
         row, *stretch = where

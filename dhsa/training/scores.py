@@ -35,7 +35,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 def _picked(scores: np.ndarray, config: dhsa.Config) -> set[int]:
     length = len(scores)
-    cuts = dhsa.pick_boundaries(scores, config._num_chunks(length), theta=-np.inf, nms=config._nms)
+    cuts = dhsa.pick_boundaries(scores, config._core.num_gaps(length), theta=-np.inf, nms=config._core.nms)
     return set(np.asarray(cuts)[1:-1].tolist())
 
 

@@ -173,6 +173,40 @@ static void selecting(void)
     free(indices);
 }
 
+/* What a config may ask for, whatever the arrays are; and whether a call leaves keys out, as dhsa_prefill then does. */
+static void configs(void)
+{
+    dhsa_problem p = problem();
+    dhsa_boundary_config b = cuts();
+    dhsa_select_config c = choice();
+    dhsa_stats stats;
+    SERVED(dhsa_config_check(&c, NULL, &error));
+    SERVED(dhsa_config_check(&c, &b, &error));
+    REFUSED(dhsa_config_check(NULL, &b, &error), "config: ");
+    b.window = 0;
+    REFUSED(dhsa_config_check(&c, &b, &error), "boundary_window: ");
+    c.budget = 5;
+    REFUSED(dhsa_config_check(&c, NULL, &error), "budget: 5 keys do not hold the 2 of sink and 4 of local");
+    REFUSED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error), "budget: ");
+    c = choice();
+    c.score.query_block = 0;
+    REFUSED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error), "query_block: ");
+    require(!dhsa_leaves_out(&c, L, L, 0) && !dhsa_leaves_out(NULL, L, L, 0), "no config, no answer", __LINE__);
+    b = cuts();
+    c = choice();
+    for (int64_t budget = 6; budget <= L; budget += 15)
+        for (int64_t tail = 0; tail <= L; tail += 24) {
+            c.budget = budget;
+            c.dense_tail = tail;
+            SERVED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error));
+            require((stats.path == DHSA_PATH_SPARSE) == dhsa_leaves_out(&c, L, L, 0), "what a call does", __LINE__);
+        }
+    require(strcmp(dhsa_method_name(DHSA_METHOD_ORACLE), "oracle") == 0, "the name of a method", __LINE__);
+    require(!dhsa_method_name((dhsa_method_kind)99), "no such method", __LINE__);
+    require(dhsa_num_chunks(&c, 800, 0) == 200 && dhsa_num_chunks(&c, 803, 1) == 800, "gaps", __LINE__);
+    require(dhsa_num_chunks(NULL, 800, 0) == 0 && dhsa_num_chunks(&c, -1, 0) == 0, "no config, no gaps", __LINE__);
+}
+
 static void pipeline(void)
 {
     dhsa_problem p = problem();
@@ -277,6 +311,7 @@ int main(void)
     boundaries();
     selections();
     selecting();
+    configs();
     pipeline();
     printf("%d checks\n", checks);
     return 0;

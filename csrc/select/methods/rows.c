@@ -61,8 +61,8 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
     *state = (rows_state){.edges_size = 0};
     scratch unused;
-    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1,
-                                          s->pasts, DHSA_LEVEL_FINE, error);
+    dhsa_status status =
+        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->pasts, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->units = state->fine.capacity;
     s->arena_size = lay_out(state, config->mass > 0, NULL, &unused);
