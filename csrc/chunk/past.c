@@ -346,9 +346,8 @@ dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
 {
     const dhsa_status status = dhsa_given(past, "past", error);
     if (status) return status;
-    *past = dhsa_alloc(1, sizeof **past);
+    *past = dhsa_alloc_zeroed(1, sizeof **past);
     if (!*past) return no_memory(error, 0);
-    memset(*past, 0, sizeof **past);
     (*past)->summed = -1;
     return DHSA_OK;
 }
