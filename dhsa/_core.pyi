@@ -6,6 +6,13 @@ BoundaryConfig = tuple[int, int, int, int, float, int, tuple[Any, ...] | None]
 ScoreConfig = tuple[int, int, int, int, int]
 SelectConfig = tuple[int, int, float, int, int, int, int, int, int, ScoreConfig]
 
+# The limits of csrc/include/dhsa.h.
+MAX_LENGTH: int
+MAX_HEAD_DIM: int
+MAX_THREADS: int
+MAX_STRIDE: int
+DECODE_ROWS: int
+
 class Past:
     def __new__(cls) -> Past: ...
     def __deepcopy__(self, memo: Any, /) -> Past: ...

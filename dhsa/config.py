@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any, Literal
 
+from dhsa import _core
 from dhsa._arrays import check_int, type_name
 from dhsa.predictor import BoundaryPredictor
 
@@ -30,7 +31,6 @@ METHOD_OF = {score: method for method, score in SCORE_OF.items()}
 NO_MASS = ("dhsa", "window", "vertical_slash", "power")  # scores that are no shares of attention mass
 PER_HEAD = ("vertical_slash", "xattention", "proxy")  # as their sources have it
 STRIDES = {"xattention": 8, "proxy": 4}
-MAX_STRIDE = 1024  # a row of xattention holds so many queries
 
 PAPER_GAPS_PER_BLOCK = 8
 MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
@@ -228,10 +228,11 @@ class Config(_CoreArgs):
         if (
             self.stride is not None
             and self.method in STRIDES
-            and (self.stride > MAX_STRIDE or self.key_block % self.stride)
+            and (self.stride > _core.MAX_STRIDE or self.key_block % self.stride)
         ):
             raise ValueError(
-                f"stride: got {self.stride}, expected a divisor of key_block = {self.key_block}, at most {MAX_STRIDE}"
+                f"stride: got {self.stride}, expected a divisor of key_block = {self.key_block}, "
+                f"at most {_core.MAX_STRIDE}"
             )
         forced = self.sink + self.local
         if self.budget is not None and forced > self.budget:

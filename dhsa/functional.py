@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 PATHS = ("dense", "window", "sparse")
-MAX_LENGTH = 2**30 - 1  # key indices are 32 bits wide, and a few sums of lengths must fit as well
 
 
 class RunStats(NamedTuple):
@@ -304,7 +303,7 @@ def _boundaries(k: Array, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
-    check_int(length, "k: its length", 1, MAX_LENGTH)
+    check_int(length, "k: its length", 1, _core.MAX_LENGTH)
     args = config._boundary_args(length)
     result = empty((batch, _core.boundaries_capacity(args, length)), np.int32, "k")
     counts = empty((batch,), np.int64, "k")
@@ -357,8 +356,8 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
         raise TypeError(f"scores: expected real numbers, got {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"scores: expected 1 dimension, got {array.ndim}")
-    if not 1 <= array.size <= 2**30:
-        raise ValueError(f"scores: expected 1 to 2**30 entries, got {array.size}")
+    if not 1 <= array.size <= _core.MAX_LENGTH:
+        raise ValueError(f"scores: expected 1 to {_core.MAX_LENGTH} entries, got {array.size}")
     n = check_int(n, "n", 0)
     if (array.dtype.itemsize > 4 or array.dtype.kind != "f") and isinstance(theta, (int, float, np.number)):
         array, theta = _ranked(array, theta)
@@ -409,7 +408,7 @@ def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int,
         for axis, size in enumerate(x.shape):
             if size < 1:  # before results of that size are made
                 raise ValueError(f"{name}: dimension {axis} has size {size}, expected at least 1")
-        check_int(x.shape[2], f"{name}: its length", 1, MAX_LENGTH)
+        check_int(x.shape[2], f"{name}: its length", 1, _core.MAX_LENGTH)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k: batch is {k.shape[0]}, expected {q.shape[0]} as q")
     sets = (k.shape[1], 1, q.shape[1])[heads]  # in the order of HEADS
@@ -562,7 +561,7 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
             array = np.ascontiguousarray(array, np.float32)
         except (MemoryError, ValueError) as error:
             raise MemoryError(f"attn: cannot be copied, its shape is {list(array.shape)}: {error}") from None
-    check_int(array.shape[0], "attn: its length", 1, MAX_LENGTH)
+    check_int(array.shape[0], "attn: its length", 1, _core.MAX_LENGTH)
     result = empty((array.shape[0],), np.float64, "attn")
     _core.boundary_ratios(array, window, sliding_window, result, get_num_threads())
     kind = kind_of(attn, "attn") if hasattr(type(attn), "__dlpack__") else NumpyKind
@@ -598,7 +597,7 @@ def attention_ratios(
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     if len(q.shape) != 4:
         raise ValueError(f"q: expected 4 dimensions [B, H, L, D], got {len(q.shape)}")
-    check_int(q.shape[2], "q: its length", 1, MAX_LENGTH)
+    check_int(q.shape[2], "q: its length", 1, _core.MAX_LENGTH)
     result = empty((q.shape[0], q.shape[2]), np.float64, "q")
     _core.attention_ratios(q, k, window, sliding_window, scale, softcap, result, get_num_threads())
     return kind.result(result)

@@ -252,17 +252,3 @@ static void K_NAME(decode_merge)(const float *o, ptrdiff_t o_stride, const float
         if (d + V_LEN < dim) store_part(v_load(line + V_LEN), row, dtype, d + V_LEN, dim);
     }
 }
-
-/* ---- the machine's reading speed -------------------------------------------------------------------------------- */
-
-static float K_NAME(read)(const float *src, int64_t n)
-{
-    vf a[8];
-    int64_t i = 0;
-    for (int u = 0; u < 8; u++) a[u] = v_set1(0.0f);
-    for (; i + 8 * V_LEN <= n; i += 8 * V_LEN)
-#pragma GCC unroll 8
-        for (int u = 0; u < 8; u++) a[u] = v_max(a[u], v_load(src + i + u * V_LEN));
-    for (int u = 1; u < 8; u++) a[0] = v_max(a[0], a[u]);
-    return v_sum(a[0]);
-}

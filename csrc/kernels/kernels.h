@@ -154,13 +154,12 @@ typedef struct dhsa_kernels {
     /* row = sum_{i < n} weight[i] * (row i of o) / divisor, in the order of dtype and rounded to it. */
     void (*decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
                          void *row);
-    /* Reads n numbers and does next to nothing with them: what memory can deliver, for benchmarks. */
-    float (*read)(const float *src, int64_t n);
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: such numbers are converted to fp32 while packing */
     const struct dhsa_kernels *plain;    /* what serves dtypes without such products, if not this table: wider panels */
 
-    double (*fma_work)(int64_t loops); /* nothing but independent FMAs; returns how many operations, 2 for each FMA */
+    /* For benchmarks only: nothing but independent FMAs, which no other kernel is; returns how many operations, 2 for each FMA. */
+    double (*fma_work)(int64_t loops);
 } dhsa_kernels;
 
 /* The products of a dtype's own, or NULL. */

@@ -386,6 +386,5 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .decode_softmax = K_NAME(decode_softmax),
     .decode_pv = K_NAME(decode_pv),
     .decode_merge = K_NAME(decode_merge),
-    .read = K_NAME(read),
     .fma_work = K_NAME(fma_work),
 };

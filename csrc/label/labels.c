@@ -37,7 +37,7 @@ typedef struct {
     int64_t *bad;
 } label_block;
 
-static int64_t query_of(const label_block *w, int64_t row) { return w->rows.query + row / w->rows.heads; }
+static int64_t label_query_of(const label_block *w, int64_t row) { return w->rows.query + row / w->rows.heads; }
 
 static void label_take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
 {
@@ -46,8 +46,8 @@ static void label_take(void *of, int64_t row, int64_t first, int n, const float 
     const int64_t lanes = job->probe.kernels->lanes, kept = 2 * job->window - 1;
     const int64_t rows = DHSA_MIN(DHSA_MIN(QUERIES, job->q->shape[2] - w->rows.query) * w->rows.heads - row, lanes);
     for (int64_t r = 0; r < rows; r++) /* every query sees itself: a weight of 0 is no number's */
-        if (weight[r] == 0 && *w->bad < 0) *w->bad = query_of(w, row + r);
-    if (first + n - 1 + kept <= query_of(w, row)) {
+        if (weight[r] == 0 && *w->bad < 0) *w->bad = label_query_of(w, row + r);
+    if (first + n - 1 + kept <= label_query_of(w, row)) {
         float sums[DHSA_PROBE_TILE] = {0};
         job->probe.kernels->add_sums(p, n, weight, sums);
         for (int j = 0; j < n; j++) w->far[first + j] += sums[j];
@@ -55,7 +55,7 @@ static void label_take(void *of, int64_t row, int64_t first, int n, const float 
     }
     for (int j = 0; j < n; j++)
         for (int64_t r = 0; r < rows; r++) {
-            const int64_t after = query_of(w, row + r) - (first + j);
+            const int64_t after = label_query_of(w, row + r) - (first + j);
             const double share = (double)p[j * lanes + r] * weight[r];
             if (weight[r] == 0 || after < 0) continue;
             *(after < kept ? &w->near[(first + j) * kept + after] : &w->far[first + j]) += share;

@@ -62,8 +62,8 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
     if ((status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(attn, "attn", error)) ||
         (status = dhsa_given(ratios, "ratios", error)))
         return status;
-    if (length < 1 || length > INT32_MAX / 2)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "attn: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
+    if (length < 1 || length > DHSA_MAX_LENGTH)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "attn: length is %" PRId64 ", expected 1 to %d", length, DHSA_MAX_LENGTH);
     if (row_stride < -INT64_MAX || !dhsa_mul(row_stride < 0 ? -row_stride : row_stride, length, &reach) || reach > INT64_MAX / 16)
         return dhsa_fail(error, DHSA_ERR_VALUE, "attn: its stride reaches further than can be addressed");
     if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", window);

@@ -6,8 +6,6 @@
 #include "pipeline/pipeline.h"
 #include "select/scorer.h"
 
-enum { MAX_STRIDE = 1024 }; /* a row of xattention holds so many queries */
-
 dhsa_status dhsa_score_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *c, dhsa_error *error)
 {
     dhsa_status status;
@@ -69,10 +67,10 @@ dhsa_status dhsa_select_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
                          c->shortlist, c->budget);
     if (c->key_block < method->has_blocks || c->key_block > INT32_MAX)
         return dhsa_fail(error, DHSA_ERR_VALUE, "key_block: got %" PRId64 ", expected 1 to %d", c->key_block, INT32_MAX);
-    if (method->has_stride && (c->stride < 1 || c->stride > MAX_STRIDE || c->key_block % c->stride != 0))
+    if (method->has_stride && (c->stride < 1 || c->stride > DHSA_MAX_STRIDE || c->key_block % c->stride != 0))
         return dhsa_fail(error, DHSA_ERR_VALUE,
                          "stride: got %" PRId64 ", expected a divisor of key_block = %" PRId64 ", at most %d", c->stride,
-                         c->key_block, MAX_STRIDE);
+                         c->key_block, DHSA_MAX_STRIDE);
     return DHSA_OK;
 }
 

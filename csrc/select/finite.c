@@ -21,7 +21,7 @@ void dhsa_finite_close(dhsa_selector *s) { dhsa_free(s->flags); }
 static int finite_is_bad(const dhsa_selector *s, int64_t kv_head, int64_t key)
 {
     const void *row = dhsa_row(s->k, s->b, kv_head, key);
-    float line[256];
+    float line[DHSA_MAX_HEAD_DIM];
     if (s->k->dtype != DHSA_F32) {
         s->kernels->load(row, s->k->dtype, s->k->shape[3], line);
         row = line;
