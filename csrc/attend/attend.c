@@ -265,19 +265,13 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
     const dhsa_kernels *kn = pl->kernels;
     const int lanes = kn->lanes, dim = (int)pl->dim;
     const int32_t *lo = w->lo + panel * lanes, *hi = w->hi + panel * lanes;
-    int32_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
-    for (int r = 0; r < lanes; r++) {
-        lo_min = DHSA_MIN(lo_min, lo[r]);
-        lo_max = DHSA_MAX(lo_max, lo[r]);
-        hi_min = DHSA_MIN(hi_min, hi[r]);
-        hi_max = DHSA_MAX(hi_max, hi[r]);
-    }
+    const dhsa_bounds seen = dhsa_bounds_of(lo, hi, lanes);
     /* Ranges are clipped rather than masked: only where rows of one panel differ is there a mask at all. */
-    int64_t from = DHSA_MAX(at, lo_min);
-    const int64_t to = DHSA_MIN(at + n, hi_max);
+    int64_t from = DHSA_MAX(at, seen.lo_min);
+    const int64_t to = DHSA_MIN(at + n, seen.hi_max);
     if (from >= to) return;
     if (pl->pair) from -= (from - at) % DHSA_PAIR_STEP; /* whole squares */
-    const int skip = (int)(from - at), count = (int)(to - from), masked = lo_max > from || hi_min < to;
+    const int skip = (int)(from - at), count = (int)(to - from), masked = seen.lo_max > from || seen.hi_min < to;
     const ptrdiff_t first = (ptrdiff_t)panel * lanes;
     float *o = w->o + first * pl->padded;
     const float factor = pl->factor, softcap = (float)pl->p->softcap;

@@ -162,6 +162,23 @@ typedef struct dhsa_kernels {
     double (*fma_work)(int64_t loops);
 } dhsa_kernels;
 
+/* The keys that any of `rows` rows sees, [lo_min, hi_max), and those that all of them see, [lo_max, hi_min). */
+typedef struct {
+    int32_t lo_min, lo_max, hi_min, hi_max;
+} dhsa_bounds;
+
+static inline dhsa_bounds dhsa_bounds_of(const int32_t *lo, const int32_t *hi, int rows)
+{
+    dhsa_bounds b = {INT32_MAX, 0, INT32_MAX, 0};
+    for (int r = 0; r < rows; r++) {
+        b.lo_min = DHSA_MIN(b.lo_min, lo[r]);
+        b.lo_max = DHSA_MAX(b.lo_max, lo[r]);
+        b.hi_min = DHSA_MIN(b.hi_min, hi[r]);
+        b.hi_max = DHSA_MAX(b.hi_max, hi[r]);
+    }
+    return b;
+}
+
 /* The products of a dtype's own, or NULL. */
 static inline const dhsa_pair_kernels *dhsa_pair_products(const dhsa_kernels *kernels, int dtype)
 {

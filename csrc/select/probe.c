@@ -109,16 +109,10 @@ void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t k
 /* The part of a tile that any row of a panel sees; *masked: whether not all rows see all of it. */
 static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
 {
-    int64_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
-    for (int r = 0; r < used; r++) {
-        lo_min = DHSA_MIN(lo_min, lo[r]);
-        lo_max = DHSA_MAX(lo_max, lo[r]);
-        hi_min = DHSA_MIN(hi_min, hi[r]);
-        hi_max = DHSA_MAX(hi_max, hi[r]);
-    }
-    dhsa_span seen = {DHSA_MAX(tile.lo, lo_min), DHSA_MIN(tile.end, hi_max)};
+    const dhsa_bounds all = dhsa_bounds_of(lo, hi, used);
+    dhsa_span seen = {DHSA_MAX(tile.lo, all.lo_min), DHSA_MIN(tile.end, all.hi_max)};
     if (b->pair) seen.lo -= (seen.lo - tile.lo) % DHSA_PAIR_STEP; /* whole squares */
-    *masked = lo_max > seen.lo || hi_min < seen.end;
+    *masked = all.lo_max > seen.lo || all.hi_min < seen.end;
     return seen;
 }
 
