@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, Job, check, machine, number, peak, row, run_jobs
+from harness import RESULTS, Job, check, machine, peak, row, run_jobs
 from peers import tokens
 
 import dhsa
@@ -33,11 +33,6 @@ from dhsa import demo, loading
 CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config(break_even=0)}
 LLAMA = "llama.cpp"
 PROFILED = 8192
-# What we measured before on another machine (102 GFLOP/s a core, 2 threads), in seconds.
-EARLIER = {
-    "llama.cpp, Q4_K_M, flash attention": {4096: 11.6, 8192: 27.2, 16384: 60.9},
-    "sdpa, fp32": {4096: 19.0, 8192: 47.0, 16384: 191.0},
-}
 _ENOUGH = 20.0  # seconds of samples in one process, or three of them
 
 
@@ -195,59 +190,6 @@ def _profile(model: torch.nn.Module, prefill: Any) -> dict[str, Any]:
         "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
         "operators": {e.key: e.self_cpu_time_total / 1e6 for e in top},
     }
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def model_tables(report: dict[str, Any]) -> str:
-    from report import machine_text, markdown
-
-    rows = [r for r in report["rows"] if r["section"] == "model" and not r.get("error")]
-    lengths = sorted({r["length"] for r in rows})
-    lines: dict[str, dict[int, dict[str, Any]]] = {}
-    for r in rows:
-        lines.setdefault(f"{r['work']}, {r['dtype']}", {})[r["length"]] = r
-
-    def seconds(r: dict[str, Any] | None) -> str:
-        return "" if r is None else f"{number(r['seconds'])} s" + (f" ({r['ratio']:.1f}x)" if r.get("ratio") else "")
-
-    def memory(r: dict[str, Any] | None) -> str:
-        if r is None:
-            return ""
-        total = f"{r['peak_mib']:,.0f}"
-        return f"{total} in all" if r.get("added_mib") is None else f"{r['added_mib']:,.0f} / {total}"
-
-    earlier = [
-        [f"*earlier, elsewhere: {name}*", *(f"*{by[n]:g} s*" if n in by else "" for n in lengths)]
-        for name, by in EARLIER.items()
-    ]
-    heads = [f"{tokens(n)} tokens" for n in lengths]
-    parts = [
-        f"Measured {machine_text(report)}; text: {report['text']}.",
-        markdown(
-            ["prefill (against sdpa of the dtype)", *heads],
-            [[name, *(seconds(by.get(n)) for n in lengths)] for name, by in lines.items()] + earlier,
-        ),
-        "The lines in italics were measured before on another machine, of 102 GFLOP/s a core, by the same rules; they"
-        " are for orientation and compare with each other, not with the lines above.",
-        markdown(
-            ["peak memory in MiB (added by prefill / in all)", *heads],
-            [[name, *(memory(by.get(n)) for n in lengths)] for name, by in lines.items()],
-        ),
-    ]
-    for r in (r for r in report["rows"] if r["section"] == "profile" and not r.get("error")):
-        total = r["seconds"]
-        parts.append(
-            f"Where the time of a sparse prefill of {tokens(r['length'])} tokens goes, {r['dtype']} ({total:.1f} s"
-            " under the profiler):"
-        )
-        parts.append(
-            markdown(["part", "seconds", "share"], [[k, f"{s:.2f}", f"{s / total:.0%}"] for k, s in r["parts"].items()])
-        )
-        named = ", ".join(f"`{k}` {s / total:.0%}" for k, s in r["operators"].items())
-        parts.append(f"PyTorch's operators by their own time: {named}.")
-    return "\n\n".join(parts)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import HEADINGS, RESULTS, cells
+from harness import HEADINGS, RESULTS, cells, number
+from peers import tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "PERFORMANCE.md"
@@ -27,6 +28,12 @@ _CURVES = {  # key in a row's series: label, colour, line
     "sdpa": ("SDPA", "#8a5a83", "-"),
     "exact": ("dhsa, exact", "#2f7f86", "-"),
     "dhsa": ("dhsa, sparse", "#c4472b", "-"),
+}
+
+# What we measured before on another machine (102 GFLOP/s a core, 2 threads), in seconds.
+EARLIER = {
+    "llama.cpp, Q4_K_M, flash attention": {4096: 11.6, 8192: 27.2, 16384: 60.9},
+    "sdpa, fp32": {4096: 19.0, 8192: 47.0, 16384: 191.0},
 }
 
 
@@ -185,6 +192,54 @@ def attention_tables(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def model_tables(report: dict[str, Any]) -> str:
+    rows = [r for r in report["rows"] if r["section"] == "model" and not r.get("error")]
+    lengths = sorted({r["length"] for r in rows})
+    lines: dict[str, dict[int, dict[str, Any]]] = {}
+    for r in rows:
+        lines.setdefault(f"{r['work']}, {r['dtype']}", {})[r["length"]] = r
+
+    def seconds(r: dict[str, Any] | None) -> str:
+        return "" if r is None else f"{number(r['seconds'])} s" + (f" ({r['ratio']:.1f}x)" if r.get("ratio") else "")
+
+    def memory(r: dict[str, Any] | None) -> str:
+        if r is None:
+            return ""
+        total = f"{r['peak_mib']:,.0f}"
+        return f"{total} in all" if r.get("added_mib") is None else f"{r['added_mib']:,.0f} / {total}"
+
+    earlier = [
+        [f"*earlier, elsewhere: {name}*", *(f"*{by[n]:g} s*" if n in by else "" for n in lengths)]
+        for name, by in EARLIER.items()
+    ]
+    heads = [f"{tokens(n)} tokens" for n in lengths]
+    parts = [
+        f"Measured {machine_text(report)}; text: {report['text']}.",
+        markdown(
+            ["prefill (against sdpa of the dtype)", *heads],
+            [[name, *(seconds(by.get(n)) for n in lengths)] for name, by in lines.items()] + earlier,
+        ),
+        "The lines in italics were measured before on another machine, of 102 GFLOP/s a core, by the same rules; they"
+        " are for orientation and compare with each other, not with the lines above.",
+        markdown(
+            ["peak memory in MiB (added by prefill / in all)", *heads],
+            [[name, *(memory(by.get(n)) for n in lengths)] for name, by in lines.items()],
+        ),
+    ]
+    for r in (r for r in report["rows"] if r["section"] == "profile" and not r.get("error")):
+        total = r["seconds"]
+        parts.append(
+            f"Where the time of a sparse prefill of {tokens(r['length'])} tokens goes, {r['dtype']} ({total:.1f} s"
+            " under the profiler):"
+        )
+        parts.append(
+            markdown(["part", "seconds", "share"], [[k, f"{s:.2f}", f"{s / total:.0%}"] for k, s in r["parts"].items()])
+        )
+        named = ", ".join(f"`{k}` {s / total:.0%}" for k, s in r["operators"].items())
+        parts.append(f"PyTorch's operators by their own time: {named}.")
+    return "\n\n".join(parts)
+
+
 def replaced(text: str, name: str, content: str) -> str:
     """`text` with what stands between the two comments of `name` replaced."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.S)
@@ -194,8 +249,6 @@ def replaced(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    from bench_model import model_tables
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", type=Path, default=RESULTS / "attention.json")
     parser.add_argument("--model", type=Path, default=RESULTS / "model.json")

@@ -88,6 +88,13 @@ class Config:
     def leaves_out(self, q_len: int, k_len: int, window: int | None, /) -> bool: ...
     def num_gaps(self, length: int, /) -> int: ...
 
+# The limits of csrc/include/dhsa.h.
+MAX_LENGTH: int
+MAX_HEAD_DIM: int
+MAX_THREADS: int
+MAX_STRIDE: int
+DECODE_ROWS: int
+
 class Past:
     def __new__(cls) -> Past: ...
     def __deepcopy__(self, memo: Any, /) -> Past: ...

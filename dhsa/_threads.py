@@ -7,7 +7,7 @@ import sys
 from dhsa import _core
 from dhsa._arrays import check_int
 
-MAX_THREADS = 1024
+MAX_THREADS = _core.MAX_THREADS
 
 _chosen: int | None = None
 _cpus = _core.cpu_count()

@@ -55,7 +55,6 @@ __all__ = [
 ]
 
 PATHS = ("dense", "window", "sparse")
-MAX_LENGTH = 2**30 - 1  # key indices are 32 bits wide, and some sums of lengths must fit in them
 
 
 class RunStats(NamedTuple):
@@ -487,7 +486,7 @@ def _boundaries(k: Any, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
-    check_int(length, "k: its length", 1, MAX_LENGTH)
+    check_int(length, "k: its length", 1, _core.MAX_LENGTH)
     parsed = _cutting(config)
     result = empty((batch, _core.boundaries_capacity(parsed, length)), np.int32, "k")
     counts = empty((batch,), np.int64, "k")
@@ -556,8 +555,8 @@ def pick_boundaries(scores: Any, n: int, *, theta: float, nms: int, instruction:
         raise TypeError(f"scores: expected real numbers, got {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"scores: expected 1 dimension, got {array.ndim}")
-    if not 1 <= array.size <= 2**30:
-        raise ValueError(f"scores: expected 1 to 2**30 entries, got {array.size}")
+    if not 1 <= array.size <= _core.MAX_LENGTH:
+        raise ValueError(f"scores: expected 1 to {_core.MAX_LENGTH} entries, got {array.size}")
     n = check_int(n, "n", 0)
     if (array.dtype.itemsize > 4 or array.dtype.kind != "f") and isinstance(theta, (int, float, np.number)):
         array, theta = _ranked(array, theta)
@@ -613,7 +612,7 @@ def _score_shape(q: Any, k: Any, heads: int, query_block: int) -> tuple[int, int
         for axis, size in enumerate(x.shape):
             if size < 1:  # before results of that size are allocated
                 raise ValueError(f"{name}: dimension {axis} has size {size}, expected at least 1")
-        check_int(x.shape[2], f"{name}: its length", 1, MAX_LENGTH)
+        check_int(x.shape[2], f"{name}: its length", 1, _core.MAX_LENGTH)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k: batch is {k.shape[0]}, expected {q.shape[0]} as q")
     sets = (k.shape[1], 1, q.shape[1])[heads]  # in the order of HEADS
@@ -801,7 +800,7 @@ def boundary_ratios(attn: Any, *, window: int, sliding_window: int | None = None
             array = np.ascontiguousarray(array, np.float32)
         except (MemoryError, ValueError) as error:
             raise MemoryError(f"attn: cannot be copied, its shape is {list(array.shape)}: {error}") from None
-    check_int(array.shape[0], "attn: its length", 1, MAX_LENGTH)
+    check_int(array.shape[0], "attn: its length", 1, _core.MAX_LENGTH)
     result = empty((array.shape[0],), np.float64, "attn")
     _core.boundary_ratios(array, window, sliding_window, result, get_num_threads())
     kind = kind_of(attn, "attn") if hasattr(type(attn), "__dlpack__") else NumpyKind
@@ -856,7 +855,7 @@ def attention_ratios(
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     if len(q.shape) != 4:
         raise ValueError(f"q: expected 4 dimensions [B, H, L, D], got {len(q.shape)}")
-    check_int(q.shape[2], "q: its length", 1, MAX_LENGTH)
+    check_int(q.shape[2], "q: its length", 1, _core.MAX_LENGTH)
     result = empty((q.shape[0], q.shape[2]), np.float64, "q")
     _core.attention_ratios(q, k, window, sliding_window, scale, softcap, result, get_num_threads())
     return kind.result(result)

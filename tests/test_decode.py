@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dhsa
-from dhsa import reference
+from dhsa import _core, reference
 
 TIERS = dhsa.build_info()["isa_detected"]
 DTYPES = ["float32", "float16", "bfloat16"]
-MOST_ROWS = 16  # query rows of a KV head that decode.c serves
 
 # b, h, hkv, lq, lk, d, options
 CASES = {
@@ -69,7 +68,7 @@ def check(q, k, v, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
     *shape, options = CASES[name]
-    assert shape[1] // shape[2] * shape[3] <= MOST_ROWS
+    assert shape[1] // shape[2] * shape[3] <= _core.DECODE_ROWS
     dhsa.set_isa(tier)
     check(*make_qkv(*shape), **options)
 
@@ -94,7 +93,7 @@ def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, name, d
 def test_any_shape(data):
     group = data.draw(st.sampled_from([1, 2, 3, 4, 5, 8, 16]))
     hkv, batch = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
-    lq = data.draw(st.integers(1, MOST_ROWS // group))
+    lq = data.draw(st.integers(1, _core.DECODE_ROWS // group))
     lk = data.draw(st.integers(lq, 1700))
     dim = data.draw(st.integers(1, 256))
     window = data.draw(st.one_of(st.none(), st.integers(1, lk + 3)))

@@ -1,5 +1,6 @@
 """Who may use whom: arrows between the rooms run downward only, and no file uses another that uses it."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,6 +10,22 @@ ROOT = Path(__file__).parents[1]
 # A room may include what is below it, and itself.
 ROOMS = ["core", "kernels", "chunk", "attend", "select", "select/methods", "label", "pipeline", "python"]
 APART = {"attend": {"chunk"}, "chunk": {"attend"}}  # rooms of one height
+
+# The same for dhsa/: a room may import those of lower layers, and those of its own unless it is one of ALONE. "dhsa" is
+# the package itself with its public names, of which it imports some only when they are asked for.
+LAYERS = [
+    {"_typing"},
+    {"_core"},
+    {"_arrays", "_checkpoint", "_files", "_register", "_threads", "_twin"},
+    {"methods", "predictor", "selection"},
+    {"config", "reference"},
+    {"functional"},
+    {"dhsa"},
+    {"hf", "loading", "plot"},
+    {"demo", "doctor", "evaluation", "training"},
+    {"__main__"},
+]
+ALONE = {"_core", "config", "methods", "reference", "demo", "doctor", "evaluation", "training", "hf", "loading", "plot"}
 
 
 def includes(path):
@@ -87,3 +104,76 @@ def test_no_file_of_the_core_uses_one_that_uses_it(what):
             for target in targets:
                 assert ROOMS.index(room(target)) <= ROOMS.index(room(name)), f"{name} calls {target}, which is above it"
     assert circle(graph) == []
+
+
+def modules(folder):
+    """{dotted name: file} of a folder of Python; a package goes by its own name. benchmarks/ is none."""
+    found = {}
+    for path in sorted([*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.pyi")]):
+        parts = path.relative_to(ROOT if folder == "dhsa" else ROOT / folder).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def statements(node):
+    """All that runs of a module, whether at its top or later: not what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from statements(child)
+
+
+def imported(name, path, names):
+    """Which of `names` a file imports, at its top or anywhere else."""
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    found = set()
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            inside = {f"{base}.{alias.name}" for alias in node.names}
+            found |= inside if inside <= names else {base, *inside}
+    return (found & names) - {name}
+
+
+def layer(name):
+    room = name.split(".")[1] if "." in name else name
+    found = [at for at, rooms in enumerate(LAYERS) if room in rooms]
+    assert found, f"{name}: no such room; enter it in LAYERS"
+    return found[0], room
+
+
+@pytest.mark.parametrize("folder", ["dhsa", "benchmarks"])
+def test_no_module_imports_one_that_imports_it(folder):
+    names = modules(folder)
+    graph = {name: imported(name, path, names.keys()) for name, path in names.items()}
+    assert sum(map(len, graph.values())) > (100 if folder == "dhsa" else 10)
+    assert circle(graph) == []
+
+
+def test_modules_import_only_what_is_below():
+    names = modules("dhsa")
+    arrows = set()
+    for name, path in names.items():
+        height, room = layer(name)
+        for target in imported(name, path, names.keys()):
+            below, other = layer(target)
+            assert below <= height, f"{name} imports {target}, which is above it"
+            assert below < height or other == room or room not in ALONE, f"{name} imports {target}, which is beside it"
+            arrows.add((room, other))
+    assert {("config", "predictor"), ("functional", "_core"), ("hf", "functional"), ("evaluation", "hf")} <= arrows
+    assert {other for room, other in arrows if room == "reference"} == {"_twin", "methods", "reference"}
+    assert {room for room, other in arrows if other == "reference"} == {"reference"}
+    assert {other for room, other in arrows if room == "_twin"} == {"_twin"}
+
+
+def test_imports_are_found(tmp_path):
+    path = tmp_path / "b.py"
+    later = "if TYPE_CHECKING:\n    import a.z\ndef f():\n    from ..a import y, z\n"
+    path.write_text(f"import a.x, os\nfrom . import c\nfrom .d import name\nfrom p import d as e, c\n{later}")
+    names = {"a.x", "a.z", "p", "p.c", "p.d", "q.a", "q.a.y", "q.p.b", "q.p.c", "q.p.d"}
+    assert imported("q.p.b", path, names) == {"a.x", "p.c", "p.d", "q.p.c", "q.p.d", "q.a", "q.a.y"}
+    path.write_text("from p import d, name\n")
+    assert imported("q.p.b", path, names) == {"p", "p.d"}

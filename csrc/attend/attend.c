@@ -37,7 +37,7 @@ typedef struct {
     _Atomic int64_t *done, *left; /* products of tiles and panels; those left out */
     char *arenas;
     int64_t arena_size;
-} plan;
+} attend_plan;
 
 /* What one thread works in; offsets of one arena. Sizes are those of a full item. */
 typedef struct {
@@ -57,10 +57,10 @@ typedef struct {
     int turn;           /* which halves of alpha and p the next panel fills: not those of the one that is due */
     int packed, poison; /* whether the tile's values are packed, and one of them is not finite */
     int64_t done, left;
-} scratch;
+} attend_scratch;
 
 /* Lays the scratch out in an arena; with base NULL only its size is of use. */
-static int64_t lay_out(const plan *pl, char *base, scratch *w)
+static int64_t attend_lay_out(const attend_plan *pl, char *base, attend_scratch *w)
 {
     const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->pair ? 2 : 4;
     int64_t used = 0;
@@ -81,11 +81,14 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     return used;
 }
 
-static float narrow_value(const plan *pl, uint16_t x) { return pl->p->v.dtype == DHSA_F16 ? dhsa_from_f16(x) : dhsa_from_bf16(x); }
+static float narrow_value(const attend_plan *pl, uint16_t x)
+{
+    return pl->p->v.dtype == DHSA_F16 ? dhsa_from_f16(x) : dhsa_from_bf16(x);
+}
 
 /* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
-static void pv_guarded(const plan *pl, const scratch *w, int skip, int n, int count, int base, const int32_t *lo, const int32_t *hi,
-                       float *o)
+static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int skip, int n, int count, int base, const int32_t *lo,
+                       const int32_t *hi, float *o)
 {
     const int lanes = pl->kernels->lanes, step = pl->kernels->value_step;
     for (int d = 0; d < pl->dim; d++)
@@ -111,7 +114,7 @@ typedef struct {
     int rows, panels;
 } item;
 
-static void find_item(const plan *pl, int64_t index, item *it)
+static void find_item(const attend_plan *pl, int64_t index, item *it)
 {
     const dhsa_problem *p = pl->p;
     const int64_t G = p->q.shape[1] / p->k.shape[1], per_run = p->q.shape[0] * pl->sets;
@@ -129,20 +132,20 @@ static void find_item(const plan *pl, int64_t index, item *it)
 
 /* Row r of an item is query r / heads of head r % heads: neighbours in a panel see almost the same keys. Where tiles may be left
  * out, it is query r % queries of head r / queries: one head's neighbours agree ten times as often that a tile is negligible. */
-static int64_t query_of(const plan *pl, const item *it, int64_t r) { return pl->least ? r % it->queries : r / pl->heads; }
+static int64_t item_query(const attend_plan *pl, const item *it, int64_t r) { return pl->least ? r % it->queries : r / pl->heads; }
 
-static int64_t head_of(const plan *pl, const item *it, int64_t r)
+static int64_t item_head(const attend_plan *pl, const item *it, int64_t r)
 {
     return it->head + (pl->least ? r / it->queries : r % pl->heads);
 }
 
-static void *item_row(const plan *pl, const item *it, const dhsa_tensor *t, int64_t r)
+static void *item_row(const attend_plan *pl, const item *it, const dhsa_tensor *t, int64_t r)
 {
-    return dhsa_row(t, it->b, head_of(pl, it, r), it->first + query_of(pl, it, r));
+    return dhsa_row(t, it->b, item_head(pl, it, r), it->first + item_query(pl, it, r));
 }
 
 /* Which entries of the list each row sees. Returns the span [*begin, *end) that any row sees. */
-static void find_ranges(const plan *pl, const item *it, scratch *w, int64_t *begin, int64_t *end)
+static void find_ranges(const attend_plan *pl, const item *it, attend_scratch *w, int64_t *begin, int64_t *end)
 {
     const int64_t padded = (int64_t)it->panels * pl->kernels->lanes;
     *begin = it->list.n;
@@ -167,7 +170,7 @@ static void find_ranges(const plan *pl, const item *it, scratch *w, int64_t *beg
     }
 }
 
-static void pack_queries(const plan *pl, const item *it, scratch *w)
+static void pack_queries(const attend_plan *pl, const item *it, attend_scratch *w)
 {
     const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
     for (int at = 0; at < it->panels; at++) {
@@ -182,7 +185,7 @@ static void pack_queries(const plan *pl, const item *it, scratch *w)
 }
 
 /* Where list entries [at, at + n) lie: n keys, then n values. */
-static void find_rows(const plan *pl, const item *it, int64_t at, int n, const void **rows)
+static void find_rows(const attend_plan *pl, const item *it, int64_t at, int n, const void **rows)
 {
     const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
     for (int which = 0; which < 2; which++, rows += n) {
@@ -194,7 +197,7 @@ static void find_rows(const plan *pl, const item *it, int64_t at, int n, const v
 }
 
 /* Gathers the keys of a tile, the first n of its rows. */
-static void pack_keys(const plan *pl, scratch *w, const void *const *rows, int n)
+static void pack_keys(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n)
 {
     if (pl->pair)
         pl->pair->pack_keys(rows, n, (int)pl->dim, w->k);
@@ -204,7 +207,7 @@ static void pack_keys(const plan *pl, scratch *w, const void *const *rows, int n
 }
 
 /* Gathers its values, the n rows after its keys, once. */
-static void pack_values(const plan *pl, scratch *w, const void *const *rows, int n)
+static void pack_values(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n)
 {
     if (w->packed) return;
     w->packed = 1;
@@ -213,7 +216,7 @@ static void pack_values(const plan *pl, scratch *w, const void *const *rows, int
 }
 
 /* The products of this tile, of n keys, are to ask for the rows of the next, of `next` keys. */
-static void look_ahead(const plan *pl, const item *it, scratch *w, const void *const *rows, int n, int next)
+static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scratch *w, const void *const *rows, int n, int next)
 {
     const int64_t bytes = pl->dim * dhsa_dtype_size(pl->p->q.dtype), lines = 2 * next * dhsa_ceil_div(bytes, 64);
     const int64_t products = 2 * it->panels * n * pl->dim;
@@ -222,7 +225,7 @@ static void look_ahead(const plan *pl, const item *it, scratch *w, const void *c
 }
 
 /* Adds the values of the panel before this one, while this one's exponentials are computed on the side. */
-static void add_due(const plan *pl, scratch *w, int n, dhsa_exp_job *meanwhile)
+static void add_due(const attend_plan *pl, attend_scratch *w, int n, dhsa_exp_job *meanwhile)
 {
     if (w->due.count)
         pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->dim, w->due.alpha, w->due.o,
@@ -231,7 +234,7 @@ static void add_due(const plan *pl, scratch *w, int n, dhsa_exp_job *meanwhile)
 }
 
 /* Whether all rows that see something (their largest product is not -inf) stay far below the maximum they have met. */
-static int far_below(const plan *pl, const float *top, const float *m, int used)
+static int far_below(const attend_plan *pl, const float *top, const float *m, int used)
 {
     const float log2e = 1.44269504088896340736f, softcap = (float)pl->p->softcap, factor = pl->factor;
     for (int r = 0; r < used; r++) {
@@ -243,7 +246,7 @@ static int far_below(const plan *pl, const float *top, const float *m, int used)
 }
 
 /* Whether the products of a panel and `count` keys may be left out. A product that is not finite never is: it is to show. */
-static int negligible(const plan *pl, scratch *w, int used, int count, int from, const int32_t *lo, const int32_t *hi,
+static int negligible(const attend_plan *pl, attend_scratch *w, int used, int count, int from, const int32_t *lo, const int32_t *hi,
                       const float *m)
 {
     if (!pl->least) return 0;
@@ -258,24 +261,18 @@ static int negligible(const plan *pl, scratch *w, int used, int count, int from,
 }
 
 /* One panel, `used` rows of it, against the packed tile of list entries [at, at + n), which lie at `rows`. */
-static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_t at, int n, const void *const *rows)
+static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, int used, int64_t at, int n, const void *const *rows)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int lanes = kn->lanes, dim = (int)pl->dim;
     const int32_t *lo = w->lo + panel * lanes, *hi = w->hi + panel * lanes;
-    int32_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
-    for (int r = 0; r < lanes; r++) {
-        lo_min = DHSA_MIN(lo_min, lo[r]);
-        lo_max = DHSA_MAX(lo_max, lo[r]);
-        hi_min = DHSA_MIN(hi_min, hi[r]);
-        hi_max = DHSA_MAX(hi_max, hi[r]);
-    }
+    const dhsa_bounds seen = dhsa_bounds_of(lo, hi, lanes);
     /* Ranges are clipped rather than masked: only where rows of one panel differ is there a mask at all. */
-    int64_t from = DHSA_MAX(at, lo_min);
-    const int64_t to = DHSA_MIN(at + n, hi_max);
+    int64_t from = DHSA_MAX(at, seen.lo_min);
+    const int64_t to = DHSA_MIN(at + n, seen.hi_max);
     if (from >= to) return;
     if (pl->pair) from -= (from - at) % DHSA_PAIR_STEP; /* whole squares */
-    const int skip = (int)(from - at), count = (int)(to - from), masked = lo_max > from || hi_min < to;
+    const int skip = (int)(from - at), count = (int)(to - from), masked = seen.lo_max > from || seen.hi_min < to;
     const ptrdiff_t first = (ptrdiff_t)panel * lanes;
     float *o = w->o + first * pl->padded;
     const float factor = pl->factor, softcap = (float)pl->p->softcap;
@@ -314,13 +311,13 @@ static void attend_panel(const plan *pl, scratch *w, int panel, int used, int64_
         kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, pl->v_stride, count, dim, used, w->alpha, o, &w->ahead);
 }
 
-static void store(const plan *pl, const item *it, scratch *w)
+static void store(const attend_plan *pl, const item *it, attend_scratch *w)
 {
     const dhsa_problem *p = pl->p;
     const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
     for (int r = 0; p->lse && r < it->rows; r++) {
-        const int64_t head = head_of(pl, it, r), i = it->first + query_of(pl, it, r);
+        const int64_t head = item_head(pl, it, r), i = it->first + item_query(pl, it, r);
         /* m is in units of log2. No key seen: l is 0, the logarithm -inf. */
         p->lse[(it->b * H + head) * q_len + i] = w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
     }
@@ -333,15 +330,15 @@ static void store(const plan *pl, const item *it, scratch *w)
     }
 }
 
-static void attend_item(void *context, int64_t index, int thread)
+static void attend_task(void *context, int64_t index, int thread)
 {
-    const plan *pl = context;
-    scratch w;
+    const attend_plan *pl = context;
+    attend_scratch w;
     item it;
     int64_t begin, end;
     find_item(pl, index, &it);
     if (it.queries <= 0) return; /* a short last block has fewer runs */
-    lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
+    attend_lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
     const int64_t rows = (int64_t)it.panels * pl->kernels->lanes;
     memset(w.o, 0, (size_t)(rows * pl->padded) * sizeof *w.o);
     for (int64_t r = 0; r < rows; r++) {
@@ -360,7 +357,7 @@ static void attend_item(void *context, int64_t index, int thread)
         pack_keys(pl, &w, now, n);
         if (!pl->least) pack_values(pl, &w, now, n);
         find_rows(pl, &it, at + n, next, next_rows);
-        look_ahead(pl, &it, &w, next_rows, n, next);
+        attend_look_ahead(pl, &it, &w, next_rows, n, next);
         for (int panel = 0; panel < it.panels; panel++)
             attend_panel(pl, &w, panel, DHSA_MIN(pl->kernels->lanes, it.rows - panel * pl->kernels->lanes), at, n, now);
         if (pl->pair) add_due(pl, &w, n, NULL);
@@ -379,9 +376,9 @@ static void attend_item(void *context, int64_t index, int thread)
 dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
     if (dhsa_decodes(p, list)) return dhsa_decode(p, list, error);
-    plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
+    attend_plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
     const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3];
-    scratch unused;
+    attend_scratch unused;
     _Atomic int64_t done = 0, left = 0;
     pl.done = &done;
     pl.left = &left;
@@ -409,12 +406,12 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;
     const int64_t items = pl.blocks * pl.runs * B * pl.sets;
     const int threads = (int)DHSA_MIN(items, p->num_threads);
-    pl.arena_size = lay_out(&pl, NULL, &unused);
+    pl.arena_size = attend_lay_out(&pl, NULL, &unused);
     pl.arenas = dhsa_alloc(pl.arena_size, threads);
     if (!pl.arenas)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for %d workspaces of %lld bytes", threads,
                          (long long)pl.arena_size);
-    dhsa_parallel(items, threads, attend_item, &pl);
+    dhsa_parallel(items, threads, attend_task, &pl);
     dhsa_free(pl.arenas);
     if (p->skip_counts) {
         p->skip_counts[0] += done;

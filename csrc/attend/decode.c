@@ -10,7 +10,6 @@
 #include "core/threads.h"
 
 enum {
-    MAX_ROWS = 16,      /* query rows of a head set that this way serves */
     PART = 512,         /* keys of a part at most */
     ALONE = 512 * 1024, /* bytes of keys and values that one thread reads before another wakes up */
 };
@@ -27,26 +26,26 @@ typedef struct {
     _Atomic int32_t *done; /* [set]: parts that are */
     char *arenas;
     int64_t arena_size;
-} plan;
+} decode_plan;
 
 typedef struct {
     float *q, *s;
     const void **rows;
-} scratch;
+} decode_scratch;
 
 /* The keys of a set: lo[i], hi[i] are the entries that query i sees, all of them within [begin, end). */
 typedef struct {
     int64_t b, head, kv_head, begin, end, parts, step;
-    int64_t lo[MAX_ROWS], hi[MAX_ROWS];
+    int64_t lo[DHSA_DECODE_ROWS], hi[DHSA_DECODE_ROWS];
     key_list list;
-} span;
+} decode_span;
 
 int dhsa_decodes(const dhsa_problem *p, const dhsa_selection *list)
 {
-    return p->q.shape[2] <= MAX_ROWS / heads_of(p, list) && (!list || list->nq == 1);
+    return p->q.shape[2] <= DHSA_DECODE_ROWS / heads_of(p, list) && (!list || list->nq == 1);
 }
 
-static void find_span(const plan *pl, int64_t set, span *at)
+static void decode_find_span(const decode_plan *pl, int64_t set, decode_span *at)
 {
     const dhsa_problem *p = pl->p;
     at->b = set / pl->sets;
@@ -67,7 +66,7 @@ static void find_span(const plan *pl, int64_t set, span *at)
     at->step = dhsa_round_up(dhsa_ceil_div(at->end - at->begin, at->parts), DHSA_DECODE_STEP);
 }
 
-static void point(const span *at, const dhsa_tensor *t, int64_t from, int n, const void **rows)
+static void point(const decode_span *at, const dhsa_tensor *t, int64_t from, int n, const void **rows)
 {
     const char *base = dhsa_row(t, at->b, at->kv_head, 0);
     const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
@@ -75,12 +74,12 @@ static void point(const span *at, const dhsa_tensor *t, int64_t from, int n, con
 }
 
 /* Row r of a set is query r / heads of head r % heads. */
-static void *row_of(const plan *pl, const span *at, const dhsa_tensor *t, int r)
+static void *row_of(const decode_plan *pl, const decode_span *at, const dhsa_tensor *t, int r)
 {
     return dhsa_row(t, at->b, at->head + r % pl->heads, r / pl->heads);
 }
 
-static void merge(const plan *pl, int64_t set, const span *at)
+static void decode_merge(const decode_plan *pl, int64_t set, const decode_span *at)
 {
     const dhsa_problem *p = pl->p;
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
@@ -103,7 +102,8 @@ static void merge(const plan *pl, int64_t set, const span *at)
 }
 
 /* o += P V for the rows of queries [first, first + count) and entries [from, to) of the part. */
-static void add_values(const plan *pl, const scratch *w, int64_t first, int64_t count, int64_t from, int64_t to, float *o)
+static void add_values(const decode_plan *pl, const decode_scratch *w, int64_t first, int64_t count, int64_t from, int64_t to,
+                       float *o)
 {
     const int64_t r = first * pl->heads;
     if (from < to)
@@ -111,7 +111,7 @@ static void add_values(const plan *pl, const scratch *w, int64_t first, int64_t 
                                (int)(to - from), (int)pl->p->q.shape[3], o + r * pl->padded, pl->padded);
 }
 
-static int64_t lay_out(const plan *pl, char *base, scratch *w)
+static int64_t decode_lay_out(const decode_plan *pl, char *base, decode_scratch *w)
 {
     int64_t used = 0;
     w->q = dhsa_part(base, &used, pl->rows * pl->padded * 4);
@@ -120,16 +120,16 @@ static int64_t lay_out(const plan *pl, char *base, scratch *w)
     return used;
 }
 
-static void attend_part(void *context, int64_t index, int thread)
+static void decode_task(void *context, int64_t index, int thread)
 {
-    const plan *pl = context;
+    const decode_plan *pl = context;
     const dhsa_problem *p = pl->p;
     const int64_t set = index / pl->parts, part = index % pl->parts, queries = p->q.shape[2], dim = p->q.shape[3];
-    span at;
-    scratch w;
-    find_span(pl, set, &at);
+    decode_span at;
+    decode_scratch w;
+    decode_find_span(pl, set, &at);
     if (part >= at.parts) return;
-    lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
+    decode_lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
     const int64_t from = DHSA_MIN(at.begin + part * at.step, at.end);
     const int n = (int)DHSA_MIN(at.step, at.end - from);
     float *o = pl->o + (set * pl->parts + part) * pl->rows * pl->padded;
@@ -161,13 +161,13 @@ static void attend_part(void *context, int64_t index, int thread)
         add_values(pl, &w, i, 1, at.lo[i], DHSA_MIN(at.hi[i], start), o);
         add_values(pl, &w, i, 1, DHSA_MAX(at.lo[i], stop), at.hi[i], o);
     }
-    if (atomic_fetch_add_explicit(&pl->done[set], 1, memory_order_acq_rel) + 1 == at.parts) merge(pl, set, &at);
+    if (atomic_fetch_add_explicit(&pl->done[set], 1, memory_order_acq_rel) + 1 == at.parts) decode_merge(pl, set, &at);
 }
 
 dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
-    plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current(), .heads = heads_of(p, list), .parts = 1};
-    scratch w;
+    decode_plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current(), .heads = heads_of(p, list), .parts = 1};
+    decode_scratch w;
     int64_t keys = 0;
     pl.sets = p->q.shape[1] / pl.heads;
     pl.rows = (int)(p->q.shape[2] * pl.heads);
@@ -178,14 +178,14 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;
     const int64_t sets = p->q.shape[0] * pl.sets;
     for (int64_t set = 0; set < sets; set++) {
-        span at;
-        find_span(&pl, set, &at);
+        decode_span at;
+        decode_find_span(&pl, set, &at);
         pl.parts = DHSA_MAX(pl.parts, at.parts);
         keys += at.end - at.begin;
     }
     const int64_t items = sets * pl.parts, bytes = 2 * keys * p->q.shape[3] * dhsa_dtype_size(p->k.dtype);
     const int threads = bytes < ALONE ? 1 : (int)DHSA_MIN(items, p->num_threads);
-    pl.arena_size = lay_out(&pl, NULL, &w);
+    pl.arena_size = decode_lay_out(&pl, NULL, &w);
     char *memory = NULL;
     int64_t total;
     for (int laid = 0; laid < 2; laid++) { /* first only to learn the size */
@@ -199,7 +199,7 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
             return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes", (long long)total);
     }
     for (int64_t set = 0; set < sets; set++) atomic_init(&pl.done[set], 0);
-    dhsa_parallel(items, threads, attend_part, &pl);
+    dhsa_parallel(items, threads, decode_task, &pl);
     dhsa_free(memory);
     return DHSA_OK;
 }

@@ -203,8 +203,8 @@ dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n,
     if ((status = picking_check(n, theta, nms, error)) || (status = dhsa_given(scores, "scores", error)) ||
         (status = dhsa_given(boundaries, "boundaries", error)) || (status = dhsa_given(count, "count", error)))
         return status;
-    if (length < 1 || length > INT32_MAX / 2)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
+    if (length < 1 || length > DHSA_MAX_LENGTH)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, DHSA_MAX_LENGTH);
     if (instruction < 0 || instruction > length)
         return dhsa_fail(error, DHSA_ERR_VALUE, "instruction: got %" PRId64 ", expected 1 to the length of %" PRId64, instruction,
                          length);
@@ -215,7 +215,7 @@ dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n,
 
 int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length)
 {
-    if (!config || length < 1 || length > INT32_MAX / 2) return 0;
+    if (!config || length < 1 || length > DHSA_MAX_LENGTH) return 0;
     if (config->kind == DHSA_BOUNDARIES_FIXED) return dhsa_ceil_div(length, DHSA_MIN(DHSA_MAX(config->chunk_size, 1), length)) + 1;
     /* Accepted gaps are more than nms apart, among length - 1. */
     const int64_t apart = DHSA_MIN(DHSA_MAX(config->nms, 0), length) + 1;
@@ -297,11 +297,11 @@ typedef struct {
     int32_t *boundaries;
     int64_t *counts;
     dhsa_error *errors; /* [batch] */
-} rows_job;
+} boundaries_job;
 
-static void row_task(void *context, int64_t b, int thread)
+static void boundaries_task(void *context, int64_t b, int thread)
 {
-    const rows_job *job = context;
+    const boundaries_job *job = context;
     const dhsa_boundary_config *c = job->config;
     int32_t *row = job->boundaries + b * job->capacity;
     (void)thread;
@@ -333,7 +333,7 @@ dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_co
 {
     dhsa_status status = DHSA_OK;
     const int64_t batch = k->shape[0], length = k->shape[2];
-    rows_job job = {config, NULL, length, capacity, boundaries, counts, NULL};
+    boundaries_job job = {config, NULL, length, capacity, boundaries, counts, NULL};
     job.errors = dhsa_alloc(batch, sizeof *job.errors);
     job.scores = config->kind == DHSA_BOUNDARIES_FIXED ? NULL : dhsa_alloc(batch, length * (int64_t)sizeof *job.scores);
     if (!job.errors || (!job.scores && config->kind != DHSA_BOUNDARIES_FIXED)) {
@@ -341,7 +341,7 @@ dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_co
         goto cleanup;
     }
     if (job.scores && (status = score_gaps(k, config, job.scores, num_threads, error))) goto cleanup;
-    dhsa_parallel(batch, num_threads, row_task, &job);
+    dhsa_parallel(batch, num_threads, boundaries_task, &job);
     for (int64_t b = 0; b < batch && !status; b++)
         if (job.errors[b].status) status = dhsa_fail(error, job.errors[b].status, "%s", job.errors[b].message);
 cleanup:

@@ -25,7 +25,7 @@ typedef struct {
     float *weights;              /* the projection as panels: [R / lanes] of [C, lanes] */
     int64_t arena_size;
     float *logits, *arenas;
-} plan;
+} compact_plan;
 
 /* What one thread works in. */
 typedef struct {
@@ -36,9 +36,9 @@ typedef struct {
     float *pooled;   /* [M, pitch]: u of tokens j .. j + w - 1 */
     float *poison;   /* [pitch]: 0, or NaN where t is not finite */
     float *poisoned; /* [pitch]: the same of tokens j .. j + w - 1 */
-} scratch;
+} compact_scratch;
 
-static int64_t lay_out(const plan *pl, float *base, scratch *s)
+static int64_t compact_lay_out(const compact_plan *pl, float *base, compact_scratch *s)
 {
     const dhsa_compact *n = pl->net;
     const int64_t lanes = pl->kernels->lanes;
@@ -56,7 +56,7 @@ static int64_t lay_out(const plan *pl, float *base, scratch *s)
 }
 
 /* Tokens as rows of fp32 numbers, *stride apart: where they lie, if that is what they are. */
-static const float *gather(const plan *pl, scratch *s, int64_t b, int64_t token, int n, ptrdiff_t *stride)
+static const float *compact_gather(const compact_plan *pl, compact_scratch *s, int64_t b, int64_t token, int n, ptrdiff_t *stride)
 {
     const int64_t C = pl->net->channels, heads = pl->k->shape[1], dim = pl->k->shape[3];
     if (pl->k->dtype == DHSA_F32 && heads == 1) {
@@ -71,13 +71,13 @@ static const float *gather(const plan *pl, scratch *s, int64_t b, int64_t token,
 }
 
 /* t of tokens [at, at + n) of the tile, n <= lanes. */
-static void project(const plan *pl, scratch *s, int64_t b, int64_t token, int64_t at, int n)
+static void compact_project(const compact_plan *pl, compact_scratch *s, int64_t b, int64_t token, int64_t at, int n)
 {
     const dhsa_kernels *kn = pl->kernels;
     const dhsa_compact *net = pl->net;
     const int64_t lanes = kn->lanes, C = net->channels, R = net->width;
     ptrdiff_t stride;
-    const float *rows = gather(pl, s, b, token + at, n, &stride);
+    const float *rows = compact_gather(pl, s, b, token + at, n, &stride);
     memset(s->panel, 0, (size_t)(2 * R * lanes) * sizeof *s->panel);
     /* Here the weights are the panel and the tokens what passes by: C numbers of each token need no transposing, R do. */
     for (int64_t first = 0; first < R; first += lanes) {
@@ -101,7 +101,7 @@ static void project(const plan *pl, scratch *s, int64_t b, int64_t token, int64_
 }
 
 /* u of every run of w tokens. */
-static void pool(const plan *pl, scratch *s, int64_t tokens)
+static void compact_pool(const compact_plan *pl, compact_scratch *s, int64_t tokens)
 {
     const int64_t w = pl->net->window, runs = tokens - w + 1, M = pl->net->pooled;
     const float share = 1.0f / (float)w;
@@ -120,7 +120,7 @@ static void pool(const plan *pl, scratch *s, int64_t tokens)
 }
 
 /* The MLP on gaps [at, at + n) of the tile. */
-static void classify(const plan *pl, scratch *s, int64_t at, int n, float *logits)
+static void compact_classify(const compact_plan *pl, compact_scratch *s, int64_t at, int n, float *logits)
 {
     const dhsa_compact *net = pl->net;
     const int64_t lanes = pl->kernels->lanes, M = net->pooled;
@@ -144,7 +144,7 @@ static void classify(const plan *pl, scratch *s, int64_t at, int n, float *logit
     memcpy(logits, sum, (size_t)n * sizeof *logits);
 }
 
-static void pack_weights(const plan *pl)
+static void compact_pack_weights(const compact_plan *pl)
 {
     const int64_t lanes = pl->kernels->lanes, C = pl->net->channels, R = pl->net->width;
     const void *rows[DHSA_MAX_LANES];
@@ -155,18 +155,18 @@ static void pack_weights(const plan *pl)
     }
 }
 
-static void tile_task(void *context, int64_t index, int thread)
+static void compact_tile_task(void *context, int64_t index, int thread)
 {
-    const plan *pl = context;
+    const compact_plan *pl = context;
     const int64_t length = pl->k->shape[2], b = index / pl->tiles, lanes = pl->kernels->lanes, w = pl->net->window;
     const int64_t first = w - 1 + index % pl->tiles * pl->gaps, gaps = DHSA_MIN(pl->gaps, length - w - first);
     const int64_t tokens = gaps + 2 * w - 1;
     float *logits = pl->logits + b * length + first;
-    scratch s;
-    lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
-    for (int64_t at = 0; at < tokens; at += lanes) project(pl, &s, b, first - w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
-    pool(pl, &s, tokens);
-    for (int64_t at = 0; at < gaps; at += lanes) classify(pl, &s, at, (int)DHSA_MIN(lanes, gaps - at), logits + at);
+    compact_scratch s;
+    compact_lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
+    for (int64_t at = 0; at < tokens; at += lanes) compact_project(pl, &s, b, first - w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
+    compact_pool(pl, &s, tokens);
+    for (int64_t at = 0; at < gaps; at += lanes) compact_classify(pl, &s, at, (int)DHSA_MIN(lanes, gaps - at), logits + at);
 }
 
 dhsa_status dhsa_compact_check(const dhsa_compact *n, dhsa_error *error)
@@ -202,24 +202,24 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
     if (net->window > length / 2) return DHSA_OK; /* no gap has a full window */
-    plan pl = {.net = net, .k = k, .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32), .logits = logits};
+    compact_plan pl = {.net = net, .k = k, .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32), .logits = logits};
     pl.tokens = DHSA_MIN(DHSA_MAX(TILE_TOKENS, 8 * net->window), length);
     pl.pitch = dhsa_round_up(pl.tokens, DHSA_ALIGN / 4);
     pl.gaps = pl.tokens - 2 * net->window + 1;
     pl.tiles = dhsa_ceil_div(length - 2 * net->window + 1, pl.gaps);
-    scratch unused;
+    compact_scratch unused;
     int64_t most;
     if (!dhsa_mul(pl.pitch, net->pooled, &most) || most > (int64_t)1 << 32)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: a window of %" PRId64 " tokens on each side is too large",
                          net->window);
-    pl.arena_size = lay_out(&pl, NULL, &unused);
+    pl.arena_size = compact_lay_out(&pl, NULL, &unused);
     const int64_t tasks = k->shape[0] * pl.tiles;
     const int threads = (int)DHSA_MIN(tasks, num_threads);
     pl.weights = dhsa_alloc(dhsa_round_up(net->width, pl.kernels->lanes) * net->channels, sizeof *pl.weights);
     pl.arenas = dhsa_alloc(pl.arena_size, threads * (int64_t)sizeof *pl.arenas);
     if (pl.weights && pl.arenas) {
-        pack_weights(&pl);
-        dhsa_parallel(tasks, threads, tile_task, &pl);
+        compact_pack_weights(&pl);
+        dhsa_parallel(tasks, threads, compact_tile_task, &pl);
     } else {
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " numbers", threads,
                            pl.arena_size);

@@ -60,7 +60,7 @@ void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const fl
 void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, int64_t at)
 {
     const int64_t row = chunks->row;
-    uint16_t line[256];
+    uint16_t line[DHSA_MAX_HEAD_DIM];
     if (!chunks->squares) {
         dhsa_mean_store(kernels, chunks->kind, mean, dim, row, (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2));
         return;
@@ -121,11 +121,11 @@ typedef struct {
     dhsa_chunks *chunks;
     char *scratch;
     int64_t stride, b, first, groups;
-} fill_job;
+} means_job;
 
-static void fill_group(void *context, int64_t index, int thread)
+static void means_task(void *context, int64_t index, int thread)
 {
-    const fill_job *job = context;
+    const means_job *job = context;
     dhsa_chunks *chunks = job->chunks;
     const int64_t head = index / job->groups, first = job->first + index % job->groups * GROUP;
     const int64_t last = DHSA_MIN(first + GROUP, chunks->chunks), dim = job->k->shape[3];
@@ -148,8 +148,8 @@ static void fill_group(void *context, int64_t index, int thread)
 void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
                       char *scratch, int64_t stride, int num_threads)
 {
-    fill_job job = {kernels, k, chunks, scratch, stride, b, first, dhsa_ceil_div(chunks->chunks - first, GROUP)};
-    if (job.groups > 0) dhsa_parallel(k->shape[1] * job.groups, num_threads, fill_group, &job);
+    means_job job = {kernels, k, chunks, scratch, stride, b, first, dhsa_ceil_div(chunks->chunks - first, GROUP)};
+    if (job.groups > 0) dhsa_parallel(k->shape[1] * job.groups, num_threads, means_task, &job);
     dhsa_chunks_look(chunks, k->shape[1]);
 }
 

@@ -59,11 +59,11 @@ typedef struct {
     const dhsa_tensor *k;
     int64_t b, from, to;
     _Atomic int64_t *first;
-} look_job;
+} past_look_job;
 
-static void look_task(void *context, int64_t index, int thread)
+static void past_look_task(void *context, int64_t index, int thread)
 {
-    const look_job *job = context;
+    const past_look_job *job = context;
     const int64_t from = job->from + index * RUN, to = DHSA_MIN(from + RUN, job->to);
     (void)thread;
     for (int64_t i = from; i < to; i++) {
@@ -80,10 +80,10 @@ static void look_task(void *context, int64_t index, int thread)
     }
 }
 
-static void look(look_job *job, int num_threads)
+static void past_look(past_look_job *job, int num_threads)
 {
     const int64_t n = job->to - job->from;
-    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, look_task, job);
+    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, past_look_task, job);
 }
 
 /* Forgets how the keys were cut from chunk number `chunks` on. */
@@ -106,7 +106,7 @@ static void forget(dhsa_past *p, int64_t n)
     if (p->summed > n) p->summed = -1;
 }
 
-static int grow(void **memory, int64_t *room, int64_t need, int64_t keep, int64_t size)
+static int past_grow(void **memory, int64_t *room, int64_t need, int64_t keep, int64_t size)
 {
     if (need <= *room) return 1;
     const int64_t more = need + need / 2 + 64;
@@ -128,7 +128,7 @@ static dhsa_status no_memory(dhsa_error *error, int64_t keys)
 static dhsa_status make_room(dhsa_past *p, int64_t chunks, int64_t keys, dhsa_error *error)
 {
     void *edges = p->edges;
-    if (!grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0, sizeof *p->edges))
+    if (!past_grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0, sizeof *p->edges))
         return no_memory(error, keys);
     p->edges = edges;
     if (p->chunks == 0) p->edges[0] = 0;
@@ -140,10 +140,10 @@ static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, int 
 {
     const int64_t length = k->shape[2];
     void *marks = p->marks;
-    if (!grow(&marks, &p->marks_room, length, p->known, sizeof *p->marks)) return no_memory(error, length);
+    if (!past_grow(&marks, &p->marks_room, length, p->known, sizeof *p->marks)) return no_memory(error, length);
     p->marks = marks;
-    look_job job = {p->marks, k, b, p->known, length, NULL};
-    look(&job, num_threads);
+    past_look_job job = {p->marks, k, b, p->known, length, NULL};
+    past_look(&job, num_threads);
     p->known = length;
     return DHSA_OK;
 }
@@ -210,11 +210,11 @@ static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t 
     }
     _Atomic int64_t first;
     atomic_init(&first, known);
-    look_job job = {p->marks, k, b, trusted ? old : 0, known, &first};
-    look(&job, num_threads);
+    past_look_job job = {p->marks, k, b, trusted ? old : 0, known, &first};
+    past_look(&job, num_threads);
     if (trusted && atomic_load(&first) < same) { /* what was said is not so: look at all */
         job.from = 0;
-        look(&job, num_threads);
+        past_look(&job, num_threads);
     }
     return atomic_load(&first);
 }
@@ -346,9 +346,8 @@ dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
 {
     const dhsa_status status = dhsa_given(past, "past", error);
     if (status) return status;
-    *past = dhsa_alloc(1, sizeof **past);
+    *past = dhsa_alloc_zeroed(1, sizeof **past);
     if (!*past) return no_memory(error, 0);
-    memset(*past, 0, sizeof **past);
     (*past)->summed = -1;
     return DHSA_OK;
 }

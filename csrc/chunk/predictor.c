@@ -25,7 +25,7 @@ typedef struct {
     int64_t strip;              /* length of a packed strip of values */
     int64_t arena_size;
     float *logits, *arenas;
-} plan;
+} predictor_plan;
 
 /* What one thread works in. */
 typedef struct {
@@ -42,9 +42,9 @@ typedef struct {
     float *features; /* [4C + 1, lanes]: the same as a panel */
     float *line;     /* [max(width, lanes)] */
     float *poison;   /* [tokens]: 0, or NaN where a token's projection is not finite */
-} scratch;
+} predictor_scratch;
 
-static int64_t lay_out(const plan *pl, float *base, scratch *s)
+static int64_t predictor_lay_out(const predictor_plan *pl, float *base, predictor_scratch *s)
 {
     const int64_t lanes = pl->kernels->lanes, C = pl->C, hidden = pl->net->hidden;
     const int64_t sizes[] = {C * lanes,
@@ -68,7 +68,7 @@ static int64_t lay_out(const plan *pl, float *base, scratch *s)
 }
 
 /* Query, key and out-projected values of tokens [at, at + n) of the tile, n <= lanes. */
-static void project(const plan *pl, scratch *s, int64_t b, int64_t token, int64_t at, int n)
+static void predictor_project(const predictor_plan *pl, predictor_scratch *s, int64_t b, int64_t token, int64_t at, int n)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int64_t C = pl->C, dim = pl->k->shape[3], per_head = C / pl->heads, lanes = kn->lanes, step = kn->value_step;
@@ -100,7 +100,7 @@ static void project(const plan *pl, scratch *s, int64_t b, int64_t token, int64_
 }
 
 /* Attention logits of every token of the tile against those less than a window away. */
-static void fill_band(const plan *pl, scratch *s, int64_t tokens)
+static void fill_band(const predictor_plan *pl, predictor_scratch *s, int64_t tokens)
 {
     const int64_t C = pl->C, per_head = C / pl->heads, reach = pl->width - 1;
     for (int64_t a = 0; a < tokens; a++)
@@ -111,7 +111,7 @@ static void fill_band(const plan *pl, scratch *s, int64_t tokens)
 }
 
 /* Attention weights of token a in the window that begins at token x, into lane r; the group's union begins at `base`. */
-static void window_weights(const plan *pl, scratch *s, int64_t a, int64_t x, int64_t base, int64_t r)
+static void window_weights(const predictor_plan *pl, predictor_scratch *s, int64_t a, int64_t x, int64_t base, int64_t r)
 {
     const int64_t heads = pl->heads, lanes = pl->kernels->lanes;
     const float *band = s->band + (a * (4 * pl->w - 1) + x - a + pl->width - 1) * heads;
@@ -124,7 +124,7 @@ static void window_weights(const plan *pl, scratch *s, int64_t a, int64_t x, int
 }
 
 /* LayerNorm over the channels of each of n lanes of s->out, written as rows. */
-static void normalise(const plan *pl, scratch *s, int n, float *rows)
+static void predictor_normalise(const predictor_plan *pl, predictor_scratch *s, int n, float *rows)
 {
     const int64_t C = pl->C, lanes = pl->kernels->lanes;
     float mean[DHSA_MAX_LANES] = {0}, scale[DHSA_MAX_LANES] = {0};
@@ -148,7 +148,7 @@ static void normalise(const plan *pl, scratch *s, int n, float *rows)
 }
 
 /* Tokens of the windows of gaps [x, x + gaps) of the tile (their first tokens are x, x + 1, ...) into s->window. */
-static void encode(const plan *pl, scratch *s, int64_t x, int64_t gaps)
+static void predictor_encode(const predictor_plan *pl, predictor_scratch *s, int64_t x, int64_t gaps)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int64_t C = pl->C, heads = pl->heads, lanes = kn->lanes, slots = gaps * pl->width, tokens = pl->width + gaps - 1;
@@ -165,12 +165,12 @@ static void encode(const plan *pl, scratch *s, int64_t x, int64_t gaps)
                NULL);
         for (int64_t c = 0; c < C; c++)
             for (int r = 0; r < n; r++) s->out[c * lanes + r] += pl->net->out_proj_bias[c];
-        normalise(pl, s, n, s->window + first * C);
+        predictor_normalise(pl, s, n, s->window + first * C);
     }
 }
 
 /* One half of a window, [w, C], to its mean or gated sum. */
-static void pool(const plan *pl, scratch *s, const float *half, float *sum)
+static void predictor_pool(const predictor_plan *pl, predictor_scratch *s, const float *half, float *sum)
 {
     const int64_t C = pl->C;
     float total = 0, top = -INFINITY;
@@ -186,12 +186,12 @@ static void pool(const plan *pl, scratch *s, const float *half, float *sum)
 }
 
 /* Features of one gap, row r. */
-static void fill_features(const plan *pl, scratch *s, const float *window, int64_t r)
+static void fill_features(const predictor_plan *pl, predictor_scratch *s, const float *window, int64_t r)
 {
     const int64_t C = pl->C;
     float *to = s->rows + r * (4 * C + 1), *left = to, *right = to + C;
-    pool(pl, s, window, left);
-    pool(pl, s, window + pl->w * C, right);
+    predictor_pool(pl, s, window, left);
+    predictor_pool(pl, s, window + pl->w * C, right);
     for (int64_t c = 0; c < C; c++) {
         to[2 * C + c] = fabsf(left[c] - right[c]);
         to[3 * C + c] = left[c] * right[c];
@@ -202,7 +202,7 @@ static void fill_features(const plan *pl, scratch *s, const float *window, int64
 }
 
 /* The MLP on the n gaps whose features are in rows. */
-static void classify(const plan *pl, scratch *s, int n, float *logits)
+static void predictor_classify(const predictor_plan *pl, predictor_scratch *s, int n, float *logits)
 {
     const int64_t lanes = pl->kernels->lanes, hidden = pl->net->hidden, inputs = 4 * pl->C + 1;
     const void *rows[DHSA_MAX_LANES];
@@ -217,19 +217,20 @@ static void classify(const plan *pl, scratch *s, int n, float *logits)
         }
 }
 
-static void tile_task(void *context, int64_t index, int thread)
+static void predictor_tile_task(void *context, int64_t index, int thread)
 {
-    const plan *pl = context;
+    const predictor_plan *pl = context;
     const int64_t length = pl->k->shape[2], b = index / pl->tiles, lanes = pl->kernels->lanes;
     const int64_t first = pl->w - 1 + index % pl->tiles * pl->gaps, gaps = DHSA_MIN(pl->gaps, length - pl->w - first);
     const int64_t tokens = gaps + pl->width - 1;
     float *logits = pl->logits + b * length + first;
-    scratch s;
-    lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
+    predictor_scratch s;
+    predictor_lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
     /* Columns beyond C of the last strip are computed with: they must be numbers. */
     if (pl->C % pl->kernels->value_step)
         memset(s.value, 0, (size_t)(dhsa_ceil_div(pl->C, pl->kernels->value_step) * pl->strip) * sizeof *s.value);
-    for (int64_t at = 0; at < tokens; at += lanes) project(pl, &s, b, first - pl->w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
+    for (int64_t at = 0; at < tokens; at += lanes)
+        predictor_project(pl, &s, b, first - pl->w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
     fill_band(pl, &s, tokens);
     int64_t lane = 0, done = 0;
     for (int64_t x = 0, count; x < gaps; x += count) {
@@ -237,11 +238,11 @@ static void tile_task(void *context, int64_t index, int thread)
         /* A weight of 0 times NaN is NaN: such tokens must not meet windows that do not hold them. */
         for (int64_t t = x; t < x + count + pl->width - 1; t++)
             if (s.poison[t] != 0) count = 1;
-        encode(pl, &s, x, count);
+        predictor_encode(pl, &s, x, count);
         for (int64_t g = 0; g < count; g++) {
             fill_features(pl, &s, s.window + g * pl->width * pl->C, lane++);
             if (lane == lanes || x + g == gaps - 1) {
-                classify(pl, &s, (int)lane, logits + done);
+                predictor_classify(pl, &s, (int)lane, logits + done);
                 done += lane;
                 lane = 0;
             }
@@ -292,15 +293,15 @@ dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
     if (net->window > length / 2) return DHSA_OK; /* no gap has a full window */
-    plan pl = {.net = net,
-               .k = k,
-               .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32),
-               .C = net->channels,
-               .heads = net->heads,
-               .w = net->window};
+    predictor_plan pl = {.net = net,
+                         .k = k,
+                         .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32),
+                         .C = net->channels,
+                         .heads = net->heads,
+                         .w = net->window};
     const int lanes = pl.kernels->lanes;
     const int64_t gaps = length - 2 * pl.w + 1;
-    scratch unused;
+    predictor_scratch unused;
     pl.width = 2 * pl.w;
     pl.tokens = DHSA_MIN(DHSA_MAX(dhsa_round_up(TILE_TOKENS, lanes), dhsa_round_up(4 * pl.width, lanes)), length);
     pl.gaps = pl.tokens - pl.width + 1;
@@ -313,14 +314,14 @@ dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_
     if (!dhsa_mul(pl.tokens * pl.heads, DHSA_MAX(pl.C, 4 * pl.w), &most) || most > (int64_t)1 << 36 ||
         (pl.width + pl.group) * pl.heads > 1 << 30)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: a window of %" PRId64 " tokens on each side is too large", pl.w);
-    pl.arena_size = lay_out(&pl, NULL, &unused);
+    pl.arena_size = predictor_lay_out(&pl, NULL, &unused);
     const int64_t tasks = k->shape[0] * pl.tiles;
     const int threads = (int)DHSA_MIN(tasks, num_threads);
     pl.arenas = dhsa_alloc(pl.arena_size, threads * (int64_t)sizeof *pl.arenas);
     if (!pl.arenas)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " numbers", threads,
                          pl.arena_size);
-    dhsa_parallel(tasks, threads, tile_task, &pl);
+    dhsa_parallel(tasks, threads, predictor_tile_task, &pl);
     dhsa_free(pl.arenas);
     return DHSA_OK;
 }

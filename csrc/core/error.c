@@ -1,8 +1,9 @@
-/* status.c: errors, aligned memory, the clock: what every other file may lean on. No arithmetic of attention here. */
+/* error.c: errors, aligned memory, the clock: what every other file may lean on. No arithmetic of attention here. */
 #include "core/internal.h"
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 #include <time.h>
 
 dhsa_status dhsa_fail(dhsa_error *error, dhsa_status status, const char *format, ...)
@@ -24,6 +25,12 @@ void *dhsa_alloc(int64_t count, int64_t size)
     void *p = NULL;
     /* At least one line, so that an empty array is still a valid, distinct pointer. */
     return posix_memalign(&p, DHSA_ALIGN, (size_t)dhsa_round_up(DHSA_MAX(bytes, 1), DHSA_ALIGN)) == 0 ? p : NULL;
+}
+
+void *dhsa_alloc_zeroed(int64_t count, int64_t size)
+{
+    void *p = dhsa_alloc(count, size);
+    return p ? memset(p, 0, (size_t)(count * size)) : NULL;
 }
 
 void dhsa_free(void *p) { free(p); }

@@ -27,6 +27,8 @@ static inline int dhsa_mul(int64_t a, int64_t b, int64_t *out)
 
 /* DHSA_ALIGN-aligned memory of count * size bytes, not cleared; NULL when out of memory or on overflow. Freed by dhsa_free. */
 void *dhsa_alloc(int64_t count, int64_t size);
+/* The same, all bytes 0. */
+void *dhsa_alloc_zeroed(int64_t count, int64_t size);
 void dhsa_free(void *p);
 
 static inline int64_t dhsa_dtype_size(dhsa_dtype t) { return t == DHSA_F32 ? 4 : 2; }
@@ -53,7 +55,7 @@ dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
  * them that a selection keeps. Their quotient is the density. selection.c */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads);
 double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s);
-/* Seconds on a monotonic clock. status.c */
+/* Seconds on a monotonic clock. error.c */
 double dhsa_now(void);
 
 #endif

@@ -41,10 +41,9 @@ dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error
         if (t->shape[i] < 1)
             return dhsa_fail(error, DHSA_ERR_VALUE, "%s: dimension %d has size %" PRId64 ", expected at least 1", name, i,
                              t->shape[i]);
-    /* Key indices are 32 bits wide, and a few sums of lengths must fit as well. */
-    if (t->shape[2] > INT32_MAX / 2)
+    if (t->shape[2] > DHSA_MAX_LENGTH)
         return dhsa_fail(error, DHSA_ERR_VALUE, "%s: length %" PRId64 " is more than the supported %d", name, t->shape[2],
-                         INT32_MAX / 2);
+                         DHSA_MAX_LENGTH);
     if (t->shape[3] > 1 && t->stride[3] != 1)
         return dhsa_fail(error, DHSA_ERR_VALUE, "%s: last dimension has stride %" PRId64 ", expected 1 (make it contiguous)", name,
                          t->stride[3]);
@@ -80,8 +79,9 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
         return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " heads are more than the supported %d", q->shape[1], INT32_MAX / 2);
     if (k->shape[3] != q->shape[3])
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: head_dim is %" PRId64 ", expected %" PRId64 " as q", k->shape[3], q->shape[3]);
-    if (q->shape[3] > 256)
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "q: head_dim %" PRId64 " is not supported yet, at most 256", q->shape[3]);
+    if (q->shape[3] > DHSA_MAX_HEAD_DIM)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "q: head_dim %" PRId64 " is not supported yet, at most %d", q->shape[3],
+                         DHSA_MAX_HEAD_DIM);
     return DHSA_OK;
 }
 

@@ -77,7 +77,7 @@ static void *work(void *arg)
 }
 
 /* Makes workers up to `wanted`; called with both locks held. Signals stay with the threads that Python made. */
-static void grow(int wanted)
+static void pool_grow(int wanted)
 {
     sigset_t all, old;
     sigfillset(&all);
@@ -115,7 +115,7 @@ void dhsa_parallel(int64_t count, int num_threads, dhsa_task task, void *context
         return;
     }
     pthread_mutex_lock(&pool.lock);
-    grow(num_threads - 1);
+    pool_grow(num_threads - 1);
     pool.wanted = DHSA_MIN(num_threads - 1, pool.alive);
     pool.active = pool.wanted;
     pool.task = task;

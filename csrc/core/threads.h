@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "dhsa.h"
+
 /* task(context, index, thread): 0 <= thread < num_threads, no two calls with one `thread` at the same time. */
 typedef void (*dhsa_task)(void *context, int64_t index, int thread);
 
@@ -12,5 +14,4 @@ typedef void (*dhsa_task)(void *context, int64_t index, int thread);
  * is in use by another caller, or threads cannot be made, the calling thread does all of it alone: same result. */
 void dhsa_parallel(int64_t count, int num_threads, dhsa_task task, void *context);
 
-#define DHSA_MAX_THREADS 1024
 #endif

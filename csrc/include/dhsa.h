@@ -12,6 +12,16 @@
 extern "C" {
 #endif
 
+/* Limits. dhsa._core gives the same numbers to Python. */
+#define DHSA_MAX_LENGTH                                                                                                            \
+    (INT32_MAX / 2) /* queries or keys: indices are 32 bits wide, and a few sums of lengths must fit as well                       \
+                     */
+#define DHSA_MAX_HEAD_DIM 256
+#define DHSA_MAX_THREADS 1024
+#define DHSA_MAX_STRIDE 1024 /* dhsa_select_config.stride: a row of xattention holds so many queries */
+/* Attention of at most so many query rows (queries times the heads that share a list) goes another way, with other bits. */
+#define DHSA_DECODE_ROWS 16
+
 typedef enum {
     DHSA_OK = 0,
     DHSA_ERR_VALUE, /* a bad argument value       -> ValueError */

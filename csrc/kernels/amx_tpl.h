@@ -1,6 +1,9 @@
 /* amx_tpl.h: products by tile registers: 16 x 16 fp32 sums of 16 x 32 by 32 x 16 numbers of 16 bits in one instruction. Four sums
  * at a time: two tiles of keys (or of value columns) by the two halves of a panel. Shared by amx.c and amxfp16.c, which say what
  * MULTIPLY(sum, rows, panel) is and the name of the table. */
+#define DHSA_TARGET DHSA_TARGET_AMX
+#include "kernels/target_begin.h"
+
 #include "kernels/pairs_tpl.h"
 
 /* GCC's tile intrinsics are assembly that does not say which memory it reads and writes: nothing may move across. */
@@ -133,3 +136,5 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
 }
 
 const dhsa_pair_kernels PAIR_TABLE = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
+
+#include "kernels/target_end.h"

@@ -1,13 +1,6 @@
 /* amxfp16.c: fp16 products by tile registers, for CPUs that multiply those too (AMX-FP16). */
 #include "kernels/tiers.h"
 #if DHSA_X86 && DHSA_HAVE_AMX
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))),           \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
-#endif
 #define PAIR_FP16 1
 #define PAIR_TABLE dhsa_f16_amx
 /* tdpfp16ps, spelled out: GCC 12 and older assemblers do not know it. Only the registers that amx_tpl.h uses. */
@@ -18,12 +11,6 @@
 #define MULTIPLY_3 __asm__ volatile(".byte 0xc4, 0xe2, 0x43, 0x5c, 0xdd") /* 3 += 5 x 7 */
 
 #include "kernels/amx_tpl.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #else
 typedef int dhsa_amxfp16_not_here; /* an empty translation unit is not ISO C */
 #endif

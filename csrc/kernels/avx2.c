@@ -1,11 +1,8 @@
 /* avx2.c: the AVX2 + FMA + F16C tier: vectors of 8, panels of 16 rows. */
-#if defined(__x86_64__) || defined(_M_X64)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "kernels/tiers.h"
+#if DHSA_X86
+#define DHSA_TARGET DHSA_TARGET_AVX2
+#include "kernels/target_begin.h"
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -112,11 +109,7 @@ static inline void v_transpose(vf *x)
 
 #include "kernels/tile_tpl.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "kernels/target_end.h"
 #else
 typedef int dhsa_avx2_not_here; /* an empty translation unit is not ISO C */
 #endif

@@ -1,12 +1,8 @@
 /* avx512bf16.c: bf16 products by vdpbf16ps: 16 lanes, two neighbours of each multiplied and added to an fp32 sum. */
 #include "kernels/tiers.h"
 #if DHSA_X86 && DHSA_HAVE_AVX512BF16
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#endif
+#define DHSA_TARGET DHSA_TARGET_AVX512BF16
+#include "kernels/target_begin.h"
 #define PAIR_FP16 0
 #include "kernels/pairs_tpl.h"
 
@@ -84,11 +80,7 @@ static void nothing(void) {}
 
 const dhsa_pair_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "kernels/target_end.h"
 #else
 typedef int dhsa_avx512bf16_not_here; /* an empty translation unit is not ISO C */
 #endif

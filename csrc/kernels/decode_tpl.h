@@ -17,7 +17,7 @@ K_INLINE int decode_ahead(int dim, const int dtype)
 
 /* One unit of a row, columns d and up, in two vectors; with `tail` some lie past its end: zeros. bf16 numbers come as the even
  * and the odd columns, which costs two instructions less than in order; queries and outputs are laid out alike. */
-K_INLINE void stream(const void *row, int d, int dim, vf *x, const int dtype, const int tail)
+K_INLINE void stream(const void *row, int d, int dim, vf *x, const int tail, const int dtype)
 {
     const float *whole = (const float *)row + d;
     const uint16_t *half = (const uint16_t *)row + d;
@@ -50,12 +50,7 @@ static void K_NAME(decode_load)(const void *row, int dtype, int dim, float facto
 {
     for (int d = 0; d < dim; d += D_UNIT) {
         vf x[2];
-        if (dtype == DHSA_F32)
-            stream(row, d, dim, x, DHSA_F32, d + D_UNIT > dim);
-        else if (dtype == DHSA_F16)
-            stream(row, d, dim, x, DHSA_F16, d + D_UNIT > dim);
-        else
-            stream(row, d, dim, x, DHSA_BF16, d + D_UNIT > dim);
+        K_BY_DTYPE(dtype, stream, row, d, dim, x, d + D_UNIT > dim);
         v_store(dst + d, v_mul(x[0], v_set1(factor)));
         v_store(dst + d + V_LEN, v_mul(x[1], v_set1(factor)));
     }
@@ -68,7 +63,7 @@ K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const 
 #pragma GCC unroll 16
     for (int i = 0; i < keys; i++) {
         vf y[2];
-        stream(k[i], d, dim, y, dtype, tail);
+        stream(k[i], d, dim, y, tail, dtype);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             acc[r * keys + i] = v_fma(v_load(q + r * q_stride + d), y[0], acc[r * keys + i]);
@@ -129,12 +124,7 @@ K_INLINE void decode_qk_as(const float *q, ptrdiff_t q_stride, int rows, const v
 static void K_NAME(decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n, int dim,
                               float *s, ptrdiff_t s_stride)
 {
-    if (dtype == DHSA_F32)
-        decode_qk_as(q, q_stride, rows, k, n, dim, s, s_stride, DHSA_F32);
-    else if (dtype == DHSA_F16)
-        decode_qk_as(q, q_stride, rows, k, n, dim, s, s_stride, DHSA_F16);
-    else
-        decode_qk_as(q, q_stride, rows, k, n, dim, s, s_stride, DHSA_BF16);
+    K_BY_DTYPE(dtype, decode_qk_as, q, q_stride, rows, k, n, dim, s, s_stride);
 }
 
 static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, float *m, float *l)
@@ -181,7 +171,7 @@ K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *con
         vf y[2 * D_COLS];
 #pragma GCC unroll 4
         for (int c = 0; c < cols; c++) {
-            stream(v[j], d + c * D_UNIT, dim, y + 2 * c, dtype, tail);
+            stream(v[j], d + c * D_UNIT, dim, y + 2 * c, tail, dtype);
             if (!tail) ask(v[j + ahead], d + c * D_UNIT, dtype);
         }
 #pragma GCC unroll 4
@@ -228,12 +218,7 @@ K_INLINE void decode_pv_as(const float *p, ptrdiff_t p_stride, int rows, const v
 static void K_NAME(decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n, int dim,
                               float *o, ptrdiff_t o_stride)
 {
-    if (dtype == DHSA_F32)
-        decode_pv_as(p, p_stride, rows, v, n, dim, o, o_stride, DHSA_F32);
-    else if (dtype == DHSA_F16)
-        decode_pv_as(p, p_stride, rows, v, n, dim, o, o_stride, DHSA_F16);
-    else
-        decode_pv_as(p, p_stride, rows, v, n, dim, o, o_stride, DHSA_BF16);
+    K_BY_DTYPE(dtype, decode_pv_as, p, p_stride, rows, v, n, dim, o, o_stride);
 }
 
 static void K_NAME(decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
@@ -251,18 +236,4 @@ static void K_NAME(decode_merge)(const float *o, ptrdiff_t o_stride, const float
         store_part(v_load(line), row, dtype, d, dim);
         if (d + V_LEN < dim) store_part(v_load(line + V_LEN), row, dtype, d + V_LEN, dim);
     }
-}
-
-/* ---- the machine's reading speed -------------------------------------------------------------------------------- */
-
-static float K_NAME(read)(const float *src, int64_t n)
-{
-    vf a[8];
-    int64_t i = 0;
-    for (int u = 0; u < 8; u++) a[u] = v_set1(0.0f);
-    for (; i + 8 * V_LEN <= n; i += 8 * V_LEN)
-#pragma GCC unroll 8
-        for (int u = 0; u < 8; u++) a[u] = v_max(a[u], v_load(src + i + u * V_LEN));
-    for (int u = 1; u < 8; u++) a[0] = v_max(a[0], a[u]);
-    return v_sum(a[0]);
 }

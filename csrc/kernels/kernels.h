@@ -154,14 +154,30 @@ typedef struct dhsa_kernels {
     /* row = sum_{i < n} weight[i] * (row i of o) / divisor, in the order of dtype and rounded to it. */
     void (*decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
                          void *row);
-    /* Reads n numbers and does next to nothing with them: what memory can deliver, for benchmarks. */
-    float (*read)(const float *src, int64_t n);
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: such numbers are converted to fp32 while packing */
     const struct dhsa_kernels *plain;    /* what serves dtypes without such products, if not this table: wider panels */
 
-    double (*fma_work)(int64_t loops); /* nothing but independent FMAs; returns how many operations, 2 for each FMA */
+    /* For benchmarks only: nothing but independent FMAs, which no other kernel is; returns how many operations, 2 for each FMA. */
+    double (*fma_work)(int64_t loops);
 } dhsa_kernels;
+
+/* The keys that any of `rows` rows sees, [lo_min, hi_max), and those that all of them see, [lo_max, hi_min). */
+typedef struct {
+    int32_t lo_min, lo_max, hi_min, hi_max;
+} dhsa_bounds;
+
+static inline dhsa_bounds dhsa_bounds_of(const int32_t *lo, const int32_t *hi, int rows)
+{
+    dhsa_bounds b = {INT32_MAX, 0, INT32_MAX, 0};
+    for (int r = 0; r < rows; r++) {
+        b.lo_min = DHSA_MIN(b.lo_min, lo[r]);
+        b.lo_max = DHSA_MAX(b.lo_max, lo[r]);
+        b.hi_min = DHSA_MIN(b.hi_min, hi[r]);
+        b.hi_max = DHSA_MAX(b.hi_max, hi[r]);
+    }
+    return b;
+}
 
 /* The products of a dtype's own, or NULL. */
 static inline const dhsa_pair_kernels *dhsa_pair_products(const dhsa_kernels *kernels, int dtype)

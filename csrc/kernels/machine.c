@@ -14,12 +14,12 @@ int dhsa_cpu_count(void)
 #ifdef __linux__
     /* The kernel refuses a set that is smaller than its own; cpu_set_t has 1,024 CPUs, a large machine more. */
     for (int cpus = CPU_SETSIZE; cpus <= 1 << 20; cpus *= 2) {
-        cpu_set_t *set = CPU_ALLOC(cpus);
-        if (!set) break;
         const size_t size = CPU_ALLOC_SIZE(cpus);
+        cpu_set_t *set = dhsa_alloc(1, (int64_t)size);
+        if (!set) break;
         CPU_ZERO_S(size, set);
         const int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0, small = !count && errno == EINVAL;
-        CPU_FREE(set);
+        dhsa_free(set);
         if (count) return count;
         if (!small) break;
     }
@@ -35,11 +35,11 @@ typedef struct {
     _Atomic int arrived;
     int threads;
     double start[DHSA_MAX_THREADS], end[DHSA_MAX_THREADS], work[DHSA_MAX_THREADS];
-} peak;
+} peak_job;
 
-static void measure(void *context, int64_t index, int thread)
+static void peak_task(void *context, int64_t index, int thread)
 {
-    peak *p = context;
+    peak_job *p = context;
     (void)thread;
     /* All at once, or a core could serve one thread after the other and count twice. Not for ever: where another call has the
      * pool, this thread does everything by itself. */
@@ -58,8 +58,8 @@ double dhsa_fma_peak(int num_threads)
     double best = 0;
     /* Whatever interrupts a round makes it slower, never faster. */
     for (int round = 0; round < PEAK_ROUNDS; round++) {
-        peak p = {.kernels = kernels->plain ? kernels->plain : kernels, .threads = n};
-        dhsa_parallel(n, n, measure, &p);
+        peak_job p = {.kernels = kernels->plain ? kernels->plain : kernels, .threads = n};
+        dhsa_parallel(n, n, peak_task, &p);
         double first = p.start[0], last = p.end[0], work = 0;
         for (int i = 0; i < n; i++) {
             first = DHSA_MIN(first, p.start[i]);
@@ -71,28 +71,32 @@ double dhsa_fma_peak(int num_threads)
     return best;
 }
 
-enum { READ_PIECE = 1 << 16 }; /* numbers that a thread reads at a time: 256 KiB */
+enum {
+    READ_PIECE = 1 << 16, /* numbers that a thread reads at a time: 256 KiB */
+    READ_LINE = 1 << 10   /* that it copies to one place, which stays in L1 */
+};
 
 typedef struct {
     const dhsa_kernels *kernels;
     const float *data;
     int64_t n;
-} reading;
+} read_job;
 
-static void read_piece(void *context, int64_t index, int thread)
+static void read_task(void *context, int64_t index, int thread)
 {
-    const reading *r = context;
+    const read_job *r = context;
+    const int64_t end = DHSA_MIN((index + 1) * READ_PIECE, r->n);
+    float line[READ_LINE];
     (void)thread;
-    /* The result is used, so that the loop is not optimised away. */
-    volatile float keep = r->kernels->read(r->data + index * READ_PIECE, DHSA_MIN(READ_PIECE, r->n - index * READ_PIECE));
-    (void)keep;
+    for (int64_t at = index * READ_PIECE; at < end; at += READ_LINE)
+        r->kernels->load(r->data + at, DHSA_F32, DHSA_MIN(READ_LINE, end - at), line);
 }
 
 double dhsa_read_bandwidth(const void *data, int64_t bytes, int num_threads)
 {
     if (!data || bytes < 4) return 0;
-    reading r = {.kernels = dhsa_kernels_current(), .data = data, .n = bytes / 4};
+    read_job r = {.kernels = dhsa_kernels_current(), .data = data, .n = bytes / 4};
     const double start = dhsa_now();
-    dhsa_parallel(dhsa_ceil_div(r.n, READ_PIECE), num_threads, read_piece, &r);
+    dhsa_parallel(dhsa_ceil_div(r.n, READ_PIECE), num_threads, read_task, &r);
     return (double)bytes / (dhsa_now() - start) * 1e-9;
 }

@@ -38,12 +38,7 @@ K_INLINE void sum_as(const char *rows, ptrdiff_t stride, int64_t n, int64_t dim,
 
 static void K_NAME(sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst)
 {
-    if (dtype == DHSA_F32)
-        sum_as(rows, stride, n, dim, dst, DHSA_F32);
-    else if (dtype == DHSA_F16)
-        sum_as(rows, stride, n, dim, dst, DHSA_F16);
-    else
-        sum_as(rows, stride, n, dim, dst, DHSA_BF16);
+    K_BY_DTYPE(dtype, sum_as, rows, stride, n, dim, dst);
 }
 
 static void K_NAME(round_bf16)(const float *x, int64_t n, uint16_t *dst)

@@ -23,6 +23,16 @@
         else                                                                                                                       \
             f(__VA_ARGS__, V_PER);                                                                                                 \
     } while (0)
+/* f(..., dtype) with a dtype that is a constant after inlining; an `if` of three for functions that return nothing. */
+#define K_BY_DTYPE(dtype, f, ...)                                                                                                  \
+    do {                                                                                                                           \
+        if ((dtype) == DHSA_F32)                                                                                                   \
+            f(__VA_ARGS__, DHSA_F32);                                                                                              \
+        else if ((dtype) == DHSA_F16)                                                                                              \
+            f(__VA_ARGS__, DHSA_F16);                                                                                              \
+        else                                                                                                                       \
+            f(__VA_ARGS__, DHSA_BF16);                                                                                             \
+    } while (0)
 #define K_INLINE static inline __attribute__((always_inline))
 #define K_LOG2E 1.44269504088896340736f
 

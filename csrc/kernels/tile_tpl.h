@@ -199,7 +199,7 @@ static float K_NAME(convert)(const void *src, int dtype, int64_t i)
     return whole[0];
 }
 
-K_INLINE void load_as(const void *src, int64_t n, float *dst, const int dtype, const int adding)
+K_INLINE void load_as(const void *src, int64_t n, float *dst, const int adding, const int dtype)
 {
     int64_t i = 0;
     for (; i + V_LEN <= n; i += V_LEN) {
@@ -216,20 +216,12 @@ static void K_NAME(load)(const void *src, int dtype, int64_t n, float *dst)
     if (dtype == DHSA_F32)
         memcpy(dst, src, (size_t)n * sizeof *dst);
     else if (dtype == DHSA_F16)
-        load_as(src, n, dst, DHSA_F16, 0);
+        load_as(src, n, dst, 0, DHSA_F16);
     else
-        load_as(src, n, dst, DHSA_BF16, 0);
+        load_as(src, n, dst, 0, DHSA_BF16);
 }
 
-static void K_NAME(add)(const void *src, int dtype, int64_t n, float *dst)
-{
-    if (dtype == DHSA_F32)
-        load_as(src, n, dst, DHSA_F32, 1);
-    else if (dtype == DHSA_F16)
-        load_as(src, n, dst, DHSA_F16, 1);
-    else
-        load_as(src, n, dst, DHSA_BF16, 1);
-}
+static void K_NAME(add)(const void *src, int dtype, int64_t n, float *dst) { K_BY_DTYPE(dtype, load_as, src, n, dst, 1); }
 
 static float K_NAME(dot)(const float *a, const float *b, int64_t n)
 {
@@ -386,6 +378,5 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .decode_softmax = K_NAME(decode_softmax),
     .decode_pv = K_NAME(decode_pv),
     .decode_merge = K_NAME(decode_merge),
-    .read = K_NAME(read),
     .fma_work = K_NAME(fma_work),
 };

@@ -31,53 +31,23 @@ typedef struct {
 
 /* One block of queries and the heads of one KV head. */
 typedef struct {
+    dhsa_probe_queries rows;
     const label_job *job;
-    int64_t b, kv_head, heads, query;
     double *near, *far;
     int64_t *bad;
-} block;
+} label_block;
 
-static int64_t query_of(const block *w, int64_t row) { return w->query + row / w->heads; }
+static int64_t label_query_of(const label_block *w, int64_t row) { return w->rows.query + row / w->rows.heads; }
 
-static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+static void label_take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
 {
-    const block *w = of;
-    const label_job *job = w->job;
-    const void *rows[DHSA_MAX_LANES];
-    for (int r = 0; r < n; r++) {
-        const int64_t at = query_of(w, first + r);
-        rows[r] = dhsa_row(job->q, w->b, w->kv_head * w->heads + (first + r) % w->heads, at);
-        hi[r] = (int32_t)(at + 1);
-        lo[r] = (int32_t)(job->sliding ? DHSA_MAX(at + 1 - job->sliding, 0) : 0);
-    }
-    const int dim = (int)job->q->shape[3];
-    if (job->probe.pair)
-        job->probe.pair->pack_panel(rows, n, dim, job->scale < 0, (uint16_t *)panel);
-    else
-        job->probe.kernels->pack_panel(rows, job->q->dtype, n, dim, job->scale < 0 ? -1.0f : 1.0f, panel);
-}
-
-static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
-{
-    const block *w = of;
-    if (w->job->probe.pair) {
-        const void *rows[DHSA_PROBE_TILE];
-        for (int j = 0; j < n; j++) rows[j] = dhsa_row(w->job->k, w->b, w->kv_head, first + j);
-        w->job->probe.pair->pack_keys(rows, n, (int)w->job->k->shape[3], (uint16_t *)tile);
-        return tile;
-    }
-    return dhsa_probe_rows(w->job->probe.kernels, w->job->k, w->b, w->kv_head, first, 1, n, tile, stride);
-}
-
-static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
-{
-    const block *w = of;
+    const label_block *w = of;
     const label_job *job = w->job;
     const int64_t lanes = job->probe.kernels->lanes, kept = 2 * job->window - 1;
-    const int64_t rows = DHSA_MIN(DHSA_MIN(QUERIES, job->q->shape[2] - w->query) * w->heads - row, lanes);
+    const int64_t rows = DHSA_MIN(DHSA_MIN(QUERIES, job->q->shape[2] - w->rows.query) * w->rows.heads - row, lanes);
     for (int64_t r = 0; r < rows; r++) /* every query sees itself: a weight of 0 is no number's */
-        if (weight[r] == 0 && *w->bad < 0) *w->bad = query_of(w, row + r);
-    if (first + n - 1 + kept <= query_of(w, row)) {
+        if (weight[r] == 0 && *w->bad < 0) *w->bad = label_query_of(w, row + r);
+    if (first + n - 1 + kept <= label_query_of(w, row)) {
         float sums[DHSA_PROBE_TILE] = {0};
         job->probe.kernels->add_sums(p, n, weight, sums);
         for (int j = 0; j < n; j++) w->far[first + j] += sums[j];
@@ -85,37 +55,39 @@ static void take(void *of, int64_t row, int64_t first, int n, const float *p, co
     }
     for (int j = 0; j < n; j++)
         for (int64_t r = 0; r < rows; r++) {
-            const int64_t after = query_of(w, row + r) - (first + j);
+            const int64_t after = label_query_of(w, row + r) - (first + j);
             const double share = (double)p[j * lanes + r] * weight[r];
             if (weight[r] == 0 || after < 0) continue;
             *(after < kept ? &w->near[(first + j) * kept + after] : &w->far[first + j]) += share;
         }
 }
 
-static void stripe_task(void *context, int64_t index, int thread)
+static void label_stripe_task(void *context, int64_t index, int thread)
 {
     const label_job *job = context;
     const int64_t length = job->q->shape[2], kv_heads = job->k->shape[1], kept = 2 * job->window - 1, b = index / STRIPES;
-    block w = {.job = job, .b = b, .heads = job->q->shape[1] / kv_heads, .bad = job->bad + index};
+    label_block w = {.rows = {.probe = &job->probe, .q = job->q, .k = job->k, .b = b, .window = job->sliding}, .job = job};
+    w.rows.negate = job->scale < 0;
+    w.rows.heads = job->q->shape[1] / kv_heads;
     w.near = job->near + b * length * kept;
     w.far = job->far + index * length;
+    w.bad = job->bad + index;
     memset(w.far, 0, (size_t)length * sizeof *w.far);
     *w.bad = -1;
     /* A block writes near rows of its own queries only, so that stripes do not meet there. */
-    for (w.query = index % STRIPES * QUERIES; w.query < length; w.query += STRIPES * QUERIES) {
-        const int64_t last = DHSA_MIN(w.query + QUERIES, length);
-        for (w.kv_head = 0; w.kv_head < kv_heads; w.kv_head++) {
-            const dhsa_probe_run run = {.rows = (last - w.query) * w.heads,
-                                        .from = job->sliding ? DHSA_MAX(w.query + 1 - job->sliding, 0) : 0,
-                                        .to = last,
-                                        .scale = (float)fabs(job->scale),
-                                        .softcap = (float)job->softcap,
-                                        .of = &w,
-                                        .pack = pack,
-                                        .keys = keys,
-                                        .take = take};
+    for (w.rows.query = index % STRIPES * QUERIES; w.rows.query < length; w.rows.query += STRIPES * QUERIES) {
+        const int64_t query = w.rows.query, last = DHSA_MIN(query + QUERIES, length);
+        const dhsa_probe_run run = {.rows = (last - query) * w.rows.heads,
+                                    .from = job->sliding ? DHSA_MAX(query + 1 - job->sliding, 0) : 0,
+                                    .to = last,
+                                    .scale = (float)fabs(job->scale),
+                                    .softcap = (float)job->softcap,
+                                    .of = &w,
+                                    .pack = dhsa_probe_pack_queries,
+                                    .keys = dhsa_probe_read_keys,
+                                    .take = label_take};
+        for (w.rows.head = 0; w.rows.head < job->q->shape[1]; w.rows.head += w.rows.heads)
             dhsa_probe_do(&job->probe, &run, job->arenas + thread * job->probe.arena_size);
-        }
     }
 }
 
@@ -128,7 +100,7 @@ static double column(const label_job *job, int64_t b, int64_t c, int64_t d)
     return sum;
 }
 
-static void ratio_task(void *context, int64_t b, int thread)
+static void label_ratio_task(void *context, int64_t b, int thread)
 {
     const label_job *job = context;
     const int64_t length = job->q->shape[2], w = job->window;
@@ -166,7 +138,7 @@ dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, in
     job.sliding = sliding_window < length ? sliding_window : 0;
     dhsa_probe_plan_as(&job.probe, q->dtype, DHSA_MIN(QUERIES, length) * (q->shape[1] / k->shape[1]), length, q->shape[3]);
     num_threads = (int)DHSA_MIN(num_threads, batch * STRIPES);
-    job.near = dhsa_alloc(batch * length, (2 * window - 1) * (int64_t)sizeof *job.near);
+    job.near = dhsa_alloc_zeroed(batch * length, (2 * window - 1) * (int64_t)sizeof *job.near);
     job.far = dhsa_alloc(batch * length, STRIPES * (int64_t)sizeof *job.far);
     job.bad = dhsa_alloc(batch, STRIPES * (int64_t)sizeof *job.bad);
     job.arenas = dhsa_alloc(job.probe.arena_size, num_threads);
@@ -174,15 +146,14 @@ dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, in
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention_ratios: no memory for sums over %" PRId64 " keys", length);
         goto cleanup;
     }
-    memset(job.near, 0, (size_t)(batch * length * (2 * window - 1)) * sizeof *job.near);
-    dhsa_parallel(batch * STRIPES, num_threads, stripe_task, &job);
+    dhsa_parallel(batch * STRIPES, num_threads, label_stripe_task, &job);
     for (int64_t i = 0; i < batch * STRIPES && !status; i++)
         if (job.bad[i] >= 0)
             status = dhsa_fail(error, DHSA_ERR_VALUE,
                                "q: the logits of query %" PRId64 " of batch item %" PRId64 " are not all finite numbers",
                                job.bad[i], i / STRIPES);
     if (status) goto cleanup;
-    dhsa_parallel(batch, (int)DHSA_MIN(num_threads, batch), ratio_task, &job);
+    dhsa_parallel(batch, (int)DHSA_MIN(num_threads, batch), label_ratio_task, &job);
 cleanup:
     dhsa_free(job.near);
     dhsa_free(job.far);

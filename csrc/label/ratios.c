@@ -14,9 +14,9 @@ typedef struct {
     double *ratios;
     char *arenas;
     int64_t arena_size;
-} ratio_job;
+} boundary_ratio_job;
 
-static int64_t tile_columns(const ratio_job *job) { return DHSA_MIN(GAPS + 2 * job->window, job->length); }
+static int64_t tile_columns(const boundary_ratio_job *job) { return DHSA_MIN(GAPS + 2 * job->window, job->length); }
 
 static double column_sum(const double *columns, int64_t from, int64_t to)
 {
@@ -27,9 +27,9 @@ static double column_sum(const double *columns, int64_t from, int64_t to)
 
 /* Gaps [first, last): one sweep over the rows from the last up keeps a running sum of each column; when row j + w has been
  * added, the columns hold just the rows that gap j looks at. So the matrix is read once a tile rather than once a gap. */
-static void ratio_task(void *context, int64_t index, int thread)
+static void boundary_ratio_task(void *context, int64_t index, int thread)
 {
-    const ratio_job *job = context;
+    const boundary_ratio_job *job = context;
     const int64_t w = job->window, L = job->length, first = 2 * w - 1 + index * GAPS, last = DHSA_MIN(first + GAPS, L - 2 * w);
     const int64_t base = first - w + 1, columns = last - 1 + w + 1 - base; /* columns base .. last - 1 + w */
     int64_t used = 0;
@@ -62,8 +62,8 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
     if ((status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(attn, "attn", error)) ||
         (status = dhsa_given(ratios, "ratios", error)))
         return status;
-    if (length < 1 || length > INT32_MAX / 2)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "attn: length is %" PRId64 ", expected 1 to %d", length, INT32_MAX / 2);
+    if (length < 1 || length > DHSA_MAX_LENGTH)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "attn: length is %" PRId64 ", expected 1 to %d", length, DHSA_MAX_LENGTH);
     if (row_stride < -INT64_MAX || !dhsa_mul(row_stride < 0 ? -row_stride : row_stride, length, &reach) || reach > INT64_MAX / 16)
         return dhsa_fail(error, DHSA_ERR_VALUE, "attn: its stride reaches further than can be addressed");
     if (window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", window);
@@ -73,12 +73,12 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
     window = DHSA_MIN(window, length); /* none of the gaps has this much on both sides */
     const int64_t gaps = length - 2 * window - (2 * window - 1);
     if (gaps <= 0) return DHSA_OK;
-    ratio_job job = {attn, row_stride, length, window, sliding_window, dhsa_ceil_div(gaps, GAPS), ratios, NULL, 0};
+    boundary_ratio_job job = {attn, row_stride, length, window, sliding_window, dhsa_ceil_div(gaps, GAPS), ratios, NULL, 0};
     num_threads = (int)DHSA_MIN(num_threads, job.tasks);
     dhsa_part(NULL, &job.arena_size, tile_columns(&job) * (int64_t)sizeof(double));
     job.arenas = dhsa_alloc(job.arena_size, num_threads);
     if (!job.arenas) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundary_ratios: no memory for column sums");
-    dhsa_parallel(job.tasks, num_threads, ratio_task, &job);
+    dhsa_parallel(job.tasks, num_threads, boundary_ratio_task, &job);
     dhsa_free(job.arenas);
     return DHSA_OK;
 }

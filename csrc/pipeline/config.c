@@ -5,8 +5,6 @@
 #include "chunk/chunk.h"
 #include "pipeline/pipeline.h"
 
-enum { MAX_STRIDE = 1024 }; /* a row of xattention holds so many queries */
-
 const char *dhsa_method_name(dhsa_method_kind kind)
 {
     const dhsa_method *method = dhsa_method_find(kind);
@@ -74,10 +72,10 @@ static dhsa_status select_config_check(const dhsa_select_config *c, dhsa_error *
                          c->shortlist, c->budget);
     if (c->key_block < method->has_blocks || c->key_block > INT32_MAX)
         return dhsa_fail(error, DHSA_ERR_VALUE, "key_block: got %" PRId64 ", expected 1 to %d", c->key_block, INT32_MAX);
-    if (method->has_stride && (c->stride < 1 || c->stride > MAX_STRIDE || c->key_block % c->stride != 0))
+    if (method->has_stride && (c->stride < 1 || c->stride > DHSA_MAX_STRIDE || c->key_block % c->stride != 0))
         return dhsa_fail(error, DHSA_ERR_VALUE,
                          "stride: got %" PRId64 ", expected a divisor of key_block = %" PRId64 ", at most %d", c->stride,
-                         c->key_block, MAX_STRIDE);
+                         c->key_block, DHSA_MAX_STRIDE);
     return DHSA_OK;
 }
 

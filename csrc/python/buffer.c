@@ -1,7 +1,6 @@
 /* buffer.c: the type _core.Buffer, plain memory with a shape and a dtype that hands itself out through DLPack. It carries results
  * to array libraries whose own arrays cannot be written into, and dtypes (bfloat16) that the buffer protocol cannot name. */
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "core/internal.h"
@@ -18,7 +17,7 @@ static void block_release(block *b)
 {
     if (b != NULL && atomic_fetch_sub(&b->references, 1) == 1) {
         dhsa_free(b->data);
-        free(b);
+        dhsa_free(b);
     }
 }
 
@@ -86,7 +85,7 @@ static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
             return NULL;
         }
     }
-    self->memory = calloc(1, sizeof *self->memory);
+    self->memory = dhsa_alloc_zeroed(1, sizeof *self->memory);
     if (self->memory != NULL) {
         atomic_init(&self->memory->references, 1);
         self->memory->data = dhsa_alloc(count, found->bits / 8);
@@ -111,13 +110,13 @@ static void buffer_dealloc(PyObject *object)
 static void delete_plain(dl_managed *managed)
 {
     block_release(managed->context);
-    free(managed);
+    dhsa_free(managed);
 }
 
 static void delete_versioned(dl_managed_versioned *managed)
 {
     block_release(managed->context);
-    free(managed);
+    dhsa_free(managed);
 }
 
 /* Runs when a capsule dies; a consumer that took the tensor has renamed the capsule. */
@@ -160,7 +159,7 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
         return NULL;
     }
     buffer_object *self = (buffer_object *)object;
-    export *e = calloc(1, sizeof *e);
+    export *e = dhsa_alloc_zeroed(1, sizeof *e);
     if (e == NULL) {
         PyErr_SetString(PyExc_MemoryError, "Buffer: no memory for an export");
         return NULL;
@@ -176,7 +175,7 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
     }
     PyObject *capsule = PyCapsule_New(&e->managed, versioned ? "dltensor_versioned" : "dltensor", capsule_destructor);
     if (capsule == NULL) {
-        free(e);
+        dhsa_free(e);
         return NULL;
     }
     atomic_fetch_add(&self->memory->references, 1); /* dropped by the deleter */

@@ -13,6 +13,22 @@
 static PyMethodDef methods[] = {DHSA_PY_ENTRIES(METHOD){NULL, NULL, 0, NULL}};
 #undef METHOD
 
+/* The limits of dhsa.h. */
+static int add_limits(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        long value;
+    } limits[] = {{"MAX_LENGTH", DHSA_MAX_LENGTH},
+                  {"MAX_HEAD_DIM", DHSA_MAX_HEAD_DIM},
+                  {"MAX_THREADS", DHSA_MAX_THREADS},
+                  {"MAX_STRIDE", DHSA_MAX_STRIDE},
+                  {"DECODE_ROWS", DHSA_DECODE_ROWS}};
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (PyModule_AddIntConstant(module, limits[i].name, limits[i].value) != 0) return -1;
+    return 0;
+}
+
 static int module_exec(PyObject *module)
 {
     dhsa_py_state *state = PyModule_GetState(module);
@@ -29,6 +45,7 @@ static int module_exec(PyObject *module)
         dhsa_py_raise_as(PyExc_ImportError, &error);
         return -1;
     }
+    if (add_limits(module) != 0) return -1;
     PyObject *buffer = dhsa_py_buffer_type(module);
     const int result = buffer == NULL ? -1 : PyModule_AddObjectRef(module, "Buffer", buffer);
     Py_XDECREF(buffer);

@@ -6,10 +6,11 @@
 #include "chunk/chunk.h"
 #include "select/probe.h"
 
-/* Rows [first, first + n) of a probe are means of `run` neighbouring queries of a block: row r is mean r / heads of head
- * head + r % heads. */
+/* Rows of a probe that are means of `run` neighbouring queries of a block: row r is mean r / heads of head head + r % heads. What
+ * `of` points to begins with it where dhsa_mean_rows_pack serves a run. */
 typedef struct {
     const dhsa_selector *s;
+    const dhsa_kernels *kernels; /* the probe's */
     dhsa_span queries;
     int64_t run, head, heads;
     float *rows; /* [DHSA_MAX_LANES, dim] to work in */
@@ -19,12 +20,27 @@ static inline int64_t dhsa_mean_rows_count(const dhsa_mean_rows *m)
 {
     return dhsa_ceil_div(m->queries.end - m->queries.lo, m->run) * m->heads;
 }
-void dhsa_mean_rows_pack(const dhsa_mean_rows *m, const dhsa_kernels *kernels, int64_t first, int n, float *panel);
+void dhsa_mean_rows_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi);
+
+/* Mean keys of the fixed blocks of a selector. */
+typedef struct {
+    dhsa_chunks chunks;
+    int32_t *edges;
+} dhsa_block_means;
+
+/* Returns 0 if there is no memory. close in any case. */
+int dhsa_block_means_open(dhsa_block_means *m, const dhsa_selector *s);
+void dhsa_block_means_close(dhsa_block_means *m);
+/* Turns to the selector's batch row, in parallel. */
+void dhsa_block_means_begin(dhsa_block_means *m, const dhsa_selector *s);
+/* The mean of block u of a KV head, of its keys below `end` only; *good: whether it is finite. To `cut` [dim] where the block is
+ * cut, with `sum` [dim] to work in. */
+const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, int64_t kv_head, int64_t u, int64_t end, float *cut,
+                             float *sum, int *good);
 
 typedef struct {
     dhsa_probe probe;
-    dhsa_chunks means;
-    int32_t *edges;     /* of the key blocks */
+    dhsa_block_means means;
     int64_t run;        /* queries of a mean row */
     int64_t arena_size; /* bytes: what scoring works in */
 } dhsa_coarse;
@@ -34,8 +50,6 @@ int32_t *dhsa_block_edges(int64_t length, int64_t key_block);
 /* Returns 0 if there is no memory. close in any case. */
 int dhsa_coarse_open(dhsa_coarse *c, const dhsa_selector *s, int64_t run);
 void dhsa_coarse_close(dhsa_coarse *c);
-/* Turns to the selector's batch row: means, in parallel. */
-void dhsa_coarse_begin(dhsa_coarse *c, const dhsa_selector *s);
 /* score[u] of each key block u with a candidate: probabilities of the mean rows over their mean keys, summed over rows and the
  * heads of the set. A block that straddles the end is cut there. */
 void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, char *arena,

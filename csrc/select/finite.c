@@ -1,4 +1,4 @@
-/* finite.c: finds keys that hold a NaN or inf, once for each batch row. What becomes of them is said in finite.h. */
+/* finite.c: finds keys that hold a NaN or inf, once for each batch row. finite.h says what becomes of them. */
 #include "select/finite.h"
 
 #include <math.h>
@@ -9,25 +9,19 @@
 
 enum { KEYS = 1024 }; /* of a task */
 
-int dhsa_finite_open(dhsa_finite *f, const dhsa_selector *s)
+int dhsa_finite_open(dhsa_selector *s)
 {
-    f->rows = DHSA_MIN(s->sets, s->k->shape[1]);
-    f->bad = dhsa_alloc(f->rows, s->k->shape[2]);
-    return f->bad != NULL;
+    s->flag_rows = DHSA_MIN(s->sets, s->k->shape[1]);
+    s->flags = dhsa_alloc(s->flag_rows, s->k->shape[2]);
+    return s->flags != NULL;
 }
 
-void dhsa_finite_close(dhsa_finite *f) { dhsa_free(f->bad); }
+void dhsa_finite_close(dhsa_selector *s) { dhsa_free(s->flags); }
 
-typedef struct {
-    const dhsa_finite *f;
-    const dhsa_selector *s;
-    int64_t groups;
-} job;
-
-static int is_bad(const dhsa_selector *s, int64_t kv_head, int64_t key)
+static int finite_is_bad(const dhsa_selector *s, int64_t kv_head, int64_t key)
 {
     const void *row = dhsa_row(s->k, s->b, kv_head, key);
-    float line[256];
+    float line[DHSA_MAX_HEAD_DIM];
     if (s->k->dtype != DHSA_F32) {
         s->kernels->load(row, s->k->dtype, s->k->shape[3], line);
         row = line;
@@ -35,37 +29,35 @@ static int is_bad(const dhsa_selector *s, int64_t kv_head, int64_t key)
     return !dhsa_all_finite(s->kernels, row, s->k->shape[3]);
 }
 
-static void look(void *context, int64_t index, int thread)
+static void finite_task(void *context, int64_t index, int thread)
 {
-    const job *w = context;
-    const dhsa_selector *s = w->s;
-    const int64_t k_len = s->k->shape[2], row = index / w->groups, from = index % w->groups * KEYS;
-    const int64_t heads = s->k->shape[1] / w->f->rows;
+    const dhsa_selector *s = context;
+    const int64_t k_len = s->k->shape[2], pieces = dhsa_ceil_div(k_len, KEYS), row = index / pieces, from = index % pieces * KEYS;
+    const int64_t heads = s->k->shape[1] / s->flag_rows;
     (void)thread;
     for (int64_t j = from; j < DHSA_MIN(from + KEYS, k_len); j++) {
         int bad = 0;
-        for (int64_t h = row * heads; h < (row + 1) * heads; h++) bad |= is_bad(s, h, j);
-        w->f->bad[row * k_len + j] = (unsigned char)bad;
+        for (int64_t h = row * heads; h < (row + 1) * heads; h++) bad |= finite_is_bad(s, h, j);
+        s->flags[row * k_len + j] = (unsigned char)bad;
     }
 }
 
-void dhsa_finite_begin(const dhsa_finite *f, const dhsa_selector *s)
+void dhsa_finite_begin(dhsa_selector *s)
 {
-    job w = {f, s, dhsa_ceil_div(s->k->shape[2], KEYS)};
-    dhsa_parallel(f->rows * w.groups, s->num_threads, look, &w);
+    dhsa_parallel(s->flag_rows * dhsa_ceil_div(s->k->shape[2], KEYS), s->num_threads, finite_task, s);
 }
 
-int64_t dhsa_finite_next(const dhsa_finite *f, const dhsa_selector *s, int64_t set, int64_t from, int64_t to)
+int64_t dhsa_finite_next(const dhsa_selector *s, int64_t set, int64_t from, int64_t to)
 {
-    const unsigned char *row = f->bad + set * f->rows / s->sets * s->k->shape[2];
+    const unsigned char *row = s->flags + set * s->flag_rows / s->sets * s->k->shape[2];
     const unsigned char *found = from < to ? memchr(row + from, 1, (size_t)(to - from)) : NULL;
     return found ? found - row : to;
 }
 
-void dhsa_finite_blocks(const dhsa_finite *f, const dhsa_selector *s, int64_t set, dhsa_span span, float *score, float *mass)
+void dhsa_finite_blocks(const dhsa_selector *s, int64_t set, dhsa_span span, float *score, float *mass)
 {
     const int64_t key_block = s->config->key_block;
-    for (int64_t j = span.lo / key_block * key_block; (j = dhsa_finite_next(f, s, set, j, span.end)) < span.end;) {
+    for (int64_t j = span.lo / key_block * key_block; (j = dhsa_finite_next(s, set, j, span.end)) < span.end;) {
         const int64_t unit = j / key_block;
         score[unit] = INFINITY;
         if (mass) mass[unit] = 0;

@@ -5,19 +5,14 @@
 
 #include "select/selector.h"
 
-typedef struct {
-    unsigned char *bad; /* [rows, Lk]: 1 where any of a row's KV heads has such a key; a row a KV head, or one for all */
-    int64_t rows;
-} dhsa_finite;
-
-/* Returns 0 if there is no memory. */
-int dhsa_finite_open(dhsa_finite *f, const dhsa_selector *s);
-void dhsa_finite_close(dhsa_finite *f);
-/* Looks at the keys of the selector's batch row, in parallel. */
-void dhsa_finite_begin(const dhsa_finite *f, const dhsa_selector *s);
+/* The selector calls these three for a method that asks for them with `has_finite`. open returns 0 if there is no memory; begin
+ * looks at the keys of the batch row, in parallel. */
+int dhsa_finite_open(dhsa_selector *s);
+void dhsa_finite_close(dhsa_selector *s);
+void dhsa_finite_begin(dhsa_selector *s);
 /* The first such key of a set in [from, to); `to` if there is none. */
-int64_t dhsa_finite_next(const dhsa_finite *f, const dhsa_selector *s, int64_t set, int64_t from, int64_t to);
+int64_t dhsa_finite_next(const dhsa_selector *s, int64_t set, int64_t from, int64_t to);
 /* Blocks of keys that hold one below span.end: score +inf, and mass (NULL: none) 0. */
-void dhsa_finite_blocks(const dhsa_finite *f, const dhsa_selector *s, int64_t set, dhsa_span span, float *score, float *mass);
+void dhsa_finite_blocks(const dhsa_selector *s, int64_t set, dhsa_span span, float *score, float *mass);
 
 #endif

@@ -23,9 +23,9 @@ typedef struct {
     float *top;            /* [lanes]: largest products, which the softmax finds anew */
     float *s, *tile;
     float *part; /* [panels] of [part_rows, lanes] */
-} scratch;
+} probe_scratch;
 
-static int64_t lay_out(const dhsa_probe *b, char *base, scratch *w)
+static int64_t probe_lay_out(const dhsa_probe *b, char *base, probe_scratch *w)
 {
     const int64_t lanes = b->kernels->lanes, twice = b->way == DHSA_PROBE_TWICE;
     const int64_t dim = b->pair ? dhsa_round_up(b->dim, DHSA_PAIR_STEP) : b->dim;
@@ -54,82 +54,76 @@ static int64_t lay_out(const dhsa_probe *b, char *base, scratch *w)
     return at;
 }
 
-static int in_units(const dhsa_probe *b) { return b->way == DHSA_PROBE_SUMS || b->way == DHSA_PROBE_TOPS; }
+static int probe_in_units(const dhsa_probe *b) { return b->way == DHSA_PROBE_SUMS || b->way == DHSA_PROBE_TOPS; }
 
 /* Tiles of a unit; without units, one long unit. */
-static int64_t tiles_of_unit(const dhsa_probe *b) { return dhsa_ceil_div(b->unit, b->tile); }
+static int64_t probe_tiles_of_unit(const dhsa_probe *b) { return dhsa_ceil_div(b->unit, b->tile); }
 
-static int64_t count_tiles(const dhsa_probe *b, int64_t from, int64_t to)
+static int64_t probe_count_tiles(const dhsa_probe *b, int64_t from, int64_t to)
 {
-    if (!in_units(b)) return dhsa_ceil_div(to - from, b->tile);
-    return (dhsa_ceil_div(to, b->unit) - from / b->unit) * tiles_of_unit(b);
+    if (!probe_in_units(b)) return dhsa_ceil_div(to - from, b->tile);
+    return (dhsa_ceil_div(to, b->unit) - from / b->unit) * probe_tiles_of_unit(b);
 }
 
 /* Keys [lo, end) of a tile; it may be empty. */
-static dhsa_span find_tile(const dhsa_probe *b, int64_t from, int64_t to, int64_t index)
+static dhsa_span probe_find_tile(const dhsa_probe *b, int64_t from, int64_t to, int64_t index)
 {
     int64_t first = from + index * b->tile, last = to;
-    if (in_units(b)) {
-        const int64_t per = tiles_of_unit(b), unit = from / b->unit + index / per;
+    if (probe_in_units(b)) {
+        const int64_t per = probe_tiles_of_unit(b), unit = from / b->unit + index / per;
         first = unit * b->unit + index % per * b->tile;
         last = DHSA_MIN(to, (unit + 1) * b->unit);
     }
     return (dhsa_span){DHSA_MAX(first, from), DHSA_MIN(first + b->tile, last)};
 }
 
-static void plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
+static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
 {
-    scratch unused;
+    probe_scratch unused;
     b->way = way;
     b->dim = dim;
     b->unit = DHSA_MIN(unit, keys); /* one unit is no longer than all */
     b->tile = DHSA_MAX(DHSA_MIN(DHSA_PROBE_TILE, NUMBERS / dim), 16);
-    if (in_units(b)) b->tile = DHSA_MIN(b->tile, b->unit);
-    b->tiles = count_tiles(b, 0, keys);
+    if (probe_in_units(b)) b->tile = DHSA_MIN(b->tile, b->unit);
+    b->tiles = probe_count_tiles(b, 0, keys);
     b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
     const int64_t lanes = b->kernels->lanes, fit = PARTS / DHSA_MAX(b->part_rows * lanes * 4, 1);
     b->panels = DHSA_MIN(DHSA_MIN(PANELS, DHSA_MAX(fit, 1)), dhsa_ceil_div(rows, lanes));
-    b->arena_size = lay_out(b, NULL, &unused);
+    b->arena_size = probe_lay_out(b, NULL, &unused);
 }
 
 void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
 {
     b->kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32);
     b->pair = NULL;
-    plan(b, way, rows, keys, dim, unit);
+    probe_plan(b, way, rows, keys, dim, unit);
 }
 
 void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t keys, int64_t dim)
 {
     b->kernels = dhsa_kernels_for(dhsa_kernels_current(), dtype);
     b->pair = dhsa_pair_products(b->kernels, dtype);
-    plan(b, DHSA_PROBE_TWICE, rows, keys, dim, 1);
+    probe_plan(b, DHSA_PROBE_TWICE, rows, keys, dim, 1);
 }
 
 /* The part of a tile that any row of a panel sees; *masked: whether not all rows see all of it. */
-static dhsa_span clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
+static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
 {
-    int64_t lo_min = INT32_MAX, lo_max = 0, hi_min = INT32_MAX, hi_max = 0;
-    for (int r = 0; r < used; r++) {
-        lo_min = DHSA_MIN(lo_min, lo[r]);
-        lo_max = DHSA_MAX(lo_max, lo[r]);
-        hi_min = DHSA_MIN(hi_min, hi[r]);
-        hi_max = DHSA_MAX(hi_max, hi[r]);
-    }
-    dhsa_span seen = {DHSA_MAX(tile.lo, lo_min), DHSA_MIN(tile.end, hi_max)};
+    const dhsa_bounds all = dhsa_bounds_of(lo, hi, used);
+    dhsa_span seen = {DHSA_MAX(tile.lo, all.lo_min), DHSA_MIN(tile.end, all.hi_max)};
     if (b->pair) seen.lo -= (seen.lo - tile.lo) % DHSA_PAIR_STEP; /* whole squares */
-    *masked = lo_max > seen.lo || hi_min < seen.end;
+    *masked = all.lo_max > seen.lo || all.hi_min < seen.end;
     return seen;
 }
 
 /* Probabilities of one panel and tile, relative to the maximum so far; returns the keys they are of. */
-static dhsa_span multiply(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t p, int used, dhsa_span tile,
-                          const float *keys, ptrdiff_t stride, float *s, float *l, float *alpha)
+static dhsa_span probe_multiply(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t p, int used,
+                                dhsa_span tile, const float *keys, ptrdiff_t stride, float *s, float *l, float *alpha)
 {
     const int64_t lanes = b->kernels->lanes;
     const int32_t *lo = w->lo + p * lanes, *hi = w->hi + p * lanes;
     int masked;
-    const dhsa_span seen = clip(b, lo, hi, used, tile, &masked);
+    const dhsa_span seen = probe_clip(b, lo, hi, used, tile, &masked);
     const int n = (int)(seen.end - seen.lo);
     if (n <= 0) return seen;
     const int64_t padded = dhsa_round_up(b->dim, DHSA_PAIR_STEP);
@@ -143,7 +137,7 @@ static dhsa_span multiply(const dhsa_probe *b, const dhsa_probe_run *run, const 
 }
 
 /* One number for each row in place of n. */
-static void reduce(const float *s, int n, int lanes, int used, int tops, float *part)
+static void probe_reduce(const float *s, int n, int lanes, int used, int tops, float *part)
 {
     memcpy(part, s, (size_t)lanes * sizeof *part);
     for (int j = 1; j < n; j++) {
@@ -155,18 +149,18 @@ static void reduce(const float *s, int n, int lanes, int used, int tops, float *
     }
 }
 
-static void find_weights(const float *l, int64_t lanes, int used, float *weight)
+static void probe_find_weights(const float *l, int64_t lanes, int used, float *weight)
 {
     /* NaN and inf turn up in the sum. */
     for (int r = 0; r < lanes; r++) weight[r] = r < used && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
 }
 
 /* One pass over the keys: what is kept goes on to w->part. */
-static void first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t at, int64_t panels)
+static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t panels)
 {
-    const int64_t lanes = b->kernels->lanes, tiles = count_tiles(b, run->from, run->to);
+    const int64_t lanes = b->kernels->lanes, tiles = probe_count_tiles(b, run->from, run->to);
     for (int64_t i = 0; i < tiles; i++) {
-        const dhsa_span tile = find_tile(b, run->from, run->to, i);
+        const dhsa_span tile = probe_find_tile(b, run->from, run->to, i);
         if (tile.lo >= tile.end) continue;
         ptrdiff_t stride;
         const float *keys = run->keys(run->of, tile.lo, (int)(tile.end - tile.lo), w->tile, &stride);
@@ -174,48 +168,63 @@ static void first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const scr
             const int used = (int)DHSA_MIN(lanes, run->rows - at - p * lanes);
             float *part = w->part + p * b->part_rows * lanes, *s = b->way == DHSA_PROBE_KEYS ? part + i * b->tile * lanes : w->s;
             float *alpha = b->way == DHSA_PROBE_TWICE ? w->alpha : w->alpha + (p * b->tiles + i) * lanes;
-            const dhsa_span seen = multiply(b, run, w, p, used, tile, keys, stride, s, w->l + p * lanes, alpha);
-            if (seen.lo < seen.end && in_units(b))
-                reduce(s, (int)(seen.end - seen.lo), (int)lanes, used, b->way == DHSA_PROBE_TOPS, part + i * lanes);
+            const dhsa_span seen = probe_multiply(b, run, w, p, used, tile, keys, stride, s, w->l + p * lanes, alpha);
+            if (seen.lo < seen.end && probe_in_units(b))
+                probe_reduce(s, (int)(seen.end - seen.lo), (int)lanes, used, b->way == DHSA_PROBE_TOPS, part + i * lanes);
         }
     }
 }
 
+/* Hands probabilities on, or adds them up where a method has no use of its own for them. */
+static void probe_take(const dhsa_probe *b, const dhsa_probe_run *run, int64_t row, int64_t first, int n, const float *p,
+                       const float *weight)
+{
+    if (run->take) {
+        run->take(run->of, row, first, n, p, weight);
+    } else if (b->way == DHSA_PROBE_TOPS) {
+        float *best = run->score + first / b->unit;
+        for (int r = 0; r < b->kernels->lanes; r++)
+            if (weight[r] != 0) *best = DHSA_MAX(*best, p[r] * weight[r]);
+    } else {
+        b->kernels->add_sums(p, n, weight, run->score + (probe_in_units(b) ? first / b->unit : first));
+    }
+}
+
 /* What was kept, backwards: earlier numbers are relative to the maximum of their time. */
-static void hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t at, int64_t p)
+static void probe_hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t p)
 {
     const int64_t lanes = b->kernels->lanes, row = at + p * lanes;
     const int used = (int)DHSA_MIN(lanes, run->rows - row);
     const float *part = w->part + p * b->part_rows * lanes;
-    find_weights(w->l + p * lanes, lanes, used, w->weight);
-    for (int64_t i = count_tiles(b, run->from, run->to) - 1; i >= 0; i--) {
-        const dhsa_span tile = find_tile(b, run->from, run->to, i);
+    probe_find_weights(w->l + p * lanes, lanes, used, w->weight);
+    for (int64_t i = probe_count_tiles(b, run->from, run->to) - 1; i >= 0; i--) {
+        const dhsa_span tile = probe_find_tile(b, run->from, run->to, i);
         int masked;
-        const dhsa_span seen = clip(b, w->lo + p * lanes, w->hi + p * lanes, used, tile, &masked);
+        const dhsa_span seen = probe_clip(b, w->lo + p * lanes, w->hi + p * lanes, used, tile, &masked);
         if (tile.lo >= tile.end || seen.lo >= seen.end) continue;
-        if (in_units(b))
-            run->take(run->of, row, seen.lo, 1, part + i * lanes, w->weight);
+        if (probe_in_units(b))
+            probe_take(b, run, row, seen.lo, 1, part + i * lanes, w->weight);
         else
-            run->take(run->of, row, seen.lo, (int)(seen.end - seen.lo), part + i * b->tile * lanes, w->weight);
+            probe_take(b, run, row, seen.lo, (int)(seen.end - seen.lo), part + i * b->tile * lanes, w->weight);
         const float *alpha = w->alpha + (p * b->tiles + i) * lanes;
         for (int r = 0; r < used; r++) w->weight[r] = w->weight[r] == 0 ? 0 : w->weight[r] * alpha[r];
     }
 }
 
 /* The maxima stay what they are now, so that probabilities come out relative to them. */
-static void second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const scratch *w, int64_t at, int64_t panels)
+static void probe_second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t panels)
 {
-    const int64_t lanes = b->kernels->lanes, tiles = count_tiles(b, run->from, run->to);
+    const int64_t lanes = b->kernels->lanes, tiles = probe_count_tiles(b, run->from, run->to);
     for (int64_t i = 0; i < tiles; i++) {
-        const dhsa_span tile = find_tile(b, run->from, run->to, i);
+        const dhsa_span tile = probe_find_tile(b, run->from, run->to, i);
         ptrdiff_t stride;
         const float *keys = run->keys(run->of, tile.lo, (int)(tile.end - tile.lo), w->tile, &stride);
         for (int64_t p = 0; p < panels; p++) {
             const int used = (int)DHSA_MIN(lanes, run->rows - at - p * lanes);
-            const dhsa_span seen = multiply(b, run, w, p, used, tile, keys, stride, w->s, w->spare, w->alpha);
+            const dhsa_span seen = probe_multiply(b, run, w, p, used, tile, keys, stride, w->s, w->spare, w->alpha);
             if (seen.lo >= seen.end) continue;
-            find_weights(w->l + p * lanes, lanes, used, w->weight);
-            run->take(run->of, at + p * lanes, seen.lo, (int)(seen.end - seen.lo), w->s, w->weight);
+            probe_find_weights(w->l + p * lanes, lanes, used, w->weight);
+            probe_take(b, run, at + p * lanes, seen.lo, (int)(seen.end - seen.lo), w->s, w->weight);
         }
     }
 }
@@ -223,8 +232,8 @@ static void second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const sc
 void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
 {
     const int64_t lanes = b->kernels->lanes;
-    scratch w;
-    lay_out(b, arena, &w);
+    probe_scratch w;
+    probe_lay_out(b, arena, &w);
     if (b->pair) b->pair->begin();
     for (int64_t at = 0; at < run->rows; at += b->panels * lanes) {
         const int64_t panels = DHSA_MIN(b->panels, dhsa_ceil_div(run->rows - at, lanes));
@@ -240,27 +249,44 @@ void dhsa_probe_do(const dhsa_probe *b, const dhsa_probe_run *run, char *arena)
             const int64_t dim = b->pair ? dhsa_round_up(b->dim, DHSA_PAIR_STEP) : b->dim;
             run->pack(run->of, at + p * lanes, used, w.panel + p * dim * lanes, lo, hi);
         }
-        first_pass(b, run, &w, at, panels);
+        probe_first_pass(b, run, &w, at, panels);
         if (b->way == DHSA_PROBE_TWICE)
-            second_pass(b, run, &w, at, panels);
+            probe_second_pass(b, run, &w, at, panels);
         else
-            for (int64_t p = 0; p < panels; p++) hand_on(b, run, &w, at, p);
+            for (int64_t p = 0; p < panels; p++) probe_hand_on(b, run, &w, at, p);
     }
     if (b->pair) b->pair->end();
 }
 
-void dhsa_probe_pack(const dhsa_selector *s, const dhsa_kernels *kernels, int64_t head, int64_t heads, int64_t query, int64_t first,
-                     int n, float *panel, int32_t *lo, int32_t *hi)
+void dhsa_probe_pack_queries(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
-    const int64_t window = s->config->score.window, offset = s->k->shape[2] - s->q->shape[2];
+    const dhsa_probe_queries *w = of;
+    const dhsa_probe *b = w->probe;
+    const int64_t offset = w->k->shape[2] - w->q->shape[2];
+    const int dim = (int)w->q->shape[3];
     const void *rows[DHSA_MAX_LANES];
     for (int r = 0; r < n; r++) {
-        const int64_t at = query + (first + r) / heads;
-        rows[r] = dhsa_row(s->q, s->b, head + (first + r) % heads, at);
+        const int64_t at = w->query + (first + r) / w->heads;
+        rows[r] = dhsa_row(w->q, w->b, w->head + (first + r) % w->heads, at);
         hi[r] = (int32_t)(offset + at + 1);
-        lo[r] = (int32_t)(window ? DHSA_MAX(hi[r] - window, 0) : 0);
+        lo[r] = (int32_t)(w->window ? DHSA_MAX(hi[r] - w->window, 0) : 0);
     }
-    kernels->pack_panel(rows, s->q->dtype, n, (int)s->q->shape[3], dhsa_probe_sign(s), panel);
+    if (b->pair)
+        b->pair->pack_panel(rows, n, dim, w->negate, (uint16_t *)panel);
+    else
+        b->kernels->pack_panel(rows, w->q->dtype, n, dim, w->negate ? -1.0f : 1.0f, panel);
+}
+
+const float *dhsa_probe_read_keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
+{
+    const dhsa_probe_queries *w = of;
+    const dhsa_probe *b = w->probe;
+    const int64_t kv_head = w->head / (w->q->shape[1] / w->k->shape[1]);
+    if (!b->pair) return dhsa_probe_rows(b->kernels, w->k, w->b, kv_head, first, 1, n, tile, stride);
+    const void *rows[DHSA_PROBE_TILE];
+    for (int j = 0; j < n; j++) rows[j] = dhsa_row(w->k, w->b, kv_head, first + j);
+    b->pair->pack_keys(rows, n, (int)w->k->shape[3], (uint16_t *)tile);
+    return tile;
 }
 
 const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,

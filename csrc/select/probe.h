@@ -29,7 +29,8 @@ typedef struct {
     int64_t arena_size; /* bytes: what a run works in */
 } dhsa_probe;
 
-/* A run: `rows` rows against keys [from, to). Logits are cap(scale * product), scale >= 0. */
+/* A run: `rows` rows against keys [from, to). Logits are cap(scale * product), scale >= 0. The functions below serve as pack and
+ * keys where rows are single queries, dhsa_mean_rows_pack (coarse.h) where they are means. */
 typedef struct dhsa_probe_run {
     int64_t rows, from, to;
     float scale, softcap; /* 0: none */
@@ -39,8 +40,12 @@ typedef struct dhsa_probe_run {
     /* Keys [first, first + n) as fp32 numbers, *stride from one to the next: where they lie, or in tile [n * dim]. */
     const float *(*keys)(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride);
     /* p[j * lanes + r] * weight[r] is the probability of key first + j for row `row` + r, j < n; with SUMS and TOPS n is 1 and
-     * first lies in the unit. A row of weight 0 says nothing, whatever p holds: it saw no key, or its logits have a NaN or +inf. */
+     * first lies in the unit. A row of weight 0 says nothing, whatever p holds: it saw no key, or its logits have a NaN or +inf.
+     * NULL: they go to `score`. */
     void (*take)(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight);
+    /* Where take is NULL, [c] of key c, with SUMS and TOPS of unit c: probabilities of all rows are added to it, with TOPS the
+     * largest is kept. */
+    float *score;
 } dhsa_probe_run;
 
 /* Sizes a probe of at most `rows` rows and keys [0, keys). */
@@ -51,14 +56,45 @@ void dhsa_probe_plan_as(dhsa_probe *probe, dhsa_dtype dtype, int64_t rows, int64
 /* Runs it; arena aligned to DHSA_ALIGN. */
 void dhsa_probe_do(const dhsa_probe *probe, const dhsa_probe_run *run, char *arena);
 
-/* The sign of a scale, which goes into the rows so that the largest product stays the largest logit. */
-static inline float dhsa_probe_sign(const dhsa_selector *s) { return s->config->score.scale < 0 ? -1.0f : 1.0f; }
-/* dhsa_probe_run.pack for single queries and the keys they see: row r is query `query` + r / heads of head `head` + r % heads. */
-void dhsa_probe_pack(const dhsa_selector *s, const dhsa_kernels *kernels, int64_t head, int64_t heads, int64_t query, int64_t first,
-                     int n, float *panel, int32_t *lo, int32_t *hi);
-/* Keys [first, first + n) of a KV head, `step` apart, from key `at` on: dhsa_probe_run.keys for rows of the tensor. */
+/* Rows that are single queries and the keys that they see: row r is query `query` + r / heads of head `head` + r % heads, and all
+ * of these heads read one KV head. What `of` points to begins with it where the two functions serve a run. */
+typedef struct {
+    const dhsa_probe *probe;
+    const dhsa_tensor *q, *k;
+    int64_t b, window; /* the batch row; 0: no window */
+    int negate;        /* the scale is negative */
+    int64_t head, heads, query;
+} dhsa_probe_queries;
+void dhsa_probe_pack_queries(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi);
+const float *dhsa_probe_read_keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride);
+/* n keys of a KV head as fp32 numbers, `step` apart, from key `at` on: where they lie, or in tile. */
 const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
                              int64_t step, int n, float *tile, ptrdiff_t *stride);
+
+/* The sign of a scale, which goes into the rows so that the largest product stays the largest logit. */
+static inline float dhsa_probe_sign(const dhsa_selector *s) { return s->config->score.scale < 0 ? -1.0f : 1.0f; }
+/* Queries of the selector's batch row, from `query` on; the heads are to be set. */
+static inline dhsa_probe_queries dhsa_selector_queries(const dhsa_selector *s, const dhsa_probe *probe, int64_t heads,
+                                                       int64_t query)
+{
+    return (dhsa_probe_queries){.probe = probe,
+                                .q = s->q,
+                                .k = s->k,
+                                .b = s->b,
+                                .window = s->config->score.window,
+                                .negate = s->config->score.scale < 0,
+                                .heads = heads,
+                                .query = query};
+}
+/* A run with the scale and softcap of a selector, from which pack, keys and what they work on are still missing. */
+static inline dhsa_probe_run dhsa_probe_start(const dhsa_selector *s, int64_t rows, int64_t from, int64_t to)
+{
+    return (dhsa_probe_run){.rows = rows,
+                            .from = from,
+                            .to = to,
+                            .scale = (float)(s->config->score.scale * dhsa_probe_sign(s)),
+                            .softcap = (float)s->config->score.softcap};
+}
 /* Positions of a block's queries: first one and end. */
 static inline dhsa_span dhsa_block_queries(const dhsa_selector *s, int64_t block)
 {

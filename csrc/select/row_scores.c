@@ -37,7 +37,7 @@ typedef struct {
     char *panel;     /* [panels] of packed rows, in fp32 or bf16 */
     char *rows;      /* [lanes, dim]: the rows before they are packed */
     char *tile;      /* [TILE] means that do not lie ready in chunks.means */
-} scratch;
+} row_scores_scratch;
 
 /* Tiles begin at multiples of TILE, so the first may be short at either end; or they hold TILE / DHSA_CHUNK_GROUP of the groups
  * that are left. The cut chunk is a tile of its own. */
@@ -67,7 +67,7 @@ static int panels_at_once(const dhsa_scorer *s, int64_t chunks)
 }
 
 /* Returns the bytes an arena needs; base may be NULL to only ask. */
-static int64_t lay_out(const dhsa_scorer *s, char *base, scratch *w)
+static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_scratch *w)
 {
     const int64_t lanes = s->kernels->lanes, dim = s->q->shape[3], panels = s->panels;
     const int64_t rows = lanes * dim * (s->chunks.kind == DHSA_MEANS_F32 ? 4 : 2);
@@ -100,11 +100,11 @@ int64_t dhsa_rows_plan(dhsa_scorer *s)
 {
     const dhsa_score_config *c = s->config;
     const int64_t lanes = s->kernels->lanes;
-    scratch unused;
+    row_scores_scratch unused;
     s->step = dhsa_ceil_div(c->query_block, c->rows);
     const int64_t rows = dhsa_ceil_div(DHSA_MIN(c->query_block, s->q->shape[2]), s->step) * s->heads_per_kv;
     s->panels = (int)DHSA_MIN(PANELS, dhsa_ceil_div(rows, lanes));
-    return lay_out(s, NULL, &unused);
+    return row_scores_lay_out(s, NULL, &unused);
 }
 
 /* Asks for the queries of the mean row from `from` on: those of several heads take turns, which hardware does not foresee. */
@@ -116,7 +116,8 @@ static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int6
 }
 
 /* Mean rows [at, at + n) of a KV head into a panel. */
-static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n, scratch *w, int panel)
+static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n, row_scores_scratch *w,
+                      int panel)
 {
     const dhsa_means_kind kind = s->chunks.kind;
     const int64_t dim = s->q->shape[3], head = s->config->heads == DHSA_HEADS_HEAD ? job->set : kv_head * s->heads_per_kv;
@@ -192,13 +193,13 @@ static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *
 }
 
 /* Brings the means of a tile together, as fp32 or bf16 numbers one after the other. */
-static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, scratch *w, tile *t)
+static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, row_scores_scratch *w, tile *t)
 {
     const int64_t dim = s->q->shape[3], row = s->chunks.row, at = kv_head * s->chunks.pitch + job->first;
     const int half = s->chunks.kind != DHSA_MEANS_F32;
     t->means = w->tile;
     if (t->cut) {
-        uint16_t narrow[256];
+        uint16_t narrow[DHSA_MAX_HEAD_DIM];
         if (s->bf16) {
             dhsa_mean_put(s->kernels, &s->chunks, w->mean, dim, w->tile, 0);
         } else if (half) {
@@ -214,7 +215,8 @@ static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     }
 }
 
-static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, scratch *w, float *products, dhsa_ahead *ahead)
+static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, row_scores_scratch *w, float *products,
+                     dhsa_ahead *ahead)
 {
     const int dim = (int)s->q->shape[3];
     const void *rows = w->panel + panel * panel_bytes(s);
@@ -225,8 +227,8 @@ static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, s
 }
 
 /* The products of tile t are to ask for the means that come next, where those lie in one piece. */
-static dhsa_ahead look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t, int panels,
-                             const char **next)
+static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t, int panels,
+                                        const char **next)
 {
     const int64_t first = t->chunk[t->n - 1] + 1, n = job->groups || t->cut ? 0 : DHSA_MIN(TILE, job->n - first);
     const int64_t bytes = s->chunks.row * (s->chunks.kind == DHSA_MEANS_F32 ? 4 : 2);
@@ -245,7 +247,7 @@ static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t 
 
 /* What a panel's rows divide by: the sum of the probabilities, which are relative to the maximum of their time, of all keys:
  * a chunk counts as often as it has some. */
-static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, scratch *w)
+static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, row_scores_scratch *w)
 {
     const int lanes = s->kernels->lanes;
     float *l = w->l + panel * lanes;
@@ -263,8 +265,8 @@ static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t ti
 }
 
 /* Adds the squared probabilities of a panel's rows [0, n), and to mass, if not NULL, the probabilities. */
-static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, int n, scratch *w, float *score,
-                      float *mass)
+static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, int n, row_scores_scratch *w,
+                      float *score, float *mass)
 {
     const int lanes = s->kernels->lanes;
     const float *l = w->l + panel * lanes;
@@ -294,8 +296,8 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t t
 
 /* Adds one KV head's squared probabilities to score [n], and plain ones to mass. Returns the state of its last chunk as this block
  * sees it. */
-static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, scratch *w, float *score,
-                                   float *mass)
+static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, row_scores_scratch *w,
+                                   float *score, float *mass)
 {
     const dhsa_kernels *kn = s->kernels;
     const int64_t lanes = kn->lanes, n = job->n, tiles = whole_tiles(job, n - (job->cut_end != 0)) + (job->cut_end != 0);
@@ -322,7 +324,7 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
             if (t->n == 0) continue;
             load_tile(s, job, kv_head, w, t);
             const char *next;
-            dhsa_ahead ahead = look_ahead(s, job, kv_head, t, panels, &next);
+            dhsa_ahead ahead = row_scores_look_ahead(s, job, kv_head, t, panels, &next);
             for (int p = 0; p < panels; p++) {
                 float *products = w->products + (p * product_rows(live(job)) + t->row) * lanes;
                 const int used = (int)DHSA_MIN(lanes, rows - at - p * lanes);
@@ -339,8 +341,8 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
 unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass)
 {
     unsigned char last = DHSA_CHUNK_GOOD;
-    scratch w;
-    lay_out(s, arena, &w);
+    row_scores_scratch w;
+    row_scores_lay_out(s, arena, &w);
     /* Chunks of no group come after all others. */
     for (int64_t c = 0; c < job->n; c++) score[c] = job->groups ? -INFINITY : 0;
     for (int64_t g = 0; job->groups && g < job->n_groups; g++) {

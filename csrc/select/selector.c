@@ -1,11 +1,12 @@
-/* selector.c: the selector that runs one of them over all blocks: workspaces, threads, exact blocks,
- * lists put one after the other. How a method finds its keys is its own file's. */
+/* selector.c: the selector, which runs one method over all blocks: workspaces, threads, exact blocks, lists put one after the
+ * other. How a method finds its keys is its own file's. */
 #include "select/selector.h"
 
 #include <inttypes.h>
 #include <string.h>
 
 #include "core/threads.h"
+#include "select/finite.h"
 
 dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, const dhsa_tensor *q, const dhsa_tensor *k,
                                const int32_t *boundaries, int64_t n_boundaries, dhsa_past *const *pasts,
@@ -25,7 +26,10 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
     s->heads_per_set = q->shape[1] / s->sets;
     s->group = q->shape[1] / k->shape[1];
     s->num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
-    dhsa_status status = s->method->open ? s->method->open(s, error) : DHSA_OK;
+    dhsa_status status = DHSA_OK;
+    if (method->has_finite && !dhsa_finite_open(s))
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "%s: no memory for flags of %" PRId64 " keys", method->name, k->shape[2]);
+    if (!status && method->open) status = method->open(s, error);
     s->arena_stride = s->arena_size;
     for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->units * 4); /* what dhsa_take works in */
     if (!status) status = dhsa_selector_wake(s, error);
@@ -36,6 +40,7 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
 void dhsa_selector_close(dhsa_selector *s)
 {
     if (s->method && s->method->close) s->method->close(s);
+    dhsa_finite_close(s);
     dhsa_free(s->arenas);
     memset(s, 0, sizeof *s);
 }
@@ -57,6 +62,7 @@ void dhsa_selector_rest(dhsa_selector *s)
 dhsa_status dhsa_selector_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     s->b = b;
+    if (s->method->has_finite) dhsa_finite_begin(s);
     return s->method->begin ? s->method->begin(s, b, error) : DHSA_OK;
 }
 
@@ -70,7 +76,7 @@ typedef struct {
     int32_t *indices;
 } list_job;
 
-static void list_task(void *context, int64_t index, int thread)
+static void selector_task(void *context, int64_t index, int thread)
 {
     const list_job *job = context;
     const dhsa_selector *s = job->selector;
@@ -94,7 +100,7 @@ dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blo
     if (!job.counts) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the lengths of %" PRId64 " lists", lists);
     for (int64_t at = 0; at < lists; at++)
         indptr[at + 1] = indptr[at] + dhsa_block_keys(s->config, s->q->shape[2], s->k->shape[2], first + at % blocks);
-    dhsa_parallel(lists, s->num_threads, list_task, &job);
+    dhsa_parallel(lists, s->num_threads, selector_task, &job);
     for (int64_t at = 0, from = indptr[0]; at < lists; at++) { /* shorter lists close up; `from` is where the room began */
         const int64_t next = indptr[at + 1];
         if (from != indptr[at]) memmove(indices + indptr[at], indices + from, (size_t)job.counts[at] * sizeof *indices);

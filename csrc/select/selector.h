@@ -17,6 +17,7 @@ typedef struct {
     int has_rows;   /* without chunks, but with mean rows: config->score.rows */
     int has_blocks; /* of config->key_block keys */
     int has_stride; /* config->stride, a divisor of key_block */
+    int has_finite; /* asks which keys hold a NaN or inf (finite.h): looked up before begin */
     /* Sizes s->arena_size and s->units and allocates s->state; whatever it leaves in s, close frees, after a failure as well.
      * open, close and begin may be NULL. */
     dhsa_status (*open)(dhsa_selector *s, dhsa_error *error);
@@ -44,6 +45,9 @@ struct dhsa_selector {
     int64_t arena_size; /* bytes it works in, for each thread */
     int64_t units;      /* the most units that it hands to dhsa_take; 0: it does not */
     void *state;
+    /* Which keys hold a NaN or inf, where the method asks: finite.h. */
+    unsigned char *flags; /* [flag_rows, Lk]: 1 where any of a row's KV heads has such a key; a row a KV head, or one for all */
+    int64_t flag_rows;
     /* Work spaces: the method's arena_size bytes, then dhsa_take's; each lays out its own parts (core/arena.h). */
     char *arenas;
     int64_t arena_stride;

@@ -14,13 +14,13 @@ static const uint32_t masks[PASSES] = {0x7ff, 0x7ff, 0x3ff};
 typedef struct {
     uint32_t *key;  /* the image of the score */
     int32_t *alive; /* units whose higher digits equal the threshold's */
-} scratch;
+} take_scratch;
 
-static scratch lay_out(const dhsa_selector *s, int thread)
+static take_scratch take_lay_out(const dhsa_selector *s, int thread)
 {
     int64_t used = s->arena_size;
     char *arena = dhsa_selector_arena(s, thread);
-    scratch w;
+    take_scratch w;
     w.key = dhsa_part(arena, &used, s->units * 4);
     w.alive = dhsa_part(arena, &used, s->units * 4);
     return w;
@@ -44,7 +44,7 @@ static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_withi
 
 /* Fills w->key, and w->alive with the units that have free keys, but for those that score -inf where the others have `enough`
  * keys: most units of a long prompt are not on its shortlist. Returns how many. */
-static int64_t order(const free_keys *f, const scratch *w, int64_t enough)
+static int64_t take_order(const free_keys *f, const take_scratch *w, int64_t enough)
 {
     enum { LOWEST = 0x007fffff /* the image of -inf */ };
     const int64_t first = f->units->first, last = f->units->last;
@@ -68,7 +68,7 @@ static int64_t order(const free_keys *f, const scratch *w, int64_t enough)
 }
 
 /* Of the units alive, keeps those with this digit. */
-static int64_t keep(const scratch *w, int64_t count, int pass, uint32_t digit)
+static int64_t keep(const take_scratch *w, int64_t count, int pass, uint32_t digit)
 {
     int64_t kept = 0;
     for (int64_t i = 0; i < count; i++)
@@ -78,12 +78,12 @@ static int64_t keep(const scratch *w, int64_t count, int pass, uint32_t digit)
 
 /* The image that the unit of rank `need` has, keys counted, best first; *left receives how many keys of units with just that
  * image are still wanted. `need` is at least 1 and at most the number of free keys. */
-static uint32_t threshold(const free_keys *f, const scratch *w, int64_t need, int64_t *left)
+static uint32_t take_threshold(const free_keys *f, const take_scratch *w, int64_t need, int64_t *left)
 {
     uint32_t prefix = 0;
-    int64_t count = order(f, w, need);
+    int64_t count = take_order(f, w, need);
     for (int pass = 0; pass < PASSES; pass++) {
-        int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most INT32_MAX / 2 in all */
+        int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most DHSA_MAX_LENGTH in all */
         for (int64_t i = 0; i < count; i++)
             histogram[w->key[w->alive[i]] >> shifts[pass] & masks[pass]] += (int32_t)free_in(f, w->alive[i]);
         uint32_t digit = masks[pass];
@@ -97,10 +97,10 @@ static uint32_t threshold(const free_keys *f, const scratch *w, int64_t need, in
 
 /* How many free keys hold `need` of the mass, units taken whole and best first. Sums are taken in the order of keys, by one
  * thread, so they are the same for any number of threads. */
-static int64_t keys_for(const free_keys *f, dhsa_span span, const scratch *w, double need)
+static int64_t keys_for(const free_keys *f, dhsa_span span, const take_scratch *w, double need)
 {
     const dhsa_units *u = f->units;
-    int64_t count = order(f, w, INT64_MAX), keys = 0;
+    int64_t count = take_order(f, w, INT64_MAX), keys = 0;
     for (int pass = 0; pass < PASSES; pass++) {
         double histogram[MOST_DIGITS] = {0};
         int32_t sizes[MOST_DIGITS] = {0};
@@ -127,7 +127,8 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const scratch *w, do
 }
 
 /* The length of a list that is to hold a share of mass. */
-static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, const free_keys *f, const scratch *w, int64_t room)
+static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, const free_keys *f, const take_scratch *w,
+                            int64_t room)
 {
     const dhsa_units *u = f->units;
     const int64_t forced = span.end - span.lo - (f->to - f->from);
@@ -149,10 +150,10 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
 
 int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen)
 {
-    const scratch w = lay_out(s, thread);
+    const take_scratch w = take_lay_out(s, thread);
     const free_keys f = {units, span.lo, span.end};
     int64_t left = 0, count = 0;
-    const uint32_t least = threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
+    const uint32_t least = take_threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
     for (int64_t c = units->last - 1; c >= units->first; c--) {
         const int64_t n = free_in(&f, c);
         if (n == 0 || w.key[c] < least || (w.key[c] == least && left <= 0)) continue;
@@ -184,7 +185,7 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
 int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int32_t *row, int64_t room)
 {
     const dhsa_select_config *config = s->config;
-    const scratch w = lay_out(s, thread);
+    const take_scratch w = take_lay_out(s, thread);
     const int64_t sink = DHSA_MAX(DHSA_MIN(config->sink, span.end) - span.lo, 0);
     const free_keys f = {units, span.lo + sink, span.end - config->local};
     const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;
@@ -193,7 +194,7 @@ int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa
     /* Backwards, so that of equal scores the more recent keys come first. */
     int32_t *end = write_below(row + size, f.to, span.end);
     if (need > 0) {
-        const uint32_t least = threshold(&f, &w, need, &left);
+        const uint32_t least = take_threshold(&f, &w, need, &left);
         for (int64_t c = units->last - 1; c >= units->first; c--) {
             if (w.key[c] < least) continue;
             const int64_t to = DHSA_MIN(edge(units, c + 1), f.to);

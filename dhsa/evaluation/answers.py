@@ -29,13 +29,13 @@ def tables(rows: list[dict[str, Any]], title: str, part: str) -> list[str]:
     lines = []
     for length, some in report.grouped(rows, "length"):
         lines += [f"### {title}, up to {length:,} tokens", "", *_scores(some, part)]
-        for given, same in report.grouped([r for r in some if r["method"] != "dense"], "given"):
-            lines += report.duels(
-                report.by_item(same, "score"),
-                f"Paired differences at {report.budget_words(given)}: mean score in points, row minus column; bold "
-                "beyond twice its standard error, positive where the row is better.",
-                scale=100,
-            )
+        lines += report.duels_by_budget(
+            some,
+            "score",
+            "mean score in points, row minus column; bold beyond twice its standard error, positive where the row is "
+            "better.",
+            scale=100,
+        )
     return lines
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "budget_words",
     "by_item",
     "duels",
+    "duels_by_budget",
     "grouped",
     "markdown",
     "newest",
@@ -140,6 +141,15 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """Return a Markdown table; every column except the first is aligned to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)] + [""]
+
+
+def duels_by_budget(rows: list[dict[str, Any]], value: str, caption: str, *, scale: float = 1.0) -> list[str]:
+    """At each budget, `duels` over a field of the rows of all methods but dense; the caption says what is compared."""
+    lines = []
+    for given, same in grouped([r for r in rows if r["method"] != "dense"], "given"):
+        heading = f"Paired differences at {budget_words(given)}: {caption}"
+        lines += duels(by_item(same, value), heading, scale=scale)
+    return lines
 
 
 def duels(values: Mapping[str, Mapping[str, float]], caption: str, *, scale: float = 1.0) -> list[str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import loading
+from dhsa.evaluation.tasks import Context, Item
 from dhsa.loading import UserError
 
-__all__ = ["Document", "documents", "jsonl", "sources", "stream"]
+__all__ = ["Document", "document_items", "documents", "jsonl", "sources", "stream"]
 
 REFERENCE = "python-reference"
 
@@ -71,6 +72,18 @@ def jsonl(path: Path, option: str) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{option}: {path}:{len(records) + 1}: no JSON: {error}") from error
     return records
+
+
+def document_items(context: Context, task: str) -> list[Item]:
+    """The documents that the command line asks for, as prompts of a task: of each of its lengths."""
+    args = context.args
+    return [
+        Item(document.name, document.ids, {"length": length})
+        for length in args.lengths[task]
+        for document in documents(
+            context.engine, context.groups, length, count=args.documents, skip=args.skip, join=args.join
+        )
+    ]
 
 
 def documents(

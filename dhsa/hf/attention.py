@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dhsa import functional
+from dhsa import _core, functional
 from dhsa.config import Config
 from dhsa.functional import RunStats
 from dhsa.selection import Selection
@@ -22,8 +22,6 @@ from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
 __all__ = ["attend", "attention_forward"]
-
-FEW = 16  # so many query rows at most go another way in the core, with other bits
 
 
 @outside_graphs
@@ -143,7 +141,7 @@ def attend(
     apart = parts is not None and (
         not config.exact
         or config.skip is not None
-        or any(p.window or p.ranged or p.q_stop - p.q_start == p.k_stop - p.k_start <= FEW for p in parts)
+        or any(p.window or p.ranged or p.q_stop - p.q_start == p.k_stop - p.k_start <= _core.DECODE_ROWS for p in parts)
     )
     if not (whole or apart):
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.

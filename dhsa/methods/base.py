@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from dhsa import _core
 from dhsa._arrays import check_int
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["MAX_OPTION", "Method", "check_stride"]
 
 MAX_OPTION = 2**31 - 1  # of an int option, as of the fields of Config
-
-MAX_STRIDE = 1024  # so many queries a row of products holds
 
 _M = TypeVar("_M", bound="Method")
 
@@ -85,5 +84,7 @@ class Method:
 
 def check_stride(stride: int, key_block: int) -> None:
     """ValueError for a stride that cannot be taken through blocks of keys."""
-    if stride > MAX_STRIDE or key_block % stride:
-        raise ValueError(f"stride: got {stride}, expected a divisor of key_block = {key_block}, at most {MAX_STRIDE}")
+    if stride > _core.MAX_STRIDE or key_block % stride:
+        raise ValueError(
+            f"stride: got {stride}, expected a divisor of key_block = {key_block}, at most {_core.MAX_STRIDE}"
+        )

@@ -554,13 +554,6 @@ static void test_decode_softmax(int n, float softcap)
     near("decode_softmax of nothing, l", 0, 0, l, 0, 0);
 }
 
-static void test_read(int n)
-{
-    float *x = random_floats((size_t)n);
-    kn->read(x, n); /* that it stays within its bounds */
-    checks++;
-}
-
 int main(void)
 {
     static const int dims[] = {1, 3, 8, 20, 64, 80, 256}, counts[] = {1, 2, 7, 13, 64};
@@ -590,7 +583,6 @@ int main(void)
                 test_tops(n, masked);
             }
             for (int capped = 0; capped < 2; capped++) test_decode_softmax(n, capped ? 20.0f : 0.0f);
-            test_read(37 * n);
             test_add_rows(n, 1);
             test_add_rows(n, 0);
             test_weigh_keys(n);

@@ -3,7 +3,7 @@
 #include "select/scorer.h"
 #include "select/selector.h"
 
-static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
+static dhsa_status dhsa_method_open(dhsa_selector *s, dhsa_error *error)
 {
     dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
@@ -20,20 +20,20 @@ static dhsa_status open_chunks(dhsa_selector *s, dhsa_error *error)
     return DHSA_OK;
 }
 
-static void close_chunks(dhsa_selector *s)
+static void dhsa_method_close(dhsa_selector *s)
 {
     if (s->state) dhsa_scorer_close(s->state);
     dhsa_free(s->state);
 }
 
-static dhsa_status begin_chunks(dhsa_selector *s, int64_t b, dhsa_error *error)
+static dhsa_status dhsa_method_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     return dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas, s->arena_stride,
                              s->num_threads, error);
 }
 
-static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
-                           int64_t room)
+static int64_t dhsa_method_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                                int64_t room)
 {
     const dhsa_scorer *scorer = s->state;
     char *arena = dhsa_selector_arena(s, thread);
@@ -44,5 +44,9 @@ static int64_t list_chunks(const dhsa_selector *s, int64_t set, int64_t block, d
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
-const dhsa_method dhsa_method_dhsa = {
-    .name = "dhsa", .has_chunks = 1, .open = open_chunks, .close = close_chunks, .begin = begin_chunks, .list = list_chunks};
+const dhsa_method dhsa_method_dhsa = {.name = "dhsa",
+                                      .has_chunks = 1,
+                                      .open = dhsa_method_open,
+                                      .close = dhsa_method_close,
+                                      .begin = dhsa_method_begin,
+                                      .list = dhsa_method_list};

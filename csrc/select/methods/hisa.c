@@ -15,29 +15,28 @@ enum {
 typedef struct {
     float score;
     int32_t unit;
-} ranked;
+} hisa_rank;
 
 typedef struct {
     dhsa_coarse coarse;
     dhsa_probe fine;
-    dhsa_finite finite;
     int64_t most; /* keys of kept blocks */
-} state;
+} hisa_state;
 
 /* What one thread works in: the coarse stage, in the place of which the fine one and its rows work later; then these. */
 typedef struct {
     float *rows;         /* [lanes, dim]: of the fine stage, laid out when that begins */
     float *coarse;       /* [key blocks] */
-    ranked *ranks;       /* [key blocks] */
+    hisa_rank *ranks;    /* [key blocks] */
     int32_t *key;        /* [most] */
     float *fine;         /* [most] */
     int32_t *edges;      /* [units + 1] */
     float *score, *mass; /* [units] */
-} scratch;
+} hisa_parts;
 
-static int64_t lay_out(const dhsa_selector *s, char *arena, scratch *w)
+static int64_t hisa_lay_out(const dhsa_selector *s, char *arena, hisa_parts *w)
 {
-    const state *st = s->state;
+    const hisa_state *st = s->state;
     const int64_t blocks = dhsa_ceil_div(s->k->shape[2], s->config->key_block);
     int64_t used = st->fine.arena_size;
     w->rows = dhsa_part(arena, &used, DHSA_MAX_LANES * s->q->shape[3] * 4);
@@ -54,22 +53,13 @@ static int64_t lay_out(const dhsa_selector *s, char *arena, scratch *w)
 
 /* The fine stage of one KV head. */
 typedef struct {
-    const state *st;
     dhsa_mean_rows rows;
     const int32_t *keys; /* those of the kept blocks, ascending */
-    float *score;
-} job;
+} hisa_block;
 
-static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+static const float *hisa_keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
 {
-    const job *w = of;
-    (void)lo, (void)hi;
-    dhsa_mean_rows_pack(&w->rows, w->st->fine.kernels, first, n, panel);
-}
-
-static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
-{
-    const job *w = of;
+    const hisa_block *w = of;
     const dhsa_selector *s = w->rows.s;
     const int64_t kv_head = w->rows.head / s->group;
     const int32_t *at = w->keys + first;
@@ -80,22 +70,15 @@ static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t 
     return tile;
 }
 
-static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
-{
-    const job *w = of;
-    (void)row;
-    w->st->fine.kernels->add_sums(p, n, weight, w->score + first);
-}
-
 /* Best score first; of equal ones the later block. */
-static int compare(const void *a, const void *b)
+static int hisa_compare(const void *a, const void *b)
 {
-    const ranked *x = a, *y = b;
+    const hisa_rank *x = a, *y = b;
     return x->score != y->score ? (x->score < y->score ? 1 : -1) : y->unit - x->unit;
 }
 
 /* Candidate keys of a block of keys. */
-static dhsa_span held_by(const dhsa_selector *s, dhsa_span span, int64_t unit)
+static dhsa_span hisa_held_by(const dhsa_selector *s, dhsa_span span, int64_t unit)
 {
     const int64_t key_block = s->config->key_block;
     return (dhsa_span){DHSA_MAX(unit * key_block, span.lo), DHSA_MIN((unit + 1) * key_block, span.end)};
@@ -103,60 +86,55 @@ static dhsa_span held_by(const dhsa_selector *s, dhsa_span span, int64_t unit)
 
 /* Marks the kept blocks: those of forced keys, and the best of the others until they hold KEPT budgets of candidates. In: coarse
  * scores; out: 1 kept, 0 not. */
-static void filter(const dhsa_selector *s, dhsa_span span, float *score, ranked *ranks)
+static void hisa_filter(const dhsa_selector *s, dhsa_span span, float *score, hisa_rank *ranks)
 {
     const dhsa_select_config *c = s->config;
     const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
     const int64_t want = c->budget >= span.end ? span.end : KEPT * c->budget;
     int64_t held = 0, n = 0;
     for (int64_t u = first; u < last; u++) {
-        const dhsa_span keys = held_by(s, span, u);
+        const dhsa_span keys = hisa_held_by(s, span, u);
         const int forced = keys.lo < c->sink || keys.end > span.end - c->local;
-        if (!forced) ranks[n++] = (ranked){score[u], (int32_t)u};
+        if (!forced) ranks[n++] = (hisa_rank){score[u], (int32_t)u};
         if (forced) held += keys.end - keys.lo;
         score[u] = (float)forced;
     }
-    qsort(ranks, (size_t)n, sizeof *ranks, compare);
+    qsort(ranks, (size_t)n, sizeof *ranks, hisa_compare);
     for (int64_t i = 0; i < n && held < want; i++) {
-        const dhsa_span keys = held_by(s, span, ranks[i].unit);
+        const dhsa_span keys = hisa_held_by(s, span, ranks[i].unit);
         held += keys.end - keys.lo;
         score[ranks[i].unit] = 1;
     }
 }
 
-static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
 {
-    const state *st = s->state;
+    const hisa_state *st = s->state;
     char *arena = dhsa_selector_arena(s, thread);
-    scratch parts;
-    lay_out(s, arena, &parts);
+    hisa_parts parts;
+    hisa_lay_out(s, arena, &parts);
     float *coarse = parts.coarse, *fine = parts.fine, *score = parts.score, *mass = parts.mass;
     int32_t *key = parts.key, *edges = parts.edges;
     const int64_t first = span.lo / s->config->key_block, last = dhsa_ceil_div(span.end, s->config->key_block);
     dhsa_coarse_score(&st->coarse, s, set, block, span, arena, coarse);
-    dhsa_finite_blocks(&st->finite, s, set, span, coarse, NULL);
-    filter(s, span, coarse, parts.ranks);
+    dhsa_finite_blocks(s, set, span, coarse, NULL);
+    hisa_filter(s, span, coarse, parts.ranks);
 
     int64_t n = 0;
     for (int64_t u = first; u < last; u++) {
-        const dhsa_span keys_here = held_by(s, span, u);
+        const dhsa_span keys_here = hisa_held_by(s, span, u);
         for (int64_t j = keys_here.lo; coarse[u] != 0 && j < keys_here.end; j++) key[n++] = (int32_t)j;
     }
     for (int64_t i = 0; i < n; i++) fine[i] = 0;
     const int64_t head = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
-    lay_out(s, arena, &parts); /* where the coarse stage was, the fine one's rows are now */
-    job w = {st, {s, dhsa_block_queries(s, block), st->coarse.run, head, heads, parts.rows}, key, fine};
-    for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) {
-        const dhsa_probe_run run = {.rows = dhsa_mean_rows_count(&w.rows),
-                                    .to = n,
-                                    .scale = (float)(s->config->score.scale * dhsa_probe_sign(s)),
-                                    .softcap = (float)s->config->score.softcap,
-                                    .of = &w,
-                                    .pack = pack,
-                                    .keys = keys,
-                                    .take = take};
-        dhsa_probe_do(&st->fine, &run, arena);
-    }
+    hisa_lay_out(s, arena, &parts); /* where the coarse stage was, the fine one's rows are now */
+    hisa_block w = {{s, st->fine.kernels, dhsa_block_queries(s, block), st->coarse.run, head, heads, parts.rows}, key};
+    dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_rows_count(&w.rows), 0, n);
+    run.of = &w;
+    run.pack = dhsa_mean_rows_pack;
+    run.keys = hisa_keys;
+    run.score = fine;
+    for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) dhsa_probe_do(&st->fine, &run, arena);
 
     /* A kept key is a unit of its own, what lies between them is one unit that nobody wants. */
     int64_t units = 0;
@@ -169,7 +147,7 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
             edges[units] = (int32_t)to;
         }
         if (i == n) break;
-        const int bad = dhsa_finite_next(&st->finite, s, set, key[i], key[i] + 1) == key[i];
+        const int bad = dhsa_finite_next(s, set, key[i], key[i] + 1) == key[i];
         score[units] = bad ? INFINITY : fine[i];
         mass[units] = bad ? 0 : fine[i];
         edges[++units] = key[i] + 1;
@@ -178,15 +156,14 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     return dhsa_take(s, thread, span, &all, row, room);
 }
 
-static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+static dhsa_status hisa_open(dhsa_selector *s, dhsa_error *error)
 {
     const dhsa_select_config *c = s->config;
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3], blocks = dhsa_ceil_div(k_len, c->key_block);
     const int64_t queries = DHSA_MIN(c->score.query_block, s->q->shape[2]);
-    scratch unused;
-    state *st = s->state = calloc(1, sizeof *st);
-    if (!st || !dhsa_finite_open(&st->finite, s) ||
-        !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.rows)))
+    hisa_parts unused;
+    hisa_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
+    if (!st || !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.rows)))
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys", (long long)blocks);
     /* The blocks of forced keys and the last one that is kept may reach beyond what was asked for. */
     st->most = c->budget >= k_len ? k_len : DHSA_MIN((KEPT + 1) * c->budget + 4 * c->key_block, k_len);
@@ -194,27 +171,32 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group), st->most, dim,
                     1);
     s->units = 2 * st->most + 1;
-    s->arena_size = lay_out(s, NULL, &unused);
+    s->arena_size = hisa_lay_out(s, NULL, &unused);
     return DHSA_OK;
 }
 
-static void close(dhsa_selector *s)
+static void hisa_close(dhsa_selector *s)
 {
-    state *st = s->state;
+    hisa_state *st = s->state;
     if (!st) return;
-    dhsa_finite_close(&st->finite);
     dhsa_coarse_close(&st->coarse);
-    free(st);
+    dhsa_free(st);
 }
 
-static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+static dhsa_status hisa_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
+    hisa_state *st = s->state;
     (void)b, (void)error;
-    state *st = s->state;
-    dhsa_finite_begin(&st->finite, s);
-    dhsa_coarse_begin(&st->coarse, s);
+    dhsa_block_means_begin(&st->coarse.means, s);
     return DHSA_OK;
 }
 
-const dhsa_method dhsa_method_hisa = {
-    .name = "hisa", .has_mass = 1, .has_rows = 1, .has_blocks = 1, .open = open, .close = close, .begin = begin, .list = list};
+const dhsa_method dhsa_method_hisa = {.name = "hisa",
+                                      .has_mass = 1,
+                                      .has_rows = 1,
+                                      .has_blocks = 1,
+                                      .has_finite = 1,
+                                      .open = hisa_open,
+                                      .close = hisa_close,
+                                      .begin = hisa_begin,
+                                      .list = hisa_list};

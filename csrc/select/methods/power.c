@@ -4,7 +4,7 @@
  * on; of equal ones the nearer. Source: PowerAttention (arXiv 2503.03588); the order beyond the powers is this project's. */
 #include "select/selector.h"
 
-static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+static dhsa_status power_open(dhsa_selector *s, dhsa_error *error)
 {
     (void)error;
     s->units = dhsa_ceil_div(s->k->shape[2], s->config->score.query_block) + 1;
@@ -13,7 +13,8 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
     return DHSA_OK;
 }
 
-static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t power_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                          int64_t room)
 {
     const int64_t length = s->config->score.query_block, start = s->k->shape[2] - s->q->shape[2] + block * length;
     const int64_t most = dhsa_ceil_div(start, length);
@@ -33,4 +34,4 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
-const dhsa_method dhsa_method_power = {.name = "power", .open = open, .list = list};
+const dhsa_method dhsa_method_power = {.name = "power", .open = power_open, .list = power_list};

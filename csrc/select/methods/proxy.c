@@ -2,8 +2,6 @@
  * arXiv 2509.24745. Every stride-th query and key take part; a block's score is the largest probability in it. Where a share of
  * mass is asked for, how far a list goes down that order is each head's own affair: its mass is what the head's own mean rows
  * give to a block (coarse.c). The definition is proxy_units in the reference. */
-#include <stdlib.h>
-
 #include "select/coarse.h"
 #include "select/finite.h"
 
@@ -11,11 +9,10 @@ enum { RUN = 16 }; /* queries of a mean row of a head's own estimate */
 
 typedef struct {
     dhsa_probe probe;
-    dhsa_finite finite;
     dhsa_coarse own;   /* only with a mass */
     int32_t *edges;    /* of the key blocks */
     int64_t heads, kv; /* query and KV heads of a proxy */
-} state;
+} proxy_state;
 
 typedef struct {
     const dhsa_selector *s;
@@ -23,12 +20,12 @@ typedef struct {
     int64_t head;
     float *rows;         /* [lanes, dim]: to work in */
     float *score, *mass; /* [units]: of the key blocks */
-} job;
+} proxy_block;
 
 /* What one thread works in: the probe and its rows, in the place of which the heads' own estimate works later; then scores. */
-static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
+static int64_t proxy_lay_out(const dhsa_selector *s, char *arena, proxy_block *w)
 {
-    const state *st = s->state;
+    const proxy_state *st = s->state;
     int64_t used = st->probe.arena_size;
     w->rows = dhsa_part(arena, &used, DHSA_MAX_LANES * s->q->shape[3] * 4);
     used = DHSA_MAX(used, st->own.arena_size);
@@ -37,11 +34,11 @@ static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
     return used;
 }
 
-static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+static void proxy_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
-    const job *w = of;
+    const proxy_block *w = of;
     const dhsa_selector *s = w->s;
-    const state *st = s->state;
+    const proxy_state *st = s->state;
     const int64_t stride = s->config->stride, window = s->config->score.window, dim = s->q->shape[3];
     const int64_t offset = s->k->shape[2] - s->q->shape[2], apart = s->q->stride[1] * dhsa_dtype_size(s->q->dtype);
     const void *rows[DHSA_MAX_LANES];
@@ -56,11 +53,11 @@ static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int3
     st->probe.kernels->pack_panel(rows, DHSA_F32, n, (int)dim, dhsa_probe_sign(s) / (float)st->heads, panel);
 }
 
-static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
+static const float *proxy_keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
 {
-    const job *w = of;
+    const proxy_block *w = of;
     const dhsa_tensor *k = w->s->k;
-    const state *st = w->s->state;
+    const proxy_state *st = w->s->state;
     const int64_t kv_head = w->head / w->s->group, step = w->s->config->stride, dim = k->shape[3];
     if (st->kv == 1) return dhsa_probe_rows(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
     const ptrdiff_t apart = (ptrdiff_t)(k->stride[1] * dhsa_dtype_size(k->dtype));
@@ -71,48 +68,36 @@ static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t 
     return tile;
 }
 
-static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+static int64_t proxy_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                          int64_t room)
 {
-    const job *w = of;
-    const dhsa_probe *probe = &((const state *)w->s->state)->probe;
-    float *score = w->score + first / probe->unit;
-    (void)row, (void)n;
-    for (int r = 0; r < probe->kernels->lanes; r++)
-        if (weight[r] != 0) *score = DHSA_MAX(*score, p[r] * weight[r]);
-}
-
-static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
-{
-    const state *st = s->state;
+    const proxy_state *st = s->state;
     const dhsa_select_config *c = s->config;
     char *arena = dhsa_selector_arena(s, thread);
-    job w = {.s = s, .queries = dhsa_block_queries(s, block), .head = set * s->heads_per_set / st->heads * st->heads};
-    lay_out(s, arena, &w);
+    proxy_block w = {.s = s, .queries = dhsa_block_queries(s, block), .head = set * s->heads_per_set / st->heads * st->heads};
+    proxy_lay_out(s, arena, &w);
     float *score = w.score, *mass = c->mass > 0 ? w.mass : NULL;
     const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
     for (int64_t u = first; u < last; u++) score[u] = 0;
-    const dhsa_probe_run run = {.rows = dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride),
-                                .from = span.lo / c->stride,
-                                .to = dhsa_ceil_div(span.end, c->stride),
-                                .scale = (float)(c->score.scale * dhsa_probe_sign(s)),
-                                .softcap = (float)c->score.softcap,
-                                .of = &w,
-                                .pack = pack,
-                                .keys = keys,
-                                .take = take};
+    dhsa_probe_run run = dhsa_probe_start(s, dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride), span.lo / c->stride,
+                                          dhsa_ceil_div(span.end, c->stride));
+    run.of = &w;
+    run.pack = proxy_pack;
+    run.keys = proxy_keys;
+    run.score = score;
     dhsa_probe_do(&st->probe, &run, arena);
     if (mass) dhsa_coarse_score(&st->own, s, set, block, span, arena, mass);
-    dhsa_finite_blocks(&st->finite, s, set, span, score, mass);
+    dhsa_finite_blocks(s, set, span, score, mass);
     const dhsa_units units = {st->edges, first, last, score, mass};
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
-static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+static dhsa_status proxy_open(dhsa_selector *s, dhsa_error *error)
 {
     const dhsa_select_config *c = s->config;
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3];
-    job unused;
-    state *st = s->state = calloc(1, sizeof *st);
+    proxy_block unused;
+    proxy_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     int opened = st != NULL;
     s->units = dhsa_ceil_div(k_len, c->key_block);
     if (opened) {
@@ -121,30 +106,35 @@ static dhsa_status open(dhsa_selector *s, dhsa_error *error)
         dhsa_probe_plan(&st->probe, DHSA_PROBE_TOPS, dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
                         dhsa_ceil_div(k_len, c->stride), dim, c->key_block / c->stride);
         st->edges = dhsa_block_edges(k_len, c->key_block);
-        opened = st->edges && dhsa_finite_open(&st->finite, s) && (c->mass == 0 || dhsa_coarse_open(&st->own, s, RUN));
-        s->arena_size = lay_out(s, NULL, &unused);
+        opened = st->edges && (c->mass == 0 || dhsa_coarse_open(&st->own, s, RUN));
+        s->arena_size = proxy_lay_out(s, NULL, &unused);
     }
     return opened ? DHSA_OK : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys", (long long)s->units);
 }
 
-static void close(dhsa_selector *s)
+static void proxy_close(dhsa_selector *s)
 {
-    state *st = s->state;
+    proxy_state *st = s->state;
     if (!st) return;
     dhsa_coarse_close(&st->own);
-    dhsa_finite_close(&st->finite);
     dhsa_free(st->edges);
-    free(st);
+    dhsa_free(st);
 }
 
-static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+static dhsa_status proxy_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
+    proxy_state *st = s->state;
     (void)b, (void)error;
-    state *st = s->state;
-    dhsa_finite_begin(&st->finite, s);
-    if (s->config->mass > 0) dhsa_coarse_begin(&st->own, s);
+    if (s->config->mass > 0) dhsa_block_means_begin(&st->own.means, s);
     return DHSA_OK;
 }
 
-const dhsa_method dhsa_method_proxy = {
-    .name = "proxy", .has_mass = 1, .has_blocks = 1, .has_stride = 1, .open = open, .close = close, .begin = begin, .list = list};
+const dhsa_method dhsa_method_proxy = {.name = "proxy",
+                                       .has_mass = 1,
+                                       .has_blocks = 1,
+                                       .has_stride = 1,
+                                       .has_finite = 1,
+                                       .open = proxy_open,
+                                       .close = proxy_close,
+                                       .begin = proxy_begin,
+                                       .list = proxy_list};

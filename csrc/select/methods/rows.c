@@ -27,9 +27,9 @@ typedef struct {
     float *mass;     /* [capacity]; only with a mass */
     float *coarse;   /* [edges_size]; this and groups only with two stages */
     int32_t *groups; /* [groups]: any number of them may be on a shortlist, since empty chunks have no keys */
-} scratch;
+} rows_parts;
 
-static int64_t lay_out(const rows_state *state, int with_mass, char *arena, scratch *w)
+static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena, rows_parts *w)
 {
     int64_t used = DHSA_MAX(state->fine.arena_size, state->coarse.arena_size);
     w->score = dhsa_part(arena, &used, state->fine.capacity * 4);
@@ -40,9 +40,12 @@ static int64_t lay_out(const rows_state *state, int with_mass, char *arena, scra
 }
 
 /* A share of mass is one of all candidates: there is no shortlist then. */
-static int two_stages(const dhsa_select_config *c, int64_t keys) { return c->shortlist > 0 && c->mass == 0 && keys > c->shortlist; }
+static int rows_two_stages(const dhsa_select_config *c, int64_t keys)
+{
+    return c->shortlist > 0 && c->mass == 0 && keys > c->shortlist;
+}
 
-static void close_rows(dhsa_selector *s)
+static void rows_close(dhsa_selector *s)
 {
     rows_state *state = s->state;
     if (!state) return;
@@ -53,19 +56,18 @@ static void close_rows(dhsa_selector *s)
     dhsa_free(state);
 }
 
-static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
+static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
 {
     const dhsa_select_config *config = s->config;
-    const int two = two_stages(config, s->k->shape[2]);
-    rows_state *state = s->state = dhsa_alloc(1, sizeof *state);
+    const int two = rows_two_stages(config, s->k->shape[2]);
+    rows_state *state = s->state = dhsa_alloc_zeroed(1, sizeof *state);
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
-    *state = (rows_state){.edges_size = 0};
-    scratch unused;
+    rows_parts unused;
     dhsa_status status =
         dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->pasts, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->units = state->fine.capacity;
-    s->arena_size = lay_out(state, config->mass > 0, NULL, &unused);
+    s->arena_size = rows_lay_out(state, config->mass > 0, NULL, &unused);
     if (!two) return DHSA_OK;
     state->coarse_config = config->score;
     state->coarse_config.rows = dhsa_ceil_div(config->score.rows, COARSER);
@@ -77,11 +79,11 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups", state->groups);
     status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, 1, s->pasts, DHSA_LEVEL_COARSE,
                               error);
-    s->arena_size = lay_out(state, 0, NULL, &unused);
+    s->arena_size = rows_lay_out(state, 0, NULL, &unused);
     return status;
 }
 
-static dhsa_status begin_rows(dhsa_selector *s, int64_t b, dhsa_error *error)
+static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     rows_state *state = s->state;
     const int32_t *boundaries = s->boundaries + b * s->n_boundaries;
@@ -97,7 +99,7 @@ static dhsa_status begin_rows(dhsa_selector *s, int64_t b, dhsa_error *error)
 
 /* The groups on a block's shortlist, ascending, into groups; returns how many. What is selected anyway is on it: its mass belongs
  * to the softmax of the scores. */
-static int64_t make_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, float *score,
+static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, float *score,
                               int32_t *groups)
 {
     const rows_state *state = s->state;
@@ -116,23 +118,23 @@ static int64_t make_shortlist(const dhsa_selector *s, int64_t set, int64_t block
     return dhsa_take_units(s, thread, span, &units, s->config->shortlist, groups);
 }
 
-static int64_t list_rows(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
 {
     const rows_state *state = s->state;
     const dhsa_scorer *fine = &state->fine;
     char *arena = dhsa_selector_arena(s, thread);
-    scratch w;
-    lay_out(state, s->config->mass > 0, arena, &w);
+    rows_parts w;
+    rows_lay_out(state, s->config->mass > 0, arena, &w);
     dhsa_units units = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
     int32_t *groups = NULL;
     int64_t n_groups = 0;
-    if (two_stages(s->config, span.end - span.lo)) {
+    if (rows_two_stages(s->config, span.end - span.lo)) {
         groups = w.groups;
-        n_groups = make_shortlist(s, set, block, span, thread, w.coarse, groups);
+        n_groups = rows_shortlist(s, set, block, span, thread, w.coarse, groups);
     }
     dhsa_scorer_run(fine, set, block, groups, n_groups, arena, w.score, w.mass, &units.first, &units.last);
     return dhsa_take(s, thread, span, &units, row, room);
 }
 
 const dhsa_method dhsa_method_rows = {
-    .name = "rows", .has_mass = 1, .has_chunks = 1, .open = open_rows, .close = close_rows, .begin = begin_rows, .list = list_rows};
+    .name = "rows", .has_mass = 1, .has_chunks = 1, .open = rows_open, .close = rows_close, .begin = rows_begin, .list = rows_list};

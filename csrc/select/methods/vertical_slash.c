@@ -1,7 +1,6 @@
 /* vertical_slash.c: columns and diagonals of attention that the last queries of the prompt see, carried over to all blocks.
  * Source: MInference, arXiv 2407.02490. Found once for each batch row and set of heads: O(Lk). Half of what a block's forced keys
  * leave goes to diagonals, the rest to columns. The definition is vertical_slash_list in the reference. */
-#include <stdlib.h>
 #include <string.h>
 
 #include "core/arena.h"
@@ -16,26 +15,22 @@ enum {
 
 typedef struct {
     dhsa_probe probe;
-    dhsa_finite finite;
     int32_t *columns, *diagonals; /* [sets, Lk], best first; diagonal d: the pairs of a query and the key d before it */
-} state;
+} vertical_slash_state;
 
 /* ---- what the last queries see ---------------------------------------------------------------------------------- */
 
 /* What one thread works in, after the probe. Diagonals have room on both sides for rows that see no key there. */
 typedef struct {
-    const dhsa_selector *s;
-    int64_t head, queries;
+    dhsa_probe_queries rows;
     float *column, *diagonal;
     int32_t *order;
-} job;
+} vertical_slash_probe;
 
-static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
+static int64_t vertical_slash_lay_out(const dhsa_selector *s, char *arena, vertical_slash_probe *w)
 {
     const int64_t k_len = s->k->shape[2], wide = (k_len + 2 * DHSA_MAX_LANES) * 4;
-    int64_t used = ((const state *)s->state)->probe.arena_size;
-    w->s = s;
-    w->queries = DHSA_MIN(PROBE_QUERIES, s->q->shape[2]);
+    int64_t used = ((const vertical_slash_state *)s->state)->probe.arena_size;
     w->column = dhsa_part(arena, &used, wide);
     w->diagonal = dhsa_part(arena, &used, wide);
     if (arena) w->diagonal += DHSA_MAX_LANES;
@@ -43,34 +38,21 @@ static int64_t lay_out(const dhsa_selector *s, char *arena, job *w)
     return used;
 }
 
-static void pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+static void vertical_slash_take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
 {
-    const job *w = of;
-    const int64_t asked = w->s->q->shape[2] - w->queries;
-    dhsa_probe_pack(w->s, ((const state *)w->s->state)->probe.kernels, w->head, 1, asked, first, n, panel, lo, hi);
-}
-
-static const float *keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride)
-{
-    const job *w = of;
-    return dhsa_probe_rows(w->s->kernels, w->s->k, w->s->b, w->head / w->s->group, first, 1, n, tile, stride);
-}
-
-static void take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
-{
-    const job *w = of;
-    const dhsa_kernels *kernels = ((const state *)w->s->state)->probe.kernels;
+    const vertical_slash_probe *w = of;
+    const dhsa_kernels *kernels = w->rows.probe->kernels;
     const int lanes = kernels->lanes;
     kernels->add_sums(p, n, weight, w->column + first);
     /* Rows of a panel are neighbours: so are their diagonals through a key. */
     for (int j = 0; j < n; j++, p += lanes) {
-        float *diagonal = w->diagonal + (w->s->k->shape[2] - w->queries + row - first - j);
+        float *diagonal = w->diagonal + (w->rows.k->shape[2] - w->rows.q->shape[2] + w->rows.query + row - first - j);
         for (int r = 0; r < lanes; r++) diagonal[r] += weight[r] == 0 ? 0 : p[r] * weight[r];
     }
 }
 
 /* Sorts order [n], best score first and else as they are; the result is in to. Scores are not negative. */
-static void sort(const float *score, int64_t n, int32_t *order, int32_t *to)
+static void vertical_slash_sort(const float *score, int64_t n, int32_t *order, int32_t *to)
 {
     for (int shift = 0; shift < 32; shift += DIGIT) {
         int64_t start[1 << DIGIT] = {0}, at = 0;
@@ -96,48 +78,44 @@ static void sort(const float *score, int64_t n, int32_t *order, int32_t *to)
     }
 }
 
-static void probe_set(void *context, int64_t set, int thread)
+static void vertical_slash_task(void *context, int64_t set, int thread)
 {
     const dhsa_selector *s = context;
-    const state *st = s->state;
+    const vertical_slash_state *st = s->state;
     const int64_t k_len = s->k->shape[2], window = s->config->score.window;
     char *arena = dhsa_selector_arena(s, thread);
-    job w;
-    lay_out(s, arena, &w);
+    const int64_t queries = DHSA_MIN(PROBE_QUERIES, s->q->shape[2]);
+    vertical_slash_probe w = {.rows = dhsa_selector_queries(s, &st->probe, 1, s->q->shape[2] - queries)};
+    vertical_slash_lay_out(s, arena, &w);
     memset(w.column, 0, (size_t)k_len * sizeof *w.column);
     memset(w.diagonal - DHSA_MAX_LANES, 0, (size_t)(k_len + 2 * DHSA_MAX_LANES) * sizeof *w.diagonal);
+    dhsa_probe_run run = dhsa_probe_start(s, queries, window ? DHSA_MAX(k_len - queries - window + 1, 0) : 0, k_len);
+    run.of = &w;
+    run.pack = dhsa_probe_pack_queries;
+    run.keys = dhsa_probe_read_keys;
+    run.take = vertical_slash_take;
     for (int64_t h = 0; h < s->heads_per_set; h++) {
-        w.head = set * s->heads_per_set + h;
-        const dhsa_probe_run run = {.rows = w.queries,
-                                    .from = window ? DHSA_MAX(k_len - w.queries - window + 1, 0) : 0,
-                                    .to = k_len,
-                                    .scale = (float)(s->config->score.scale * dhsa_probe_sign(s)),
-                                    .softcap = (float)s->config->score.softcap,
-                                    .of = &w,
-                                    .pack = pack,
-                                    .keys = keys,
-                                    .take = take};
+        w.rows.head = set * s->heads_per_set + h;
         dhsa_probe_do(&st->probe, &run, arena);
     }
     /* Of equal sums the more recent key, and the diagonal of more recent keys. */
     for (int64_t j = 0; j < k_len; j++) w.order[j] = (int32_t)(k_len - 1 - j);
-    sort(w.column, k_len, w.order, st->columns + set * k_len);
+    vertical_slash_sort(w.column, k_len, w.order, st->columns + set * k_len);
     for (int64_t d = 0; d < k_len; d++) w.order[d] = (int32_t)d;
-    sort(w.diagonal, k_len, w.order, st->diagonals + set * k_len);
+    vertical_slash_sort(w.diagonal, k_len, w.order, st->diagonals + set * k_len);
 }
 
-static dhsa_status begin(dhsa_selector *s, int64_t b, dhsa_error *error)
+static dhsa_status vertical_slash_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     (void)b, (void)error;
-    dhsa_finite_begin(&((const state *)s->state)->finite, s);
-    dhsa_parallel(s->sets, s->num_threads, probe_set, s);
+    dhsa_parallel(s->sets, s->num_threads, vertical_slash_task, s);
     return DHSA_OK;
 }
 
 /* ---- lists -------------------------------------------------------------------------------------------------------- */
 
 /* Marks those of keys [from, to) that are not marked yet, the most recent ones first and `most` at most; returns how many. */
-static int64_t mark(uint64_t *marks, int64_t from, int64_t to, int64_t most)
+static int64_t vertical_slash_mark(uint64_t *marks, int64_t from, int64_t to, int64_t most)
 {
     int64_t done = 0;
     while (from < to && done < most) {
@@ -151,9 +129,10 @@ static int64_t mark(uint64_t *marks, int64_t from, int64_t to, int64_t most)
     return done;
 }
 
-static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                                   int64_t room)
 {
-    const state *st = s->state;
+    const vertical_slash_state *st = s->state;
     const int64_t k_len = s->k->shape[2], offset = k_len - s->q->shape[2];
     const dhsa_span queries = dhsa_block_queries(s, block);
     const int64_t from = span.lo + DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0), to = span.end - s->config->local;
@@ -161,45 +140,48 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     int64_t used = 0;
     uint64_t *marks = dhsa_part(dhsa_selector_arena(s, thread), &used, dhsa_ceil_div(k_len, 64) * (int64_t)sizeof *marks);
     memset(marks + from / 64, 0, (size_t)(dhsa_ceil_div(DHSA_MAX(to, from), 64) - from / 64) * sizeof *marks);
-    if (dhsa_finite_next(&st->finite, s, set, from, to) < to) /* there is no way but this where all is well */
+    if (dhsa_finite_next(s, set, from, to) < to) /* there is no way but this where all is well */
         for (int64_t j = to - 1; j >= from; j--)
-            if (dhsa_finite_next(&st->finite, s, set, j, j + 1) == j) left -= mark(marks, j, j + 1, left);
+            if (dhsa_finite_next(s, set, j, j + 1) == j) left -= vertical_slash_mark(marks, j, j + 1, left);
     int64_t half = left - left / 2;
     left -= half;
     for (const int32_t *d = st->diagonals + set * k_len; half > 0; d++)
-        half -= mark(marks, DHSA_MAX(offset + queries.lo - *d, from), DHSA_MIN(offset + queries.end - *d, to), half);
+        half -= vertical_slash_mark(marks, DHSA_MAX(offset + queries.lo - *d, from), DHSA_MIN(offset + queries.end - *d, to), half);
     for (const int32_t *j = st->columns + set * k_len; left > 0; j++)
-        if (*j >= from && *j < to) left -= mark(marks, *j, *j + 1, left);
+        if (*j >= from && *j < to) left -= vertical_slash_mark(marks, *j, *j + 1, left);
     int64_t n = dhsa_write_keys(row, span.lo, from);
     for (int64_t word = from / 64; word * 64 < to; word++)
         for (uint64_t bits = marks[word]; bits; bits &= bits - 1) row[n++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
     return n + dhsa_write_keys(row + n, to, span.end);
 }
 
-static dhsa_status open(dhsa_selector *s, dhsa_error *error)
+static dhsa_status vertical_slash_open(dhsa_selector *s, dhsa_error *error)
 {
     const int64_t k_len = s->k->shape[2];
-    job unused;
-    state *st = s->state = calloc(1, sizeof *st);
+    vertical_slash_probe unused;
+    vertical_slash_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     if (st) {
         dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, DHSA_MIN(PROBE_QUERIES, s->q->shape[2]), k_len, s->q->shape[3], 1);
-        s->arena_size = lay_out(s, NULL, &unused);
+        s->arena_size = vertical_slash_lay_out(s, NULL, &unused);
         st->columns = dhsa_alloc(s->sets * k_len, sizeof *st->columns);
         st->diagonals = dhsa_alloc(s->sets * k_len, sizeof *st->diagonals);
     }
-    if (st && st->columns && st->diagonals && dhsa_finite_open(&st->finite, s)) return DHSA_OK;
+    if (st && st->columns && st->diagonals) return DHSA_OK;
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "vertical_slash: no memory for the columns of %lld keys", (long long)k_len);
 }
 
-static void close(dhsa_selector *s)
+static void vertical_slash_close(dhsa_selector *s)
 {
-    state *st = s->state;
+    vertical_slash_state *st = s->state;
     if (!st) return;
-    dhsa_finite_close(&st->finite);
     dhsa_free(st->columns);
     dhsa_free(st->diagonals);
-    free(st);
+    dhsa_free(st);
 }
 
-const dhsa_method dhsa_method_vertical_slash = {
-    .name = "vertical_slash", .open = open, .close = close, .begin = begin, .list = list};
+const dhsa_method dhsa_method_vertical_slash = {.name = "vertical_slash",
+                                                .has_finite = 1,
+                                                .open = vertical_slash_open,
+                                                .close = vertical_slash_close,
+                                                .begin = vertical_slash_begin,
+                                                .list = vertical_slash_list};

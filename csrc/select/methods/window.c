@@ -2,7 +2,8 @@
  * Source: attention sinks, StreamingLLM (arXiv 2309.17453); the shape is also called A. */
 #include "select/selector.h"
 
-static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t window_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+                           int64_t room)
 {
     const int64_t sink = DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0);
     (void)set, (void)block, (void)thread;
@@ -11,4 +12,4 @@ static int64_t list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_spa
     return room;
 }
 
-const dhsa_method dhsa_method_window = {.name = "window", .list = list};
+const dhsa_method dhsa_method_window = {.name = "window", .list = window_list};

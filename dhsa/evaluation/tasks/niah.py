@@ -107,12 +107,12 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         title = length if isinstance(length, str) else f"{length:,} tokens"
         lines += [f"### Needles, {title}", "", *_found(some)]
         if isinstance(length, str):
-            for given, same in report.grouped([r for r in some if r["method"] != "dense"], "given"):
-                lines += report.duels(
-                    report.by_item(same, "loglik"),
-                    f"Paired differences at {report.budget_words(given)}: mean log-likelihood of the answer in nats, "
-                    "row minus column; bold beyond twice its standard error, positive where the row is better.",
-                )
+            lines += report.duels_by_budget(
+                some,
+                "loglik",
+                "mean log-likelihood of the answer in nats, row minus column; bold beyond twice its standard error, "
+                "positive where the row is better.",
+            )
     return lines
 
 

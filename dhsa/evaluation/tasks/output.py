@@ -31,14 +31,7 @@ DENSE = False
 
 
 def items(context: Context) -> list[Item]:
-    args = context.args
-    return [
-        Item(document.name, document.ids, {"length": length})
-        for length in args.lengths["output"]
-        for document in texts.documents(
-            context.engine, context.groups, length, count=args.documents, skip=args.skip, join=args.join
-        )
-    ]
+    return texts.document_items(context, "output")
 
 
 def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:

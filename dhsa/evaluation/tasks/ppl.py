@@ -20,14 +20,7 @@ DENSE = True
 
 
 def items(context: Context) -> list[Item]:
-    args = context.args
-    return [
-        Item(document.name, document.ids, {"length": length})
-        for length in args.lengths["ppl"]
-        for document in texts.documents(
-            context.engine, context.groups, length, count=args.documents, skip=args.skip, join=args.join
-        )
-    ]
+    return texts.document_items(context, "ppl")
 
 
 def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
@@ -43,13 +36,13 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
     for length, some in report.grouped(rows, "length"):
         lines += [f"### Perplexity of the second half, documents of {length:,} tokens", ""]
         lines += _ratios(some)
-        for given, same in report.grouped([r for r in some if r["method"] != "dense"], "given"):
-            lines += report.duels(
-                report.by_item(same, "nll"),
-                f"Paired differences at {report.budget_words(given)}: mean log ratio of perplexities in percent, row "
-                "over column; bold beyond twice its standard error, negative where the row's method is better.",
-                scale=100,
-            )
+        lines += report.duels_by_budget(
+            some,
+            "nll",
+            "mean log ratio of perplexities in percent, row over column; bold beyond twice its standard error, "
+            "negative where the row's method is better.",
+            scale=100,
+        )
     return lines
 
 
