@@ -11,7 +11,9 @@
 #   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
 #   make bench-generation   decoding steps, prompts in pieces, a model's memory at 32K
 #   make bench-report  what the two measured goes into docs/PERFORMANCE.md, tables and picture
-#   make lint     ruff and clang-format, checking only
+#   make docs     the documentation site, from docs/ and docstrings, into site/; warnings are errors
+#   make lint     ruff, clang-format, mypy and pyright, the files of the CI service: checking only
+#   make lab      the notebooks in JupyterLab, in the demo's environment                            (ARGS="--no-browser")
 #   make clean    removes environments, builds and caches
 
 PYTHON ?= python3
@@ -26,7 +28,7 @@ CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -nam
 
 DEBUG_HALVES := test-debug-lists test-debug-rest
 
-.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report lint clean
+.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report docs lint lab clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -86,10 +88,23 @@ test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entr
 $(DEBUG_HALVES): # 5: ARGS chose no test of this half
 	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' $(DEBUG_TESTS:%=tests/test_%.py) $(ARGS) || [ $$? = 5 ]
 
+# Pages and docstrings are read without importing the package, so the environment needs neither it nor torch.
+docs:
+	$(MAKE) VENV=.venv-docs .venv-docs/.docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/.lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	find csrc tests/c -name '*.[ch]' -o -name '*.inc' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(PY) -m mypy
+	$(PY) -m pyright --pythonpath $(PY)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+lab: $(VENV)/.lab
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(ARGS)
 
 # A stamp for each set of packages; the extension is built again whenever its sources changed. Python files are used from
 # the checkout (an editable install), so that editing them needs no make at all. The build uses the environment's own
@@ -116,11 +131,20 @@ $(VENV)/.test: $(VENV)/.torch $(CORE)
 	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[test]' $(PINS)
 	@touch $@
 
-$(VENV)/.lint: $(VENV)/.python
-	$(PIP) 'ruff>=0.6' 'clang-format>=18'
+$(VENV)/.docs: $(VENV)/.python
+	$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=1,<2' 'ruff>=0.6'
+	@touch $@
+
+$(VENV)/.lab: $(VENV)/.torch $(CORE)
+	@echo "building the extension, installing dhsa[lab]"
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation --editable '.[lab]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python pyproject.toml
+	$(PIP) --group lint
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info demo-output eval-output .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist site *.egg-info demo-output eval-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f dhsa/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

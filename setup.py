@@ -9,10 +9,11 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-# For `make test-debug`: sanitizers, assertions, and red zones between the parts of every arena (csrc/core/arena.h).
-# Zones are wide since what is laid out in strides may overrun its part by a stride.
+# DHSA_DEBUG_BUILD=1, for `make test-debug`: sanitizers, assertions, and red zones between the parts of every arena
+# (csrc/core/arena.h). Zones are wide since what is laid out in strides may overrun its part by a stride.
+# "gdb": symbols, and nothing optimized.
 DEBUG = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDHSA_RED_ZONE=65536", "-UNDEBUG"]
-debug = DEBUG if os.environ.get("DHSA_DEBUG_BUILD") == "1" else []
+debug = {"1": DEBUG, "gdb": ["-g3", "-O0"]}.get(os.environ.get("DHSA_DEBUG_BUILD", ""), [])
 
 core = Extension(
     "dhsa._core",

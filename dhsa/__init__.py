@@ -1,12 +1,14 @@
-"""dhsa: Dynamic Hierarchical Sparse Attention on any CPU. Names only; the work is in the modules named below.
+"""dhsa: Dynamic Hierarchical Sparse Attention on any CPU.
 
-Importing needs NumPy alone. The transformers integration (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`),
-the doctor (`check`; `dhsa.doctor`), `dhsa.training` and the oracle `dhsa.reference` are imported when first used; the
-first also as soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
+This module only collects the public names; see the modules named below for the code. Importing it needs NumPy alone.
+The integration with transformers (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`), `check` (module
+`dhsa.doctor`), `dhsa.training` and `dhsa.reference` are imported when they are first used. `dhsa.hf` is also imported
+as soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from dhsa import methods as methods
 from dhsa._register import register_when_imported
 from dhsa.config import Config
 from dhsa.functional import (
@@ -59,7 +61,7 @@ __all__ = [
     "unpatch",
 ]
 
-# Where each name that needs transformers is.
+# The module of each name that needs transformers.
 _HOME = {"check": "dhsa.doctor.run", **dict.fromkeys(("last_run", "patch", "patched", "unpatch"), "dhsa.hf")}
 
 
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOME:
         try:
-            importlib.import_module("dhsa.hf")  # its error says what to install
+            importlib.import_module("dhsa.hf")  # its ImportError says what to install
             value = getattr(importlib.import_module(_HOME[name]), name)
         except ImportError as error:
             return _refusal(name, error)
@@ -80,8 +82,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _refusal(name: str, error: ImportError) -> Any:
-    """A stand-in for a function that cannot be imported: asking for it must not fail, or a star import and
-    `help(dhsa)` would need torch, but calling it says what is missing."""
+    """Return a substitute for a function that cannot be imported.
+
+    Looking the name up must not fail, or a star import and `help(dhsa)` would need torch. Calling it raises an error
+    that says what is missing.
+    """
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise ImportError(str(error), name=error.name, path=error.path) from error

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import operator
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dhsa import _core
+from dhsa._typing import ArrayLike
 
-Array = Any  # a NumPy array, a torch tensor, or an array of any library with DLPack and the array API namespace
+if TYPE_CHECKING:
+    import torch
 
 
 def type_name(value: object) -> str:
@@ -25,13 +29,22 @@ def check_int(value: object, name: str, low: int, high: int | None = None) -> in
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {type_name(value)}") from None
     if number < low or (high is not None and number > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}"
         raise ValueError(f"{name}: expected {expected}, got {number}")
     return number
+
+
+def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
+    """The position of `value` in `choices`; TypeError or ValueError naming the argument otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {type_name(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices.index(value)
 
 
 def torch_obstacle(x: Any) -> str | None:
@@ -91,13 +104,34 @@ def _transform(functorch: Any, x: Any) -> str | None:
     return now or ("func" if functorch.is_functorch_wrapped_tensor(x) else None)
 
 
+class Kind(Protocol):
+    """A library whose arrays are read and made: NumpyKind, TorchKind or a DlpackKind."""
+
+    def accept(self, x: Any, name: str) -> Any:
+        """Argument `name` as an array of this library that the core can read; TypeError, ValueError or
+        NotImplementedError otherwise."""
+        ...
+
+    def empty_like(self, x: Any) -> Any:
+        """Memory for a result of the shape and dtype of `x`."""
+        ...
+
+    def empty_lse(self, x: Any) -> Any:
+        """Memory for the float32 log-sum-exp of queries `x`."""
+        ...
+
+    def result(self, x: Any) -> Any:
+        """NumPy array `x`, or what `empty_like` and `empty_lse` made, as an array of this library."""
+        ...
+
+
 class NumpyKind:
     """NumPy arrays in, NumPy arrays out."""
 
     name = "a NumPy array"
 
     @staticmethod
-    def accept(x: Array, name: str) -> Array:
+    def accept(x: object, name: str) -> np.ndarray:
         if type(x) is np.ndarray:
             return x
         if not isinstance(x, np.ndarray):
@@ -107,15 +141,15 @@ class NumpyKind:
         return x
 
     @staticmethod
-    def empty_like(x: Array) -> Array:
+    def empty_like(x: np.ndarray) -> np.ndarray:
         return np.empty(x.shape, x.dtype)
 
     @staticmethod
-    def empty_lse(x: Array) -> Array:
+    def empty_lse(x: np.ndarray) -> np.ndarray:
         return np.empty(x.shape[:-1], np.float32)
 
     @staticmethod
-    def result(x: Array) -> Array:
+    def result(x: np.ndarray) -> np.ndarray:
         return x
 
 
@@ -125,7 +159,7 @@ class TorchKind:
     name = "a torch tensor"
 
     @staticmethod
-    def accept(x: Array, name: str) -> Array:
+    def accept(x: Any, name: str) -> torch.Tensor:
         torch = sys.modules["torch"]
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a torch tensor like the other arguments, got {type_name(x)}")
@@ -149,17 +183,17 @@ class TorchKind:
         return x
 
     @staticmethod
-    def empty_like(x: Array) -> Array:
+    def empty_like(x: torch.Tensor) -> torch.Tensor:
         torch = sys.modules["torch"]
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @staticmethod
-    def empty_lse(x: Array) -> Array:
+    def empty_lse(x: torch.Tensor) -> torch.Tensor:
         torch = sys.modules["torch"]
         return torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
 
     @staticmethod
-    def result(x: Array) -> Array:
+    def result(x: np.ndarray) -> torch.Tensor:
         return sys.modules["torch"].from_numpy(x)
 
 
@@ -170,7 +204,7 @@ class DlpackKind:
         self.namespace = namespace
         self.name = f"an array of {getattr(namespace, '__name__', namespace)}"
 
-    def accept(self, x: Array, name: str) -> Array:
+    def accept(self, x: Any, name: str) -> Any:
         if not hasattr(x, "__dlpack__") or not hasattr(x, "__array_namespace__"):
             raise TypeError(f"{name}: expected {self.name} like the other arguments, got {type_name(x)}")
         if x.__array_namespace__() is not self.namespace:
@@ -178,19 +212,19 @@ class DlpackKind:
         return x
 
     @staticmethod
-    def empty_like(x: Array) -> Array:
+    def empty_like(x: Any) -> _core.Buffer:
         return _core.Buffer(tuple(x.shape), str(x.dtype).rpartition(".")[2])
 
     @staticmethod
-    def empty_lse(x: Array) -> Array:
+    def empty_lse(x: Any) -> _core.Buffer:
         return _core.Buffer(tuple(x.shape[:-1]), "float32")
 
-    def result(self, x: Array) -> Array:
+    def result(self, x: np.ndarray | _core.Buffer) -> Any:
         # Both numpy arrays and Buffers speak DLPack; a user's own `out` never comes here.
         return self.namespace.from_dlpack(x)
 
 
-def kind_of(x: Array, name: str) -> Any:
+def kind_of(x: Any, name: str) -> Kind:
     """The kind that results take, from the first array argument."""
     if isinstance(x, np.ndarray):
         return NumpyKind
@@ -207,7 +241,7 @@ def kind_of(x: Array, name: str) -> Any:
     raise TypeError(f"{name}: expected a NumPy array, a torch tensor or a DLPack array, got {type_name(x)}")
 
 
-def allocate(make: Any, like: Array) -> Array:
+def allocate(make: Callable[[Any], Any], like: Any) -> Any:
     """make(like), with a failed allocation told as what it is."""
     if len(like.shape) != 4:  # before a library's own word about it
         raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
@@ -229,16 +263,17 @@ def empty(shape: tuple[int, ...], dtype: Any, name: str) -> np.ndarray:
         raise MemoryError(f"{name}: cannot allocate an array of shape {list(shape)}: {error}") from None
 
 
-def to_numpy(x: Array, name: str) -> np.ndarray:
+def to_numpy(x: ArrayLike, name: str) -> np.ndarray:
     """Any array or nested sequence as a NumPy array, without a copy where possible."""
     if isinstance(x, np.ndarray):
         return NumpyKind.accept(x, name)
     torch = sys.modules.get("torch")
     try:
         if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
-            return TorchKind.accept(x, name).numpy()
+            tensor: np.ndarray = TorchKind.accept(x, name).numpy()
+            return tensor
         if hasattr(type(x), "__dlpack__"):
-            return np.from_dlpack(x)
+            return np.from_dlpack(x)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     except (ValueError, NotImplementedError):
         raise
     except (TypeError, RuntimeError, BufferError) as error:
@@ -249,7 +284,7 @@ def to_numpy(x: Array, name: str) -> np.ndarray:
         raise type(error)(f"{name}: cannot be read as an array: {error}") from None
 
 
-def int_array(x: Array, name: str, dtype: Any, *, copy: bool = False) -> np.ndarray:
+def int_array(x: ArrayLike, name: str, dtype: npt.DTypeLike, *, copy: bool = False) -> np.ndarray:
     """Any integer array as a contiguous NumPy array of `dtype`; values that do not fit are refused, not wrapped."""
     array = to_numpy(x, name)
     if array.dtype.kind not in "iu":

@@ -96,6 +96,7 @@ class _Unpickler(pickle.Unpickler):
         self.items = len(program)  # that dicts may be made of: without copies, no more than this
         self.archive, self.root, self.byte_order = archive, root, byte_order
         self.storages: dict[str, np.ndarray] = {}
+        assert archive.fp is not None  # it is open
         self.room = os.fstat(archive.fp.fileno()).st_size  # members are stored as they are, side by side
 
     def find_class(self, module: str, name: str) -> Any:
@@ -221,6 +222,7 @@ def check_pickle(program: bytes) -> None:
     stored: set[int] = set()
     suspect: set[int] = set()  # what may be a tuple
     again, before = 0, ""
+    argument: Any  # of a type that the opcode says
     for opcode, argument, _ in pickletools.genops(program):
         name = opcode.name
         if name in UNUSED_OPCODES:

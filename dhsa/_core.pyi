@@ -2,7 +2,11 @@
 # caller. What their ranges are is said where they are checked, in csrc/.
 from typing import Any, Literal
 
-Array = Any
+import numpy.typing as npt
+
+from dhsa._typing import SupportsDLPack
+
+Array = npt.NDArray[Any] | SupportsDLPack
 
 class Config:
     """A configuration that has been parsed and checked; immutable. `num_chunks` None: the number that measured best for
@@ -27,7 +31,7 @@ class Config:
         nms: int = 0,
         predictor: tuple[Any, ...] | None = None,
         rows: int = 1,
-        by_length: bool = False,
+        rounded: bool = False,
         shortlist: int = 0,
         pooling: str = "mean",
         key_block: int = 128,
@@ -68,7 +72,7 @@ class Config:
     @property
     def rows(self) -> int: ...
     @property
-    def by_length(self) -> bool: ...
+    def rounded(self) -> bool: ...
     @property
     def shortlist(self) -> int: ...
     @property

@@ -1,6 +1,6 @@
-"""Config: every choice of the method in one frozen, validated object, and the paper's preset.
+"""Config: what every method of selection has in common, and the method with its own options, in one frozen object.
 
-Not here: what the choices do (functional.py and the C core; docs in reference.py).
+What the choices do is in csrc/ and, readable, in dhsa.reference; the options of a method are in dhsa/methods/.
 """
 
 from __future__ import annotations
@@ -9,38 +9,48 @@ import dataclasses
 import difflib
 import functools
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from dhsa import _core
-from dhsa._arrays import check_int, type_name
+from dhsa import _core, methods
+from dhsa._arrays import check_choice, check_int, type_name
+from dhsa.methods.base import MAX_OPTION, Method
+from dhsa.methods.dhsa import POOLINGS
+from dhsa.methods.rows import MIN_SHORTLIST
 from dhsa.predictor import BoundaryPredictor
+
+__all__ = [
+    "BOUNDARIES",
+    "DECODES",
+    "FIELDS",
+    "HEADS",
+    "MAX_QUERY_BLOCK",
+    "OPTIONS",
+    "POOLINGS",
+    "SCORES",
+    "SHARED",
+    "Config",
+]
 
 # Positions are the C enums of dhsa.h.
 BOUNDARIES = ("similarity", "fixed", "predictor")
-METHODS = (
-    "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle",
-)  # fmt: skip
 SCORES = ("rows", "block")
-POOLINGS = ("mean", "mean_sqrt")
 HEADS = ("group", "all", "head")
 DECODES = ("exact", "dhsa")
 SHARED = ("boundaries", "selections")
 
-SCORE_OF = {"rows": "rows", "dhsa": "block"}  # the methods of chunks
-METHOD_OF = {score: method for method, score in SCORE_OF.items()}
-NO_MASS = ("dhsa", "window", "vertical_slash", "power")  # scores that are no shares of attention mass
-PER_HEAD = ("vertical_slash", "xattention", "proxy")  # as their sources have it
-STRIDES = {"xattention": 8, "proxy": 4}
-MAX_STRIDE = 1024  # a row of xattention holds so many queries
-
-MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
 MAX_QUERY_BLOCK = 65536
 
+# {option: the methods that have it}
+OPTIONS: dict[str, tuple[str, ...]] = {}
+for _method in methods.registry.values():
+    for _name in _method.options():
+        OPTIONS[_name] = (*OPTIONS.get(_name, ()), _method.name)
 
-# What the sources of methods ask for, where it is not the default: see Config.source.
-SOURCES: dict[str, dict[str, Any]] = {
-    "xattention": {"budget": None, "mass": 0.9, "key_block": 128, "stride": 8},
-    "proxy": {"budget": None, "mass": 0.95, "heads": "head", "stride": 4},
+# Fields that were there before, and what to write in their place.
+_GONE = {
+    "score": "write method='rows' for score='rows', and method='dhsa' for score='block'",
+    "by_length": "method='rows' always counts a chunk as often as it has keys; leave it out",
 }
 
 
@@ -56,13 +66,34 @@ def _number(value: Any, name: str, expected: str = "a number") -> float:
         raise ValueError(f"{name}: expected {expected}, got an int beyond every float") from None
 
 
-def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
-    """The position of `value` in `choices`; TypeError or ValueError naming the field otherwise."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {type_name(value)}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return choices.index(value)
+def _method_of(method: object, options: Mapping[str, Any]) -> Method:
+    """The method with its options; TypeError or ValueError naming what is wrong."""
+    if isinstance(method, Method):
+        if options:
+            raise TypeError(
+                f"{min(options)}: give options to dhsa.methods.{type(method).__name__} or beside the name of a method, "
+                "not both"
+            )
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method: expected a name or an instance, got a class; write {method.__name__}()")
+    kind = tuple(methods.registry.values())[check_choice(method, "method", tuple(methods.registry))]
+    _refuse_others(kind, options)
+    return kind(**options)
+
+
+def _refuse_others(kind: type[Method], options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name not in kind.options():
+            raise TypeError(f"{name}: {_only_of(name)}; method={kind.name!r} has {_listed(kind.options())}")
+
+
+def _only_of(name: str) -> str:
+    return f"is an option of method={' and '.join(map(repr, OPTIONS[name]))}"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "no options of its own"
 
 
 class _Derived:
@@ -72,19 +103,17 @@ class _Derived:
     _core: _core.Config  # what the C core takes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Config(_Derived):
     """How the keys that each block of queries attends to are found. Frozen; make variants with `replace`.
 
     The default is what measured best without training: row scores over chunks cut by key similarity.
 
     Args:
-        method: how keys are found. "rows" (chunks; softmax over chunk means for small groups of queries and each head,
-            squared and summed: this project's), "dhsa" (chunks; the paper's mean query of the block times mean key of
-            the chunk), "window" (the first and the most recent keys: StreamingLLM), "block" (softmax of the block's
-            mean query over the mean keys of fixed blocks), "vertical_slash" (MInference), "xattention", "proxy"
-            (ProxyAttn), "hisa", "power" (PowerAttention), "oracle" (the exact scores, slow, for study).
-            `Config.source` gives the settings of their sources.
+        method: how keys are found: the name of a method in `dhsa.methods.registry`, or an instance of its class, which
+            holds its own options, for example `dhsa.methods.XAttention(stride=8)`. Afterwards the name; `options` is
+            the instance. Beside a name, the options may be given as further keyword arguments and are read as
+            attributes, `config.stride`. `Config.source` gives the settings of the methods' sources.
         budget: keys a block of queries may see, forced ones (`sink`, `local`) counted, 1 to 2**31 - 1. None: all of
             them, so exact attention unless there is a `mass`.
         mass: in place of a number of keys, the share of each block's estimated attention mass that its keys are to
@@ -104,25 +133,12 @@ class Config(_Derived):
             training), "fixed" (every `chunk_size` keys), "predictor" (a trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
         num_chunks: the most gaps to cut at (so one chunk more). None: L // 4 under "rows" (8192 from 32K keys on,
-            L // 8 from 64K), L // 8 for plain row scores and under "dhsa"; with the paper's network its own
+            L // 8 from 64K), else L // 8; with the paper's network its own
             (L // query_block) * 8, for which "paper" asks otherwise. L is the number of keys.
         boundary_window: tokens on each side of a gap that the similarity looks at.
         theta: a gap's score must exceed it. None: -inf, with the paper's network 1.1.
-        nms: a gap must lie more than this many keys from every better one. None: 2 under "rows", 4 for plain row scores
-            and under "dhsa"; with the paper's network 8.
-        score: another name of two methods, kept: "rows" for "rows", "block" for "dhsa". Afterwards the name of the
-            chunks' score, None for methods without chunks.
-        rows: mean queries that a full block is reduced to for "rows" and "hisa", 1 to query_block. None:
-            query_block // 2, for plain row scores and "hisa" query_block // 4.
-        by_length: for "rows": a chunk counts in the softmax as often as it has keys, and its score is that of one key;
-            means are rounded to bf16. False: plain row scores in float32, with defaults of their own. None: True,
-            unless the method was named by `score="rows"`, as before there was a choice.
-        shortlist: for "rows": where a block has more candidates, a coarse look at groups of 16 chunks leaves about this
-            many keys, of which the chunks are then scored: the cost of a block no longer grows with the prompt. At
-            least the budget; 0: never. None: 4 budgets, at least 8192; never under `mass`.
-        pooling: for "dhsa": "mean", or "mean_sqrt" (the paper's: the mean times the square root of the length).
-        key_block: keys of a block for "block", "xattention", "proxy" and "hisa".
-        stride: of the samples of "xattention" and "proxy", a divisor of key_block. None: 8 and 4.
+        nms: a gap must lie more than this many keys from every better one. None: 2 under "rows", else 4; with the
+            paper's network 8.
         predictor: a BoundaryPredictor, for boundaries="predictor". None: `BoundaryPredictor.default()`, the weights for
             Gemma 3 270M that come with the package. In a patched model each layer takes its own network where there is
             one; elsewhere the one for all layers is meant.
@@ -152,9 +168,8 @@ class Config(_Derived):
     Source: arXiv 2510.24606; `skip`: BLASST, arXiv 2512.12087; "similarity" and "rows" are this project's.
     """
 
-    method: Literal[
-        "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle"
-    ] = "rows"
+    method: str = "rows"
+    options: Method = dataclasses.field(default=methods.Rows(), init=False)
     budget: int | None = 2048
     mass: float | None = None
     floor: int | None = None
@@ -169,60 +184,60 @@ class Config(_Derived):
     boundary_window: int = 4
     theta: float | None = None
     nms: int | None = None
-    score: Literal["rows", "block"] | None = None
-    rows: int | None = None
-    by_length: bool | None = None
-    shortlist: int | None = None
-    pooling: Literal["mean", "mean_sqrt"] = "mean"
-    key_block: int = 128
-    stride: int | None = None
     predictor: BoundaryPredictor | None = None
     skip: float | None = None
     decode: Literal["exact", "dhsa"] = "exact"
     share: Literal["boundaries", "selections"] | None = None
     break_even: int | None = None
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            method: Literal[
+                "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle"
+            ]
+            | Method = "rows",
+            budget: int | None = 2048,
+            mass: float | None = None,
+            floor: int | None = None,
+            query_block: int = 64,
+            sink: int | None = None,
+            local: int | None = None,
+            dense_tail: int = 64,
+            heads: Literal["group", "all", "head"] | None = None,
+            boundaries: Literal["similarity", "fixed", "predictor"] = "similarity",
+            chunk_size: int = 8,
+            num_chunks: int | Literal["paper"] | None = None,
+            boundary_window: int = 4,
+            theta: float | None = None,
+            nms: int | None = None,
+            predictor: BoundaryPredictor | None = None,
+            skip: float | None = None,
+            decode: Literal["exact", "dhsa"] = "exact",
+            share: Literal["boundaries", "selections"] | None = None,
+            break_even: int | None = None,
+            rows: int | None = None,
+            shortlist: int | None = None,
+            pooling: Literal["mean", "mean_sqrt"] = "mean",
+            key_block: int = 128,
+            stride: int | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         def keep(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        keep("method", METHODS[check_choice(self.method, "method", METHODS)])
-        if self.score is not None:
-            check_choice(self.score, "score", SCORES)
-            if "method" in self._asked and METHOD_OF[self.score] != self.method:
-                raise ValueError(
-                    f"score: {self.score!r} is another name for method={METHOD_OF[self.score]!r}, "
-                    f"but method is {self.method!r}"
-                )
-            keep("method", METHOD_OF[self.score])
-        if self.by_length is None:
-            keep("by_length", self.method == "rows" and self.score is None)
-        elif not isinstance(self.by_length, bool):
-            raise TypeError(f"by_length: expected a bool or None, got {type_name(self.by_length)}")
-        elif self.by_length and self.method != "rows":
-            raise ValueError(f'by_length: is a choice of method="rows", got method={self.method!r}')
-        keep("score", SCORE_OF.get(self.method))
+        options = self.__dict__.pop("_given")
+        keep("options", options)
         if self.heads is None:
-            keep("heads", "head" if self.method in PER_HEAD else "group")
+            keep("heads", options.heads)
         if self.budget is not None:
-            keep("budget", check_int(self.budget, "budget", 1, 2**31 - 1))
+            keep("budget", check_int(self.budget, "budget", 1, MAX_OPTION))
         keep("query_block", check_int(self.query_block, "query_block", 1, MAX_QUERY_BLOCK))
-        for name, low in (
-            ("sink", 0), ("local", 0), ("dense_tail", 0), ("chunk_size", 1), ("boundary_window", 1), ("key_block", 1)
-        ):  # fmt: skip
-            keep(name, check_int(getattr(self, name), name, low, 2**31 - 1))
-        if self.stride is not None:
-            keep("stride", check_int(self.stride, "stride", 1, 2**31 - 1))
-        else:
-            keep("stride", STRIDES.get(self.method))
-        if (
-            self.stride is not None
-            and self.method in STRIDES
-            and (self.stride > MAX_STRIDE or self.key_block % self.stride)
-        ):
-            raise ValueError(
-                f"stride: got {self.stride}, expected a divisor of key_block = {self.key_block}, at most {MAX_STRIDE}"
-            )
+        for name, low in (("sink", 0), ("local", 0), ("dense_tail", 0), ("chunk_size", 1), ("boundary_window", 1)):
+            keep(name, check_int(getattr(self, name), name, low, MAX_OPTION))
         forced = self.sink + self.local
         if self.budget is not None and forced > self.budget:
             raise ValueError(
@@ -233,91 +248,80 @@ class Config(_Derived):
             keep("mass", _number(self.mass, "mass"))
             if not 0 < self.mass <= 1:
                 raise ValueError(f"mass: expected a share above 0, at most 1, got {self.mass}")
-            if self.method in NO_MASS:
+            if not options.has_mass:
                 raise ValueError(
                     f"mass: the scores of method={self.method!r} are no shares of attention mass; give a budget"
                 )
         if self.floor is not None:
             if self.mass is None:
                 raise ValueError("floor: is the least number of keys where `mass` decides, but mass is None")
-            keep("floor", check_int(self.floor, "floor", forced, self.budget or 2**31 - 1))
+            keep("floor", check_int(self.floor, "floor", forced, self.budget or MAX_OPTION))
         if self.num_chunks != "paper" and self.num_chunks is not None:
             if isinstance(self.num_chunks, str):
                 raise ValueError(f"num_chunks: expected an int, 'paper' or None, got {self.num_chunks!r}")
-            keep("num_chunks", check_int(self.num_chunks, "num_chunks", 1, 2**31 - 1))
+            keep("num_chunks", check_int(self.num_chunks, "num_chunks", 1, MAX_OPTION))
         if self.skip is not None:
             keep("skip", _number(self.skip, "skip", "a number above 0 and below 1"))
             if not 0 < self.skip < 1:
                 raise ValueError(f"skip: expected a number above 0 and below 1, got {self.skip}")
         check_choice(self.decode, "decode", DECODES)
-        if self.decode == "dhsa" and self.method not in SCORE_OF:
+        if self.decode == "dhsa" and not options.has_chunks:
             raise ValueError(
                 f'decode: "dhsa" chooses among chunks, which method={self.method!r} has not; '
                 'take "exact", or method "rows" or "dhsa"'
             )
         if self.share is not None:
             check_choice(self.share, "share", SHARED)
-            if self.share == "boundaries" and self.score is None:
+            if self.share == "boundaries" and not options.has_chunks:
                 raise ValueError(f"share: method={self.method!r} cuts no chunks, so there are no boundaries to share")
         if self.break_even is not None:
-            keep("break_even", check_int(self.break_even, "break_even", 0, 2**31 - 1))
+            keep("break_even", check_int(self.break_even, "break_even", 0, MAX_OPTION))
         if self.theta is not None:
             keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):
                 raise ValueError(f"theta: expected a finite number or -inf, got {self.theta}")
         if self.nms is not None:
-            keep("nms", check_int(self.nms, "nms", 0, 2**31 - 1))
-        if self.rows is not None:
-            keep("rows", check_int(self.rows, "rows", 1, self.query_block))
+            keep("nms", check_int(self.nms, "nms", 0, MAX_OPTION))
         check_choice(self.boundaries, "boundaries", BOUNDARIES)
-        check_choice(self.pooling, "pooling", POOLINGS)
         check_choice(self.heads, "heads", HEADS)
         if self.predictor is not None and not isinstance(self.predictor, BoundaryPredictor):
             raise TypeError(f"predictor: expected a dhsa.BoundaryPredictor, got {type_name(self.predictor)}")
         if self.boundaries == "predictor" and self.predictor is None:
             keep("predictor", BoundaryPredictor.default())
-        # The paper's network is picked from as the paper says, ours as similarity is.
-        paper = self.boundaries == "predictor" and self.predictor.architecture == "attention"
-        rows = self.rows if self.rows is not None else max(1, self.query_block // (2 if self.by_length else 4))
-        if self.shortlist is not None:
-            keep("shortlist", check_int(self.shortlist, "shortlist", 0, 2**31 - 1))
-            if 0 < self.shortlist < (self.budget or 0):
-                raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {self.budget}")
-        shortlist = 0  # all keys: nothing to choose from
-        if self.budget is not None:
-            shortlist = max(MIN_SHORTLIST, 4 * self.budget) if self.shortlist is None else self.shortlist
-        keep(
-            "_core",
-            _core.Config(
-                method=self.method,
-                budget=self.budget,
-                mass=self.mass,
-                floor=self.floor,
-                query_block=self.query_block,
-                sink=self.sink,
-                local=self.local,
-                dense_tail=self.dense_tail,
-                heads=self.heads,
-                boundaries=self.boundaries,
-                chunk_size=self.chunk_size,
-                num_chunks="paper" if paper and self.num_chunks is None else self.num_chunks,
-                boundary_window=self.boundary_window,
-                theta=self.theta if self.theta is not None else (1.1 if paper else -math.inf),
-                nms=self.nms if self.nms is not None else 8 if paper else 2 if self.by_length else 4,
-                predictor=self._weights(),
-                rows=rows,
-                by_length=self.by_length,
-                shortlist=shortlist,
-                pooling=self.pooling,
-                key_block=self.key_block,
-                stride=self.stride,
-            ),
-        )
+        self._prepare()
 
-    def _weights(self) -> tuple[Any, ...] | None:
-        """Of the network that cuts keys; None also where there are networks of single layers only."""
+    def _prepare(self) -> None:
+        """Parse and check the fields once, for the C core."""
+        own: dict[str, Any] = {"rows": max(1, self.query_block // 4), "shortlist": None}
+        own |= self.options.core(query_block=self.query_block, budget=self.budget)
+        if self.budget is None:
+            own["shortlist"] = 0  # all keys: nothing to choose from
+        elif own["shortlist"] is None:
+            own["shortlist"] = max(MIN_SHORTLIST, 4 * self.budget)
+        # The paper's network is picked from as the paper says, ours as similarity is.
         network = self.predictor if self.boundaries == "predictor" else None
-        return network._args() if network is not None and network.shared else None
+        paper = network is not None and network.architecture == "attention"
+        core = _core.Config(
+            method=self.method,
+            budget=self.budget,
+            mass=self.mass,
+            floor=self.floor,
+            query_block=self.query_block,
+            sink=self.sink,
+            local=self.local,
+            dense_tail=self.dense_tail,
+            heads=self.heads or self.options.heads,
+            boundaries=self.boundaries,
+            chunk_size=self.chunk_size,
+            num_chunks="paper" if paper and self.num_chunks is None else self.num_chunks,
+            boundary_window=self.boundary_window,
+            theta=self.theta if self.theta is not None else (1.1 if paper else -math.inf),
+            nms=self.nms if self.nms is not None else 8 if paper else 2 if self.method == "rows" else 4,
+            # None also where there are networks of single layers only: functional.py refuses these where keys are cut.
+            predictor=network._args() if network is not None and network.shared else None,
+            **own,
+        )
+        object.__setattr__(self, "_core", core)
 
     @property
     def exact(self) -> bool:
@@ -334,36 +338,112 @@ class Config(_Derived):
         """Whether causal attention of the last `q_len` of `k_len` positions leaves a visible key out for some query.
 
         Args:
-            q_len, k_len: queries and keys, 0 to 2**30 - 1. window: the layer's sliding window in keys, None: none.
+            q_len: queries, 0 to 2**30 - 1.
+            k_len: keys, 0 to 2**30 - 1.
+            window: the layer's sliding window in keys. None: none.
 
         Raises:
-            TypeError, ValueError: naming the argument.
+            TypeError: an argument of the wrong type; the message names it.
+            ValueError: an argument out of range; the message names it.
         """
         return self._core.leaves_out(q_len, k_len, window)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, ({name: getattr(self, name) for name in self._asked},)
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is no attribute: options of the method, and what is not there.
+        options = self.__dict__.get("options")
+        if options is not None and name in type(options).options():
+            return getattr(options, name)
+        if name in OPTIONS:
+            raise AttributeError(
+                f"{name}: {_only_of(name)}; this Config has method={self.method!r}", name=name, obj=self
+            )
+        if name in _GONE:
+            raise AttributeError(f"{name}: is gone; {_GONE[name]}", name=name, obj=self)
+        raise AttributeError(f"'Config' object has no attribute {name!r}", name=name, obj=self)
+
+    def __repr__(self) -> str:
+        words = [f"{name}={value!r}" for name, value in self._differing().items()]
+        return f"Config({', '.join(words)})"
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, ({**self._asked_values(), "method": self.options},)
+
+    def _asked_values(self) -> dict[str, Any]:
+        """The fields that were given, not defaulted, but for the method's."""
+        return {name: getattr(self, name) for name in FIELDS if name in self._asked}
+
+    def _differing(self) -> dict[str, Any]:
+        """What differs from the default: method, its options, other fields."""
+        found: dict[str, Any] = {} if self.method == "rows" else {"method": self.method}
+        found |= self.options.asked()
+        asked = self._asked_values()
+        for name, value in asked.items():
+            others = {other: asked[other] for other in asked if other != name}
+            _fit_defaults(others)  # a default may depend on what else was asked for
+            if value != others.get(name, getattr(Config, name)):
+                found[name] = value
+        return found
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with some fields changed, validated again. Unknown names raise TypeError.
+        """A copy with some fields or options of the method changed, validated again. Unknown names raise TypeError.
 
-        `method` and `score` name one thing, so that a change of one lets go of the other.
+        Another `method` begins with its own default options; fields that are not a method's stay.
         """
-        kept = {name: getattr(self, name) for name in self._asked}
-        for name, other in (("method", "score"), ("score", "method")):
-            if name in changes and other not in changes:
-                kept.pop(other, None)
-        return Config(**kept | changes)
+        _check_names(changes)
+        kept: dict[str, Any] = self._asked_values()
+        own = {name: changes.pop(name) for name in list(changes) if name in OPTIONS}
+        method: Any = changes.pop("method", self.method)
+        if method == self.method:
+            _refuse_others(type(self.options), own)
+            method, own = dataclasses.replace(self.options, **own), {}
+        return Config(**{**kept, **changes, **own, "method": method})
+
+    def to_dict(self, *, predictor: str | None = None) -> dict[str, Any]:
+        """What differs from the default as a plain dict of str, int, float, bool and None, for JSON and command lines;
+        `Config.from_dict` makes the same Config of it.
+
+        Args:
+            predictor: the path of the file that `self.predictor` was saved to, where it is not the one that comes with
+                the package.
+
+        Raises:
+            ValueError: there is a predictor of which no path was given.
+        """
+        found = self._differing()
+        if (network := found.pop("predictor", None)) is not None and network is not BoundaryPredictor.default():
+            if predictor is None:
+                raise ValueError("predictor: a network is no word; save it and give its path as `predictor`")
+            found["predictor"] = str(predictor)
+        if found.get("theta") == -math.inf:
+            found["theta"] = "-inf"  # JSON has none
+        return found
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """The Config of `to_dict`; a predictor is loaded from its path.
+
+        Raises:
+            TypeError, ValueError: as Config does. OSError: a predictor's file cannot be read.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: expected a dict, got {type_name(values)}")
+        values = dict(values)
+        if values.get("theta") == "-inf":
+            values["theta"] = -math.inf
+        if isinstance(values.get("predictor"), str):
+            values["predictor"] = BoundaryPredictor.load(values["predictor"])
+        return cls(**values)
 
     @classmethod
     def source(cls, method: str, **overrides: Any) -> Config:
-        """The setting that a method's source names, as far as it is known; `overrides` are fields of Config.
+        """The setting that a method's source names, as far as it is known; `overrides` are fields of Config and options
+        of the method.
 
         Raises:
             TypeError, ValueError: an unknown method, or as Config does.
         """
-        check_choice(method, "method", METHODS)
-        return cls(**{"method": method, **SOURCES.get(method, {}), **overrides})
+        check_choice(method, "method", tuple(methods.registry))
+        return cls(**{"method": method, **methods.registry[method].paper_fields, **overrides})
 
     @classmethod
     def paper(cls, **overrides: Any) -> Config:
@@ -392,18 +472,21 @@ class Config(_Derived):
         return cls(**values)
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(Config) if field.init)
+
+
 def _rebuild(values: dict[str, Any]) -> Config:
     return Config(**values)
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Config))
-
-
 def _check_names(names: Any) -> None:
     for name in names:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(FIELDS)}"
+        if name in _GONE:
+            raise TypeError(f"{name}: is gone; {_GONE[name]}")
+        if name not in FIELDS and name not in OPTIONS:
+            known = (*FIELDS, *OPTIONS)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; the fields are {', '.join(known)}"
             raise TypeError(f"Config has no field '{name}'{hint}")
 
 
@@ -427,11 +510,14 @@ def _fit_defaults(values: dict[str, Any]) -> None:
 @functools.wraps(_generated_init)
 def _init(self: Config, **values: Any) -> None:
     _check_names(values)
+    own = {name: values.pop(name) for name in list(values) if name in OPTIONS}
+    options = _method_of(values.pop("method", "rows"), own)
     # Fields that None leaves to others (a method's own) stay so in variants.
     asked = frozenset(name for name in values if values[name] is not None or getattr(Config, name) is not None)
     _fit_defaults(values)
     object.__setattr__(self, "_asked", asked)
-    _generated_init(self, **values)
+    object.__setattr__(self, "_given", options)
+    _generated_init(self, **values, method=options.name)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 Config.__init__ = _init  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
-"""The main job on a real model, measured: Gemma 3 270M prefills a long text by several attentions, side by side.
+"""The demo: Gemma 3 270M prefills a long text by several attentions, and the results are compared.
 
-What `python -m dhsa demo` does: assembles the packaged weights, loads them with transformers in float32, runs every
-attention of the comparison on the same tokens, prints one table and draws what one global layer selected. It works
-without a network. Numbers come from this process; nothing is tuned or hidden for the occasion.
+`python -m dhsa demo` assembles the packaged weights, loads them with transformers in float32, runs every attention of
+the comparison on the same tokens, prints one table and draws what one global layer selected. It works without a
+network. All numbers are measured in this process with the default settings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _NEEDED = ("torch", "transformers", "rich", "matplotlib", "psutil")
 
 @dataclass
 class Result:
-    """What one attention did with the prompt. Seconds, MiB; `density` is None where the path does not report one."""
+    """What was measured of one attention. Times are in seconds, memory in MiB. `density` is None where none is
+    reported.
+    """
 
     name: str
     detail: str
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo for parsed arguments (see `add_arguments`) and returns the exit status."""
+    """Run the demo for parsed arguments (see `add_arguments`) and return the exit status."""
     loading.prepare(_NEEDED, "the demo")
     from rich.console import Console
 
@@ -94,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
             ids = loading.tokenize(tokenizer, text, args.tokens)
         if args.model is None and int(ids[0, 0]) != tokenizer.bos_token_id:  # seen with transformers 5.5 to 5.17
             console.print(
-                "This release of transformers reads the file's tokenizer without its first token: all perplexities are "
-                "higher than they should be. A newer one reads it right."
+                "This release of transformers omits the first token of a text for this file, so all perplexities are "
+                "too high. A newer release reads the file correctly."
             )
         import torch
 
@@ -126,21 +128,21 @@ def run(args: argparse.Namespace) -> int:
 
     console.print(_table(results, length, rest_mib))
     if all("sparse" not in r.paths for r in results):
-        console.print(f"The prompt is within the budget of {args.budget:,} keys: nothing was left out anywhere.")
+        console.print(f"The prompt is within the budget of {args.budget:,} keys: no key was left out.")
     console.print(f"What layer {layer} selected: {picture}", soft_wrap=True, highlight=False)
-    console.print(f"All of it took {time.perf_counter() - started:.0f} s.", highlight=False)
+    console.print(f"The demo took {time.perf_counter() - started:.0f} s.", highlight=False)
     return 0
 
 
 def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
-    """The attentions compared: a result to fill in, and the Config, or None for transformers' own."""
+    """Return the attentions compared: a result to fill in, and the Config, or None for that of transformers."""
     import dhsa
 
     def within(config: Any) -> Any:
-        """The same at this budget; the forced keys leave at least half of it to choose."""
+        """Return the config at this budget, with forced keys that leave at least half of it to be selected."""
         return config.replace(budget=budget, sink=min(config.sink, budget // 4), local=min(config.local, budget // 4))
 
-    default = within(dhsa.Config(break_even=0))  # sparse is what is shown, whether it pays or not
+    default = within(dhsa.Config(break_even=0))  # sparse attention is shown even where it takes more time
     paper = within(dhsa.Config.paper())
     recent = default.replace(method="window")
     return [
@@ -152,14 +154,11 @@ def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
     ]
 
 
-# ---- model and text --------------------------------------------------------------------------------------------------
-
-
 # ---- one measurement -------------------------------------------------------------------------------------------------
 
 
 def _prefill(model: Any, ids: Any) -> tuple[Any, Any]:
-    """(cache, last hidden states) of the decoder without its head, whose [length, vocabulary] would dwarf the rest."""
+    """Return (cache, last hidden states) of the decoder without its head, whose output would be far larger."""
     from dhsa.hf.compat import cache_of
 
     out = model.get_decoder()(ids, use_cache=True)
@@ -175,8 +174,9 @@ def _measure(
     layer: int,
     captured: dict[str, Any] | None,
 ) -> tuple[Any, Any]:
-    """Prefills by `config`, or by the model's own attention if None, and notes seconds, memory and paths in
-    `result`."""
+    """Run a prefill by `config`, or by the model's own attention if None, and store seconds, memory and paths in
+    `result`.
+    """
     import dhsa
 
     with dhsa.patched(model, config) if config is not None else nullcontext():
@@ -199,8 +199,10 @@ def _measure(
 def _timed_attention(
     name: str, advance: Callable[[], None], layer: int, captured: dict[str, Any] | None
 ) -> Iterator[list[float]]:
-    """Sums the seconds spent in attention implementation `name`, ours or transformers', the same way for both; keeps
-    queries and keys of one layer if `captured` is given."""
+    """Sum the seconds spent in attention implementation `name`, in the same way for dhsa and transformers.
+
+    Keeps queries and keys of one layer if `captured` is given.
+    """
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -224,7 +226,7 @@ def _timed_attention(
 
 
 class _PeakMemory:
-    """The most resident memory, sampled every few milliseconds, above what was resident on entry."""
+    """The peak of resident memory, sampled every few milliseconds, above what was resident on entry."""
 
     def __enter__(self) -> _PeakMemory:
         _return_free_memory()
@@ -255,13 +257,15 @@ def _resident_mib() -> float:
 
 
 def _return_free_memory() -> None:
-    """Has the C library give freed pages back, or the next run would start with the last one's in its pocket."""
+    """Have the C library return freed pages, so that a run does not reuse memory of the one before."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
-    """exp of the mean negative log-likelihood of the prompt's second half, given all before; logits in slices."""
+    """Return exp of the mean negative log-likelihood of the prompt's second half, each token given all before; logits
+    are formed in slices.
+    """
     length = ids.shape[1]
     total, first = 0.0, length // 2
     for start in range(first, length, loading.LOGIT_ROWS):
@@ -273,7 +277,7 @@ def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
 
 
 def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) -> str:
-    """The next tokens, greedily, decoded over the cache that this prefill left behind."""
+    """Return the next tokens by greedy decoding with the cache of this prefill."""
     import dhsa
     from dhsa.hf.compat import cache_option
 
@@ -290,11 +294,11 @@ def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) 
     return tokenizer.decode(chosen)
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def _picture_layer(model: Any) -> int:
-    """The middle one of the layers without a window."""
+    """Return the middle one of the layers without a window."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"] or list(range(len(kinds)))
@@ -302,7 +306,7 @@ def _picture_layer(model: Any) -> int:
 
 
 def _draw(captured: dict[str, Any], layer: int, args: argparse.Namespace) -> Path:
-    """The picture of what the default attention selected in one layer, made again from the layer's queries and keys."""
+    """Draw what the default attention selected in one layer, selected again from its queries and keys."""
     import dhsa
     from dhsa.plot import plot_selection
 

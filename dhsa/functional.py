@@ -1,22 +1,26 @@
-"""The functions of the package: arguments checked and defaulted, results allocated, the C core called.
+"""The functions of the package. They check arguments, fill in defaults, allocate results and call the C core.
 
-Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D]; query i sits at key position i + (Lk - Lq). Arrays are NumPy, torch
-(CPU) or of any library with DLPack and the array API namespace; all of one kind and one dtype (float32, float16 or
-bfloat16), the last dimension contiguous. Results are of the kind of q. Not here: definitions (dhsa.reference),
-arithmetic (csrc/).
+Shapes: q is [B, H, Lq, D]; k and v are [B, Hkv, Lk, D]. Query i is at key position i + (Lk - Lq). Arrays are NumPy
+arrays, torch CPU tensors, or arrays of any library with DLPack and the array API namespace. All arrays of a call are
+of one kind and one dtype (float32, float16 or bfloat16), and their last dimension is contiguous. Results are of the
+kind of q.
+
+The definitions of what is computed are in dhsa.reference; the arithmetic is in csrc/.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from dhsa import _core
 from dhsa._arrays import (
-    Array,
     DlpackKind,
+    Kind,
     NumpyKind,
     TorchKind,
     allocate,
@@ -28,7 +32,8 @@ from dhsa._arrays import (
     type_name,
 )
 from dhsa._threads import get_num_threads, set_num_threads
-from dhsa.config import HEADS, MAX_QUERY_BLOCK, METHOD_OF, POOLINGS, SCORES, Config, check_choice
+from dhsa._typing import Array, ArrayLike, ArrayT, ScalarT
+from dhsa.config import HEADS, MAX_QUERY_BLOCK, POOLINGS, SCORES, Config, check_choice
 from dhsa.selection import Selection
 
 __all__ = [
@@ -50,16 +55,18 @@ __all__ = [
 ]
 
 PATHS = ("dense", "window", "sparse")
-MAX_LENGTH = 2**30 - 1  # key indices are 32 bits wide, and a few sums of lengths must fit as well
+MAX_LENGTH = 2**30 - 1  # key indices are 32 bits wide, and some sums of lengths must fit in them
 
 
 class RunStats(NamedTuple):
     """What one attention call did.
 
-    path: "dense" (exact, all visible keys), "window" (exact, sliding window) or "sparse".
-    density: (query, key) pairs attended / pairs visible; 1.0 on exact paths.
-    select_seconds: boundaries, chunk scores and selection. attend_seconds: attention itself.
-    skipped: the share of products of a tile of keys and a group of query rows that `Config.skip` left out.
+    Attributes:
+        path: "dense" (exact, all visible keys), "window" (exact, sliding window) or "sparse".
+        density: (query, key) pairs attended to, divided by pairs visible. 1.0 on exact paths.
+        select_seconds: seconds for boundaries, chunk scores and selection.
+        attend_seconds: seconds for attention itself.
+        skipped: the share of the products of a tile of keys and a group of query rows that `Config.skip` left out.
     """
 
     path: str
@@ -69,8 +76,8 @@ class RunStats(NamedTuple):
     skipped: float = 0.0
 
 
-def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array, Array, Array, Array, bool]:
-    """Kind, checked q, k and v, the output to write, and whether it is the caller's own."""
+def _inputs(q: Any, k: Any, v: Any, out: Any) -> tuple[Kind, Any, Any, Any, Any, bool]:
+    """Return the kind of array, the checked q, k and v, the output to write, and whether the caller gave it."""
     kind = kind_of(q, "q")
     q, k, v = kind.accept(q, "q"), kind.accept(k, "k"), kind.accept(v, "v")
     if out is None:
@@ -84,7 +91,7 @@ def _inputs(q: Array, k: Array, v: Array, out: Array | None) -> tuple[Any, Array
 
 
 def run(
-    q: Array,
+    q: ArrayT,
     k: Array,
     v: Array,
     config: Config | None = None,
@@ -93,23 +100,40 @@ def run(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
-    boundaries: Array | None = None,
-    pasts: tuple[Any, ...] | None = None,
+    out: ArrayT | None = None,
+    boundaries: ArrayLike | None = None,
+    pasts: tuple[_core.Past, ...] | None = None,
     same: int = 0,
     keep: bool = True,
-) -> tuple[Array, Array | None, RunStats]:
-    """`attention` with a report: (out, lse or None, RunStats). For integrations; arguments, errors as in `attention`,
-    but `config.share` is the caller's business.
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
+    """Compute `attention` and report what was done: (out, lse or None, RunStats).
 
-    boundaries: int32 [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer, by a
-    config with a method of chunks. pasts: a `_core.Past` for each batch item, of such a config: what an earlier call
-    cut and averaged of the same keys is not done again, and a single query is a decoding step (arXiv 2510.24606): its
-    keys are chosen for it alone, where the tokens that came by such steps are one chunk. same: so many keys are said to
-    be those of the last call; where they are many, a Past looks at some of them in each call. It looks at all others.
-    keep: whether the means of chunks stay, most of its memory.
+    For integrations. Arguments and errors are those of `attention`, except that `config.share` is not refused: sharing
+    is left to the caller.
+
+    Args:
+        q: as in `attention`.
+        k: as in `attention`.
+        v: as in `attention`.
+        config: as in `attention`.
+        scale: as in `attention`.
+        softcap: as in `attention`.
+        window: as in `attention`.
+        causal: as in `attention`.
+        key_ranges: as in `attention`.
+        return_lse: as in `attention`.
+        out: as in `attention`.
+        boundaries: int32 [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer. Only
+            for methods that cut keys into chunks.
+        pasts: a `_core.Past` for each batch item, for methods that cut keys into chunks. Boundaries and chunk means
+            that an earlier call computed for the same keys are reused. A single query is then a decoding step (arXiv
+            2510.24606): keys are selected for this query alone, and the tokens that earlier decoding steps added form
+            one chunk.
+        same: how many of the keys the caller states to be those of the last call. Of many such keys, a Past compares
+            only some in each call; it compares all other keys.
+        keep: whether to keep the means of chunks, which take most of the memory of a Past.
     """
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
@@ -120,7 +144,7 @@ def run(
         key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
     skip = None if config is None else config.skip
     if boundaries is not None:
-        if config is None or config.exact or config.score is None:
+        if config is None or config.exact or not config.options.has_chunks:
             method = "an exact config" if config is None or config.exact else f"method={config.method!r}"
             raise ValueError(f"boundaries: {method} cuts no chunks; expected None")
         boundaries = _boundary_array(boundaries, k.shape[0])
@@ -139,14 +163,76 @@ def run(
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
         done, *report = _core.prefill(*args, _cutting(config), boundaries, pasts, same, int(keep))
         stats = RunStats(PATHS[done], *report)
-    if type(kind) is DlpackKind:  # its results are Buffers until here
+    if type(kind) is DlpackKind:  # results are still Buffers
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    return out if given else target, lse, stats
+    return target if out is None else out, lse, stats
 
 
+# fmt: off  # four signatures that differ in q, return_lse and the result only
+@overload
 def attention(
-    q: Array,
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[False] = ...,
+    out: ArrayT | None = ...,
+) -> ArrayT: ...
+@overload
+def attention(
+    q: npt.NDArray[ScalarT],
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: npt.NDArray[ScalarT] | None = ...,
+) -> tuple[npt.NDArray[ScalarT], npt.NDArray[np.float32]]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: Literal[True],
+    out: ArrayT | None = ...,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config | None = ...,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    causal: bool = ...,
+    key_ranges: ArrayLike | None = ...,
+    return_lse: bool,
+    out: ArrayT | None = ...,
+) -> ArrayT | tuple[ArrayT, Any]: ...
+# fmt: on
+def attention(
+    q: Any,
     k: Array,
     v: Array,
     config: Config | None = None,
@@ -155,39 +241,45 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     causal: bool = True,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
-    """Attention over the keys that `config` selects; exact over all visible keys with None or a budget of None.
+    """Compute attention over the keys that `config` selects.
 
-    s = scale * q.k, then softcap * tanh(s / softcap), then the mask, then softmax; sums in float32. A NaN or infinity
-    in q, k or v reaches exactly the rows that see it, as in exact attention; with `config.skip` one in v may be left
-    out where its probability is that small.
+    With a config of None, or a budget of None, attention is exact over all visible keys. The logits are s = scale * (q
+    . k), then softcap * tanh(s / softcap), then the mask, then softmax. Sums are float32. A NaN or infinity in q, k or
+    v reaches exactly the rows that see it, as in exact attention; with `config.skip`, one in v may be left out where
+    its probability is below that bound.
 
     Args:
-        q: [B, H, Lq, D]; float32, float16 or bfloat16. Any strides but the last, which must be 1. D at most 256.
-        k, v: [B, Hkv, Lk, D], H a multiple of Hkv (heads h * G .. h * G + G - 1 use KV head h, G = H / Hkv).
-        config: a Config. Sparse attention is causal; a sequence no longer than the budget is exact anyway.
-        scale: factor of the logits, at most 1e38; None: 1 / sqrt(D).
-        softcap: caps the logits smoothly at +-softcap, 1e-30 to 1e38; None: no cap.
-        window: sliding window: the query at position p sees keys p - window < j <= p; None: all up to p.
-        causal: False: every query sees every key (exact attention only, without a window).
-        key_ranges: int32 [B, Lq, 2]: query i of batch item b sees keys start <= j < stop, in place of causality and
-            window (exact attention only). Serves padded batches.
+        q: [B, H, Lq, D]; float32, float16 or bfloat16. Any strides, except that the last one must be 1. D is at most
+            256.
+        k: [B, Hkv, Lk, D]. H is a multiple of Hkv; query heads h * G to h * G + G - 1 use KV head h, where G = H / Hkv.
+        v: [B, Hkv, Lk, D].
+        config: a Config. Sparse attention is causal. A sequence no longer than the budget is attended to exactly.
+        scale: factor of the logits, at most 1e38. None: 1 / sqrt(D).
+        softcap: bound of the logits, 1e-30 to 1e38, applied smoothly by tanh. None: no bound.
+        window: sliding window: the query at position p sees the keys j with p - window < j <= p. None: all keys up to
+            p.
+        causal: False: every query sees every key (exact attention without a window only).
+        key_ranges: int32 [B, Lq, 2]: query i of batch item b sees the keys start <= j < stop, in place of causality and
+            window (exact attention only). Useful for padded batches.
         return_lse: also return the log-sum-exp of the masked logits.
-        out: [B, H, Lq, D] to write into, of q's kind and dtype, sharing no memory with the inputs.
+        out: [B, H, Lq, D], written to; of q's kind and dtype, sharing no memory with the inputs.
 
     Returns:
-        [B, H, Lq, D] of q's kind and dtype (`out` itself if given); with return_lse a tuple of it and float32 [B, H,
-        Lq], natural log. A query that sees no key gives zeros and -inf.
+        [B, H, Lq, D] of q's kind and dtype (`out` itself if given). With return_lse, a tuple of it and the log-sum-exp,
+            float32 [B, H, Lq], natural logarithm. A query that sees no key gives zeros and -inf.
 
     Raises:
-        TypeError: dtypes or kinds other than those above, or mixed. ValueError: ranks, sizes, strides, devices, ranges,
-        aliasing, a config with `share`. NotImplementedError: autograd and other transforms, recorders and subclasses of
-        torch's, D above 256, selection without plain causality. All name the argument.
+        TypeError: the dtypes or kinds of arrays are not those above, or are mixed. The message names the argument, as
+            it does for all errors here.
+        ValueError: a rank, size, stride, device, range or overlap of memory is wrong, or the config has a `share`.
+        NotImplementedError: autograd and other transforms, recorders and tensor subclasses of torch; D above 256;
+            selection without plain causality.
 
-    Source: arXiv 2510.24606; without a config plain softmax attention.
+    Source: arXiv 2510.24606; without a config, plain softmax attention.
     """
     if isinstance(config, Config) and config.share is not None:
         raise ValueError(
@@ -210,8 +302,66 @@ def attention(
     return (result, lse) if return_lse else result
 
 
+# fmt: off  # four signatures that differ in q, return_lse and the result only
+@overload
 def sparse_attention(
-    q: Array,
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[False] = ...,
+    out: ArrayT | None = ...,
+) -> ArrayT: ...
+@overload
+def sparse_attention(
+    q: npt.NDArray[ScalarT],
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[True],
+    out: npt.NDArray[ScalarT] | None = ...,
+) -> tuple[npt.NDArray[ScalarT], npt.NDArray[np.float32]]: ...
+@overload
+def sparse_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: Literal[True],
+    out: ArrayT | None = ...,
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def sparse_attention(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    selection: Selection,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    skip: float | None = ...,
+    return_lse: bool,
+    out: ArrayT | None = ...,
+) -> ArrayT | tuple[ArrayT, Any]: ...
+# fmt: on
+def sparse_attention(
+    q: Any,
     k: Array,
     v: Array,
     selection: Selection,
@@ -221,17 +371,33 @@ def sparse_attention(
     window: int | None = None,
     skip: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Any:
-    """Causal attention over the keys of a selection: the second half of `attention`, for a selection made or kept
-    before.
+    """Compute causal attention over the keys of a selection.
 
-    Causality and `window` apply per token inside the lists; `skip` is `Config.skip`. The selection is checked in full
-    against the shapes at hand, so one of another layer may be used. Arguments, results and errors otherwise as in
-    `attention`.
+    This is the second half of `attention`, for a selection that was made before. Causality and `window` apply to each
+    query within the lists. The selection is checked in full against the shapes of q and k, so a selection of another
+    layer may be used.
+
+    Args:
+        q: as in `attention`.
+        k: as in `attention`.
+        v: as in `attention`.
+        selection: a Selection.
+        scale: as in `attention`.
+        softcap: as in `attention`.
+        window: as in `attention`.
+        skip: as `Config.skip`.
+        return_lse: as in `attention`.
+        out: as in `attention`.
+
+    Returns:
+        As `attention`.
 
     Raises:
-        TypeError, ValueError: also if the selection does not fit q and k (batch, sharing, blocks, key range).
+        TypeError: as in `attention`, or `selection` is no Selection.
+        ValueError: as in `attention`, or the selection does not fit q and k (batch, heads, blocks, key range).
+        NotImplementedError: as in `attention`.
     """
     result, lse, _ = run_selected(
         q, k, v, selection, scale=scale, softcap=softcap, window=window, skip=skip, return_lse=return_lse, out=out
@@ -240,7 +406,7 @@ def sparse_attention(
 
 
 def run_selected(
-    q: Array,
+    q: ArrayT,
     k: Array,
     v: Array,
     selection: Selection,
@@ -248,14 +414,26 @@ def run_selected(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-    key_ranges: Array | None = None,
+    key_ranges: ArrayLike | None = None,
     skip: float | None = None,
     return_lse: bool = False,
-    out: Array | None = None,
-) -> tuple[Array, Array | None, RunStats]:
-    """`sparse_attention` with a report, as `run` is of `attention`; nothing was selected, so no seconds went there.
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
+    """Compute `sparse_attention` and report what was done, as `run` does for `attention`. No time is spent on
+    selection.
 
-    key_ranges: as in `attention`, of what the lists hold. The lists then say which keys there are, none is left out.
+    Args:
+        q: as in `attention`.
+        k: as in `attention`.
+        v: as in `attention`.
+        selection: a Selection.
+        scale: as in `attention`.
+        softcap: as in `attention`.
+        window: as in `attention`.
+        key_ranges: as in `attention`, within the lists. The lists then state which keys exist, and none is left out.
+        skip: as `Config.skip`.
+        return_lse: as in `attention`.
+        out: as in `attention`.
     """
     if not isinstance(selection, Selection):
         raise TypeError(f"selection: expected a dhsa.Selection, got {type_name(selection)}")
@@ -289,7 +467,7 @@ def run_selected(
     if type(kind) is DlpackKind:
         target = target if given else kind.result(target)
         lse = None if lse is None else kind.result(lse)
-    return out if given else target, lse, stats
+    return target if out is None else out, lse, stats
 
 
 def _config(config: object) -> Config:
@@ -305,7 +483,7 @@ def _cutting(config: Config) -> _core.Config:
     return config._core
 
 
-def _boundaries(k: Array, config: Config) -> np.ndarray:
+def _boundaries(k: Any, config: Config) -> np.ndarray:
     if len(k.shape) != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
     batch, length = k.shape[0], k.shape[2]
@@ -318,18 +496,25 @@ def _boundaries(k: Array, config: Config) -> np.ndarray:
     return result if most == result.shape[1] else np.ascontiguousarray(result[:, :most])
 
 
-def boundaries(k: Array, config: Config) -> Array:
-    """Cuts keys into chunks of variable length, by `config.boundaries`.
+@overload
+def boundaries(k: npt.NDArray[Any], config: Config) -> npt.NDArray[np.int32]: ...
+@overload
+def boundaries(k: ArrayT, config: Config) -> ArrayT: ...
+def boundaries(k: Any, config: Config) -> Any:
+    """Cut keys into chunks of variable length, as `config.boundaries` says.
 
     Args:
-        k: [B, Hkv, Lk, D] as in `attention`. config: a Config.
+        k: [B, Hkv, Lk, D], as in `attention`.
+        config: a Config.
 
     Returns:
-        int32 [B, C + 1] of k's kind: 0 = b0 < b1 < ... = Lk. Batch items may have different numbers of chunks: shorter
-        rows are padded at the end by repeating Lk, so padding reads as empty chunks; C is the largest number of chunks.
+        int32 [B, C + 1] of k's kind, with 0 = b0 < b1 < ... = Lk. Batch items may have different numbers of chunks: C
+            is the largest number, and shorter rows are padded at the end with Lk, which reads as empty chunks.
 
     Raises:
-        TypeError, ValueError: as in `attention`, or a predictor of another width than Hkv * D.
+        TypeError: as in `attention`.
+        ValueError: as in `attention`, or the predictor's width is not Hkv * D.
+        NotImplementedError: as in `attention`.
 
     Source: arXiv 2510.24606, boundary prediction; similarity boundaries are this project's.
     """
@@ -337,23 +522,32 @@ def boundaries(k: Array, config: Config) -> Array:
     return kind.result(_boundaries(kind.accept(k, "k"), _config(config)))
 
 
-def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instruction: int | None = None) -> Array:
-    """Picks boundaries from gap scores: best first (equal scores: lower index first), spaced out.
+@overload
+def pick_boundaries(
+    scores: npt.NDArray[Any] | Sequence[float], n: int, *, theta: float, nms: int, instruction: int | None = ...
+) -> npt.NDArray[np.int32]: ...
+@overload
+def pick_boundaries(scores: ArrayT, n: int, *, theta: float, nms: int, instruction: int | None = ...) -> ArrayT: ...
+def pick_boundaries(scores: Any, n: int, *, theta: float, nms: int, instruction: int | None = None) -> Any:
+    """Pick boundaries from the scores of gaps, the highest score first, with a minimum distance.
+
+    Of equal scores, the lower index comes first.
 
     Args:
-        scores: [L], entry j scores the gap between keys j and j + 1; the last entry, no gap, is ignored. NaN never
-            wins.
-        n: the most gaps to accept, at least 0 (so n + 1 chunks).
-        theta: a gap's score must exceed it; -inf: any finite score.
-        nms: a gap must lie more than this many keys from every accepted one.
-        instruction: an instruction of this many tokens ends the sequence: gap L - instruction is accepted first, counts
-            in n, and later gaps are skipped.
+        scores: [L]; entry j scores the gap between keys j and j + 1. The last entry, which is no gap, is ignored. A NaN
+            is never picked.
+        n: the most gaps to accept, at least 0 (so at most n + 1 chunks).
+        theta: a gap is accepted only if its score exceeds it. -inf: any finite score.
+        nms: a gap is accepted only if it lies more than this many keys from every gap accepted before it.
+        instruction: the sequence ends in an instruction of this many tokens: gap L - instruction is accepted first and
+            counts in n, and later gaps are skipped.
 
     Returns:
-        int32 [C + 1]: 0, the accepted gaps plus 1 in ascending order, L; of the kind of `scores`.
+        int32 [C + 1] of the kind of `scores`: 0, the accepted gaps plus 1 in ascending order, and L.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError: an argument of the wrong type; the message names it.
+        ValueError: an argument out of range; the message names it.
 
     Source: arXiv 2510.24606, boundary prediction.
     """
@@ -375,20 +569,23 @@ def pick_boundaries(scores: Array, n: int, *, theta: float, nms: int, instructio
 
 
 def _ranked(scores: np.ndarray, theta: float) -> tuple[np.ndarray, float]:
-    """float32 scores and threshold that order as wider ones do, which float32 may round together or over theta."""
+    """Return float32 scores and a threshold that order as the given wider numbers do.
+
+    Rounding to float32 could make different scores equal, or move one across the threshold.
+    """
     with np.errstate(over="ignore"):
         narrow = scores.astype(np.float32)
-    if np.array_equal(narrow, scores) or isinstance(theta, bool) or theta != theta:  # the core refuses the latter two
+    if np.array_equal(narrow, scores) or isinstance(theta, bool) or theta != theta:  # the core refuses a bool and NaN
         return narrow, theta
-    # The bits of positive float32 numbers ascend with them; from the smallest normal one on, ranks never reach inf.
+    # Bit patterns of positive float32 numbers ascend with the numbers. Ranks start at the smallest normal one.
     rank = np.unique(scores, return_inverse=True)[1].reshape(-1).astype(np.int32) + 0x00800000
     ranked = rank.view(np.float32)
     ranked[~(scores > theta)] = -np.inf
     return ranked, -np.inf
 
 
-def _boundary_array(value: Array, batch: int) -> np.ndarray:
-    """Boundaries as int32 [B, n]; one row serves all batch items. Their contents are checked by the core."""
+def _boundary_array(value: ArrayLike, batch: int) -> np.ndarray:
+    """Return boundaries as int32 [B, n]. One row serves all batch items. The core checks the contents."""
     array = int_array(value, "boundaries", np.int32)
     if array.ndim == 1:
         array = array[None]
@@ -406,13 +603,15 @@ def _boundary_array(value: Array, batch: int) -> np.ndarray:
     return result
 
 
-def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int, int, int]:
-    """(B, sharing sets, nq) of q and k, checked as far as results of this shape need it; the rest is the core's."""
+def _score_shape(q: Any, k: Any, heads: int, query_block: int) -> tuple[int, int, int]:
+    """Return (B, number of lists that heads share, nq), after the checks that allocating results needs. The core does
+    the others.
+    """
     for x, name, axes in ((q, "q", "[B, H, Lq, D]"), (k, "k", "[B, Hkv, Lk, D]")):
         if len(x.shape) != 4:
             raise ValueError(f"{name}: expected 4 dimensions {axes}, got {len(x.shape)}")
         for axis, size in enumerate(x.shape):
-            if size < 1:  # before results of that size are made
+            if size < 1:  # before results of that size are allocated
                 raise ValueError(f"{name}: dimension {axis} has size {size}, expected at least 1")
         check_int(x.shape[2], f"{name}: its length", 1, MAX_LENGTH)
     if k.shape[0] != q.shape[0]:
@@ -421,48 +620,65 @@ def _score_shape(q: Array, k: Array, heads: int, query_block: int) -> tuple[int,
     return q.shape[0], sets, -(-q.shape[2] // query_block)
 
 
+# fmt: off
+@overload
 def chunk_scores(
-    q: Array,
+    q: npt.NDArray[Any], k: Array, boundaries: ArrayLike, *, query_block: int, score: Literal["block", "rows"] = ...,
+    pooling: Literal["mean", "mean_sqrt"] = ..., heads: Literal["all", "group", "head"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., rows: int | None = ...,
+    window: int | None = ...,
+) -> npt.NDArray[np.float32]: ...
+@overload
+def chunk_scores(
+    q: ArrayT, k: Array, boundaries: ArrayLike, *, query_block: int, score: Literal["block", "rows"] = ...,
+    pooling: Literal["mean", "mean_sqrt"] = ..., heads: Literal["all", "group", "head"] = ...,
+    scale: float | None = ..., softcap: float | None = ..., rows: int | None = ...,
+    window: int | None = ...,
+) -> ArrayT: ...
+# fmt: on
+def chunk_scores(
+    q: Any,
     k: Array,
-    boundaries: Array,
+    boundaries: ArrayLike,
     *,
     query_block: int,
-    score: str = "block",
-    pooling: str = "mean_sqrt",
-    heads: str = "all",
+    score: Literal["block", "rows"] = "block",
+    pooling: Literal["mean", "mean_sqrt"] = "mean_sqrt",
+    heads: Literal["all", "group", "head"] = "all",
     scale: float | None = None,
     softcap: float | None = None,
     rows: int | None = None,
-    by_length: bool = False,
     window: int | None = None,
-) -> Array:
-    """Scores every chunk of keys for every block of queries.
+) -> Any:
+    """Score every chunk of keys for every block of queries.
+
+    float32 input is scored in float32. Selection needs only the order of scores, and rounds the means of "rows" to
+    bf16.
 
     Args:
-        q, k: as in `attention`.
-        boundaries: int [B, C + 1] (or [C + 1] for all items), from 0 to Lk, never falling; a repeated entry is an
+        q: as in `attention`.
+        k: as in `attention`.
+        boundaries: int [B, C + 1] (or [C + 1] for all items), from 0 to Lk, not decreasing. A repeated entry is an
             empty chunk, as in padding.
         query_block: queries in a block, 1 to 65536.
         score: "block" (the paper's: product of the block's mean query and the chunk's mean key, each the mean over the
-            heads of a sharing set) or "rows" (softmax over chunk means for each of `rows` mean queries and each head;
-            squares, summed).
-        pooling: of the block score: "mean", or "mean_sqrt" (times the square root of the length, for both).
-        heads: sharing sets: "all", "group" or "head".
-        scale: None: 1 for "block", 1 / sqrt(D) for "rows". softcap: caps the logits, or the block's products; None: no
-            cap.
-        rows: mean queries of a full block for "rows"; None: query_block // 4.
-        by_length: for "rows": a chunk counts in the softmax as often as it has keys, and its score is that of one key.
+            heads that share a selection) or "rows" (softmax over chunk means for each of `rows` mean queries and each
+            head, in which a chunk counts once for each of its keys; squares of the share of one key, summed).
+        pooling: for "block": "mean", or "mean_sqrt" (times the square root of the length, for queries and keys).
+        heads: which heads share a selection: "all", "group" or "head".
+        scale: None: 1 for "block", 1 / sqrt(D) for "rows".
+        softcap: bounds the logits of "rows", or the products of "block". None: no bound.
+        rows: for "rows": mean queries of a full block. None: query_block // 2.
         window: the layer's sliding window, which bounds a block's candidate keys.
 
-    float32 input is scored in float32; selection, which only needs the order, rounds the means of "rows" to bf16.
-
     Returns:
-        float32 [B, heads, nq, C] of q's kind. Chunks without a candidate key (past the block's end, under the window,
-        or padding) score -inf. A chunk whose mean key is not finite scores +inf, so that it is always selected.
+        float32 [B, heads, nq, C] of q's kind. Chunks without a candidate key (past the block's end, before the window,
+            or padding) score -inf. A chunk whose mean key is not finite scores +inf, so that it is always selected.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in `attention`, and for boundaries that are unsorted or out of
-        range.
+        TypeError: as in `attention`.
+        ValueError: as in `attention`, or boundaries that decrease or are out of range.
+        NotImplementedError: as in `attention`.
 
     Source: arXiv 2510.24606, sparse selection ("block"); "rows" is this project's.
     """
@@ -472,15 +688,14 @@ def chunk_scores(
     check_choice(score, "score", SCORES)
     check_choice(pooling, "pooling", POOLINGS)
     heads_index = check_choice(heads, "heads", HEADS)
-    rows = max(1, query_block // 4) if rows is None else check_int(rows, "rows", 1, query_block)
+    rows = max(1, query_block // 2) if rows is None else check_int(rows, "rows", 1, query_block)
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = _boundary_array(boundaries, k.shape[0])
     result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")
     config = _core.Config(
-        method=METHOD_OF[score],
+        method="dhsa" if score == "block" else score,
         query_block=query_block,
         rows=rows,
-        by_length=bool(by_length),
         pooling=pooling,
         heads=heads,
     )
@@ -493,26 +708,30 @@ def select(
     k: Array,
     config: Config,
     *,
-    boundaries: Array | None = None,
+    boundaries: ArrayLike | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Selection:
-    """Selects the keys each block of queries may attend to: the first half of `attention`.
+    """Select the keys that each block of queries may attend to: the first half of `attention`.
 
     Args:
-        q, k: as in `attention`.
-        config: a Config; with a budget and a mass of None every block takes all its candidates.
-        boundaries: int [B, C + 1] to use in place of `config.boundaries`, for example those of an earlier layer; None
+        q: as in `attention`.
+        k: as in `attention`.
+        config: a Config. With a budget and a mass of None, every block takes all its candidate keys.
+        boundaries: int [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer. None
             for methods without chunks.
-        window: the layer's sliding window. scale, softcap: the layer's, for all methods but "dhsa"; None: 1 / sqrt(D),
-            no cap.
+        window: the layer's sliding window.
+        scale: the layer's factor of the logits. Not used by "dhsa". None: 1 / sqrt(D).
+        softcap: the layer's bound of the logits. Not used by "dhsa". None: no bound.
 
     Returns:
-        A Selection of shape (B, heads, nq), its arrays NumPy whatever q is.
+        A Selection of shape (B, heads, nq). Its arrays are NumPy, whatever the kind of q is.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in `attention` and `chunk_scores`.
+        TypeError: as in `attention`.
+        ValueError: as in `attention` and `chunk_scores`.
+        NotImplementedError: as in `attention`.
 
     Source: arXiv 2510.24606, sparse selection.
     """
@@ -520,11 +739,11 @@ def select(
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     shape = _score_shape(q, k, HEADS.index(config.heads), config.query_block)
-    chunks = config.score is not None
+    chunks = config.options.has_chunks
     if not chunks and boundaries is not None:
         raise ValueError(f"boundaries: method={config.method!r} cuts no chunks; expected None")
-    if config.score == "block":
-        scale = softcap = None  # its products are only compared with each other
+    if config.method == "dhsa":
+        scale = softcap = None  # only the order of its products matters
     indptr = empty((shape[0] * shape[1] * shape[2] + 1,), np.int64, "q")
     _core.select_plan(q, k, config._core, scale, softcap, window, indptr)
     cuts = None
@@ -533,7 +752,7 @@ def select(
     indices = empty((int(indptr[-1]),), np.int32, "config")
     _core.select(q, k, cuts, config._core, scale, softcap, window, indptr, indices, get_num_threads())
     if indptr[-1] < indices.size:
-        indices = indices[: indptr[-1]].copy()  # a share of mass took less than there was room for
+        indices = indices[: indptr[-1]].copy()  # with a share of mass, fewer keys may be taken than allocated
     return Selection._trusted(
         indptr,
         indices,
@@ -546,20 +765,29 @@ def select(
     )
 
 
-def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = None) -> Array:
-    """The boundary predictor's training label: how differently later tokens attend to the two sides of a gap.
+@overload
+def boundary_ratios(
+    attn: npt.NDArray[Any] | Sequence[Sequence[float]], *, window: int, sliding_window: int | None = ...
+) -> npt.NDArray[np.float64]: ...
+@overload
+def boundary_ratios(attn: ArrayT, *, window: int, sliding_window: int | None = ...) -> ArrayT: ...
+def boundary_ratios(attn: Any, *, window: int, sliding_window: int | None = None) -> Any:
+    """Compute the training label of boundary predictors from an attention matrix.
+
+    The label states how differently later tokens attend to the two sides of a gap.
 
     Args:
-        attn: [L, L], one head-mean attention matrix, rows queries; read as float32.
-        window: w, keys on each side of a gap.
-        sliding_window: W of a sliding layer: only the first W rows past the gap's future side count. None: all of them.
+        attn: [L, L], one attention matrix, averaged over heads, rows are queries. Read as float32.
+        window: w, the number of keys on each side of a gap.
+        sliding_window: W of a sliding layer: of the rows after the gap's later side, only the first W count. None: all.
 
     Returns:
-        float64 [L] of the kind of `attn`: (max + 1e-6) / (min + 1e-6) of the attention received by the w keys up to gap
-        j and by the w after it; 0 where the gap lacks full windows (valid for 2w - 1 <= j < L - 2w).
+        float64 [L] of the kind of `attn`: (max + 1e-6) / (min + 1e-6) of the attention that the w keys up to gap j and
+            the w keys after it receive. 0 where the gap lacks full windows (it has them for 2w - 1 <= j < L - 2w).
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError: an argument of the wrong type; the message names it.
+        ValueError: an argument out of range; the message names it.
 
     Source: arXiv 2510.24606, boundary labels.
     """
@@ -580,28 +808,47 @@ def boundary_ratios(attn: Array, *, window: int, sliding_window: int | None = No
     return kind.result(result)
 
 
+# fmt: off
+@overload
 def attention_ratios(
-    q: Array,
+    q: npt.NDArray[Any], k: Array, *, window: int = ..., sliding_window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ...,
+) -> npt.NDArray[np.float64]: ...
+@overload
+def attention_ratios(
+    q: ArrayT, k: Array, *, window: int = ..., sliding_window: int | None = ..., scale: float | None = ...,
+    softcap: float | None = ...,
+) -> ArrayT: ...
+# fmt: on
+def attention_ratios(
+    q: Any,
     k: Array,
     *,
     window: int = 4,
     sliding_window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-) -> Array:
-    """The training label straight from queries and keys: `boundary_ratios` of the head-mean of their causal attention
-    matrix, which is never formed. Memory grows with L alone, about 190 bytes a key at the default window.
+) -> Any:
+    """Compute the training label of boundary predictors from queries and keys.
+
+    The result is `boundary_ratios` of their causal attention matrix, averaged over heads, which is never formed. Memory
+    grows linearly with L: about 190 bytes a key at the default window.
 
     Args:
-        q, k: as in `attention`, with as many queries as keys.
-        window: w, keys on each side of a gap, 1 to 64.
-        sliding_window, scale, softcap: the layer's; None: none, 1 / sqrt(D), none.
+        q: as in `attention`, with as many queries as keys.
+        k: as in `attention`.
+        window: w, the number of keys on each side of a gap, 1 to 64.
+        sliding_window: the layer's sliding window. None: none.
+        scale: the layer's factor of the logits. None: 1 / sqrt(D).
+        softcap: the layer's bound of the logits. None: no bound.
 
     Returns:
-        float64 [B, L] of q's kind; entry j as in `boundary_ratios`.
+        float64 [B, L] of q's kind; entries as in `boundary_ratios`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as in `attention`; ValueError also for logits that are not finite.
+        TypeError: as in `attention`.
+        ValueError: as in `attention`, or the logits are not finite.
+        NotImplementedError: as in `attention`.
 
     Source: arXiv 2510.24606, boundary labels.
     """
@@ -616,19 +863,26 @@ def attention_ratios(
 
 
 def set_isa(name: str) -> None:
-    """Sets the instruction set tier of the whole process: one that `build_info()` lists as detected, or "auto" for the
-    best (or what the environment variable DHSA_ISA said at the start).
+    """Set the instruction set tier that the whole process uses.
+
+    Args:
+        name: one of those that `build_info()` lists as detected, or "auto" for the best one (or the one that the
+            environment variable DHSA_ISA named at the start).
 
     Raises:
-        TypeError: not a str. ValueError: unknown, or not usable on this CPU.
+        TypeError: `name` is not a str.
+        ValueError: the tier is unknown, or not usable on this CPU.
     """
     _core.isa_set(name)
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled, detected and chosen: `compiler`, `c_standard`, `limited_api` (lowest Python version),
-    `isa_compiled` and `isa_detected` (lists, lowest tier first), `isa` (in use), `products` (the dtypes that it
-    multiplies as they are; the others are converted to float32 while packing), `cpu_count` (this process's),
-    `num_threads` (of the next call).
+    """Return what was compiled, detected and chosen.
+
+    Returns:
+        A dict of `compiler`; `c_standard`; `limited_api` (the lowest Python version); `isa_compiled` and `isa_detected`
+            (lists, the lowest tier first); `isa` (the tier in use); `products` (the dtypes that this tier multiplies
+            without conversion; others are converted to float32 while packing); `cpu_count` (CPUs of this process); and
+            `num_threads` (of the next call).
     """
     return {**_core.build_info(), "num_threads": get_num_threads()}

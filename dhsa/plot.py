@@ -1,7 +1,9 @@
-"""Pictures of selections: which keys each block of queries sees, how densely the keys were cut into chunks, several
-methods side by side, and a text's tokens, shaded by what a block of queries sees of them or coloured by chunk.
+"""Pictures of selections.
 
-Draws with matplotlib (extra `demo`), off screen, or writes HTML; decides nothing about what is selected.
+They show which keys each block of queries sees, how densely the keys were cut into chunks, several methods side by
+side, and the tokens of a text, shaded by what a block of queries sees of them or coloured by chunk.
+
+The module draws with matplotlib (extra `demo`), off screen, or writes HTML. It does not select anything.
 """
 
 from __future__ import annotations
@@ -28,33 +30,36 @@ __all__ = ["chunks_html", "key_shares", "mass_kept", "plot_methods", "plot_selec
 _INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
 _UNSEEN = "#ecebe6"  # keys in the future
 _LEFT_OUT = "#ffffff"  # keys that could have been selected
-_FORCED = (0.64, 0.70, 0.76)  # sink and local keys, there whatever the scores say
+_FORCED = (0.64, 0.70, 0.76)  # sink and local keys, selected regardless of scores
 _BINS = 512
-_STYLES = {  # why a token is seen
+_STYLES = {  # by the reason why a token is on the list
     "sink": "background:#c3d4e3",
     "local": "background:#cfe0c8",
     "score": "background:#fbc78d",
     "left out": "color:#b4b0a6",
 }
-_CHUNKS = ("#c3d4e3", "#fbc78d", "#cfe0c8", "#e2cbe4")  # in turn, so that neighbours differ
+_CHUNKS = ("#c3d4e3", "#fbc78d", "#cfe0c8", "#e2cbe4")  # used in turn, so that neighbours differ
 _MISSED = ";border-bottom:2px solid #d0342c"
 
 
 def key_shares(
     selection: Selection, *, batch: int = 0, head: int = 0, bins: int = _BINS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What share of each bin of keys every query block's list holds.
+    """Return the share of each bin of keys that the list of every query block holds.
 
     Args:
         selection: a `dhsa.Selection`.
-        batch, head: which lists; `head` counts sharing sets (KV groups, heads, or the one set for all).
-        bins: the most bins; with fewer keys than that each key is its own.
+        batch: the batch item.
+        head: which list of that item, counting the heads (or KV heads, or the one list of all heads) of the selection.
+        bins: the most bins. With fewer keys than that, each key has its own bin.
 
-    Returns: shares: float32 [nq, n], each from 0 to 1. edges: int64 [n + 1], the first key of each bin and the number
-    of keys.
+    Returns:
+        A tuple of the shares, float32 [nq, n], each from 0 to 1, and the edges, int64 [n + 1]: the first key of each
+            bin, and the number of keys.
 
     Raises:
-        IndexError: batch or head out of range. ValueError: bins below 1.
+        IndexError: batch or head is out of range.
+        ValueError: bins is below 1.
     """
     lists = _lists(selection, batch, head)
     blocks = len(lists)
@@ -79,23 +84,28 @@ def plot_selection(
     title: str = "Keys selected for each block of queries",
     subtitle: str | None = None,
 ) -> Figure:
-    """Draws the lists of one batch item and sharing set: query blocks downward, keys to the right.
+    """Draw the lists of one batch item and head: query blocks downward, keys to the right.
 
-    Above the map, chunks per hundred keys along the sequence (if the selection knows its boundaries): content-cut
-    chunks are short where the text turns. Right of it, the share of the visible keys that each block attends to.
+    Above the map are the chunks per hundred keys along the sequence, if the selection knows its boundaries. To the
+    right of it is the share of the visible keys that each block attends to.
 
     Args:
         selection: a `dhsa.Selection`.
-        path: where to write a PNG (or what else the ending says), or None.
-        config: the Config it was made with; sink and local keys are then told apart from those that won by score.
-        batch, head: which lists, as in `key_shares`.
-        title, subtitle: text above the picture; the subtitle defaults to its numbers.
+        path: the file to write, PNG or another format that its ending names. None: no file.
+        config: the Config that the selection was made with. Sink and local keys are then told apart from those that
+            were selected by score.
+        batch: the batch item.
+        head: which list of that item, counting the heads (or KV heads, or the one list of all heads) of the selection.
+        title: text above the picture.
+        subtitle: smaller text above the picture. None: the numbers of keys, chunks, blocks and the share attended to.
 
     Returns:
-        the matplotlib Figure.
+        The matplotlib Figure.
 
-    Raises: ImportError: matplotlib is not installed. IndexError: batch or head out of range. OSError: `path` cannot be
-    written.
+    Raises:
+        ImportError: matplotlib is not installed.
+        IndexError: batch or head is out of range.
+        OSError: `path` cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -172,7 +182,7 @@ def plot_selection(
 
 
 def _lists(selection: Selection, batch: int, head: int) -> list[np.ndarray]:
-    """The keys of each query block of one set."""
+    """Return the keys of each query block, for one batch item and head."""
     size, sets, blocks = selection.shape
     if not (0 <= batch < size and 0 <= head < sets):
         raise IndexError(f"batch {batch}, head {head}: the selection has shape {selection.shape}")
@@ -191,17 +201,21 @@ def _checked_mass(mass: Any, selection: Selection) -> np.ndarray:
 
 
 def mass_kept(selection: Selection, mass: Any, *, batch: int = 0, head: int = 0) -> np.ndarray:
-    """How much of its attention each query block would find on its list.
+    """Return how much of its attention each query block pays to the keys on its list.
 
     Args:
         selection: a `dhsa.Selection`.
         mass: [nq, Lk], the attention that each block pays to each key: the mean probability over its queries and the
             heads that share the list, so that a row sums to 1.
-        batch, head: which lists, as in `key_shares`.
+        batch: the batch item.
+        head: which list of that item, counting the heads (or KV heads, or the one list of all heads) of the selection.
 
-    Returns: float64 [nq].
+    Returns:
+        float64 [nq].
 
-    Raises: IndexError: batch or head out of range. ValueError: a mass of another shape.
+    Raises:
+        IndexError: batch or head is out of range.
+        ValueError: the shape of mass is another one.
     """
     array = _checked_mass(mass, selection)
     lists = _lists(selection, batch, head)
@@ -218,22 +232,27 @@ def plot_methods(
     head: int = 0,
     columns: int = 4,
 ) -> Figure:
-    """Maps of several selections of one text side by side, the attention itself first: query blocks downward, keys to
-    the right.
+    """Draw maps of several selections of one text side by side, after a map of the attention itself.
+
+    Query blocks run downward, keys to the right.
 
     Args:
         selections: a `dhsa.Selection` for each name.
-        path: where to write a PNG (or what else the ending says), or None.
+        path: the file to write, PNG or another format that its ending names. None: no file.
         mass: [nq, Lk], as in `mass_kept`.
-        config: a Config of theirs; the keys that sink and local force are then told apart.
-        batch, head: which lists, as in `key_shares`.
+        config: a Config that the selections were made with. Sink and local keys are then told apart.
+        batch: the batch item.
+        head: which list of that item, counting the heads (or KV heads, or the one list of all heads) of the selection.
         columns: maps in a row.
 
     Returns:
-        the matplotlib Figure.
+        The matplotlib Figure.
 
-    Raises: ImportError: matplotlib is not installed. IndexError, ValueError: as in `mass_kept`, no selections, or
-    columns below 1. OSError: `path` cannot be written.
+    Raises:
+        ImportError: matplotlib is not installed.
+        IndexError: as in `mass_kept`.
+        ValueError: as in `mass_kept`, or there are no selections, or columns is below 1.
+        OSError: `path` cannot be written.
     """
     try:
         from matplotlib import colormaps
@@ -273,8 +292,10 @@ def plot_methods(
 
 
 def _binned(mass: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """The largest of each bin of columns: one key that matters is not to vanish among those that do not. And the edges
-    of the bins."""
+    """Return the maximum of each bin of columns, and the edges of the bins.
+
+    The maximum keeps a single important key visible among many unimportant ones.
+    """
     edges = np.unique(np.linspace(0, mass.shape[1], min(bins, mass.shape[1]) + 1).astype(np.int64))
     return np.maximum.reduceat(mass, edges[:-1], axis=1), edges
 
@@ -290,21 +311,25 @@ def tokens_html(
     head: int = 0,
     height: int = 260,
 ) -> str:
-    """A text as each method has one block of queries see it, as HTML: one box for the attention itself and one for each
+    """Show a text as HTML, shaded by what one block of queries sees: a box for the attention itself and one a
     selection.
 
-    Tokens are shaded by why a list has them: a sink, local, or by their score; what is left out is grey. Of those, the
-    ones that attention would have paid most to are underlined in red, as many as would hold half of what was lost.
+    Tokens on the list are shaded by the reason why they are on it: sink, local, or score. Tokens left out are grey. Of
+    those, the ones with the most attention are underlined in red, as many as hold half of the attention that was lost.
 
     Args:
         tokens: the text's tokens as strings, one for each key.
         selections: a `dhsa.Selection` for each name.
         block: which block of queries.
-        mass, batch, head: as in `mass_kept`.
-        config: a Config of theirs, for `sink` and `local`.
+        mass: [nq, Lk], as in `mass_kept`.
+        config: a Config that the selections were made with, for `sink` and `local`.
+        batch: the batch item.
+        head: which list of that item, counting the heads (or KV heads, or the one list of all heads) of the selection.
         height: of a box, in pixels; boxes scroll.
 
-    Raises: IndexError: batch, head or block out of range. ValueError: mass or tokens of another length.
+    Raises:
+        IndexError: batch, head or block is out of range.
+        ValueError: the length of mass or tokens is another one.
     """
     row = np.asarray(mass)[block : block + 1]
     if block < 0 or not len(row):
@@ -337,19 +362,20 @@ def tokens_html(
 
 
 def chunks_html(tokens: Sequence[str], boundaries: Mapping[str, Any], *, height: int = 260) -> str:
-    """A text's tokens coloured by chunk, as HTML: one box for each way to cut it.
+    """Show a text as HTML, its tokens coloured by chunk: one box for each way to cut it.
 
-    Four colours take turns, so that neighbouring chunks differ; a space is a middle dot, a line break an arrow.
-    Pointing at a chunk tells its number and its tokens.
+    Four colours alternate, so that neighbouring chunks differ. A space is shown as a middle dot, a line break as an
+    arrow. Pointing at a chunk shows its number and its tokens.
 
     Args:
         tokens: the text's tokens as strings, one for each key.
-        boundaries: int [C + 1] for each name, as a row of `dhsa.boundaries`: from 0 to the number of tokens, never
-            falling; a repeated entry is an empty chunk, as in padding, and is not shown.
+        boundaries: int [C + 1] for each name, as a row of `dhsa.boundaries`: from 0 to the number of tokens, not
+            decreasing. A repeated entry is an empty chunk, as in padding, and is not shown.
         height: of a box, in pixels; boxes scroll.
 
-    Raises: TypeError: boundaries that are no integers. ValueError: boundaries that do not cut so many tokens. Both
-    name them.
+    Raises:
+        TypeError: boundaries are no integers; the message names them.
+        ValueError: boundaries do not fit the number of tokens; the message names them.
     """
     words = [re.sub(" +", _dots, html.escape(t)).replace("\n", "↵<br>") for t in tokens]
     texts = {}
@@ -371,7 +397,7 @@ def chunks_html(tokens: Sequence[str], boundaries: Mapping[str, Any], *, height:
 
 
 def _dots(spaces: re.Match[str]) -> str:
-    """A run of spaces, visible, and a place where a line may end."""
+    """Return a run of spaces as visible dots, after a place where a line may break."""
     return "<wbr>" + "·" * len(spaces[0])
 
 
@@ -384,7 +410,7 @@ def _span(start: int, stop: int) -> str:
 
 
 def _boxes(texts: Mapping[str, str], height: int) -> str:
-    """Titled boxes of HTML, two in a row. They bring their own paper and ink, so a dark page changes nothing."""
+    """Return titled boxes of HTML, two in a row. They set their own colours, so that they can be read on dark pages."""
     parts = (
         f'<div style="min-width:0"><b>{html.escape(title)}</b><div style="height:{height}px;overflow:auto;'
         f'border:1px solid #c9c6bd;padding:4px;font:10px/1.5 monospace;color:{_INK};background:{_PAPER}">'
@@ -395,7 +421,7 @@ def _boxes(texts: Mapping[str, str], height: int) -> str:
 
 
 def _ends(selection: Selection, length: int) -> np.ndarray:
-    """Of each block, the position after its last query."""
+    """Return the position after the last query of each block."""
     offset = length - selection.q_len if selection.q_len is not None else 0
     return np.minimum(offset + (np.arange(selection.shape[2]) + 1) * selection.query_block, length)
 
@@ -403,7 +429,7 @@ def _ends(selection: Selection, length: int) -> np.ndarray:
 def _pairs(
     selection: Selection, batch: int, head: int, offset: int, length: int, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per block, the (query, key) pairs that its list makes and those that causality and the window allow."""
+    """Return, for each block, the (query, key) pairs on its list and those that causality and the window allow."""
     blocks = len(ends)
     first = (batch * selection.shape[1] + head) * blocks
     indptr = selection.indptr[first : first + blocks + 1]
@@ -413,12 +439,15 @@ def _pairs(
     block = np.repeat(np.arange(blocks), np.diff(indptr))
     queries = np.minimum(ends[block], keys + window) - np.maximum(starts[block], keys)
     attended = np.bincount(block, np.maximum(queries, 0), minlength=blocks)
-    seen = np.concatenate([[0], np.cumsum(np.minimum(np.arange(length) + 1, window))])  # pairs of the queries before
+    seen = np.concatenate([[0], np.cumsum(np.minimum(np.arange(length) + 1, window))])  # pairs of all earlier queries
     return attended, seen[ends] - seen[np.minimum(starts, length)]
 
 
 def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Config | None) -> Any:
-    """RGB of the map: the future grey, forced keys in one tone, the keys chosen by score from pale to strong."""
+    """Return the RGB values of the map.
+
+    Future keys are grey, forced keys have one colour, and the keys selected by score go from pale to strong.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import to_rgb
 
@@ -430,7 +459,7 @@ def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Co
     if config is not None and not config.exact:
         forced = (stops <= config.sink) | ((starts >= ends[:, None] - config.local) & (starts < ends[:, None]))
         image[forced & (shares > 0)] = _FORCED
-        # A block that sees everything did not choose: no longer than the budget, or in the dense tail.
+        # A block that sees every key (within the budget, or in the dense tail) has no keys selected by score.
         complete = ((shares == 1) | (stops > ends[:, None])).all(axis=1, keepdims=True)
         image[complete & (shares > 0)] = _FORCED
     return image

@@ -1,8 +1,8 @@
-"""BoundaryPredictor: the weights of boundary networks, loaded, checked and saved; computed in C.
+"""BoundaryPredictor: the weights of boundary networks, loaded, checked and saved. The networks are computed in C.
 
-Two architectures, the paper's and a compact one; one network for all layers, or one for each, or both. Reads
-safetensors and the authors' PyTorch checkpoints, the latter by `_checkpoint.py` without executing anything in them. Not
-here: training (training/), and picking boundaries from the logits (functional.py).
+There are two architectures, the paper's and a compact one, and a predictor has one network for all layers, one for each
+layer, or both. It reads safetensors and the authors' PyTorch checkpoints; the latter by `_checkpoint.py`, which does
+not execute anything in them. Training is in training/; picking boundaries from the logits is in functional.py.
 """
 
 from __future__ import annotations
@@ -13,24 +13,29 @@ import os
 import re
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from dhsa import _core
-from dhsa._arrays import Array, check_int, empty, kind_of, to_numpy, type_name
+from dhsa._arrays import check_int, empty, kind_of, to_numpy, type_name
 from dhsa._checkpoint import read_checkpoint
 from dhsa._files import replacing
 from dhsa._threads import get_num_threads
+from dhsa._typing import ArrayLike, ArrayT
 
 DEFAULT_WINDOW = 4
-SHIPPED = "gemma-3-270m.safetensors"  # in dhsa/weights, with its card
+SHIPPED = "gemma-3-270m.safetensors"  # in dhsa/weights, with a model card
 TRAIN = "python -m dhsa train-boundaries --model MODEL --text FILES --out FILE"
 
 
 class Architecture(NamedTuple):
-    """A kind of network: its parameters in the order that _core takes them, with shapes in terms of letters that its
-    own weights define; those that may be missing; and whether it has attention heads."""
+    """A kind of network.
+
+    parameters: their names, in the order in which _core takes them, and shapes in terms of letters whose values follow
+    from the weights. optional: the parameters that may be missing. heads: whether it has attention heads.
+    """
 
     parameters: dict[str, tuple[str, ...]]
     optional: tuple[str, ...] = ()
@@ -38,7 +43,7 @@ class Architecture(NamedTuple):
 
     @property
     def anchor(self) -> str:
-        """The parameter by which it is recognised, whose columns are C."""
+        """The parameter by which the architecture is recognised; it has C columns."""
         return next(iter(self.parameters))
 
 
@@ -73,7 +78,7 @@ ARCHITECTURES = {
         }
     ),
 }
-# Where each letter is read off: (parameter, axis).
+# The parameter and axis whose size gives the value of each letter.
 SIZES = {
     "attention": {"C": ("enc.mha.in_proj_weight", 1), "N": ("mlp.0.weight", 0)},
     "compact": {
@@ -84,32 +89,33 @@ SIZES = {
     },
 }
 ANCHORS = tuple(architecture.anchor for architecture in ARCHITECTURES.values())
-_STORED = ("architecture", "heads", "window", "model", "format")  # what a file says of itself besides notes
-_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")  # one way to write a number: two would be one layer
+_STORED = ("architecture", "heads", "window", "model", "format")  # metadata of a file other than notes
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(.+)")  # no leading zeros: two names would be one layer
 
 
 class BoundaryPredictor:
-    """Boundary networks: is there a boundary between keys j and j + 1?
+    """Networks that score whether there is a boundary between keys j and j + 1.
 
     "attention" is the network of arXiv 2510.24606: a window of 2w keys around each gap goes through multi-head
     self-attention and LayerNorm; its two halves are pooled (mean, or a softmax-gated sum), compared, and scored by a
-    small MLP. "compact" is this project's: keys are projected once per token to a few numbers, which are pooled
-    (maximum or mean) on either side of the gap, compared and scored by a small MLP: under 0.1 MFLOP a gap at 1,024
+    small MLP. "compact" is this project's: each key is projected once to a few numbers, which are pooled (maximum or
+    mean) on either side of the gap, compared and scored by a small MLP. It takes less than 0.1 MFLOP a gap at 1,024
     channels. Weights are float32 and immutable.
+
+    A BoundaryPredictor is made by `load`, `default` or `from_state_dict`.
 
     Attributes:
         architecture: "attention" or "compact".
         channels: C, the width it was trained for: KV heads times head_dim of the model.
-        heads: heads of its self-attention (they divide C; not stored in the weights themselves); None for "compact".
+        heads: heads of its self-attention, which divide C (they are not stored in the weights themselves). None for
+            "compact".
         hidden: width of the MLP.
-        window: w, keys on each side of a gap.
-        gated: whether the halves are pooled by a gate; False for "compact".
+        window: w, the number of keys on each side of a gap.
+        gated: whether the halves are pooled by a gate. False for "compact".
         layers: the layers that have a network of their own, ascending; see `layer`.
         shared: whether there is a network for all layers, which `logits` computes.
         model: what is known of the model it was trained for ("model_type", "num_hidden_layers", ...), or None.
-        notes: what else its file says, str to str; of a training its "settings", "losses" (JSON) and "text".
-
-    Made by `load`, `default` and `from_state_dict`.
+        notes: the other metadata of its file, str to str. A training writes "settings" and "losses" (JSON) and "text".
     """
 
     __slots__ = (
@@ -140,7 +146,7 @@ class BoundaryPredictor:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a BoundaryPredictor is immutable; cannot delete {name!r}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.state_dict(), self.heads, self.window, self.model, self.notes)
 
     def __repr__(self) -> str:
@@ -155,29 +161,31 @@ class BoundaryPredictor:
     @classmethod
     def from_state_dict(
         cls,
-        state_dict: Mapping[str, Array],
+        state_dict: Mapping[str, ArrayLike],
         *,
         heads: int | None = None,
         window: int = DEFAULT_WINDOW,
         model: Mapping[str, Any] | None = None,
         notes: Mapping[str, str] | None = None,
     ) -> BoundaryPredictor:
-        """A predictor from arrays under their PyTorch parameter names; they are copied to float32.
+        """Make a predictor from arrays under their PyTorch parameter names. They are copied to float32.
 
         Args:
-            state_dict: for "attention" `enc.mha.in_proj_weight` [3C, C], `enc.mha.in_proj_bias` [3C],
-                `enc.mha.out_proj.weight` [C, C], `enc.mha.out_proj.bias` [C], `enc.norm.weight`, `enc.norm.bias` [C],
-                `mlp.0.weight` [N, 4C + 1], `mlp.0.bias` [N], `mlp.2.weight` [1, N], `mlp.2.bias` [1] and, with gated
-                pooling, `pool.gate.weight` [1, C]; for "compact" `project.weight` [R, C], `token.weight` [M, 2R],
-                `head.0.weight` [N, 3M], `head.2.weight` [1, N] and the bias of each. Networks of single layers have the
-                same names after `layers.<number>.`. A prefix common to all names (`module.`) is allowed.
-            heads: heads of the self-attention, which must divide C; needed for "attention", None for "compact".
-            window: keys on each side of a gap.
-            model, notes: kept under these names.
+            state_dict: for "attention", `enc.mha.in_proj_weight` [3C, C], `enc.mha.in_proj_bias` [3C],
+                `enc.mha.out_proj.weight` [C, C], `enc.mha.out_proj.bias` [C], `enc.norm.weight` [C], `enc.norm.bias`
+                [C], `mlp.0.weight` [N, 4C + 1], `mlp.0.bias` [N], `mlp.2.weight` [1, N], `mlp.2.bias` [1] and, with
+                gated pooling, `pool.gate.weight` [1, C]. For "compact", `project.weight` [R, C], `token.weight` [M,
+                2R], `head.0.weight` [N, 3M], `head.2.weight` [1, N] and the bias of each. Networks of single layers
+                have the same names after `layers.<number>.`. A prefix common to all names (`module.`) is allowed.
+            heads: heads of the self-attention, which must divide C. Required for "attention", None for "compact".
+            window: the number of keys on each side of a gap.
+            model: kept as the attribute `model`.
+            notes: kept as the attribute `notes`.
 
         Raises:
-            TypeError: not a mapping, or no float array. ValueError: a parameter is missing, unknown, not finite or of
-            the wrong shape; the message names it and the shape expected.
+            TypeError: `state_dict` is not a mapping of names to arrays of floating point numbers.
+            ValueError: a parameter is missing, unknown, not finite or of the wrong shape. The message names it and the
+                shape expected.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping of names to arrays, got {type_name(state_dict)}")
@@ -186,7 +194,7 @@ class BoundaryPredictor:
         if notes is not None and not isinstance(notes, Mapping):
             raise TypeError(f"notes: expected a mapping or None, got {type_name(notes)}")
         window = check_int(window, "window", 1, 4096)
-        parts: dict[int | None, dict[str, Array]] = {}
+        parts: dict[int | None, dict[str, ArrayLike]] = {}
         for name, value in _strip_prefix(state_dict).items():
             match = _LAYER.fullmatch(name) if isinstance(name, str) else None
             layer, name = (int(match[1]), match[2]) if match else (None, name)
@@ -220,27 +228,28 @@ class BoundaryPredictor:
     def load(
         cls, path: str | os.PathLike[str], heads: int | None = None, window: int | None = None
     ) -> BoundaryPredictor:
-        """A predictor from a file: safetensors, or a PyTorch checkpoint (`.pt`, the authors' state dict).
+        """Load a predictor from a file: safetensors, or a PyTorch checkpoint (`.pt`, the authors' state dict).
 
-        Checkpoints are read without torch and without running code from them: anything in one but tensors and plain
-        containers is refused. Reading safetensors needs the package `safetensors`.
+        Checkpoints are read without torch and without running code from them; one that holds anything but tensors and
+        plain containers is refused. Reading safetensors needs the package `safetensors`.
 
         Args:
-            path: the file; which kind it is comes from its contents, not its name.
-            heads: heads of the self-attention. None: what `save` stored; required where nothing is stored and the
+            path: the file. Its kind is recognised from its contents, not its name.
+            heads: heads of the self-attention. None: those that `save` stored; required where none are stored and the
                 network is the paper's.
-            window: keys on each side of a gap. None: what `save` stored, else 4.
+            window: the number of keys on each side of a gap. None: the one that `save` stored, else 4.
 
         Raises:
-            OSError: cannot be read. ValueError: damaged, of an unknown kind, or as in `from_state_dict`. ImportError:
-            no `safetensors`.
+            OSError: the file cannot be read.
+            ValueError: the file is damaged or of an unknown kind, or as in `from_state_dict`.
+            ImportError: the package `safetensors` is missing.
         """
         path = os.fspath(path)
         with open(path, "rb") as file:
             magic = file.read(16)
         stored: dict[str, str] = {}
         if magic[:4] == b"PK\x03\x04":
-            state_dict: Mapping[str, Array] = read_checkpoint(path, ANCHORS)
+            state_dict: Mapping[str, ArrayLike] = read_checkpoint(path, ANCHORS)
         elif len(magic) > 8 and magic[8:9] == b"{":
             state_dict, stored = _read_safetensors(path)
         else:
@@ -263,18 +272,22 @@ class BoundaryPredictor:
 
     @classmethod
     def default(cls) -> BoundaryPredictor:
-        """The weights that come with this package: for Gemma 3 270M, see the card beside them in `dhsa/weights`.
+        """Return the predictor that comes with this package: for Gemma 3 270M, with a model card in `dhsa/weights`.
 
         Raises:
-            ImportError: no `safetensors`.
+            ImportError: the package `safetensors` is missing.
         """
         return _shipped()
 
     def layer(self, index: int) -> BoundaryPredictor:
-        """The network of one layer: its own if it has one, else the one for all layers.
+        """Return the network of one layer: its own if it has one, else the one for all layers.
+
+        Args:
+            index: the layer.
 
         Raises:
-            TypeError: no int. ValueError: there is neither.
+            TypeError: `index` is no int.
+            ValueError: there is neither network.
         """
         index = check_int(index, "index", 0)
         if index in self._layers:
@@ -286,8 +299,20 @@ class BoundaryPredictor:
     def save(
         self, path: str | os.PathLike[str], *, dtype: str = "float32", notes: Mapping[str, str] | None = None
     ) -> None:
-        """Writes safetensors with the weights, in `dtype` "float32" or "float16" (half the size; numbers are rounded),
-        and, as metadata, `heads`, `window`, `model` and its own `notes` with these. Needs the package `safetensors`."""
+        """Write the weights as safetensors.
+
+        `heads`, `window`, `model` and `notes` are stored as metadata. Needs the package `safetensors`.
+
+        Args:
+            path: the file to write.
+            dtype: of the weights in the file, "float32" or "float16" (half the size; numbers are rounded).
+            notes: further metadata, added to the predictor's own `notes`.
+
+        Raises:
+            ValueError: `dtype` is another one, or a weight is too large for it.
+            OSError: the file cannot be written.
+            ImportError: the package `safetensors` is missing.
+        """
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: expected 'float32' or 'float16', got {dtype!r}")
         metadata = {**self.notes, **(notes or {}), "architecture": self.architecture, "window": str(self.window)}
@@ -295,7 +320,7 @@ class BoundaryPredictor:
             metadata["heads"] = str(self.heads)
         if self.model is not None:
             metadata["model"] = json.dumps(self.model, sort_keys=True)
-        with np.errstate(over="ignore"):  # said below, by name
+        with np.errstate(over="ignore"):  # reported below, with the name
             weights = {name: array.astype(dtype) for name, array in self.state_dict().items()}
         for name, array in weights.items():
             if not np.isfinite(array).all():
@@ -310,27 +335,33 @@ class BoundaryPredictor:
                 raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The weights under their parameter names, float32, as copies."""
+        """Return copies of the weights under their parameter names, as float32 arrays."""
         own = {name: array.copy() for name, array in self._weights.items()}
         for layer, network in self._layers.items():
             own |= {f"layers.{layer}.{name}": array for name, array in network.state_dict().items()}
         return own
 
-    def logits(self, k: Array) -> Array:
-        """The score of every gap, by the network for all layers (`layer(i).logits` for that of one).
+    @overload
+    def logits(self, k: npt.NDArray[Any]) -> npt.NDArray[np.float32]: ...
+    @overload
+    def logits(self, k: ArrayT) -> ArrayT: ...
+    def logits(self, k: Any) -> Any:
+        """Score every gap by the network for all layers (`layer(i).logits` uses that of one layer).
+
+        Each row of a batch is scored independently. Padding is not recognised, its keys are treated like others: pass
+        only the keys of real tokens, as a patched model does.
 
         Args:
             k: keys [B, Hkv, L, D] with Hkv * D = channels; float32, float16 or bfloat16; NumPy, torch CPU or DLPack.
 
         Returns:
             float32 [B, L] of the kind of `k`: entry j scores the gap between keys j and j + 1. The first w - 1 and the
-            last w gaps, whose windows are not full, are -100; so are all of an input shorter than two windows.
-            A batch is its rows, each on its own. Padding is not known here, its keys are keys like others: hand over
-            the real ones, as a patched model does.
+                last w gaps, whose windows are not full, are -100; so are all gaps of an input shorter than two windows.
 
         Raises:
-            TypeError, ValueError: naming `k`, or the predictor where its width does not fit or it has networks of
-            single layers only.
+            TypeError: naming `k`.
+            ValueError: naming `k`, or the predictor where its width does not fit or it has networks of single layers
+                only.
         """
         kind = kind_of(k, "k")
         k = kind.accept(k, "k")
@@ -341,7 +372,7 @@ class BoundaryPredictor:
         return kind.result(out)
 
     def _args(self) -> tuple[Any, ...]:
-        """What _core takes."""
+        """Return the arguments that _core takes."""
         if self._core_args is None:
             raise ValueError(
                 f"predictor: has networks of layers {_listed(self.layers)} only; take one of them by .layer(number)"
@@ -359,11 +390,13 @@ def _make(**fields: Any) -> BoundaryPredictor:
     return self
 
 
-def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | None, window: int) -> BoundaryPredictor:
-    """One checked network."""
+def _network(
+    state_dict: Mapping[str, ArrayLike], layer: int | None, heads: int | None, window: int
+) -> BoundaryPredictor:
+    """Return one network, checked."""
     where = "state_dict" if layer is None else f"state_dict: layer {layer}"
     kind = next((kind for kind, a in ARCHITECTURES.items() if a.anchor in state_dict), None)
-    if kind is None:  # the likeliest one says what is missing
+    if kind is None:  # the most similar one, for the message about what is missing
         kind = max(ARCHITECTURES, key=lambda kind: len(ARCHITECTURES[kind].parameters.keys() & state_dict.keys()))
     parameters = ARCHITECTURES[kind].parameters
     if missing := [name for name in parameters if name not in state_dict and name not in ARCHITECTURES[kind].optional]:
@@ -408,8 +441,10 @@ def _network(state_dict: Mapping[str, Array], layer: int | None, heads: int | No
 
 
 def _dimension(size: str, letters: dict[str, int]) -> int:
-    """ "3C", "4C+1", "N" or "1" as a number."""
-    times, letter, plus = re.fullmatch(r"(\d*)([A-Z]?)(\+\d+)?", size).groups()  # type: ignore[union-attr]
+    """Return the number that "3C", "4C+1", "N" or "1" stands for."""
+    found = re.fullmatch(r"(\d*)([A-Z]?)(\+\d+)?", size)
+    assert found is not None  # sizes are those of ARCHITECTURES
+    times, letter, plus = found.groups()
     return int(times or 1) * letters.get(letter, 1) + int(plus or 0)
 
 
@@ -433,8 +468,8 @@ def _listed(layers: tuple[int, ...]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _strip_prefix(state_dict: Mapping[str, Array]) -> dict[str, Array]:
-    """The mapping with a prefix common to all names (as wrappers add) removed."""
+def _strip_prefix(state_dict: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
+    """Return the mapping without a prefix that all names have in common, as wrapper modules add one."""
     names = [name for name in state_dict if isinstance(name, str)]
     for name in names:
         for anchor in ANCHORS:
@@ -445,7 +480,7 @@ def _strip_prefix(state_dict: Mapping[str, Array]) -> dict[str, Array]:
     return dict(state_dict)
 
 
-def _float32(value: Array, name: str) -> np.ndarray:
+def _float32(value: Any, name: str) -> np.ndarray:
     if type(value).__module__.partition(".")[0] == "torch" and getattr(value, "is_floating_point", bool)():
         value = value.detach().float()  # NumPy has no bfloat16
     array = to_numpy(value, name)
@@ -464,7 +499,7 @@ def _size(arrays: dict[str, np.ndarray], kind: str, name: str, axis: int) -> int
         raise ValueError(
             f"{name}: expected shape [{', '.join(ARCHITECTURES[kind].parameters[name])}], got {list(shape)}"
         )
-    return shape[axis]
+    return int(shape[axis])
 
 
 def _stored_int(stored: dict[str, str], name: str, path: str) -> int:

@@ -1,6 +1,6 @@
-"""Selection: which keys each block of queries may attend to, as immutable CSR arrays, with full validation.
+"""Selection: the keys that each block of queries may attend to, as immutable CSR arrays, validated in full.
 
-Not here: how selections are found (functional.select) or used (functional.sparse_attention).
+How selections are found is in functional.select; how they are used is in functional.sparse_attention.
 """
 
 from __future__ import annotations
@@ -8,29 +8,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from dhsa._arrays import Array, check_int, int_array, to_numpy, type_name
+from dhsa._arrays import check_int, int_array, to_numpy, type_name
+from dhsa._typing import ArrayLike
 
-MAX_MASK_BYTES = 1 << 28  # 256 MiB: a mask is for looking at and for tests, never a step of the computation
+MAX_MASK_BYTES = 1 << 28  # 256 MiB: masks are for inspection and tests, not for computing attention
 
 
 class Selection:
-    """The keys that each block of queries may attend to. Immutable; may be used for any number of layers.
+    """The keys that each block of queries may attend to. Immutable; one selection may serve any number of layers.
 
-    Row r = (b * heads + s) * nq + i lists the keys of query block i (queries i * query_block onwards) for sharing set s
-    of batch item b: `indices[indptr[r]:indptr[r + 1]]`, ascending and unique. Causality and the sliding window still
-    apply per token inside a list.
+    Row r = (b * heads + s) * nq + i lists the keys of query block i (queries i * query_block onwards) for the heads s
+    that share a selection, of batch item b: `indices[indptr[r]:indptr[r + 1]]`, ascending and unique. Causality and the
+    sliding window still apply to each query within a list.
+
+    A Selection is made by `dhsa.select`, `Selection.from_indices` or `Selection.from_mask`.
 
     Attributes:
         indptr: int64 [B * heads * nq + 1].
         indices: int32 [indptr[-1]].
-        shape: (B, heads, nq); heads is 1 (shared by all), Hkv (by the heads of a KV group) or H.
+        shape: (B, heads, nq). heads is 1 (all heads share a selection), Hkv (those of a KV head do) or H (none do).
         query_block: queries in a block.
-        boundaries: int32 [B, C + 1] chunk boundaries the selection was made with, rows padded with k_len, or None.
-        q_len, k_len: the lengths it was made for, or None where unknown (from_indices without them).
+        boundaries: int32 [B, C + 1], the chunk boundaries that the selection was made with, rows padded with k_len; or
+            None.
+        q_len: the number of queries it was made for; None where unknown (`from_indices` without it).
+        k_len: the number of keys it was made for; None where unknown.
         window: the sliding window it was made under, or None.
-
-    Made by `dhsa.select`, `Selection.from_indices` and `Selection.from_mask`.
     """
 
     __slots__ = ("boundaries", "indices", "indptr", "k_len", "q_len", "query_block", "shape", "window")
@@ -60,7 +64,7 @@ class Selection:
         k_len: int | None = None,
         window: int | None = None,
     ) -> Selection:
-        """Takes ownership of arrays that are known to be valid."""
+        """Take ownership of arrays that are known to be valid."""
         self = object.__new__(cls)
         for array in (indptr, indices, boundaries):
             if array is not None:
@@ -84,11 +88,11 @@ class Selection:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"a Selection is immutable; cannot delete {name!r}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, tuple(getattr(self, name) for name in _FIELDS)
 
     def __eq__(self, other: object) -> bool:
-        """Equal lists for equal blocks; boundaries and lengths, where they came from, are not compared."""
+        """Whether the lists are equal for equal blocks. Boundaries and lengths are not compared."""
         if not isinstance(other, Selection):
             return NotImplemented
         return (
@@ -98,7 +102,7 @@ class Selection:
             and np.array_equal(self.indices, other.indices)
         )
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
 
     def __repr__(self) -> str:
         lengths = "" if self.k_len is None else f", q_len={self.q_len}, k_len={self.k_len}"
@@ -111,25 +115,27 @@ class Selection:
     @classmethod
     def from_indices(
         cls,
-        indptr: Array,
-        indices: Array,
+        indptr: ArrayLike,
+        indices: ArrayLike,
         *,
         shape: tuple[int, int, int],
         query_block: int,
         q_len: int | None = None,
         k_len: int | None = None,
     ) -> Selection:
-        """A selection from CSR arrays, copied and validated in full.
+        """Make a selection from CSR arrays, which are copied and validated in full.
 
         Args:
-            indptr: integers [B * heads * nq + 1], from 0, never falling, up to len(indices).
+            indptr: integers [B * heads * nq + 1], beginning with 0, not decreasing, ending with len(indices).
             indices: integers [n]; in each row ascending, unique and at least 0 (and below k_len if given).
             shape: (B, heads, nq).
             query_block: queries in a block, 1 to 65536.
-            q_len, k_len: numbers of queries and keys, if known; `density` and `mask` use them.
+            q_len: number of queries, if known; used by `density` and `mask`.
+            k_len: number of keys, if known; used by `density` and `mask`.
 
         Raises:
-            TypeError, ValueError: naming the argument, and for bad contents the row.
+            TypeError: an argument of the wrong type; the message names it.
+            ValueError: wrong contents; the message names the argument and the row.
         """
         shape = check_shape(shape)
         query_block = check_int(query_block, "query_block", 1, 65536)
@@ -169,16 +175,21 @@ class Selection:
         return cls._trusted(indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len)
 
     @classmethod
-    def from_mask(cls, mask: Array, *, query_block: int, window: int | None = None) -> Selection:
-        """A selection from a boolean mask [B, heads, Lq, Lk], True where a query may attend to a key.
+    def from_mask(cls, mask: ArrayLike, *, query_block: int, window: int | None = None) -> Selection:
+        """Make a selection from a boolean mask.
 
-        All queries of a block share one list, so the rows of a block must be equal wherever causality (and `window`, if
-        given) lets a query look; above the diagonal and under the window they may differ. Query i sits at key position
-        i + (Lk - Lq).
+        All queries of a block share one list. The rows of a block must therefore be equal wherever causality (and
+        `window`, if given) lets a query look; above the diagonal and before the window they may differ. Query i is at
+        key position i + (Lk - Lq).
+
+        Args:
+            mask: bool [B, heads, Lq, Lk], True where a query may attend to a key.
+            query_block: queries in a block, 1 to 65536.
+            window: the sliding window under which the mask was made. None: none.
 
         Raises:
-            TypeError: not boolean. ValueError: wrong rank, Lq > Lk, or rows of one block that differ (naming the
-            first).
+            TypeError: `mask` is not boolean.
+            ValueError: the rank is wrong, Lq > Lk, or rows of one block differ (the message names the first).
         """
         array = to_numpy(mask, "mask")
         if array.dtype != np.bool_:
@@ -223,22 +234,23 @@ class Selection:
         )
 
     def _lengths(self) -> tuple[int, int]:
-        """q_len and k_len; where unknown, whole blocks of queries and the fewest keys that fit."""
+        """Return q_len and k_len. Where unknown, assume whole blocks of queries and the fewest keys that fit."""
         q_len = self.q_len if self.q_len is not None else self.shape[2] * self.query_block
         if self.k_len is not None:
             return q_len, self.k_len
         return q_len, max(q_len, int(self.indices.max(initial=-1)) + 1)
 
     def density(self) -> float:
-        """(query, key) pairs attended / pairs visible under causality and the selection's window, over all sharing
-        sets.
+        """Return the (query, key) pairs attended to, divided by those visible under causality and the selection's
+        window.
 
-        Without known lengths (from_indices), nq * query_block queries and the fewest keys that fit are assumed.
+        Pairs are summed over all lists. Without known lengths (`from_indices`), nq * query_block queries and the fewest
+        keys that fit are assumed.
         """
         q_len, k_len = self._lengths()
         offset = k_len - q_len
-        # Query positions 0, 1, ... see 1, 2, ... keys until the window is full, and then its width.
-        width = k_len if self.window is None else min(self.window, k_len)  # sums with a wider one could overflow
+        # The queries at positions 0, 1, ... see 1, 2, ... keys until the window is full, then as many as it is wide.
+        width = k_len if self.window is None else min(self.window, k_len)  # sums with a larger one could overflow
         rising = min(max(0, width - offset), q_len)
         visible = rising * (2 * offset + rising + 1) // 2 + (q_len - rising) * width
         visible *= self.shape[0] * self.shape[1]
@@ -251,15 +263,16 @@ class Selection:
         attended = int(np.maximum(last - np.maximum(first, keys) + 1, 0).sum())
         return attended / visible
 
-    def mask(self, *, causal: bool = False, window: int | None = None) -> np.ndarray:
-        """The selection as a boolean mask [B, heads, Lq, Lk], for small sizes.
+    def mask(self, *, causal: bool = False, window: int | None = None) -> npt.NDArray[np.bool_]:
+        """Return the selection as a boolean mask [B, heads, Lq, Lk], for small sizes.
 
-        By default a block's whole list for each of its queries, as listed. causal=True: only what each query attends
-        to, its own position included, under `window` (None: the selection's own) if there is one; usable as an SDPA
-        mask.
+        Args:
+            causal: False: each query has its block's whole list. True: each query has what it attends to, which
+                includes its own position; usable as an SDPA mask.
+            window: with causal=True, the sliding window. None: the selection's own.
 
         Raises:
-            ValueError: the mask would take more than 256 MiB.
+            ValueError: the mask would take more than 256 MiB, or a window is given without causal=True.
         """
         q_len, k_len = self._lengths()
         batch, heads, nq = self.shape
@@ -278,7 +291,9 @@ class Selection:
         blocks = np.zeros((batch * heads * nq, k_len), np.bool_)
         rows = np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
         blocks[rows, self.indices] = True
-        mask = blocks.reshape(batch, heads, nq, k_len)[:, :, np.arange(q_len) // self.query_block]
+        mask: npt.NDArray[np.bool_] = blocks.reshape(batch, heads, nq, k_len)[
+            :, :, np.arange(q_len) // self.query_block
+        ]
         if causal:
             mask &= visible_keys(0, q_len, q_len, k_len, window)
         return mask
@@ -288,7 +303,7 @@ _FIELDS = ("indptr", "indices", "shape", "query_block", "boundaries", "q_len", "
 
 
 def _rebuild(*values: Any) -> Selection:
-    """Unpickles a Selection by validating it again: a pickle is input like any other."""
+    """Unpickle a Selection. Its contents are validated again, since a pickle may hold anything."""
     indptr, indices, shape, query_block, boundaries, q_len, k_len, window = values
     selection = Selection.from_indices(indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len)
     return Selection._trusted(
@@ -304,7 +319,7 @@ def _rebuild(*values: Any) -> Selection:
 
 
 def check_shape(shape: Any) -> tuple[int, int, int]:
-    """(B, heads, nq) as ints of at least 1."""
+    """Return (B, heads, nq) as ints of at least 1."""
     if not isinstance(shape, (tuple, list)):
         raise TypeError(f"shape: expected (B, heads, nq), got {type_name(shape)}")
     if len(shape) != 3:
@@ -314,7 +329,7 @@ def check_shape(shape: Any) -> tuple[int, int, int]:
 
 
 def check_lengths(q_len: Any, k_len: Any, nq: int, query_block: int) -> tuple[int | None, int | None]:
-    """Known lengths against the number of blocks and against each other."""
+    """Check known lengths against the number of blocks and against each other."""
     if q_len is not None:
         q_len = check_int(q_len, "q_len", 1, 2**31 - 1)
         if -(-q_len // query_block) != nq:
@@ -331,15 +346,15 @@ def check_lengths(q_len: Any, k_len: Any, nq: int, query_block: int) -> tuple[in
 
 
 def row_of(indptr: np.ndarray, at: int) -> int:
-    """The CSR row that entry `at` belongs to."""
+    """Return the CSR row that entry `at` belongs to."""
     return int(np.searchsorted(indptr, at, side="right")) - 1
 
 
 def visible_keys(first: int, last: int, q_len: int, k_len: int, window: int | None) -> np.ndarray:
-    """bool [last - first, k_len]: keys that causality and the window leave to queries first..last-1."""
+    """Return bool [last - first, k_len]: keys that causality and the window leave to queries first to last - 1."""
     position = np.arange(first, last)[:, None] + (k_len - q_len)
     keys = np.arange(k_len)
     visible = keys <= position
     if window is not None:
-        visible &= keys > position - min(window, k_len)  # the difference from a wider one could overflow
+        visible &= keys > position - min(window, k_len)  # the difference with a larger one could overflow
     return visible

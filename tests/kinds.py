@@ -106,16 +106,16 @@ SIZES_OF = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
-HEAD = """# Models that were tried
+HEAD = """# Models
 
-Written by `python tests/kinds.py`, which builds every kind of causal language model of the installed transformers from
-its configuration class, two layers of random weights in float32, and compares with `attn_implementation="eager"`:
-logits of a prompt of 200 tokens, of a batch of two with padding on the left, and of six steps of `generate`. The
-numbers are the largest difference over the largest logit. The last column has the paths that layers went when they
-were asked to leave keys out. `tests/test_kinds.py` tries every row again.
+This page is written by `python tests/kinds.py`. The program builds every kind of causal language model of the installed
+transformers from its configuration class, with two layers of random weights in float32, and compares its output with
+that of `attn_implementation="eager"`: the logits of a prompt of 200 tokens, those of a batch of two with padding on the
+left, and those of six steps of `generate`. The numbers are the largest difference divided by the largest logit. The
+last column has the paths of the layers with a sparse configuration. `tests/test_kinds.py` repeats every row.
 
-Tiny models of random weights say that a model's attention is understood; they say nothing about its quality when keys
-are left out.
+Small models of random weights show that a model's attention is computed correctly. They do not show its quality when
+keys are left out.
 """
 
 

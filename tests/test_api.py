@@ -5,9 +5,12 @@ elsewhere, predictors in test_predictor.py and refused input in test_bad_input.p
 """
 
 import ast
+import copy
 import inspect
+import json
 import math
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -74,8 +77,13 @@ except ImportError as error:
     ), done.stderr
 
 
-def test_version_is_the_projects():
-    assert dhsa.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+def test_version_has_one_source():
+    """pyproject.toml reads it from the package, so that neither can be of another release."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in settings["project"]
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "dhsa.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+([ab]\d+|rc\d+|\.dev\d+)?", dhsa.__version__)
 
 
 def test_stub_has_the_extensions_functions():
@@ -392,18 +400,17 @@ def test_config_defaults():
         "boundary_window": 4,
         "theta": None,
         "nms": None,
-        "score": "rows",
+        "method": "rows",
         "rows": None,
-        "by_length": True,
         "shortlist": None,
-        "pooling": "mean",
+        "options": dhsa.methods.Rows(),
         "predictor": None,
     }
     assert {name: getattr(config, name) for name in expected} == expected
     assert parsed(config) == {
         "method": "rows", "budget": 2048, "mass": None, "floor": 144, "query_block": 64, "sink": 16, "local": 128,
         "dense_tail": 64, "heads": "group", "boundaries": "similarity", "chunk_size": 8, "num_chunks": None,
-        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 32, "by_length": True,
+        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 32, "rounded": False,
         "shortlist": 8192, "pooling": "mean", "key_block": 128, "stride": None, "exact": False, "exact_up_to": 2048,
     }  # fmt: skip
     assert config._core.num_gaps(1000) == 250
@@ -418,15 +425,6 @@ def parsed(config):
     return {name: value for name, value in values.items() if not callable(value)}
 
 
-def test_config_of_plain_row_scores():
-    config = dhsa.Config(score="rows")
-    assert (config.method, config.score, config.by_length) == ("rows", "rows", False)
-    core = config._core
-    assert (core.num_gaps(1000), core.nms, core.rows, core.by_length) == (125, 4, 16, False)
-    assert parsed(dhsa.Config(method="rows", by_length=False)) == parsed(config)
-    assert parsed(dhsa.Config(score="rows", by_length=True)) == parsed(dhsa.Config())
-
-
 def test_config_fits_default_forced_keys_into_a_small_budget():
     assert (dhsa.Config(budget=144).sink, dhsa.Config(budget=144).local) == (16, 128)
     assert (dhsa.Config(budget=128).sink, dhsa.Config(budget=128).local) == (16, 64)
@@ -438,11 +436,11 @@ def test_config_fits_default_forced_keys_into_a_small_budget():
 
 def test_config_paper():
     paper = dhsa.Config.paper()
-    assert (paper.query_block, paper.local, paper.heads, paper.score, paper.pooling) == (
+    assert (paper.query_block, paper.local, paper.heads, paper.method, paper.pooling) == (
         256,
         128,
         "all",
-        "block",
+        "dhsa",
         "mean_sqrt",
     )
     assert (paper._core.num_gaps(1000), paper._core.theta, paper._core.nms) == (24, -math.inf, 8)
@@ -454,21 +452,108 @@ def test_config_paper():
     assert learned._core.predictor[:2] == (2, 4)  # heads, window
 
 
-def test_config_methods_and_their_other_names():
-    assert (dhsa.Config().method, dhsa.Config().score, dhsa.Config().heads) == ("rows", "rows", "group")
-    paper = dhsa.Config(score="block")
-    assert (paper.method, paper.score, paper.heads) == ("dhsa", "block", "group")
-    assert paper == dhsa.Config(method="dhsa") == dhsa.Config(method="dhsa", score="block")
-    assert paper.replace(method="window") == dhsa.Config(method="window")
-    assert paper.replace(score="rows") == dhsa.Config(score="rows")
-    assert paper.replace(method="rows") == dhsa.Config()
-    assert dhsa.Config(method="window").score is None
-    assert dhsa.Config.paper().replace(method="rows").score == "rows"
+def test_config_spellings_of_a_method():
+    flat = dhsa.Config(method="xattention", stride=16, mass=0.9)
+    assert flat == dhsa.Config(method=dhsa.methods.XAttention(stride=16), mass=0.9) != dhsa.Config(method="xattention")
+    assert (flat.method, flat.options, flat.stride, flat.key_block, flat.heads) == (
+        "xattention",
+        dhsa.methods.XAttention(stride=16),
+        16,
+        128,
+        "head",
+    )
+    assert dhsa.Config(method="xattention") == dhsa.Config(method=dhsa.methods.XAttention())
+    assert hash(flat) == hash(flat.replace())
     per_head = dhsa.Config(method="proxy", heads=None)
     assert (per_head.heads, per_head.stride) == ("head", 4)
-    assert (per_head.replace(method="block").heads, per_head.replace(method="block").stride) == ("group", None)
+    assert per_head.replace(method="block") == dhsa.Config(method="block")
+    assert per_head.replace(method="block").heads == "group"
     assert per_head.replace(heads="all").heads == "all"
-    assert pickle.loads(pickle.dumps(per_head)) == per_head
+    assert per_head.replace(stride=2, budget=300) == dhsa.Config(method="proxy", stride=2, budget=300)
+    assert per_head.replace(method="xattention", stride=2) == dhsa.Config(method="xattention", stride=2)
+    assert flat.replace(method="xattention", key_block=64) == flat.replace(key_block=64)
+    assert dhsa.Config.paper().replace(method="rows").method == "rows"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: dhsa.Config(method="block", stride=8),
+            "^stride: is an option of method='xattention' and 'proxy'",
+        ),
+        (lambda: dhsa.Config(method="window", key_block=128), "^key_block: .*; method='window' has no options"),
+        (lambda: dhsa.Config(pooling="mean"), "^pooling: is an option of method='dhsa'; method='rows' has rows, short"),
+        (lambda: dhsa.Config(method="proxy").replace(rows=3), "^rows: is an option of method='rows' and 'hisa'"),
+        (lambda: dhsa.Config(method="proxy").replace(method="block", stride=3), "^stride: is an option of"),
+        (lambda: dhsa.Config(method=dhsa.methods.Proxy(), stride=2), "^stride: give options to dhsa.methods.Proxy or"),
+        (lambda: dhsa.Config(method=dhsa.methods.Proxy), r"^method: .* got a class; write Proxy\(\)"),
+        (
+            lambda: dhsa.Config(score="block"),
+            "^score: is gone; write method='rows' for score='rows'",
+        ),
+        (lambda: dhsa.Config(by_length=False), "^by_length: is gone; method='rows' always counts"),
+        (lambda: dhsa.Config().replace(score="rows"), "^score: is gone"),
+    ],
+)
+def test_config_options_of_another_method_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_config_attributes_that_are_not_there():
+    with pytest.raises(AttributeError, match=r"^stride: is an option of .*; this Config has method='rows'"):
+        _ = dhsa.Config().stride
+    with pytest.raises(AttributeError, match=r"^score: is gone"):
+        _ = dhsa.Config().score
+    with pytest.raises(AttributeError, match="no attribute 'budgets'"):
+        _ = dhsa.Config().budgets
+    assert not hasattr(dhsa.Config(method="window"), "rows")
+
+
+EXAMPLES = {
+    "Config()": dhsa.Config(),
+    "Config(budget=512)": dhsa.Config(budget=512, query_block=64),
+    "Config(budget=None, mass=0.9)": dhsa.Config(mass=0.9, budget=None),
+    "Config(method='window', sink=4)": dhsa.Config(method="window", sink=4),
+    "Config(rows=16)": dhsa.Config(rows=16),
+    "Config(method='hisa', key_block=64, dense_tail=0)": dhsa.Config(method="hisa", key_block=64, dense_tail=0),
+    "Config(budget=64, sink=16)": dhsa.Config(budget=20, sink=16).replace(budget=64),
+    "Config(budget=20, sink=16)": dhsa.Config(budget=20, sink=16),
+    "Config(theta=-inf)": dhsa.Config(theta=-math.inf),
+    "Config(boundaries='fixed', chunk_size=4, num_chunks='paper')": dhsa.Config(
+        boundaries="fixed", chunk_size=4, num_chunks="paper"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_config_prints_pickles_and_becomes_a_dict(text):
+    config = EXAMPLES[text]
+    assert eval(text, {"Config": dhsa.Config, "inf": math.inf}) == config
+    assert repr(config) == text or "budget=64, sink=16" in text
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert parsed(again) == parsed(config)
+    words = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    assert dhsa.Config.from_dict(words) == config
+    assert copy.deepcopy(config) == config
+
+
+def test_config_with_a_predictor_becomes_a_dict(tmp_path):
+    shipped = dhsa.Config(boundaries="predictor")
+    assert shipped.to_dict() == {"boundaries": "predictor"}
+    assert dhsa.Config.from_dict(shipped.to_dict()) == shipped
+    own = dhsa.Config.paper(predictor=dhsa.BoundaryPredictor.from_state_dict(random_weights(8, 4), heads=2))
+    with pytest.raises(ValueError, match=r"^predictor: .*save it and give its path"):
+        own.to_dict()
+    own.predictor.save(tmp_path / "p.safetensors")
+    words = json.loads(json.dumps(own.to_dict(predictor=str(tmp_path / "p.safetensors"))))
+    again = dhsa.Config.from_dict(words)
+    assert again.replace(predictor=own.predictor) == own
+    assert parsed(again)["method"] == parsed(own)["method"]
+    with pytest.raises(TypeError, match=r"^values: expected a dict, got list"):
+        dhsa.Config.from_dict([])
 
 
 def test_config_mass():
@@ -580,10 +665,10 @@ def test_label_vectors(case):
 
 
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-@pytest.mark.parametrize("score", ["rows", "block"])
-def test_select_then_attend_is_attention(make_qkv, heads, score):
+@pytest.mark.parametrize("method", ["rows", "dhsa"])
+def test_select_then_attend_is_attention(make_qkv, heads, method):
     q, k, v = make_qkv(2, 4, 2, 70, 90, 16)
-    config = SMALL.replace(heads=heads, score=score, dense_tail=5)
+    config = SMALL.replace(heads=heads, method=method, dense_tail=5)
     options = {"scale": 0.3, "softcap": 4.0}
     out, lse = dhsa.attention(q, k, v, config, **options, return_lse=True)
     selection = dhsa.select(q, k, config, **options)

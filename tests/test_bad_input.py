@@ -369,10 +369,6 @@ OTHER_CALLS = {
     "dense_tail": (lambda: dhsa.Config(dense_tail="all"), TypeError, r"^dense_tail: expected an int, got str"),
     "heads": (lambda: dhsa.Config(heads="kv"), ValueError, r"^heads: expected one of 'group', 'all', 'head', got 'kv'"),
     "boundaries": (lambda: dhsa.Config(boundaries="learned"), ValueError, r"^boundaries: expected one of"),
-    "score": (lambda: dhsa.Config(score=3), TypeError, r"^score: expected one of"),
-    "score against method": (
-        lambda: dhsa.Config(score="block", method="rows"), ValueError, r"^score: 'block' is another name for"),
-    "score of no chunks": (lambda: dhsa.Config(score="rows", method="window"), ValueError, r"^score: 'rows'"),
     "method": (lambda: dhsa.Config(method="best"), ValueError, r"^method: expected one of .* got 'best'"),
     "method none": (lambda: dhsa.Config(method=None), TypeError, r"^method: expected one of"),
     "source": (lambda: dhsa.Config.source("best"), ValueError, r"^method: expected one of"),
@@ -385,13 +381,13 @@ OTHER_CALLS = {
     "floor alone": (lambda: dhsa.Config(floor=500), ValueError, r"^floor: is the least number of keys where `mass`"),
     "floor below forced": (lambda: dhsa.Config(mass=0.9, floor=143), ValueError, r"^floor: expected 144 to 2048"),
     "floor above budget": (lambda: dhsa.Config(mass=0.9, floor=4000), ValueError, r"^floor: expected 144 to 2048"),
-    "key_block": (lambda: dhsa.Config(key_block=0), ValueError, r"^key_block: "),
-    "stride": (lambda: dhsa.Config(stride=0), ValueError, r"^stride: "),
+    "key_block": (lambda: dhsa.Config(method="block", key_block=0), ValueError, r"^key_block: "),
+    "stride": (lambda: dhsa.Config(method="proxy", stride=0), ValueError, r"^stride: "),
     "boundaries of no chunks": (
         lambda: dhsa.select(q, k, dhsa.Config(method="window"), boundaries=cut([0, 12])),
         ValueError, r"^boundaries: method='window' cuts no chunks"),
-    "pooling": (lambda: dhsa.Config(pooling="max"), ValueError, r"^pooling: expected one of"),
-    "rows 0": (lambda: dhsa.Config(rows=0), ValueError, r"^rows: expected 1 to 64, got 0"),
+    "pooling": (lambda: dhsa.Config(method="dhsa", pooling="max"), ValueError, r"^pooling: expected one of"),
+    "rows 0": (lambda: dhsa.Config(rows=0), ValueError, r"^rows: expected 1 to .*, got 0"),
     "rows above block": (lambda: dhsa.Config(rows=65), ValueError, r"^rows: expected 1 to 64, got 65"),
     "chunk_size": (lambda: dhsa.Config(chunk_size=0), ValueError, r"^chunk_size: "),
     "num_chunks": (lambda: dhsa.Config(num_chunks=0), ValueError, r"^num_chunks: "),
@@ -560,9 +556,9 @@ def test_not_finite_numbers_reach_the_rows_that_see_them(bad, which, window):
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-@pytest.mark.parametrize("score", ["rows", "block"])
-def test_not_finite_numbers_in_sparse_attention(which, score):
-    config = SPARSE.replace(score=score)
+@pytest.mark.parametrize("method", ["rows", "dhsa"])
+def test_not_finite_numbers_in_sparse_attention(which, method):
+    config = SPARSE.replace(method=method)
     args = {"q": normal(1, 4, 64, 8), "k": normal(1, 2, 64, 8, seed=1), "v": normal(1, 2, 64, 8, seed=2)}
     args[which][0, 1, 20, 3] = np.nan
     out = dhsa.attention(**args, config=config)

@@ -211,7 +211,7 @@ def test_gaps_are_picked_as_the_method_has_it():
         return core.num_gaps(8192), core.boundary_window, core.theta, core.nms
 
     ours, theirs = compact(16), dhsa.BoundaryPredictor.from_state_dict(random_weights(16, 8), heads=4)
-    for options in ({}, {"method": "dhsa"}, {"score": "rows"}):
+    for options in ({}, {"method": "dhsa"}, {"method": "block"}):
         similarity = dhsa.Config(**options)
         mine = dhsa.Config(boundaries="predictor", predictor=ours, **options)
         assert picking(mine) == picking(similarity)

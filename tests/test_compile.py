@@ -274,7 +274,7 @@ def test_a_predictor_cannot_be_exported():
 
 
 def test_every_field_of_a_config_survives_export():
-    for config in (dhsa.Config(), dhsa.Config.paper(theta=-torch.inf), SPARSE.replace(score="block"), EXACT):
+    for config in (dhsa.Config(), dhsa.Config.paper(theta=-torch.inf), SPARSE.replace(method="dhsa"), EXACT):
         layer = Layer(3, is_causal=False)
         layer.__dict__[dhsa.hf.switching.STATE] = dhsa.hf.switching.State(config, None, ())
         thawed = tracing.thawed(tracing._frozen(layer, None))

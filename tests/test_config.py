@@ -8,10 +8,10 @@ import random
 
 import numpy as np
 import pytest
+from dhsa._twin.selection import is_exact
 
 import dhsa
 from dhsa import _core, functional
-from dhsa.reference._selection import is_exact
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ from dhsa.reference._selection import is_exact
         ({"theta": math.nan}, ValueError, "^theta: expected a number, got nan"),
         ({"theta": "0"}, TypeError, "^theta: expected a number, got str"),
         ({"nms": -1}, ValueError, "^nms: expected at least 0, got -1"),
-        ({"by_length": 1}, TypeError, "^by_length: expected a bool, got int"),
+        ({"rounded": 1}, TypeError, "^rounded: expected a bool, got int"),
         ({"predictor": 5}, TypeError, "^predictor: expected a tuple, got int"),
         ({"predictor": (1, 2)}, TypeError, "^predictor: expected a tuple of 13 items, got 2"),
         ({"budgets": 5}, TypeError, "^Config has no field 'budgets'"),
@@ -107,10 +107,10 @@ def test_it_keeps_the_weights_of_its_network():
         _core.boundaries(k, bare, np.empty((1, 40), np.int32), counts, 1)
 
 
-def test_gaps_by_length():
+def test_gaps_of_each_length():
     for length in (1, 7, 8, 31, 1000, 32_767, 32_768, 65_536, 100_001, 2**30 - 1):
-        assert _core.Config(by_length=True).num_gaps(length) == max(length // 8, min(length // 4, 8192))
-        assert _core.Config().num_gaps(length) == length // 8
+        assert _core.Config().num_gaps(length) == max(length // 8, min(length // 4, 8192))
+        assert _core.Config(method="dhsa").num_gaps(length) == length // 8
         assert _core.Config(num_chunks="paper", query_block=256).num_gaps(length) == length // 256 * 8
         assert _core.Config(num_chunks=5).num_gaps(length) == 5
     with pytest.raises(ValueError, match=r"^length: expected 1 to"):

@@ -288,7 +288,7 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate(folder, tmp_path, *args) == 0
     out = capsys.readouterr().out
-    assert "9 of 21 results are there already" in out
+    assert "9 of 21 results exist already" in out
     assert "1 damaged lines" in out
     again = store.Store(file).rows
     assert {k: r["nll"] for k, r in again.items()} == {r["key"]: r["nll"] for r in whole}
@@ -305,7 +305,7 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
     assert evaluate("no/such/model", tmp_path, "report") == 0
     assert "3 damaged lines" in capsys.readouterr().out
     assert evaluate(folder, tmp_path, *args) == 0
-    assert "18 of 21 results are there already" in capsys.readouterr().out
+    assert "18 of 21 results exist already" in capsys.readouterr().out
     again = store.Store(file).rows
     assert {k: r["nll"] for k, r in again.items()} == {r["key"]: r["nll"] for r in whole}
 
@@ -391,7 +391,7 @@ def test_documents_from_files_folders_and_longbench(engine, tmp_path):
     word = engine.encode("axyz")
     made = texts.documents(engine, groups[1:], 40, count=2, skip=1)
     assert [(d.name, set(d.ids)) for d in made] == [("news.jsonl:2", {word[2]}), ("news.jsonl:3", {word[3]})]
-    # Sources in turn; a text too short is passed over.
+    # Sources in turn; a text too short is skipped.
     made = texts.documents(engine, groups, 40, count=3)
     assert [d.name for d in made] == ["a.txt", "news.jsonl:1", "news.jsonl:1"]
     joined = texts.documents(engine, [groups[0][:2]], 41, count=9, join=True)

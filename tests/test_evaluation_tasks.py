@@ -318,4 +318,4 @@ def test_every_task_in_miniature(folder, tmp_path, capsys):  # noqa: F811
     capsys.readouterr()
     assert evaluate(folder, tmp_path, *args) == 0
     assert rows_of(tmp_path) == rows
-    assert capsys.readouterr().out.count("results are there already") == 5
+    assert capsys.readouterr().out.count("results exist already") == 5

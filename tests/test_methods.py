@@ -1,9 +1,10 @@
 """Every selection method against its reference twin, and what they all share: forced keys, budgets, shares of mass,
-exact blocks, windows, threads, the pipeline. A method joins by its entry in reference.METHODS.
+exact blocks, windows, threads, the pipeline. A method joins by its entry in dhsa.methods.registry.
 
 What is particular to chunks (boundaries, their scores) is tested in test_select.py.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 import dhsa
 from dhsa import _core, functional, reference
-from dhsa.config import METHODS, NO_MASS, STRIDES
+from dhsa.methods import registry
 
 TOLERANCE = 1e-5  # relative, of fp32 scores
 TWINS = sorted(reference.METHODS)
+NO_MASS = [name for name, method in registry.items() if not method.has_mass]
 MASSY = [method for method in TWINS if method not in NO_MASS]
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -27,16 +29,20 @@ def normal(*shape, seed=0, dtype=np.float32):
 
 
 def small(**options):
-    values = {"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, "key_block": 12, **options}
-    if values.get("method") in STRIDES:
+    values = {"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, **options}
+    own = registry[values.get("method", "rows")].options()
+    if "key_block" in own:
+        values.setdefault("key_block", 12)
+    else:
+        values.pop("key_block", None)  # of tests that give it to every method
+    if "stride" in own:
         values.setdefault("stride", math.gcd(values["key_block"], 4))
     return dhsa.Config(**values)
 
 
 def twin_options(config, **layer):
-    names = ("budget", "mass", "floor", "query_block", "sink", "local", "dense_tail", "heads", "key_block", "stride",
-             "pooling", "rows", "by_length", "shortlist")  # fmt: skip
-    return {name: getattr(config, name) for name in names} | layer
+    names = ("budget", "mass", "floor", "query_block", "sink", "local", "dense_tail", "heads")
+    return {name: getattr(config, name) for name in names} | dataclasses.asdict(config.options) | layer
 
 
 def row_of(selection, r):
@@ -73,10 +79,10 @@ def check_row(got, here, found, config):
 
 def check(q, k, config, *, edges=None, **layer):
     """The C lists are the twin's; returns the selection and how many lists were not exact."""
-    if config.score is not None and edges is None:
+    if config.options.has_chunks and edges is None:
         edges = dhsa.boundaries(k, config)
     got = dhsa.select(q, k, config, boundaries=edges, **layer)
-    assert (got.boundaries is None) == (config.score is None)
+    assert (got.boundaries is None) == (not config.options.has_chunks)
     options = twin_options(config, **layer)
     if config.method == "dhsa":
         options |= {"scale": 1.0, "softcap": None}
@@ -189,7 +195,7 @@ def long_prompt(**options):
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 def test_shortlist(isa, heads, window):
     q, k = normal(2, 4, 450, 8), normal(2, 2, 500, 8, seed=1)
-    for options in ({}, {"by_length": False}, {"sink": 0, "local": 0}, {"boundaries": "fixed", "chunk_size": 3}):
+    for options in ({}, {"sink": 0, "local": 0}, {"boundaries": "fixed", "chunk_size": 3}):
         config = long_prompt(heads=heads, **options)
         got, chosen = check(q, k, config, window=window, scale=0.7, softcap=5.0)
         assert chosen > 0
@@ -270,8 +276,6 @@ def test_no_shortlist_under_a_mass_and_bad_ones_are_refused():
         long_prompt(shortlist=50)
     with pytest.raises(TypeError, match="shortlist"):
         long_prompt(shortlist="all")
-    with pytest.raises(TypeError, match="by_length"):
-        long_prompt(by_length=2)
 
 
 def test_hisa_looks_into_more_keys_than_it_keeps_numbers_of():
@@ -286,7 +290,8 @@ def test_hisa_looks_into_more_keys_than_it_keeps_numbers_of():
 @pytest.mark.parametrize("method", ["block", "xattention", "proxy", "hisa"])
 def test_blocks_longer_than_any_prompt(method):
     q, k = normal(1, 2, 60, 4), normal(1, 1, 60, 4, seed=1)
-    check(q, k, small(method=method, key_block=2**31 - 8, stride=8 if method in STRIDES else None))
+    stride = {"stride": 8} if "stride" in registry[method].options() else {}
+    check(q, k, small(method=method, key_block=2**31 - 8, **stride))
 
 
 # ---- shares of mass --------------------------------------------------------------------------------------------------
@@ -441,7 +446,7 @@ def test_chunks_need_boundaries():
 
 def test_every_method_has_a_twin_or_says_that_it_is_not_there():
     q, k = normal(1, 1, 8, 4), normal(1, 1, 8, 4)
-    for method in METHODS:
+    for method in registry:
         if method not in TWINS:
             with pytest.raises(NotImplementedError, match="method"):
                 dhsa.select(q, k, dhsa.Config(method=method))

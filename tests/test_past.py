@@ -16,7 +16,7 @@ ROWS = dhsa.Config(budget=64, sink=4, local=16, query_block=16, dense_tail=0)
 CONFIGS = {
     "rows": ROWS,
     "rows, shortlist": ROWS.replace(shortlist=96),
-    "plain rows": dhsa.Config(score="rows", budget=64, sink=4, local=16, query_block=16, dense_tail=0),
+    "few rows": dhsa.Config(rows=4, budget=64, sink=4, local=16, query_block=16, dense_tail=0),
     "paper's score": ROWS.replace(method="dhsa"),
     "fixed": ROWS.replace(boundaries="fixed", chunk_size=5),
 }
@@ -50,7 +50,7 @@ def expected(q, k, v, config, *pasts):
     """The call from the cuts that the pasts came to, without anything else that they keep."""
     if q.shape[2] == 1:
         rows = {"rows": 1} if config.method == "rows" else {}
-        half = {"shortlist": max(config.shortlist // 2, config.budget)} if config.shortlist else {}
+        half = {"shortlist": max(config.shortlist // 2, config.budget)} if getattr(config, "shortlist", None) else {}
         config = config.replace(query_block=1, dense_tail=0, **rows, **half)
     cuts = padded([past.boundaries for past in pasts], k.shape[2])
     return dhsa.sparse_attention(q, k, v, dhsa.select(q, k, config, boundaries=cuts))

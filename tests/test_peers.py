@@ -1,5 +1,7 @@
 """Methods of other papers on inputs small enough to work out by hand. That C and twins agree is test_methods.py's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -18,9 +20,10 @@ def config(method, **options):
 
 def last_list(q, k, options, **layer):
     """Keys of the last block of the last set of heads, in C and by the twin."""
-    names = ("budget", "mass", "query_block", "sink", "local", "dense_tail", "heads", "key_block", "stride", "rows")
+    names = ("budget", "mass", "query_block", "sink", "local", "dense_tail", "heads")
+    words = {name: getattr(options, name) for name in names} | dataclasses.asdict(options.options)
     got = dhsa.select(q, k, options, **layer)
-    want = reference.method_lists(options.method, q, k, **{name: getattr(options, name) for name in names}, **layer)
+    want = reference.method_lists(options.method, q, k, **words, **layer)
     np.testing.assert_array_equal(got.indptr, want.indptr)
     np.testing.assert_array_equal(got.indices, want.indices)
     return got.indices[got.indptr[-2] :].tolist()

@@ -228,11 +228,11 @@ def test_row_scores_cut_the_straddling_chunk_and_average_neighbours():
     q, k, _ = qkv(7, heads=1, kv_heads=1, q_len=10, k_len=10)
     scores = reference.chunk_scores(q, k, [0, 3, 10], query_block=7, rows=2, score="rows", scale=1.0)
     for i, (rows, end) in enumerate([([q[0, 0, :4], q[0, 0, 4:7]], 7), ([q[0, 0, 7:10]], 10)]):
-        means = np.stack([k[0, 0, :3].mean(0), k[0, 0, 3:end].mean(0)])
+        means, lengths = np.stack([k[0, 0, :3].mean(0), k[0, 0, 3:end].mean(0)]), np.array([3, end - 3])
         expected = 0
         for row in rows:
             p = np.exp(means @ row.mean(0))
-            expected = expected + (p / p.sum()) ** 2
+            expected = expected + (p / (lengths * p).sum()) ** 2
         np.testing.assert_allclose(scores[0, 0, i], expected, rtol=1e-12)
 
 
@@ -274,7 +274,7 @@ def test_a_row_with_an_infinite_query_adds_nothing():
     expected = 0
     for u in (0, 2, 6):  # rows of two queries each; that of queries 4 and 5 is bad
         p = np.exp(means @ q[0, 0, u : u + 2].mean(0))
-        expected = expected + (p / p.sum()) ** 2
+        expected = expected + (p / (4 * p).sum()) ** 2
     scores = reference.chunk_scores(q, k, [0, 4, 8], query_block=8, score="rows", rows=4, scale=1.0)
     np.testing.assert_allclose(scores[0, 0, 0], expected, rtol=1e-12)
     blocks = reference.chunk_scores(q, k, [0, 4, 8], query_block=4)
@@ -349,8 +349,8 @@ def test_selection_of_each_sharing_follows_its_scores():
     edges = reference.boundaries(k)
     for heads, sets in (("all", 1), ("group", 2), ("head", 4)):
         options = {"query_block": 16, "heads": heads}
-        selection = reference.select(q, k, edges, budget=40, sink=3, local=12, dense_tail=0, by_length=False, **options)
-        scores = reference.chunk_scores(q, k, edges, score="rows", **options)
+        selection = reference.select(q, k, edges, budget=40, sink=3, local=12, dense_tail=0, **options)
+        scores = reference.chunk_scores(q, k, edges, score="rows", bf16=True, **options)
         assert selection.shape == (2, sets, 5)
         assert (np.diff(selection.indptr) == np.minimum(40, 20 + 16 * (np.arange(sets * 10) % 5 + 1))).all()
         vectors.check_follows_scores(

@@ -20,6 +20,8 @@ from weights import random_weights
 import dhsa
 from dhsa import _core, functional, reference
 
+SCORE_OF = {"rows": "rows", "dhsa": "block"}
+
 few = settings(max_examples=40, deadline=None)
 ISAS = dhsa.build_info()["isa_detected"]
 
@@ -200,7 +202,7 @@ def check_scores(q, k, edges, **options):
     assert got.shape == want.shape
     assert got.dtype == np.float32
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
-    np.testing.assert_allclose(got, want, rtol=5e-5, atol=5e-6)
+    np.testing.assert_allclose(got, want, rtol=5e-5, atol=1e-6)
     return got
 
 
@@ -291,14 +293,17 @@ def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=N
     """The C lists are what the reference makes of the C scores, bit for bit; returns the selection."""
     if edges is None:
         edges = dhsa.boundaries(k, config)
-    rows_score = config.score == "rows"
-    scores = dhsa.chunk_scores(
-        q, k, edges, query_block=config.query_block, score=config.score, pooling=config.pooling, heads=config.heads,
-        rows=config.rows, window=window, scale=scale if rows_score else None, softcap=softcap if rows_score else None,
-    )  # fmt: skip
+    words = {"pooling": config.pooling} if config.method == "dhsa" else {"rows": config._core.rows, "rounded": True}
+    asked = _core.Config(method=config.method, query_block=config.query_block, heads=config.heads, **words)
+    layer = (scale, softcap) if config.method == "rows" else (None, None)
+    shape = (q.shape[0], {"all": 1, "group": k.shape[1], "head": q.shape[1]}[config.heads])
+    shape += (-(-q.shape[2] // config.query_block), edges.shape[1] - 1)
+    scores = np.empty(shape, np.float32)
+    _core.chunk_scores(q, k, edges, asked, *layer, window, scores, 2)  # of means as selection has them
     want = reference.select_from_scores(
         scores, edges, q_len=q.shape[2], k_len=k.shape[2], query_block=config.query_block, budget=config.budget,
-        sink=config.sink, local=config.local, dense_tail=config.dense_tail, window=window, score=config.score,
+        sink=config.sink, local=config.local, dense_tail=config.dense_tail, window=window,
+        score=SCORE_OF[config.method],
     )  # fmt: skip
     got = dhsa.select(q, k, config, boundaries=edges, window=window, scale=scale, softcap=softcap)
     np.testing.assert_array_equal(got.indptr, want.indptr)
@@ -308,16 +313,16 @@ def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=N
 
 
 def small(**options):
-    """Plain row scores unless asked for others: the C lists can be held against the C scores."""
-    plain = {} if {"score", "method"} & options.keys() else {"score": "rows"}
-    return dhsa.Config(**{"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, **plain, **options})
+    """No shortlist, so that the C lists can be held against the C scores of all chunks."""
+    values = {"budget": 40, "query_block": 16, "sink": 4, "local": 10, "dense_tail": 8, **options}
+    return dhsa.Config(**values)
 
 
 @pytest.mark.parametrize("case", vectors.params("select"))
 def test_selection_agrees_with_vectors(isa, case):
     i = case.inputs
     config = dhsa.Config(
-        score="block", heads="all", sink=0, dense_tail=0, pooling=i["pooling"], query_block=i["query_block"],
+        method="dhsa", heads="all", sink=0, dense_tail=0, pooling=i["pooling"], query_block=i["query_block"],
         budget=i["budget"], local=i["local"],
     )  # fmt: skip
     selection = dhsa.select(i["q"], i["k"], config, boundaries=i["boundaries"], window=i["window"])
@@ -326,10 +331,10 @@ def test_selection_agrees_with_vectors(isa, case):
 
 @pytest.mark.parametrize("window", [None, 30, 50, 90])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-@pytest.mark.parametrize("score", ["rows", "block"])
+@pytest.mark.parametrize("score", ["rows", "dhsa"])
 def test_selection(isa, score, heads, window):
     q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
-    got = check_select(q, k, small(score=score, heads=heads), window=window, scale=0.5, softcap=3.0)
+    got = check_select(q, k, small(method=score, heads=heads), window=window, scale=0.5, softcap=3.0)
     assert got.shape == (2, {"all": 1, "group": 2, "head": 4}[heads], 10)
 
 
@@ -343,7 +348,7 @@ def test_selection(isa, score, heads, window):
 def test_selection_options(options, window):
     q, k = normal(1, 2, 130, 8), normal(1, 1, 130, 8, seed=1)
     check_select(q, k, small(**options), window=window)
-    check_select(q, k, small(**options, score="block"), window=window)
+    check_select(q, k, small(**options, method="dhsa"), window=window)
 
 
 @few
@@ -354,7 +359,7 @@ def test_selection_options(options, window):
     budget=st.integers(1, 60),
     data=st.data(),
     window=st.none() | st.integers(1, 130),
-    score=st.sampled_from(["rows", "block"]),
+    score=st.sampled_from(["rows", "dhsa"]),
     grid=st.sampled_from([0, 1, 2]),
 )
 def test_selection_of_any_size(q_len, more, block, budget, data, window, score, grid):
@@ -364,7 +369,7 @@ def test_selection_of_any_size(q_len, more, block, budget, data, window, score, 
     q, k = normal(1, 2, q_len, 4), normal(1, 2, q_len + more, 4, seed=1)
     if grid:  # few different numbers, so that scores tie
         q, k = np.round(q / grid) * grid, np.round(k / grid) * grid
-    config = small(query_block=block, budget=budget, sink=sink, local=local, dense_tail=tail, score=score)
+    config = small(query_block=block, budget=budget, sink=sink, local=local, dense_tail=tail, method=score)
     check_select(q, k, config, window=window, edges=some_boundaries(1, q_len + more, seed=budget))
 
 
@@ -391,22 +396,22 @@ def test_a_partly_fitting_chunk_gives_its_recent_keys():
 
 def test_negative_scores_are_ordered():
     q, k = np.ones((1, 1, 64, 2), np.float32), -np.abs(normal(1, 1, 64, 2))
-    check_select(q, k, small(score="block", budget=20, sink=2, local=3, dense_tail=0))
+    check_select(q, k, small(method="dhsa", budget=20, sink=2, local=3, dense_tail=0))
 
 
 def test_not_finite_chunks_are_always_selected():
     q, k = normal(1, 2, 128, 8), normal(1, 2, 128, 8, seed=1)
     k[0, 1, 37, 2] = np.nan
-    for score in ("rows", "block"):
-        selection = check_select(q, k, small(score=score, dense_tail=0))
+    for score in ("rows", "dhsa"):
+        selection = check_select(q, k, small(method=score, dense_tail=0))
         for i in range(3, 8):  # list set 1, blocks that end beyond the budget
             row = selection.indices[selection.indptr[8 + i] : selection.indptr[9 + i]]
             assert 37 in row
 
 
-@pytest.mark.parametrize(("dtype", "score"), [("float16", "rows"), ("float16", "block"), ("bfloat16", "block")])
+@pytest.mark.parametrize(("dtype", "score"), [("float16", "rows"), ("float16", "dhsa"), ("bfloat16", "dhsa")])
 def test_half_dtypes_are_read_as_their_float32(torch, dtype, score):
-    config = small(score=score)
+    config = small(method=score)
     q, k = (torch.from_numpy(normal(1, 2, 100, 12, seed=seed)).to(getattr(torch, dtype)) for seed in (0, 1))
     got, want = dhsa.select(q, k, config), dhsa.select(q.float(), k.float(), config)
     np.testing.assert_array_equal(got.boundaries, want.boundaries)
@@ -427,9 +432,10 @@ def test_bf16_row_scores_are_of_means_rounded_to_bf16(torch, isa, dim, options, 
     edges = some_boundaries(1, 110)
     got = dhsa.chunk_scores(q, k, edges, **kwargs).numpy()
     q, k = q.float().numpy(), k.float().numpy()
-    np.testing.assert_allclose(got, reference.chunk_scores(q, k, edges, bf16=True, **kwargs), rtol=5e-5, atol=5e-6)
+    np.testing.assert_allclose(got, reference.chunk_scores(q, k, edges, bf16=True, **kwargs), rtol=1e-4, atol=1e-7)
     finite = np.isfinite(got)
-    assert np.abs(got[finite] - reference.chunk_scores(q, k, edges, **kwargs)[finite]).max() > 1e-4
+    apart = np.abs(got[finite] - reference.chunk_scores(q, k, edges, **kwargs)[finite])
+    assert (apart / got[finite]).max() > 1e-3
 
 
 def test_long_prompts_take_many_tiles_of_chunks(isa):
@@ -441,10 +447,10 @@ def test_long_prompts_take_many_tiles_of_chunks(isa):
     check_scores(q, k, np.arange(1501)[None].astype(np.int32), query_block=33, score="rows", heads="all")
 
 
-@pytest.mark.parametrize("score", ["rows", "block"])
+@pytest.mark.parametrize("score", ["rows", "dhsa"])
 def test_strides(score):
     q, k = normal(2, 4, 100, 8), normal(2, 2, 120, 8, seed=1)
-    config = small(score=score)
+    config = small(method=score)
     want = check_select(q, k, config)
     wide = np.zeros((2, 240, 2, 11), np.float32)  # [B, L, H, D] memory with gaps, read backwards
     wide[:, ::2, :, :8] = k[:, :, ::-1].swapaxes(1, 2)
@@ -469,9 +475,9 @@ def test_same_bits_for_any_number_of_threads():
         yield similarity(k, 4)
         yield predictor.logits(k)
         yield dhsa.boundary_ratios(attn, window=4)
-        for score, heads in itertools.product(("rows", "block"), ("all", "group", "head")):
-            yield dhsa.chunk_scores(q, k, edges, query_block=16, score=score, heads=heads)
-            yield dhsa.select(q, k, small(score=score, heads=heads)).indices
+        for score, heads in itertools.product(("rows", "dhsa"), ("all", "group", "head")):
+            yield dhsa.chunk_scores(q, k, edges, query_block=16, score=SCORE_OF[score], heads=heads)
+            yield dhsa.select(q, k, small(method=score, heads=heads)).indices
 
     dhsa.set_num_threads(1)
     want = list(everything())
@@ -509,12 +515,12 @@ def test_a_wrong_plan_is_refused():
 @pytest.mark.parametrize(
     ("options", "window", "path"),
     [
-        ({}, None, "sparse"), ({"heads": "head", "score": "block"}, None, "sparse"), ({"heads": "all"}, 60, "sparse"),
+        ({}, None, "sparse"), ({"heads": "head", "method": "dhsa"}, None, "sparse"), ({"heads": "all"}, 60, "sparse"),
         ({}, 40, "window"), ({}, 41, "sparse"), ({}, 1, "window"), ({"budget": 183}, None, "dense"),
         ({"budget": 182, "dense_tail": 0}, None, "sparse"), ({"budget": 182}, None, "dense"),
         ({"budget": 183}, 182, "window"), ({"budget": 183}, 183, "dense"),
         ({"dense_tail": 150}, None, "dense"), ({"dense_tail": 150}, 90, "window"), ({"dense_tail": 90}, 90, "sparse"),
-        ({"score": "block", "query_block": 60}, 50, "sparse"), ({"query_block": 200, "dense_tail": 0}, 50, "sparse"),
+        ({"method": "dhsa", "query_block": 60}, 50, "sparse"), ({"query_block": 200, "dense_tail": 0}, 50, "sparse"),
     ],
 )  # fmt: skip
 def test_prefill(options, window, path):
@@ -585,16 +591,16 @@ def test_memory_beside_inputs_and_output(torch, dtype):
     assert int(done.stdout) < 5 * 1024
 
 
-@pytest.mark.parametrize("score", ["rows", "block"])
+@pytest.mark.parametrize("score", ["rows", "dhsa"])
 def test_prefill_against_the_reference(isa, score):
     q, k, v = normal(1, 4, 120, 8), normal(1, 2, 120, 8, seed=1), normal(1, 2, 120, 8, seed=2)
     # Small integers: means and products are exact enough for both sides to rank alike.
     q, k = np.round(q * 2), np.round(k * 2)
-    config = small(score=score, boundaries="fixed", chunk_size=4)
+    config = small(method=score, boundaries="fixed", chunk_size=4)
     out, lse, stats = functional.run(q, k, v, config, scale=0.25, return_lse=True)
     want = reference.prefill(
         q, k, v, scale=0.25, boundary_options={"kind": "fixed", "chunk_size": 4}, query_block=16, budget=40, sink=4,
-        local=10, dense_tail=8, score=score, by_length=False,
+        local=10, dense_tail=8, score=SCORE_OF[score],
     )  # fmt: skip
     assert stats.path == want.path == "sparse"
     assert stats.density == pytest.approx(want.density, rel=1e-12)

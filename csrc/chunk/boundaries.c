@@ -230,13 +230,13 @@ static void fixed_row(int64_t size, int64_t length, int32_t *row, int64_t *count
     *count = at;
 }
 
-int64_t dhsa_num_chunks(const dhsa_score_config *config, int64_t length, int paper)
+int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int paper)
 {
     enum { PAPER_GAPS = 8, MOST_SHORT_CHUNKS = 8192 };
     if (!config || length < 1 || length > INT32_MAX / 2) return 0;
-    if (paper) return length / DHSA_MAX(config->query_block, 1) * PAPER_GAPS;
+    if (paper) return length / DHSA_MAX(config->score.query_block, 1) * PAPER_GAPS;
     /* Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough. */
-    return DHSA_MAX(length / 8, config->by_length ? DHSA_MIN(length / 4, MOST_SHORT_CHUNKS) : 0);
+    return DHSA_MAX(length / 8, config->method == DHSA_METHOD_ROWS ? DHSA_MIN(length / 4, MOST_SHORT_CHUNKS) : 0);
 }
 
 dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, dhsa_error *error)

@@ -34,9 +34,9 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
-/* How means are kept for products. Selection by_length rounds them to bf16 once they are made, on every tier, so that tiers
- * choose alike: it only orders what it scores, and the means of many keys are then small. Plain row scores, those that a caller
- * asks for and the paper's are of fp32 means (row scores of bf16 input are not, either way). */
+/* How means are kept for products. Selection by row scores rounds them to bf16 once they are made, on every tier, so that
+ * tiers choose alike: it only orders what it scores, and the means of many keys are then small. Scores that a caller asks for and
+ * the paper's are of fp32 means (row scores of bf16 input are not, either way). */
 typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16 } dhsa_means_kind;
 
 /* Neighbouring chunks that a shortlist takes or leaves together: whole squares of means. A group's coarse look is at units of so

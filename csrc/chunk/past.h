@@ -16,7 +16,7 @@ enum { DHSA_LEVEL_FINE = 0, DHSA_LEVEL_COARSE, DHSA_LEVELS };
 struct dhsa_past {
     dhsa_dtype dtype;
     int64_t kv_heads, dim;
-    int64_t row; /* of the batch of the call at hand */
+    int64_t row;                     /* of the batch of the call at hand */
     uint64_t *marks;                 /* [known]: of each key, of all its bytes in all heads */
     int64_t known, marks_room, turn; /* turn: the first of the keys said to be the same that the next call looks at */
     int32_t *edges;                  /* keys before edges[chunks] are cut; in a step others follow, up to edges[total] */

@@ -157,7 +157,7 @@ typedef struct {
     dhsa_heads heads;
     int64_t query_block;
     int64_t rows;   /* rows score: mean rows a full block is reduced to, 1..query_block */
-    int by_length;  /* rows score: a chunk counts as often as it has keys, and its score is that of one of them */
+    int rounded;    /* rows score: mean rows and mean keys are rounded to bf16, as in selection by the method of rows */
     double scale;   /* rows: of the logits; block: of the products (1: the paper's) */
     double softcap; /* of the logits, or of the block's products; 0: none */
     int64_t window; /* 0: none */
@@ -166,7 +166,7 @@ typedef struct {
 /* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
  * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
  * block: the mean query of the sharing set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows
- * and heads of it: of a chunk, or by_length of one of its keys. */
+ * and heads of it: a chunk counts as often as it has keys, and its score is that of one of them. */
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
 
@@ -202,8 +202,8 @@ const char *dhsa_method_name(dhsa_method_kind kind);
 /* Whether a method cuts keys into chunks: others take no boundaries. */
 int dhsa_method_has_chunks(dhsa_method_kind kind);
 /* The number of gaps to pick among `length` keys that measured best, or with paper not 0 the paper's: a num_chunks for those who
- * give none. It depends on by_length or on query_block; 0 where config is NULL or there is no such length. */
-int64_t dhsa_num_chunks(const dhsa_score_config *config, int64_t length, int paper);
+ * give none. It depends on the method or on query_block; 0 where config is NULL or there is no such length. */
+int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int paper);
 /* All that a config has to fulfil whatever the arrays of a call are; boundaries NULL: nothing is cut. Every function that takes a
  * config calls it first. (scale, softcap, window and whether a network fits the keys belong to the call.) */
 dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundaries, dhsa_error *error);

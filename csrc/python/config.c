@@ -42,7 +42,7 @@ static const char *const pooling_names[] = {"mean", "mean_sqrt", NULL};
     X(nms, INT, boundaries.nms, 0, 0, NULL)                                                                                        \
     X(predictor, WEIGHTS, weights, 0, 0, NULL)                                                                                     \
     X(rows, INT, select.score.rows, 1, 0, NULL)                                                                                    \
-    X(by_length, FLAG, select.score.by_length, 0, 0, NULL)                                                                         \
+    X(rounded, FLAG, select.score.rounded, 0, 0, NULL)                                                                             \
     X(shortlist, INT, select.shortlist, 0, 0, NULL)                                                                                \
     X(pooling, CHOICE, select.score.pooling, 0, 0, pooling_names)                                                                  \
     X(key_block, INT, select.key_block, 1, 0, NULL)                                                                                \
@@ -355,6 +355,6 @@ dhsa_boundary_config dhsa_py_config_cuts(const dhsa_py_config *config, int64_t l
     dhsa_boundary_config cuts = config->boundaries;
     cuts.num_chunks = config->num_chunks >= 0
                           ? config->num_chunks
-                          : dhsa_num_chunks(&config->select.score, length, config->num_chunks == DHSA_PY_CHUNKS_PAPER);
+                          : dhsa_num_chunks(&config->select, length, config->num_chunks == DHSA_PY_CHUNKS_PAPER);
     return cuts;
 }

@@ -243,13 +243,12 @@ static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t 
     return (float)((job->cut_end && chunk == job->n - 1 ? job->cut_end : edges[1]) - edges[0]);
 }
 
-/* What a panel's rows divide by: the sum of the probabilities, which are relative to the maximum of their time, of all chunks or,
- * with by_length, of all keys. */
+/* What a panel's rows divide by: the sum of the probabilities, which are relative to the maximum of their time, of all keys:
+ * a chunk counts as often as it has some. */
 static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, scratch *w)
 {
     const int lanes = s->kernels->lanes;
     float *l = w->l + panel * lanes;
-    if (!s->config->by_length) return;
     memset(w->weight, 0, (size_t)lanes * sizeof *w->weight);
     for (int64_t index = 0; index < tiles; index++) {
         const tile *t = w->tiles + index;
@@ -356,6 +355,6 @@ unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, i
         last = DHSA_MAX(last, state);
     }
     if (s->bf16) s->bf16->end();
-    for (int64_t c = 0; mass && s->config->by_length && c < job->n; c++) mass[c] *= length_of(s, job, c);
+    for (int64_t c = 0; mass && c < job->n; c++) mass[c] *= length_of(s, job, c);
     return last;
 }

@@ -1,8 +1,8 @@
-"""The doctor: `dhsa.check` and `python -m dhsa check` read a prompt exact and sparse and say in words what differs.
+"""The module behind `dhsa.check` and `python -m dhsa check`.
 
-`run.py`: both prefills, watched layer by layer. `reasons.py`: why a layer left nothing out. `findings.py`: what of it
-deserves a sentence. `report.py`: the result and its table. `command.py`: the command line, which needs no torch to be
-parsed.
+It reads a prompt by exact and by sparse attention and describes the differences. `run.py` runs both prefills and
+observes each layer. `reasons.py` states why a layer left no key out. `findings.py` decides what to warn about.
+`report.py` has the result and its table. `command.py` is the command line, whose arguments can be parsed without torch.
 """
 
 __all__: list[str] = []

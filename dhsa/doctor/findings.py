@@ -1,6 +1,6 @@
-"""What of a check deserves a sentence: warnings (wrong, not sparse, or slow), notes, and whether all is well.
+"""What a check reports: warnings (something is wrong, not sparse, or slow), notes, and whether the result is ok.
 
-Works on the numbers alone, so that each rule can be tried without a model.
+The functions use numbers only, so that each rule can be tested without a model.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from dhsa.predictor import TRAIN
 
 __all__ = ["LARGE_KL", "Facts", "findings"]
 
-# Nats, at a next token or on average over the tail, where it is about a tenth of perplexity. Gemma 3 270M reading 4,096
-# tokens of text: 0.0004 on average at a budget of 2,048 keys, 0.004 at 512, 0.06 at 128.
+# Nats, at the next token or on average over the last positions; about 10 % of perplexity. Averages of Gemma 3 270M on
+# 4,096 tokens of text: 0.0004 at a budget of 2,048 keys, 0.004 at 512, 0.06 at 128.
 LARGE_KL = 0.1
-SLOW_SELECT = 0.25  # of a call's seconds, by selection
-_NAMED = 3  # layers named as those of the largest errors
+SLOW_SELECT = 0.25  # the share of a call's seconds that selection takes
+_NAMED = 3  # the number of layers with the largest errors that are named
 
-# Kinds of `reasons.Reason` that are as they should be.
+# Kinds of `reasons.Reason` that are no cause for a warning.
 _EXPECTED = {"window", "layers", "causal", "break-even"}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What findings need beside the Check.
+    """What `findings` needs in addition to the Check.
 
-    implementation: the model's own, as its config names it. dtype: of its queries, "float32" and so on. isa, products:
-    as in `build_info`. reasons: for each of check.layers, its Reason's kind, "" if sparse. exact_fault: (layer, text)
-    of the first one with NaN or inf in the exact run, or None. logits_finite: without NaN and +inf, (exact, sparse).
-    unserved: layers without a boundary network. shared: layers cut by the network for all layers.
+    implementation: the model's own attention implementation, as its config names it. dtype: of its queries, such as
+    "float32". isa, products: as in `build_info`. reasons: for each of check.layers, the kind of its Reason, "" if
+    sparse. exact_fault: (layer, text) of the first layer with NaN or inf in the exact run, or None. logits_finite:
+    whether the logits have neither NaN nor +inf, (exact, sparse). unserved: layers without a boundary network. shared:
+    layers whose keys were cut by the network for all layers.
     """
 
     implementation: str | None
@@ -45,9 +46,10 @@ class Facts:
 
 
 def findings(check: Check, facts: Facts) -> tuple[list[str], list[str], bool]:
-    """(warnings, notes, ok)."""
+    """Return (warnings, notes, ok)."""
     wrong = [*_not_finite(check, facts), *_networks(facts), *_different(check, facts)]
-    warnings, notes = [], []
+    warnings: list[str] = []
+    notes: list[str] = []
     for kind, text, layers in _grouped(check, facts):
         (notes if kind in _EXPECTED else warnings).append(f"{_layers(layers)} ran exact: {text}.")
     if not any(layer.path == "sparse" for layer in check.layers):
@@ -71,7 +73,7 @@ def findings(check: Check, facts: Facts) -> tuple[list[str], list[str], bool]:
 
 
 def _not_finite(check: Check, facts: Facts) -> list[str]:
-    """Where NaN or inf come from."""
+    """Describe where NaN or inf come from."""
     first = next((layer for layer in check.layers if layer.not_finite), None)
     fault = facts.exact_fault
     if first is not None:
@@ -102,7 +104,7 @@ def _networks(facts: Facts) -> list[str]:
 
 
 def _different(check: Check, facts: Facts) -> list[str]:
-    """Another answer, and which layers lost most."""
+    """Describe a different answer, and which layers have the largest errors."""
     if not all(facts.logits_finite):
         return []
     found = []
@@ -141,7 +143,7 @@ def _slow(check: Check) -> list[str]:
 
 
 def _grouped(check: Check, facts: Facts) -> list[tuple[str, str, list[int]]]:
-    """(kind, text, layers) of the reasons that layers share; those that have a warning of their own are left out."""
+    """Return (kind, text, layers) of the reasons that layers share, without those that have a warning of their own."""
     found: dict[tuple[str, str], list[int]] = {}
     for layer, kind in zip(check.layers, facts.reasons, strict=True):
         if kind and kind != "network":

@@ -1,6 +1,7 @@
-"""Why a call left no key out though its config might have: the rules of hf/attention.py and of the core, in words.
+"""Why a call left no key out although its config might have: the rules of hf/attention.py and of the core, in words.
 
-The core decides block by block (dhsa_span_exact in csrc/select/span.c); Config.leaves_out asks the same of whole calls.
+The core decides block by block (dhsa_span_exact in csrc/select/span.c); `Config.leaves_out` answers the same question
+for whole calls.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ __all__ = ["Reason", "reason"]
 
 
 class Reason(NamedTuple):
-    """`kind`: "config", "causal", "mask", "short", "window", "tail", "break-even" or "other" (run.py adds "layers" and
-    "network").
-    `text`: the same in words that go on from "Layer 3 ran exact: "."""
+    """Why a call was exact.
+
+    `kind` is "config", "causal", "mask", "short", "window", "tail", "break-even" or "other"; run.py adds "layers" and
+    "network". `text` is the reason in words that continue "Layer 3 ran exact: ".
+    """
 
     kind: str
     text: str
@@ -28,7 +31,7 @@ class Reason(NamedTuple):
 def reason(
     config: Config, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, window: int | None, causal: bool
 ) -> Reason:
-    """Of a prefill call that was not sparse, with the arguments of the attention function."""
+    """Return the reason of a prefill call that was not sparse, given the arguments of the attention function."""
     if config.exact:
         return Reason("config", "the config is exact, with neither a budget nor a mass")
     batch, q_len, k_len = query.shape[0], query.shape[2], key.shape[2]
@@ -45,12 +48,13 @@ def reason(
         return Reason("mask", "the mask hides every key")
     plain = [part for part in parts if not part.ranged]
     if not plain:
+        assert least is not None  # its config leaves keys out, or another reason was found above
         return Reason(
             "mask",
             "the mask is neither causal nor a sliding window (a span seen from both sides?), nor is a stretch of it "
             f"that has {least.queries:,} queries and sees {least.keys:,} keys",
         )
-    part = max(plain, key=lambda part: part.k_stop - part.k_start)  # of padded and packed prompts the longest
+    part = max(plain, key=lambda part: part.k_stop - part.k_start)  # the longest one of a padded or packed prompt
     row = slice(None) if part.row is None else slice(part.row, part.row + 1)
     return _plain(
         config, query[row, :, part.q_start : part.q_stop], key[row, :, part.k_start : part.k_stop], part.window
@@ -58,7 +62,7 @@ def reason(
 
 
 def _plain(config: Config, query: torch.Tensor, key: torch.Tensor, window: int | None) -> Reason:
-    """Of causal attention within `window`, the last query at the last key."""
+    """Return the reason for causal attention within `window`, where the last query is at the last key."""
     q_len, k_len = query.shape[2], key.shape[2]
     name, least = "budget" if config.mass is None else "floor", config.exact_up_to
     if k_len <= least:

@@ -1,4 +1,4 @@
-"""What a check found: Check and LayerCheck, and the plain-text table of them."""
+"""The result of a check, Check and LayerCheck, and its plain-text table."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ class LayerCheck:
     """One attention layer, exact and sparse.
 
     Attributes:
-        layer, kind, path, density, skipped: of the sparse run, as in `LayerRun`; "dense" and "window" are exact.
+        layer: the layer's index, as in `LayerRun`.
+        kind: "full" or "sliding", as in `LayerRun`.
+        path: of the sparse run, as in `LayerRun`; "dense" and "window" are exact.
         why: where the path is exact, why nothing was left out; else "".
-        output_error: |sparse - exact| / |exact| (L2) of the attention output, both computed from what this layer was
-            given in the sparse run, so that errors of earlier layers do not count. 0 where nothing was left out.
-        exact_seconds: attention in the exact run. select_seconds, attend_seconds: in the sparse run.
-        not_finite: "" or what holds NaN or inf in the sparse run, as in "NaN in v, output".
+        density: of the sparse run, as in `LayerRun`.
+        skipped: of the sparse run, as in `LayerRun`.
+        output_error: |sparse - exact| / |exact| (L2) of the attention output. Both are computed from the inputs of this
+            layer in the sparse run, so that errors of earlier layers do not count. 0 where nothing was left out.
+        exact_seconds: of attention in the exact run.
+        select_seconds: of selection in the sparse run.
+        attend_seconds: of attention in the sparse run.
+        not_finite: what holds NaN or inf in the sparse run, as in "NaN in v, output"; else "".
     """
 
     layer: int
@@ -39,22 +45,25 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """What `dhsa.check` found. `print` it for a table.
+    """The result of `dhsa.check`. `print` it for a table.
 
     Attributes:
-        config: the one that was checked.
+        config: the Config that was checked.
         shape: (batch, tokens) of the prompt.
         layers: a LayerCheck for each attention layer, in the order in which they ran.
-        kl: of each row, the divergence of the next token's distribution in nats, exact || sparse.
-        next_tokens: of each row, the most likely next token, (exact, sparse).
-        agree: of each row, whether the two are the same.
-        tail: how many positions at each row's end the next two are about.
-        tail_kl: mean divergence there. tail_agree: share of equal most likely tokens there.
-        exact_seconds, sparse_seconds: of the whole prefills; what the check itself computes beside them is not counted.
-        warnings: sentences on what is wrong, or not sparse, or slow.
+        kl: for each row, the divergence of the next token's distribution in nats, exact || sparse.
+        next_tokens: for each row, the most likely next token, (exact, sparse).
+        agree: for each row, whether the two are the same.
+        tail: the number of positions at each row's end that `tail_kl` and `tail_agree` are about.
+        tail_kl: the mean divergence at these positions.
+        tail_agree: the share of these positions whose most likely token is the same.
+        exact_seconds: of the whole exact prefill.
+        sparse_seconds: of the whole sparse prefill, without what the check itself computes.
+        warnings: sentences on what is wrong, not sparse, or slow.
         notes: sentences for information.
-        ok: the sparse prefill answers as the exact one does: everything finite, the same next tokens, a small
-            divergence, and a config that `dhsa.patch` takes. Slow or exact layers do not count against it.
+        ok: whether the sparse prefill answers as the exact one does: everything is finite, the next tokens are the
+            same, the divergence is small, and `dhsa.patch` accepts the config. Slow or exact layers do not count
+            against it.
     """
 
     config: Config
@@ -75,7 +84,7 @@ class Check:
     def __str__(self) -> str:
         table = [HEADINGS, *(cells(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in table) for i in range(len(HEADINGS))]
-        left = (1, 2, len(HEADINGS) - 1)  # words; numbers go to the right
+        left = (1, 2, len(HEADINGS) - 1)  # columns of text; numbers are aligned to the right
         lines = [
             "  ".join(
                 cell.ljust(width) if i in left else cell.rjust(width)
@@ -87,11 +96,11 @@ class Check:
         return "\n".join([*lines, "", *self.summary()])
 
     def summary(self) -> list[str]:
-        """What stands under the table, a line each."""
+        """Return the lines under the table."""
         rows, length = self.shape
         same = sum(self.agree)
         answer = ("agrees" if same else "differs") if rows == 1 else f"agrees in {same} of {rows} rows"
-        worst = max(self.kl, key=lambda value: (value != value, value))  # a NaN is the worst
+        worst = max(self.kl, key=lambda value: (value != value, value))  # NaN counts as the largest
         return [
             f"Next token {answer}; KL {worst:.4g} nats{' at most' if rows > 1 else ''}. Last {self.tail} positions: "
             f"KL {self.tail_kl:.4g} nats on average, most likely token the same in {self.tail_agree:.0%}.",
@@ -104,7 +113,7 @@ class Check:
 
 
 def cells(layer: LayerCheck) -> tuple[str, ...]:
-    """A layer's row of the table, in the order of HEADINGS."""
+    """Return the row of a layer in the table, in the order of HEADINGS."""
     return (
         str(layer.layer),
         layer.kind,

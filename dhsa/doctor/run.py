@@ -1,7 +1,7 @@
-"""`check`: one prompt by exact and by sparse prefill, watched layer by layer; the model is left as it was.
+"""`check`: one prompt by exact and by sparse prefill, observed layer by layer. The model is left as it was.
 
-Both runs use this package's attention, so that nothing grows with the square of the prompt. Beside each layer that
-left keys out, exact attention is computed from the same inputs. What the findings are is in findings.py.
+Both runs use this package's attention, so that no memory grows with the square of the prompt's length. In each layer
+that left keys out, exact attention is also computed from the same inputs. The findings are in findings.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dhsa.hf.wrappers import unwrapped
 
 __all__ = ["TAIL", "check"]
 
-TAIL = 64  # positions at the end whose distributions are compared
-_WATCHED = "dhsa_watched"  # an implementation of its own, so that calls of other models go on unwatched
-_WATCH = "_dhsa_watch"  # on every module of a model under check
+TAIL = 64  # the number of last positions whose distributions are compared
+_WATCHED = "dhsa_watched"  # a separate implementation, so that other models are not observed
+_WATCH = "_dhsa_watch"  # an attribute of every module of a model that is checked
 _EXACT = Config(budget=None)
 
 
@@ -40,25 +40,27 @@ def check(
     layers: Iterable[int] | None = None,
     advance: Callable[[], None] | None = None,
 ) -> Check:
-    """Reads a prompt by exact and by sparse prefill and says what differs: `print(dhsa.check(model, input_ids))`.
+    """Read a prompt by exact and by sparse prefill and report what differs: `print(dhsa.check(model, input_ids))`.
 
-    Takes two prefills, and exact attention once more in the layers that were sparse; memory is linear in the prompt.
-    The model is run in eval mode without gradients, and left exactly as it was, patched or not.
+    This takes two prefills, and exact attention once more in the layers that were sparse. Memory is linear in the
+    length of the prompt. The model is run in eval mode without gradients, and left exactly as it was, patched or not.
 
     Args:
         model: a transformers model with a language modelling head, on the CPU, or a module that wraps one.
         input_ids: int64 or int32 [B, L], L at least 2.
-        config: what to check. None: what a patched model is patched with, else the default.
+        config: the Config to check. None: that of a patched model, else the default.
         attention_mask: None, [B, L] of 1 (a token) and 0 (padding), or a complete 4-D mask as transformers takes it.
-        layers: those that may be sparse, as for `patch`. None: all; of a patched model with a config of None, its own.
+        layers: the layers that may be sparse, as for `patch`. None: all; for a patched model and a config of None,
+            those that it was patched with.
         advance: called after each attention layer of either run.
 
     Returns:
-        A `Check`; its `warnings` are sentences, `ok` says whether the sparse prefill answers as the exact one.
+        A `Check`. Its `warnings` are sentences; its `ok` says whether the sparse prefill answers as the exact one.
 
     Raises:
-        TypeError, ValueError: naming the argument; also as `patch` does, but not for layers that lack a boundary
-        network, which run exact and are reported. NotImplementedError: as the attention function does.
+        TypeError: as in `patch`; the message names the argument.
+        ValueError: as in `patch`, except that layers without a boundary network run exact and are reported.
+        NotImplementedError: the model asks for attention that this package does not have.
     """
     model = _readable(model)
     head = model.get_output_embeddings()
@@ -75,7 +77,7 @@ def check(
     prompt = _Prompt(ids, mask, _positions(ids, mask))
 
     with _untouched(model), torch.no_grad():
-        with hf.patched(model, _EXACT, layers):  # so that nothing of a first call is measured, and layers are checked
+        with hf.patched(model, _EXACT, layers):  # a first call, whose time is not measured; also checks layers
             chosen = model.__dict__[hf.switching.STATE].layers
             _last_logits(model, head, _Prompt(ids[:, :TAIL], None, torch.zeros_like(ids[:, :1])))
         chosen, unserved, shared = _served(model, config, chosen)
@@ -108,7 +110,7 @@ def check(
         products=tuple(info["products"]),
         reasons=tuple(call.reason.kind for call in sparse.calls),
         exact_fault=next(((call.run.layer, call.fault) for call in exact.calls if call.fault), None),
-        logits_finite=tuple(bool((logits < torch.inf).all()) for logits in (exact_logits, sparse_logits)),
+        logits_finite=(bool((exact_logits < torch.inf).all()), bool((sparse_logits < torch.inf).all())),
         unserved=unserved,
         shared=shared,
     )
@@ -120,7 +122,7 @@ def check(
 
 
 class _Prompt(NamedTuple):
-    """What the model reads, and the positions [B, n] of each row whose logits are wanted, ascending."""
+    """What the model reads, and the positions [B, n] of each row whose logits are needed, ascending."""
 
     ids: torch.Tensor
     mask: torch.Tensor | None
@@ -128,7 +130,7 @@ class _Prompt(NamedTuple):
 
 
 def _readable(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model, which is run without what may be around it; ValueError if that changes the prompt."""
+    """Return the transformers model without its wrapper; ValueError if the wrapper changes the prompt."""
     inner = unwrapped(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
@@ -139,7 +141,7 @@ def _readable(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def _checked(model: PreTrainedModel, ids: Any, mask: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The arguments; what a 4-D mask holds is checked where it is read (hf/masks.py)."""
+    """Return the checked arguments. The contents of a 4-D mask are checked where it is read (hf/masks.py)."""
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise TypeError(f"input_ids: expected an int64 or int32 tensor, got {got}")
@@ -164,17 +166,17 @@ def _checked(model: PreTrainedModel, ids: Any, mask: Any) -> tuple[torch.Tensor,
 
 
 def _positions(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """int64 [B, n]: where the last tokens of each row are, n at most TAIL and the same for all rows."""
+    """Return int64 [B, n]: the positions of the last tokens of each row, n at most TAIL and the same for all rows."""
     real = torch.ones_like(ids) if mask is None or mask.ndim == 4 else mask
     n = min(TAIL, int(real.sum(1).min()))
     return torch.stack([row.nonzero()[-n:, 0] for row in real])
 
 
-# ---- prefill, watched ------------------------------------------------------------------------------------------------
+# ---- prefill, observed -----------------------------------------------------------------------------------------------
 
 
 class _Call(NamedTuple):
-    """One attention call: what hf/records.py notes of it, why it was exact, its error, and what is not finite in it."""
+    """One attention call: its record (hf/records.py), why it was exact, its error, and what is not finite in it."""
 
     run: hf.LayerRun
     reason: Reason
@@ -184,10 +186,10 @@ class _Call(NamedTuple):
 
 
 class _Watch:
-    """Stands in for the attention function in the modules of one model, for one prefill.
+    """Replaces the attention function in the modules of one model, for one prefill.
 
-    `compare`: ask of each call why it was exact, or compute exact attention beside it. `aside`: the seconds that the
-    watching itself took.
+    `compare`: find out why each call was exact, or compute exact attention as well. `aside`: the seconds that these
+    additional steps took.
     """
 
     def __init__(self, advance: Callable[[], None] | None, unserved: tuple[int, ...] = (), compare: bool = False):
@@ -226,7 +228,7 @@ class _Watch:
 
 
 def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """The attention function by an exact config, its record forgotten."""
+    """Compute the attention function by an exact config, and discard its record."""
     notes = module.__dict__
     state, runs = notes[hf.switching.STATE], notes.pop(hf.records.RUNS)
     notes[hf.switching.STATE] = dataclasses.replace(state, config=_EXACT, own={})
@@ -237,14 +239,14 @@ def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch
 
 
 def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
-    """|out - exact| / |exact|."""
+    """Return |out - exact| / |exact|."""
     exact = exact.float()
     norm = float(exact.norm())
     return float((out.float() - exact).norm()) / norm if norm else 0.0
 
 
 def _fault(**tensors: torch.Tensor) -> str:
-    """ "NaN in v, output", "inf in k" or ""."""
+    """Return "NaN in v, output", "inf in k" or ""."""
     bad = {name: tensor for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
     nan = any(bool(tensor.isnan().any()) for tensor in bad.values())
     return f"{'NaN' if nan else 'inf'} in {', '.join(bad)}" if bad else ""
@@ -266,9 +268,9 @@ def _prefill(
     layers: Iterable[int] | None,
     watch: _Watch,
 ) -> tuple[torch.Tensor, float]:
-    """(logits, seconds without the watching) of the prompt by a config."""
+    """Return (logits, seconds without the additional steps) of the prompt by a config."""
     with hf.patched(model, config, layers):
-        model.set_attn_implementation(_WATCHED)  # until the end of the with, which restores what was there before
+        model.set_attn_implementation(_WATCHED)  # the with statement restores the former one
         for module in hf.switching.attention_modules(model):
             module.__dict__[_WATCH] = watch
         start = perf_counter()
@@ -277,14 +279,17 @@ def _prefill(
 
 
 def _last_logits(model: PreTrainedModel, head: torch.nn.Module, prompt: _Prompt) -> torch.Tensor:
-    """float32 [B, n, vocabulary] at the prompt's positions: the head is handed their hidden states only, so that the
-    model scales and caps its logits as ever, but never forms those of the whole prompt."""
+    """Return the logits at the prompt's positions, float32 [B, n, vocabulary].
+
+    The head is given the hidden states of these positions only. The model scales and caps its logits as usual, but the
+    logits of the whole prompt are never formed.
+    """
 
     def pick(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
         return (args[0][torch.arange(len(prompt.ids), device="cpu")[:, None], prompt.positions],)
 
     options = {}
-    if prompt.mask is not None and prompt.mask.ndim == 2:  # as `generate` counts
+    if prompt.mask is not None and prompt.mask.ndim == 2:  # as `generate` counts positions
         options["position_ids"] = (prompt.mask.cumsum(-1) - 1).clamp(min=0)
     handle = head.register_forward_pre_hook(pick)
     try:
@@ -298,9 +303,9 @@ def _last_logits(model: PreTrainedModel, head: torch.nn.Module, prompt: _Prompt)
 
 @contextmanager
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode inside; afterwards modes, config objects and records of earlier runs are as before.
+    """Run the model in eval mode; afterwards restore modes, config objects and records of earlier runs.
 
-    Whatever implementation the model is watched under, a check must leave it alone.
+    This holds whatever attention implementation the check uses meanwhile.
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
@@ -326,19 +331,22 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
 def _served(
     model: PreTrainedModel, config: Config, chosen: frozenset[int] | None
 ) -> tuple[frozenset[int] | None, tuple[int, ...], tuple[int, ...]]:
-    """(layers that may be sparse, those of `chosen` without a boundary network, those cut by the one for all layers);
-    ValueError if the networks are another model's."""
+    """Return (layers that may be sparse, those of `chosen` without a boundary network, those cut by the one for all
+    layers).
+
+    ValueError if the networks belong to another model.
+    """
     hf.switching.own_networks(model, config, ())
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None or not predictor.layers:
         return chosen, (), ()
-    present = {getattr(module, "layer_idx", None) for module in hf.switching.attention_modules(model)} - {None}
+    present = {m.layer_idx for m in hf.switching.attention_modules(model) if getattr(m, "layer_idx", None) is not None}
     wanted = frozenset(present) if chosen is None else chosen
     without = tuple(sorted(wanted - set(predictor.layers)))
     return (chosen, (), without) if predictor.shared else (wanted - set(without), without, ())
 
 
-# ---- what is made of it ----------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 def _layer(exact: _Call, sparse: _Call) -> LayerCheck:
@@ -361,13 +369,14 @@ def _layer(exact: _Call, sparse: _Call) -> LayerCheck:
 def _compared(
     exact: torch.Tensor, sparse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int], ...]]:
-    """Divergence float64 [B, n] in nats, whether the most likely token is the same [B, n], and the last ones of each
-    row; NaN and False where logits hold NaN."""
+    """Return the divergence float64 [B, n] in nats, whether the most likely token is the same [B, n], and the most
+    likely last tokens of each row. Where logits hold NaN, these are NaN and False.
+    """
     kl = torch.empty(exact.shape[:2], dtype=torch.float64, device="cpu")
     same = torch.empty(exact.shape[:2], dtype=torch.bool, device="cpu")
     for b, i in torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in exact.shape[:2])).reshape(-1, 2).tolist():
         p, q = exact[b, i].double().log_softmax(-1), sparse[b, i].double().log_softmax(-1)
-        # A word that is ruled out has a logit of -inf and adds nothing.
+        # A token with a logit of -inf adds nothing.
         kl[b, i] = torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum().clamp(min=0)
         same[b, i] = p.argmax() == q.argmax() and not kl[b, i].isnan()
     tokens = zip(exact[:, -1].argmax(-1).tolist(), sparse[:, -1].argmax(-1).tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What tasks with spoken answers share: greedy decoding, scores from 0 to 1, and their tables."""
+"""Code shared by the tasks whose answers are decoded: greedy decoding, scores from 0 to 1, and their tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ __all__ = ["measure", "tables"]
 def measure(
     engine: Any, item: Item, settings: list[Setting], score: Callable[[str, Item], float], stop: str | None = None
 ) -> Iterator[tuple[Setting, dict[str, Any]]]:
-    """Every setting's prefill and the greedy answer after it, decoded over every key, with its score."""
+    """Yield, for every setting, its score: the prompt is prefilled by the setting, the answer decoded exactly."""
     for setting in settings:
         text, work = engine.generate(item.ids, setting, item.facts["answer_tokens"], stop)
         yield setting, {"score": score(text, item), "text": text, **work}
 
 
 def tables(rows: list[dict[str, Any]], title: str, part: str) -> list[str]:
-    """By length: every method's score in percent by `part` (a field), the mean over prompts, its difference to dense;
-    and method against method."""
+    """Return, for each length, every method's score in percent by `part` (a field), the mean over prompts, and the
+    difference to dense attention; then a comparison of each method with each other.
+    """
     lines = []
     for length, some in report.grouped(rows, "length"):
         lines += [f"### {title}, up to {length:,} tokens", "", *_scores(some, part)]

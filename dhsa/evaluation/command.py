@@ -1,4 +1,4 @@
-"""`python -m dhsa eval`: its arguments, the run, and what it prints. The work is in the modules beside this one."""
+"""`python -m dhsa eval`: arguments, the run, and the output. The other modules of this package do the work."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import loading
-from dhsa.config import NO_MASS
 from dhsa.loading import UserError, at_least
+from dhsa.methods import registry
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -40,8 +40,8 @@ DEFAULTS = {"methods": "all", "documents": 12, "depths": 10, "keys": 5, "samples
 _NEEDED = ("torch", "transformers", "rich", "matplotlib")
 
 DESCRIPTION = (
-    "Reads the same prompts by every method at every budget and says what each loses against dense attention. Rows go "
-    "to OUT/results.jsonl as they come; the same command again goes on where the last one stopped."
+    "Reads the same prompts by every method at every budget and reports what each loses against dense attention. Rows "
+    "are appended to OUT/results.jsonl; the same command, given again, continues where the last one stopped."
 )
 
 
@@ -56,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights-products",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="numbers in the model's own matrix products, dense runs too; bf16 is a fast mode (default: fp32)",
+        help="dtype of the model's own matrix products, in dense runs too; bf16 is faster (default: fp32)",
     )
     add(
         "--methods",
         metavar="A,B",
-        help="methods with overrides, as rows,rows:query_block=64,window; dense is always there (default: all)",
+        help="methods with overrides, as rows,rows:query_block=64,window; dense is always measured (default: all)",
     )
     add("--budget", type=_ints(16), metavar="N,M", help="keys a block of queries may see (default: 640,1152,2176)")
     add(
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=".txt or .jsonl files or folders (default: Python's reference)",
     )
-    add("--join", action="store_true", help="texts of a source follow each other, cut into documents")
+    add("--join", action="store_true", help="join the texts of a source before cutting them into documents")
     add("--documents", type=at_least(1), metavar="N", help="ppl, output: documents read (default: 12)")
     add("--skip", type=at_least(0), default=0, metavar="N", help="ppl, output: documents left out before them")
     add("--depths", type=at_least(1), metavar="N", help="niah: depths of the needle (default: 10)")
@@ -97,7 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--generate", action="store_true", help="niah: decode the answer too, beside its likelihood")
     add("--samples", type=at_least(1), metavar="N", help="ruler, longbench: prompts of each kind or file (default: 10)")
     add(
-        "--answer-tokens", type=at_least(1), metavar="N", help="ruler, longbench: at most so many (default: the task's)"
+        "--answer-tokens",
+        type=at_least(1),
+        metavar="N",
+        help="ruler, longbench: the most tokens of an answer (default: the task's)",
     )
     add(
         "--longbench",
@@ -141,7 +144,7 @@ _layers.__name__ = "layers"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the evaluation for parsed arguments (see `add_arguments`) and returns the exit status."""
+    """Run the evaluation for parsed arguments (see `add_arguments`) and return the exit status."""
     loading.prepare(_NEEDED, "eval")
     from rich.console import Console
 
@@ -160,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         if not store.rows:
             raise UserError(f"--out: no results in {store.path}")
         if store.damaged:
-            console.print(f"{store.damaged} damaged lines of {store.path} were passed over.", highlight=False)
+            console.print(f"{store.damaged} damaged lines of {store.path} were skipped.", highlight=False)
         return _report(store.rows.values(), args, console)
     _resolve(args)
     settings = _settings(args, settings_of)
@@ -169,9 +172,9 @@ def run(args: argparse.Namespace) -> int:
     with loading.progress(console, remaining=True) as step:
         rows = _measure(args, names, settings, store, step, console)
     if store.damaged:
-        console.print(f"{store.damaged} damaged lines of {store.path} were passed over.", highlight=False)
+        console.print(f"{store.damaged} damaged lines of {store.path} were skipped.", highlight=False)
     status = _report(rows, args, console)
-    console.print(f"All of it took {time.perf_counter() - started:.0f} s.", highlight=False)
+    console.print(f"The run took {time.perf_counter() - started:.0f} s.", highlight=False)
     return status
 
 
@@ -186,7 +189,7 @@ def _tasks(text: str) -> list[str]:
 
 
 def _resolve(args: argparse.Namespace) -> None:
-    """Fills in what depends on other arguments."""
+    """Fill in the defaults that depend on other arguments."""
     defaults = {**DEFAULTS, **(QUICK if args.quick else {})}
     if args.mass:
         defaults["budget"] = []
@@ -197,13 +200,14 @@ def _resolve(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
-    """Dense, then every method at every budget; a setting that two of them share, once."""
+    """Return dense attention, then every method at every budget, without duplicates."""
     specs = settings_of.methods(args.methods)
     options = {"dense_tail": args.dense_tail, "sink": args.sink, "local": args.local}
     made = [settings_of.dense()]
     for budget in args.budget:
         made += [settings_of.setting(spec, budget, **options) for spec in specs]
-    able = [spec for spec in specs if spec.partition(":")[0] not in (*NO_MASS, "paper", "exact")]
+    without = ("paper", "exact", *(name for name, method in registry.items() if not method.has_mass))
+    able = [spec for spec in specs if spec.partition(":")[0] not in without]
     if args.mass and not able:
         raise UserError(f"--mass: the scores of {', '.join(specs)} are no shares of attention mass; give --budget")
     for mass in args.mass:
@@ -239,7 +243,7 @@ def _measure(
 
     def plan(task: str, total: int, missing: int) -> None:
         if missing < total:
-            console.print(f"{task}: {total - missing} of {total} results are there already.", highlight=False)
+            console.print(f"{task}: {total - missing} of {total} results exist already.", highlight=False)
 
     with weights_products(args.weights_products):
         return runner.run(names, context, settings, store, base, step, plan)

@@ -1,11 +1,12 @@
-"""Boundaries that no Config has, for study: those of the training label itself, and one layer's for all layers.
+"""Boundaries for study that no Config offers: those of the training label itself, and those of one layer for all
+layers.
 
-`label`: a layer's keys are cut at the gaps whose label is highest, as many and as far apart as the Config's own
-boundaries would be. The label is read off the layer's own attention, which costs more than sparse attention saves: it
-is what a perfect predictor would give, an upper bound for trained ones. `shared`: boundaries are found once, in the
-first layer that leaves keys out, and all later layers use them. `shared-label`: both.
+`label`: a layer's keys are cut at the gaps whose label is highest, as many and as far apart as the boundaries of the
+Config would be. The label is computed from the layer's own attention, which costs more than sparse attention saves. It
+is what a perfect predictor would give, and so an upper bound for trained predictors. `shared`: boundaries are found
+once, in the first layer that leaves keys out, and all later layers use them. `shared-label`: both.
 
-Only where keys are cut differs from the plain pipeline; scores, lists and attention are the same functions.
+Only the boundaries differ from an ordinary run; scores, lists and attention are the same functions.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ __all__ = ["WORDS", "Cuts", "cutting", "label_boundaries"]
 
 WORDS = ("label", "shared", "shared-label")
 
-_run = functional.run  # while `cutting`, that name is ours
+_run = functional.run  # `cutting` replaces the function of that name
 
 
 def label_boundaries(q: Any, k: Any, config: dhsa.Config, **layer: Any) -> np.ndarray:
-    """int32 [B, C + 1] as `dhsa.boundaries`, of the gaps with the highest labels. `layer`: its sliding_window, scale
-    and softcap."""
+    """Return the boundaries with the highest labels, int32 [B, C + 1] as `dhsa.boundaries`.
+
+    `layer`: its sliding_window, scale and softcap.
+    """
     ratios = np.asarray(dhsa.attention_ratios(q, k, window=config.boundary_window, **layer))
-    # A ratio of 0 says that the gap has no label, not that it is smooth.
+    # A ratio of 0 means that the gap has no label.
     scores = np.where(ratios > 0, np.log(np.where(ratios > 0, ratios, 1)), -np.inf)
     length = k.shape[2]
     core = config._core
@@ -44,15 +47,15 @@ def label_boundaries(q: Any, k: Any, config: dhsa.Config, **layer: Any) -> np.nd
 
 
 class Cuts:
-    """Where the layers of one prefill cut their keys, by a word of WORDS or, with "", as the Config says."""
+    """The boundaries of the layers of one prefill, by one of WORDS or, with "", as the Config says."""
 
     def __init__(self, word: str) -> None:
         self.label, self.shared = "label" in word, word.startswith("shared")
-        self.selection: Any = None  # the last sparse call's
+        self.selection: Any = None  # of the last sparse call
         self._first: Any = None
 
     def boundaries(self, q: Any, k: Any, config: dhsa.Config, window: int | None, **layer: Any) -> Any:
-        """The boundaries of a layer that is sparse."""
+        """Return the boundaries of a layer that is sparse."""
         if self._first is not None:
             return self._first
         cuts = label_boundaries(q, k, config, sliding_window=window, **layer) if self.label else None
@@ -62,9 +65,11 @@ class Cuts:
             self._first = cuts
         return cuts
 
-    def run(self, q: Any, k: Any, v: Any, config: dhsa.Config | None = None, **options: Any) -> tuple:
+    def run(
+        self, q: Any, k: Any, v: Any, config: dhsa.Config | None = None, **options: Any
+    ) -> tuple[Any, Any, RunStats]:
         """`dhsa.functional.run` with these boundaries. Calls that leave nothing out neither use nor set them."""
-        layer = {name: options.get(name) for name in ("scale", "softcap", "window")}
+        layer: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap", "window")}
         plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
         if plain or config is None or not config.leaves_out(q.shape[2], k.shape[2], layer["window"]):
             return _run(q, k, v, config, **options)
@@ -72,7 +77,7 @@ class Cuts:
         cuts = self.boundaries(q, k, config, **layer)
         self.selection = dhsa.select(q, k, config, boundaries=cuts, **layer)
         chosen = perf_counter()
-        kept = {name: options[name] for name in ("out", "return_lse") if name in options}
+        kept: dict[str, Any] = {name: options[name] for name in ("out", "return_lse") if name in options}
         made = dhsa.sparse_attention(q, k, v, self.selection, **layer, **kept)
         done = perf_counter()
         out, lse = made if options.get("return_lse") else (made, None)
@@ -81,7 +86,7 @@ class Cuts:
 
 @contextmanager
 def cutting(word: str) -> Iterator[None]:
-    """Has one prefill of a patched model cut its keys by `word`; "" changes nothing."""
+    """Have one prefill of a patched model cut its keys by `word`; "" changes nothing."""
     if not word:
         yield
         return

@@ -1,8 +1,9 @@
-"""A model's prefill by a setting, and what is read off it: likelihoods and greedy answers, with a record of the work.
+"""A model's prefill by a setting, and what is computed from it: likelihoods and greedy answers, with seconds and
+density.
 
-Two things make many settings on one prompt cheap. Layers before the first that a setting can make sparse compute the
-same for all of them: their result is kept and replayed. And logits are formed only for the tokens that are scored
-(likelihood.py).
+Two measures reduce the cost of many settings on one prompt. The layers before the first one that a setting can make
+sparse compute the same for all of them: their result is kept and replayed. And logits are computed only for the tokens
+that are scored (likelihood.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["Engine", "refusals", "weights_products", "work"]
 
 @contextmanager
 def weights_products(kind: str) -> Iterator[None]:
-    """Has the model's own matrix products (not attention's) done on numbers rounded to `kind`: "fp32" or "bf16"."""
+    """Have the model's own matrix products (not those of attention) use numbers rounded to "fp32" or "bf16"."""
     products = float32_products()
     if products is None:
         if kind != "fp32":
@@ -46,7 +47,7 @@ def weights_products(kind: str) -> Iterator[None]:
 
 @contextmanager
 def refusals(setting: Setting) -> Iterator[None]:
-    """A combination that is not there says so in a sentence; the user is told of which setting."""
+    """Turn a NotImplementedError into a UserError that names the setting."""
     try:
         yield
     except NotImplementedError as error:
@@ -54,7 +55,7 @@ def refusals(setting: Setting) -> Iterator[None]:
 
 
 class Engine:
-    """A model and its tokenizer. `layers`: those that may be sparse, all if None."""
+    """A model and its tokenizer. `layers`: the layers that may be sparse; None: all."""
 
     def __init__(self, model: Any, tokenizer: Any, layers: Iterable[int] | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -65,23 +66,23 @@ class Engine:
         self.windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
         self._blocks = getattr(model.get_decoder(), "layers", None)
         self._prompt: tuple[int, ...] = ()
-        self._kept: dict[int, Any] = {}  # by the number of layers before it: what they made of self._prompt
+        self._kept: dict[int, Any] = {}  # for a number of first layers: their output for self._prompt
         self.prefix = self._special_prefix()
 
     def _special_prefix(self) -> list[int]:
-        """What the tokenizer itself puts before a text."""
+        """Return the tokens that the tokenizer puts before a text."""
         plain = self.tokenizer("a", add_special_tokens=False).input_ids
         whole = self.tokenizer("a").input_ids
         return list(whole[: len(whole) - len(plain)]) if whole[-len(plain) :] == plain else []
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens, nothing put before or after them."""
+        """Return the tokens of the text, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     # ---- prefill -----------------------------------------------------------------------------------------------------
 
     def first_sparse(self, setting: Setting, length: int) -> int:
-        """The first layer that the setting may leave keys out in; all before it are exact whatever the method."""
+        """Return the first layer in which the setting may leave keys out; all before it are exact."""
         limit, mass = setting.config.budget, setting.config.mass
         for layer in range(self.depth):
             if self.layers is not None and layer not in self.layers:
@@ -94,7 +95,9 @@ class Engine:
         return self.depth
 
     def prefill(self, ids: list[int], setting: Setting) -> tuple[Any, dict[str, Any]]:
-        """(last hidden states [length, size], what the row says of the work) of a prompt read by a setting."""
+        """Return (last hidden states [length, size], the fields of a row that describe the work) of a prompt read by a
+        setting.
+        """
         first = self.first_sparse(setting, len(ids))
         if self._prompt != tuple(ids):
             self._prompt, self._kept = tuple(ids), {}
@@ -107,7 +110,7 @@ class Engine:
             seconds = time.perf_counter() - start
         runs = dhsa.last_run(self.model, "prefill")
         if any(r.path == "sparse" and r.layer < first for r in runs):
-            self._kept.pop(first, None)  # a rule of exactness that this file does not know: nothing to share
+            self._kept.pop(first, None)  # exact by a rule that this file does not know: nothing is replayed
         return out.last_hidden_state[0], work(runs, seconds, replayed, setting.dense)
 
     @contextmanager
@@ -115,7 +118,7 @@ class Engine:
         with ExitStack() as stack:
             try:
                 stack.enter_context(dhsa.patched(self.model, setting.config, self.layers))
-            except ValueError as error:  # a predictor of another model
+            except ValueError as error:  # a predictor that was trained for another model
                 raise UserError(f"--methods: {setting.label}: {error}") from error
             for context in (torch.no_grad(), refusals(setting), cutting(setting.cuts)):
                 stack.enter_context(context)
@@ -123,7 +126,7 @@ class Engine:
 
     @contextmanager
     def _keeping(self, first: int) -> Iterator[None]:
-        """Keeps what the layers before `first` make of the prompt."""
+        """Keep what the layers before `first` compute for the prompt."""
         if not first or self._blocks is None:
             yield
             return
@@ -139,8 +142,9 @@ class Engine:
 
     @contextmanager
     def _replaying(self, first: int) -> Iterator[None]:
-        """Layers before `first` hand on what was kept instead of computing."""
+        """Have the layers before `first` return what was kept instead of computing it."""
         kept = self._kept[first]
+        assert self._blocks is not None  # found when something was kept
         blocks = self._blocks[:first]
         try:
             for block in blocks:
@@ -150,19 +154,22 @@ class Engine:
             for block in blocks:
                 block.__dict__.pop("forward", None)
 
-    # ---- read off the hidden states ----------------------------------------------------------------------------------
+    # ---- results from hidden states ----------------------------------------------------------------------------------
 
     def likelihood(self, hidden: Any, ids: list[int], first: int, best: bool = False) -> tuple[Any, Any]:
-        """(log-likelihood float64, with `best`: is it the most likely token?) of ids[first:], each given all before."""
+        """Return (log-likelihood float64, with `best` whether it is the most likely token) of ids[first:], each given
+        all before.
+        """
         with torch.no_grad():
             return likelihood(
                 self.model, hidden[first - 1 : len(ids) - 1], torch.tensor(ids[first:], device="cpu"), best
             )
 
     def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
-        """(greedy continuation, what the row says of the work): the prompt's prefill by the setting, exact decode.
+        """Return (greedy continuation, the fields of a row that describe the work): prefill by the setting, exact
+        decoding.
 
-        Ends after `tokens`, at the model's end token, or once the text holds `stop`.
+        Ends after `tokens`, at the model's end token, or once the text contains `stop`.
         """
         from transformers import DynamicCache
 
@@ -194,15 +201,18 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def forget_runs(model: Any) -> None:
-    """Replayed layers do not run, and an earlier call's record must not stand in for theirs."""
+    """Delete records of earlier calls, which would otherwise be taken for those of replayed layers."""
     for module in model.modules():
         module.__dict__.pop("_dhsa_runs", None)
 
 
 def work(runs: list[Any], seconds: float, replayed: int, dense: bool) -> dict[str, Any]:
-    """What a row says of a prefill: the layers that were sparse (where none was: those without a window), their mean
-    realised density, the share of their tiles that `Config.skip` left out, their seconds of selecting and attending;
-    the whole prefill's seconds, less `replayed` layers."""
+    """Return the fields of a row that describe a prefill.
+
+    Of the layers that were sparse (where none was, those without a window): their mean realised density, the share of
+    their tiles that `Config.skip` left out, and their seconds of selection and attention. Of the whole prefill: its
+    seconds, without the `replayed` layers.
+    """
     sparse = [] if dense else [r for r in runs if r.path == "sparse"]
     shown = sparse or [r for r in runs if r.kind == "full"]
     return {

@@ -1,7 +1,7 @@
-"""Long prompts made of real sentences with something hidden among them, exact to the token.
+"""Long prompts made of real sentences with given texts hidden among them, of an exact number of tokens.
 
-Pieces are turned into tokens one by one, so that a prompt is the same list of numbers for every method and every run
-and has exactly the length asked for.
+Each piece is tokenized by itself, so that a prompt has exactly the length asked for and the same tokens for every
+method and every run.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ class Haystack:
     """The sentences of the texts as tokens."""
 
     def __init__(self, engine: Any, groups: list[list[tuple[str, str]]], tokens: int) -> None:
-        """Enough sentences for prompts of `tokens` tokens."""
+        """Collect enough sentences for prompts of `tokens` tokens."""
         self.engine = engine
         text = texts.stream(engine, groups, 2 * tokens)
         pieces = [piece for piece in re.split(r"(?<=[.!?])(?=\s)", text) if piece.strip()]
         self.sentences = [ids for ids in map(engine.encode, pieces) if ids]
         self.words = sorted({w.lower() for w in re.findall(r"\b[a-zA-Z]{4,10}\b", text)})
         if sum(map(len, self.sentences)) < 64:
-            raise UserError("--text: too short to hide anything in")
+            raise UserError("--text: too short for hidden texts")
 
     def prompt(self, length: int, hidden: Sequence[tuple[float, str]], before: str, after: str, start: int = 0):
-        """`before`, sentences with each of `hidden` (depth 0 to 1, text) among them, and `after`: `length` tokens.
+        """Return `length` tokens: `before`, sentences with each of `hidden` (depth 0 to 1, text) among them, and
+        `after`.
 
-        A hidden text follows the last sentence that ends at or before its depth. `start`: the first sentence, modulo
-        their number; after the last one the first follows.
+        A hidden text follows the last sentence that ends at or before its depth. `start`: the number of the first
+        sentence, modulo the number of sentences; after the last one the first follows.
         """
         encode = self.engine.encode
         head, tail = self.engine.prefix + (encode(before) if before else []), encode(after)

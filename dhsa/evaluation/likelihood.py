@@ -1,7 +1,8 @@
-"""Log-likelihoods of given tokens from last hidden states, without ever holding a row of logits.
+"""Log-likelihoods of given tokens from last hidden states, without storing whole rows of logits.
 
-A large vocabulary makes logits as much work as half the model, and most of that work is memory. Here they come in
-blocks that stay in the cache: rows of the sequence by a stretch of the vocabulary, summed up on the spot.
+With a large vocabulary, computing logits takes as much time as half the model, most of it for memory access. Here they
+are computed in blocks that stay in the cache, some rows of the sequence by a part of the vocabulary, and summed at
+once.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ _ROWS, _WORDS = 1024, 2048
 
 
 def likelihood(model: Any, hidden: Any, target: Any, best: bool = False) -> tuple[Any, Any]:
-    """(log-likelihood float64 [n] of each target, is it the most likely token? bool [n], or None unless `best`).
+    """Return (log-likelihood float64 [n] of each target, whether it is the most likely token, bool [n], or None).
 
-    hidden [n, size]: the states that predict target [n]. Ties of the largest logit go to the lowest token, as in greedy
-    decoding. Not for models that do more to logits than a final softcap.
+    hidden [n, size]: the states that predict target [n]. The second result is None unless `best`. Of equal largest
+    logits the lowest token counts, as in greedy decoding. Not for models that change logits by more than a final
+    softcap.
     """
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

@@ -1,6 +1,6 @@
-"""Paired comparison: every method read the same prompts, so their differences are taken prompt by prompt.
+"""Paired comparison. Every method reads the same prompts, so their differences are computed prompt by prompt.
 
-The standard error of the mean difference is that over prompts; text's own variation, much larger, cancels.
+The standard error of the mean difference is the one over prompts. The much larger variation between texts cancels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ class Estimate(NamedTuple):
 
     mean: float
     error: float
-    count: int
+    count: int  # type: ignore[assignment]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def sure(self) -> bool:
-        """Is the mean beyond twice its standard error? Never for fewer than two prompts."""
+        """Whether the mean is beyond twice its standard error. False for fewer than two prompts."""
         return abs(self.mean) > 2 * self.error
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of values and its standard error."""
+    """Return the mean of values and its standard error."""
     count = len(values)
     if not count:
         return Estimate(math.nan, math.nan, 0)
@@ -38,5 +38,5 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(left: Mapping[str, float], right: Mapping[str, float]) -> Estimate:
-    """The mean of left - right over the prompts that both have."""
+    """Return the mean of left - right over the prompts that both have."""
     return estimate([left[name] - right[name] for name in left if name in right])

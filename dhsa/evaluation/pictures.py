@@ -1,4 +1,4 @@
-"""Pictures of results, by matplotlib, off screen: curves of loss against budget, heat maps of needles."""
+"""Pictures of results, drawn by matplotlib off screen: curves of loss against budget, heat maps of needles."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def _style(axis: Any) -> None:
 
 
 def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path, title: str) -> Path:
-    """Loss against budget (left) and against realised density (right), a line a method with bars of one standard error.
+    """Draw loss against budget (left) and against realised density (right): a line for each method, with one standard
+    error.
 
-    data: by method, points (budget or NaN, density, mean log ratio, its standard error).
+    data: for each method, points (budget or NaN, density, mean log ratio, its standard error).
     """
     figure = _figure(12.5, 5.6)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -68,7 +69,7 @@ def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path
         axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     left.set_xticks(budgets, [f"{b:,.0f}" for b in budgets])
     left.minorticks_off()
-    # Losses span orders of magnitude, and a good selector's is about zero, of either sign.
+    # Losses span orders of magnitude; those of a good method are near zero and of either sign.
     left.set_yscale("symlog", linthresh=0.5)
     low, high = left.get_ylim()
     ticks = [v for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) for v in (-step, step)]
@@ -87,9 +88,9 @@ def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path
 def heatmaps(
     panels: Mapping[str, Mapping[tuple[float, int], tuple[float, str]]], path: Path, title: str, label: str
 ) -> Path:
-    """Panels of depth (down) by length (right).
+    """Draw panels of depth (downward) by length (to the right).
 
-    panels: by title, cells {(depth, length): (value, text in the cell)}; values at or under zero, the less the worse.
+    panels: for each title, cells {(depth, length): (value, text in the cell)}; values are at most zero, lower is worse.
     """
     lengths = sorted({length for cells in panels.values() for _, length in cells})
     depths = sorted({depth for cells in panels.values() for depth, _ in cells})

@@ -1,4 +1,4 @@
-"""Rows made into Markdown: what the tables of all tasks share, and the report as a whole."""
+"""Markdown made from rows: what the tables of all tasks share, and the report as a whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORK = ["documents", "tokens", "density", "selection, s", "attention, s"]
 
 
 def write(rows: Iterable[dict[str, Any]], folder: Path, command: str) -> tuple[Path, list[str], list[Path]]:
-    """report.md in `folder` and its pictures, of these rows; (its path, its lines, the pictures)."""
+    """Write report.md and its pictures of these rows into `folder`; return (its path, its lines, the pictures)."""
     rows, mixed = newest(rows)
     lines = ["# Evaluation", "", f"Made by `{command}`.", ""]
     if mixed:
@@ -68,8 +68,9 @@ def whole(row: Mapping[str, Any]) -> bool:
 
 
 def newest(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The last row of every prompt, method and budget; and the methods whose remaining rows come from several builds,
-    whose averages would mix them."""
+    """Return the last row of every prompt, method and budget, and the methods whose remaining rows come from several
+    builds, whose averages would mix these.
+    """
     last: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         place = tuple(row[k] for k in ("model", "dtype", "products", "layers", "task", "item", "method", "given"))
@@ -83,19 +84,21 @@ def newest(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[s
 
 
 def grouped(rows: Sequence[dict[str, Any]], *names: str) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    """(value or values of the named fields, rows with them), budgets ascending, else in the order of first sight."""
-    found: dict[tuple, list[dict[str, Any]]] = {}
+    """Yield (value or values of the named fields, rows with them); budgets in ascending order, others in order of
+    occurrence.
+    """
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)
     order = sorted(
         found, key=lambda key: [_rank(value) if n == "given" else 0 for n, value in zip(names, key, strict=True)]
     )
     for key in order:
-        yield (key if len(key) > 1 else key[0]), found[key]
+        yield (key[0] if len(key) == 1 else key), found[key]
 
 
 def _rank(given: str) -> tuple[int, float]:
-    """Dense first, then budgets of keys, then shares of mass."""
+    """Order dense first, then budgets of keys, then shares of mass."""
     if not given:
         return 0, 0.0
     if given.startswith("mass"):
@@ -104,7 +107,7 @@ def _rank(given: str) -> tuple[int, float]:
 
 
 def by_item(rows: Sequence[dict[str, Any]], field: str) -> dict[str, dict[str, float]]:
-    """{method: {prompt: value}}."""
+    """Return {method: {prompt: value}}."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         found.setdefault(row["method"], {})[row["item"]] = row[field]
@@ -120,7 +123,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def work_cells(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The cells under WORK: how much was read, and what it took."""
+    """Return the cells under WORK: how much was attended to, and the seconds it took."""
     count = len(rows)
 
     def mean(name: str) -> float:
@@ -134,13 +137,15 @@ def work_cells(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table; every column but the first to the right."""
+    """Return a Markdown table; every column except the first is aligned to the right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)] + [""]
 
 
 def duels(values: Mapping[str, Mapping[str, float]], caption: str, *, scale: float = 1.0) -> list[str]:
-    """A table of every method against every other, on the prompts that both read. Nothing for fewer than two."""
+    """Return a table of every method against every other, on the prompts that both read; empty for fewer than two
+    methods.
+    """
     names = list(values)
     if len(names) < 2:
         return []
@@ -156,5 +161,5 @@ def duels(values: Mapping[str, Mapping[str, float]], caption: str, *, scale: flo
 
 
 def shown(estimate: Estimate, digits: int = 3) -> str:
-    """mean ± standard error."""
+    """Return mean ± standard error."""
     return f"{number(estimate.mean, digits)} ± {number(estimate.error, digits)}"

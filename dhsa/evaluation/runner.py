@@ -1,4 +1,4 @@
-"""The run: every task's prompts by every setting, dense first, whatever the store does not hold yet."""
+"""The run: the prompts of every task by every setting, dense first, except those that the store already holds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dhsa.evaluation.tasks import Context, Item
 
 __all__ = ["build_hash", "identity", "key", "run"]
 
-VERSION = 1  # of the rows' meaning: raise it when a measurement changes, so that old rows are not taken for new ones
+VERSION = 1  # version of the rows: raise it when a measurement changes, so that old rows are not used
 
 
 def build_hash() -> str:
-    """A hash of the compiled core and the rules around it: rows of another selector are not this one's."""
+    """Return a hash of the compiled core and the Python rules around it, which change what is selected."""
     from dhsa import _core, functional
     from dhsa.evaluation import cuts
 
@@ -33,7 +33,7 @@ def build_hash() -> str:
 
 
 def identity(source: Path) -> str:
-    """A model's name with a hash of its size and of parts of its content, enough to tell files of one name apart."""
+    """Return a model's name with a hash of its size and parts of its content, to tell files of one name apart."""
     digest = hashlib.sha256()
     files = (
         [source] if source.is_file() else sorted(p for p in source.iterdir() if p.suffix in (".json", ".safetensors"))
@@ -53,7 +53,7 @@ def prompt_hash(ids: list[int]) -> str:
 
 
 def key(base: dict[str, Any], task: str, item: Item, setting: Setting, build: str) -> str:
-    """What a row depends on, as a key. Dense attention is exact, so its rows outlive a build."""
+    """Return a key of all that a row depends on. Dense attention is exact, so its rows do not depend on the build."""
     return digest(
         {
             **{name: base[name] for name in ("model", "dtype", "products", "layers")},
@@ -78,10 +78,10 @@ def run(
     step: Callable[..., Any],
     plan: Callable[[str, int, int], None] = lambda task, total, missing: None,
 ) -> list[dict[str, Any]]:
-    """Measures what is missing of `names` x prompts x `settings`, and returns the rows of all of it, old and new.
+    """Measure what is missing of `names` x prompts x `settings`, and return all their rows, old and new.
 
-    base: what every row says of the run: model, dtype, products, layers, threads. step: `loading.progress`'s.
-    plan: told, task by task, how many cells there are and how many of them are missing.
+    base: the fields of every row that describe the run: model, dtype, products, layers, threads. step: that of
+    `loading.progress`. plan: called for each task with the number of measurements and how many of them are missing.
     """
     build = build_hash()
     rows = []
@@ -100,7 +100,7 @@ def run(
                     for setting, facts in task.measure(context.engine, item, list(due)):
                         store.add(_row(base, name, item, setting, due[setting], build, facts))
                         advance()
-                # A method's label may have changed since, as between "rows" and "rows:query_block=128".
+                # The label of a method may have changed, as from "rows" to "rows:query_block=128".
                 rows += [{**store.rows[k], "method": s.label} for s, k in keys]
     return rows
 

@@ -1,9 +1,9 @@
 """Settings: a method of selection, its options and a budget, named as on the command line and made into a Config.
 
-A spec is `name[:field=value]...`: a method of `dhsa.Config` (or "paper" for `Config.paper()`, or "exact" for no
-selection at all, of use with `exact:skip=0.001`), then fields of Config; `predictor=FILE` is loaded. `name:source`
-takes what the method's source prescribes, `cuts=WORD` boundaries that are no Config's (cuts.py). Rules that hold for
-every method alike are here, so that a comparison cannot favour one by accident.
+A specification is `name[:field=value]...`. The name is a method of `dhsa.Config`, "paper" for `Config.paper()`, or
+"exact" for no selection (useful with `exact:skip=0.001`). Then come fields of Config; `predictor=FILE` is loaded.
+`name:source` uses what the method's source prescribes, and `cuts=WORD` boundaries that no Config offers (cuts.py). The
+rules that are the same for all methods are here, so that no comparison favours one of them by accident.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ import dhsa
 from dhsa import config as configs
 from dhsa.evaluation.cuts import WORDS
 from dhsa.loading import UserError
+from dhsa.methods import registry
 
 __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
 
 DENSE = "dense"
-METHODS = configs.METHODS
+METHODS = tuple(registry)
 NAMES = (*METHODS, "paper", "exact")
-_SLOW = ("oracle",)  # for study: left out unless asked for
+_SLOW = ("oracle",)  # for study: not part of "all"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One column of a comparison: a label, what it was given (keys or mass, None for dense), the Config, and
-    where it cuts keys if not as the Config says."""
+    """One column of a comparison: a label, its budget (keys or mass, None for dense), the Config, and how it cuts keys
+    if not as the Config says.
+    """
 
     label: str
     config: dhsa.Config
@@ -43,21 +45,24 @@ class Setting:
 
     @property
     def given(self) -> str:
-        """The budget in words: "640", "mass 0.95", or "" for dense."""
+        """The budget as text: "640", "mass 0.95", or "" for dense."""
         if self.mass is not None:
             return f"mass {self.mass:g}" + ("" if self.budget is None else f" <= {self.budget:,}")
         return "" if self.budget is None else f"{self.budget:,}"
 
     def at(self, layer: int) -> dhsa.Config:
-        """The Config in one layer, for which a predictor may have a network of its own."""
+        """Return the Config for one layer, for which a predictor may have a network of its own."""
         predictor = self.config.predictor
         if predictor is None or not predictor.layers:
             return self.config
         return self.config.replace(predictor=predictor.layer(layer))
 
     def fields(self) -> dict[str, Any]:
-        """Every field of the Config as JSON can hold it, a predictor by the hash of its weights; `cuts` if set."""
-        values = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
+        """Return every field of the Config as JSON can hold it, with a predictor as the hash of its weights; and `cuts`
+        if set.
+        """
+        values = {name: getattr(self.config, name) for name in configs.FIELDS}
+        values |= dataclasses.asdict(self.config.options)
         if values.get("predictor") is not None:
             values["predictor"] = _predictor_hash(values["predictor"])
         if self.cuts:
@@ -78,10 +83,12 @@ def dense() -> Setting:
 
 
 def methods(names: str) -> list[str]:
-    """Specs of a comma-separated list, in order and without repeats; "all" stands for every method but slow ones."""
+    """Return the specifications of a comma-separated list, in order, without duplicates. "all": every method but slow
+    ones.
+    """
     specs: list[str] = []
     for name in (part.strip() for part in names.split(",")):
-        if name in ("", DENSE):  # dense is always there
+        if name in ("", DENSE):  # dense is always measured
             continue
         specs += [m for m in METHODS if m not in _SLOW] if name == "all" else [name]
     if not specs:
@@ -98,11 +105,11 @@ def setting(
     sink: int | None = None,
     local: int | None = None,
 ) -> Setting:
-    """The setting of `spec` at a budget of keys or a share of mass.
+    """Return the setting of `spec` at a budget of keys or a share of mass.
 
-    Forced keys are the same for all methods and take at most half of the budget: `sink` (None: Config's) at most a
-    quarter, `local` (None: Config's) what is left of the half. What the spec itself says comes last and wins.
-    Raises UserError for what there is not, or what Config refuses.
+    Forced keys are the same for all methods and take at most half of the budget: `sink` (None: that of Config) at most
+    a quarter, `local` (None: that of Config) the rest of the half. Fields in the specification itself override these.
+    Raises UserError for unknown names and for what Config refuses.
     """
     name, *words = spec.split(":")
     if name not in NAMES:
@@ -112,7 +119,7 @@ def setting(
     asked = dict(_override(spec, word) for word in words if word != "source" and not word.startswith("cuts="))
     base = dhsa.Config.paper() if name == "paper" else dhsa.Config()
     values: dict[str, Any] = {"budget": budget, "dense_tail": dense_tail}
-    values["break_even"] = 0  # what a method loses is the question, not whether it pays at this length
+    values["break_even"] = 0  # loss is measured even where sparse attention takes more time
     ceiling = asked.get("budget", budget)
     values["sink"] = base.sink if sink is None else sink
     values["local"] = base.local if local is None else local
@@ -122,7 +129,7 @@ def setting(
     if mass is not None:
         values["mass"] = mass
     if source:
-        del values["budget"]  # the source's own
+        del values["budget"]  # as the source has them
     values = {**asked, "budget": None} if name == "exact" else values | asked
     try:
         config = _config(name, source, values)
@@ -136,11 +143,11 @@ def setting(
 
 
 def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
-    """`cuts=word` for what it cannot change or would change in silence."""
+    """Return why `cuts=word` is refused: it would have no effect, or an unexpected one."""
     problem = None
     if word not in WORDS:
         problem = f"cuts: expected one of {', '.join(WORDS)}, got {word!r}"
-    elif config.score is None or config.exact:
+    elif not config.options.has_chunks or config.exact:
         problem = "cuts: only methods of chunks that have a budget or a mass cut keys"
     elif "label" in word and config.boundaries != "similarity":
         problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} has no say, leave it out"
@@ -154,7 +161,7 @@ def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
 
 def _override(spec: str, word: str) -> tuple[str, Any]:
     field, equals, text = word.partition("=")
-    if not equals or field not in configs.FIELDS:
+    if not equals or field not in (*configs.FIELDS, *configs.OPTIONS):
         raise UserError(
             f"--methods: {spec}: expected source, cuts=WORD or field=value with a field of dhsa.Config, got {word!r}"
         )
@@ -183,4 +190,4 @@ def _config(name: str, source: bool, values: dict[str, Any]) -> dhsa.Config:
         return dhsa.Config(**values)
     if name == "paper":
         return dhsa.Config.paper(**values)
-    return dhsa.Config.source(name, **values) if source else dhsa.Config(method=name, **values)
+    return dhsa.Config.source(name, **values) if source else dhsa.Config(**{"method": name, **values})

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON object a line, appended as they come, found again by a key of all that they depend on."""
+"""Results on disk: one JSON object a line, appended as they are measured, found by a key of all that they depend on."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ __all__ = ["Store", "digest"]
 
 
 def digest(value: Any) -> str:
-    """16 hex digits of what JSON makes of a value, whatever the order of its keys."""
+    """Return 16 hexadecimal digits of the JSON text of a value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Store:
-    """The rows of a file, by key. A line that a kill left half written, or that is not what was written, is passed over
-    and measured again: each line holds a digest of itself as "check" (lines of earlier releases hold none)."""
+    """The rows of a file, by key.
+
+    Each line holds a digest of itself as "check" (lines of earlier releases hold none). A line that is incomplete or
+    damaged is skipped and measured again.
+    """
 
     def __init__(self, path: Path, whole: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
-        """`whole`: whether a row has what it needs, for lines without a digest."""
+        """`whole`: whether a row has all its fields, for lines without a digest."""
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         self.damaged = 0
@@ -33,7 +36,7 @@ class Store:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
         except OSError as error:
             raise UserError(f"--out: {error}") from error
-        self._torn = bool(lines and lines[-1])  # the file does not end with a line's end
+        self._torn = bool(lines and lines[-1])  # the file does not end with a newline
         for line in lines:
             if not line.strip():
                 continue
@@ -50,20 +53,20 @@ class Store:
         return key in self.rows
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row, which must have a "key"; it is on disk when this returns.
+        """Append a row, which must have a "key". It is on disk when this returns.
 
         Raises:
-            UserError: it could not be written whole. What was written of it is taken away again, or, where that fails
-            too, kept apart from the next row.
+            UserError: the row could not be written completely. The part that was written is removed, or, where that
+                fails too, separated from the next row.
         """
-        check = digest(json.loads(json.dumps(row, allow_nan=False)))  # of what a reader will find
+        check = digest(json.loads(json.dumps(row, allow_nan=False)))  # of the values as a reader parses them
         line = json.dumps({**row, "check": check}, allow_nan=False).encode() + b"\n"
         try:
             with open(self.path, "ab", buffering=0) as file:
                 start = file.seek(0, os.SEEK_END)
                 rest = memoryview((b"\n" if self._torn else b"") + line)
                 try:
-                    while rest:  # a write may take less than all, as when the disk fills
+                    while rest:  # a write may be incomplete, as when the disk is full
                         rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
                 except OSError:

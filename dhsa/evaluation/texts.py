@@ -1,4 +1,4 @@
-"""Documents: real text from files and folders (.txt, or LongBench's .jsonl), or Python's reference, as tokens."""
+"""Documents: text from files and folders (.txt, or LongBench's .jsonl), or Python's language reference, as tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ REFERENCE = "python-reference"
 
 @dataclass(frozen=True)
 class Document:
-    """A name and its tokens, special ones in front included."""
+    """A name and its tokens, with the special tokens at the front."""
 
     name: str
     ids: list[int]
 
 
 def sources(paths: list[Path] | None) -> list[list[tuple[str, str]]]:
-    """(name, text) pairs of each path, in the order of names; without paths Python's reference as one text.
+    """Return (name, text) pairs for each path, in the order of names; without paths, Python's reference as one text.
 
-    A folder gives its .txt and .jsonl files, a .jsonl file the `context` of each line (`text` where there is none).
+    A folder gives its .txt and .jsonl files; a .jsonl file gives the `context` of each line (`text` where there is
+    none).
     """
     if not paths:
         return [[(REFERENCE, loading.reference_text())]]
@@ -55,7 +56,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def jsonl(path: Path, option: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines."""
+    """Return the objects of a file of JSON lines."""
     records = []
     try:
         with open(path, encoding="utf-8") as file:
@@ -75,11 +76,11 @@ def jsonl(path: Path, option: str) -> list[dict[str, Any]]:
 def documents(
     engine: Any, groups: list[list[tuple[str, str]]], length: int, *, count: int, skip: int = 0, join: bool = False
 ) -> list[Document]:
-    """`count` documents of exactly `length` tokens, after `skip` that are left out, drawn from the sources in turn.
+    """Return `count` documents of exactly `length` tokens, after `skip` others, drawn from the sources in turn.
 
-    A text gives one document, its first tokens; texts that are too short are passed over. `join`: the texts of a
-    source follow each other in their order, an empty line between them, and are cut into documents without overlap.
-    A source of a single text is always cut so.
+    A text gives one document, its first tokens; texts that are too short are skipped. `join`: the texts of a source are
+    joined in their order, separated by an empty line, and cut into documents without overlap. This is always done with
+    a source of a single text.
     """
     room = length - len(engine.prefix)
     makers = [
@@ -119,7 +120,7 @@ def _joined(engine: Any, group: list[tuple[str, str]], room: int) -> Iterator[Do
 
 
 def stream(engine: Any, groups: list[list[tuple[str, str]]], tokens: int) -> str:
-    """Text of at least about `tokens` tokens from the sources, one text after the other; all there is if it is less."""
+    """Return text of at least about `tokens` tokens from the sources, one text after the other, or all there is."""
     parts, size = [], 0
     for group in groups:
         for _, text in group:

@@ -67,7 +67,7 @@ def attention_forward(
         return traced_attention(module, query, key, value, *others), None
     refuse_transforms(query=query, key=key, value=value, attention_mask=attention_mask)
     if recorded:
-        return forward_only(lambda *inputs: attend(module, *inputs, *others), query, key, value), None
+        return forward_only(lambda q, k, v: attend(module, q, k, v, *others), query, key, value), None
     return attend(module, query, key, value, *others), None
 
 
@@ -102,7 +102,7 @@ def attend(
     # The core writes into a view, so that the layout that transformers wants costs no copy.
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device="cpu")
     view = out.transpose(1, 2)
-    options = {"scale": scaling, "softcap": softcap}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
     stretches = _Stretches(state, memory, layer, sliding_window, unseen)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     padding = attention_mask is None or getattr(attention_mask, "ndim", 4) == 2  # says nothing of a window
@@ -154,6 +154,7 @@ def attend(
         out.zero_()
     exact = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
     done = []
+    assert parts is not None  # or one call would do
     for part in parts:
         rows = slice(None) if part.row is None else slice(part.row, part.row + 1)
         queries, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
@@ -212,7 +213,7 @@ def _attend_to_intervals(
     value: torch.Tensor,
     ranges: np.ndarray,
     out: torch.Tensor,
-    options: dict[str, float | None],
+    options: dict[str, Any],
 ) -> list[tuple[functional.RunStats, int]]:
     """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: by lists of
     keys, which skip the gaps that all queries of a row have, or else by one call for each interval, its result weighted

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dhsa import _core
-from dhsa.config import SCORE_OF, Config
+from dhsa.config import Config
 
 from .compat import GRAPHS, cache_in
 
@@ -66,10 +66,11 @@ class Kept:
 
     def unchanged(self, layer: Any) -> int:
         """How many keys of `layer` are those of the last call for certain."""
-        seen = None if self.tensor is None else self.tensor()
-        if seen is None or getattr(layer, "keys", None) is not seen or self.version != _version(seen):
+        seen: Any = None if self.tensor is None else self.tensor()
+        keys: Any = getattr(layer, "keys", None)
+        if seen is None or keys is not seen or self.version != _version(seen):
             return 0
-        return seen.shape[-2]
+        return int(seen.shape[-2])
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -96,7 +97,7 @@ def _before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict
     cache = cache_in(args, kwargs)
     place = _place_of(cache, module)
     kept = _kept_at(place)
-    same = 0 if kept is None else kept.unchanged(place[0])
+    same = 0 if kept is None or place is None else kept.unchanged(place[0])
     _running.entry = (weakref.ref(module), None if cache is None else _reference(cache), same)
 
 
@@ -151,10 +152,10 @@ def recall(
     of an operator in a graph, which runs no hooks."""
     entry = getattr(_running, "entry", None)
     _running.entry = None
-    if config.exact or config.method not in SCORE_OF:
+    if config.exact or not config.options.has_chunks:
         return None, ""
     place, same, hooked = None, 0, entry is not None and entry[0]() is module
-    if hooked and entry[1] is not None:
+    if entry is not None and hooked and entry[1] is not None:
         place, same = _place_of(entry[1](), module), entry[2]
     if place is None:
         reason = ""

@@ -251,7 +251,7 @@ def ranges_of(
         ranges = mask.cpu().numpy()
         ranges = np.where(ranges == _TO_THE_LAST, np.int32(k_len), ranges)
         if ranges.shape[1] > 1:  # compiled masks come with room for all that there could be
-            used = ranges.any(axis=(0, 2, 3))
+            used: np.ndarray = np.any(ranges, axis=(0, 2, 3))
             used[0] = True
             ranges = ranges[:, used]
         if ranges.shape[0] not in (1, batch) or ranges.shape[2] != q_len:
@@ -364,8 +364,8 @@ def key_lists(ranges: np.ndarray, k_len: int) -> tuple[np.ndarray, np.ndarray, n
     for table, span in zip(ranges, spans, strict=True):
         start, stop = table[..., 0], table[..., 1]
         seen = stop > start
-        covered = np.bincount(start[seen], minlength=k_len + 1) - np.bincount(stop[seen], minlength=k_len + 1)
-        covered = covered.cumsum()[:k_len] > 0
+        change = np.bincount(start[seen], minlength=k_len + 1) - np.bincount(stop[seen], minlength=k_len + 1)
+        covered = change.cumsum()[:k_len] > 0
         before = np.concatenate([[0], covered.cumsum()])
         some = seen.any(axis=0)
         span[:, 0] = np.where(some, np.where(seen, start, k_len).min(axis=0), 0)
@@ -416,11 +416,12 @@ def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, la
     found: list[Segment] = []
     for row, table in enumerate(ranges):
         runs = _runs(table)
-        plain = [_plain(table, row, late, *run) for run in runs]
-        if len(runs) <= limit and all(s is not None and (len(runs) == 1 or _stands_alone(s, table)) for s in plain):
+        plain = [s for s in (_plain(table, row, late, *run) for run in runs) if s is not None]
+        every = len(plain) == len(runs)
+        if every and len(runs) <= limit and all(len(runs) == 1 or _stands_alone(s, table) for s in plain):
             found += plain
             continue
-        plain = [s for s in plain if s is not None and least is not None and _pays(s, least)]
+        plain = [s for s in plain if least is not None and _pays(s, least)]
         begins = [runs[0][0], *(s.q_stop for s in plain)]
         ends = [*(s.q_start for s in plain), runs[-1][1]]
         between = (_ranged(table, row, begin, end) for begin, end in zip(begins, ends, strict=True))

@@ -34,7 +34,11 @@ def _attention(
     softcap: float | None,
     is_causal: bool | None,
 ) -> torch.Tensor:
-    module = waiting(int(handle)) if frozen is None else thawed(frozen)
+    if frozen is None:
+        assert handle is not None  # a graph has one or the other
+        module = waiting(int(handle))
+    else:
+        module = thawed(frozen)
     return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal, in_graph=True)
 
 

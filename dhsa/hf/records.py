@@ -1,4 +1,4 @@
-"""What attention layers did in their last calls: noted on the modules, read by `last_run`."""
+"""Records of what attention layers did in their last calls. They are kept on the modules; `last_run` reads them."""
 
 from typing import Literal, NamedTuple
 
@@ -14,12 +14,20 @@ RUNS = "_dhsa_runs"  # on every attention module that ran
 class LayerRun(NamedTuple):
     """What one attention layer did in its last call.
 
-    `layer`: its index. `kind`: "full" or "sliding". `step`: "prefill" or "decode" (one query). `path`: "dense",
-    "window", "sparse" (some query saw a selection of its keys) or "decode" (a step that saw all of them). `density`:
-    (query, key) pairs attended over pairs visible under mask and window, 1 on exact paths. Seconds: choosing the keys,
-    and attending to them. `skipped`: see `dhsa.Config.skip`, 0 without. `query_shape` is [B, H, Lq, D], `key_shape`
-    [B, Hkv, Lk, D]. `reason`: why it ran exact, or part of it, although keys could be left out
-    (`dhsa.Config.break_even`), or why keys that a cache holds had to be cut anew; else "".
+    Attributes:
+        layer: the layer's index.
+        kind: "full" or "sliding".
+        step: "prefill" or "decode" (one query).
+        path: "dense", "window", "sparse" (some query attended to a selection of its keys) or "decode" (a decoding step
+            that attended to all of them).
+        density: (query, key) pairs attended to, divided by pairs visible under mask and window. 1 on exact paths.
+        select_seconds: seconds of choosing the keys.
+        attend_seconds: seconds of attention.
+        query_shape: [B, H, Lq, D].
+        key_shape: [B, Hkv, Lk, D].
+        skipped: see `dhsa.Config.skip`; 0 without.
+        reason: why the call, or part of it, was exact although keys could be left out (`dhsa.Config.break_even`), or
+            why keys that a cache holds had to be cut again; else "".
     """
 
     layer: int
@@ -44,12 +52,13 @@ def record(
     done: list[tuple[functional.RunStats, int]],
     reason: str = "",
 ) -> None:
-    """Notes on the module what its call did; several stretches become one record, their densities weighted by pairs."""
+    """Keep on the module what its call did. Several stretches become one record, their densities weighted by pairs."""
     paths = {stats.path for stats, _ in done}
     # A table of ranges has no window of its own, but in a sliding layer its rows are windows (and spans of pictures).
-    exact = "window" if "window" in paths or (sliding_window is not None and sliding_window < key.shape[2]) else "dense"
+    windowed = "window" in paths or (sliding_window is not None and sliding_window < key.shape[2])
+    exact: Literal["dense", "window"] = "window" if windowed else "dense"
     decode = query.shape[2] == 1
-    step = "decode" if decode else "prefill"
+    step: Literal["prefill", "decode"] = "decode" if decode else "prefill"
     total = sum(pairs for _, pairs in done)
     run = LayerRun(
         layer=-1 if layer is None else layer,
@@ -70,10 +79,19 @@ def record(
 
 
 def last_run(model: torch.nn.Module, step: Literal["prefill", "decode"] | None = None) -> list[LayerRun]:
-    """What each attention layer of `model` did in its last call, in the order of the layers.
+    """Return what each attention layer of `model` did in its last call, in the order of the layers.
 
-    `step`: only the last prefill, or only the last decode step (after `generate`, the last call was a decode step);
-    None: whichever came last. Layers that did not run through this package are left out, so the list may be empty.
+    Args:
+        model: a model, or a module that contains one.
+        step: "prefill" or "decode": only the last call of that kind (after `generate`, the last call was a decoding
+            step). None: the last call of either kind.
+
+    Returns:
+        A list of LayerRun. Layers that did not run through this package are left out, so the list may be empty.
+
+    Raises:
+        TypeError: `model` is no torch module.
+        ValueError: `step` is another value.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")

@@ -73,7 +73,7 @@ class Sharing:
         pasts: tuple[Any, ...] | None = None,
         same: int = 0,
         keep: bool = True,
-        **options: float | None,
+        **options: Any,
     ) -> RunStats:
         """`functional.run` of causal attention, by what an earlier layer of this forward found if there is one.
 

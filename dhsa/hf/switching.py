@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,25 +71,29 @@ class State:
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
             return EXACT
-        return self.own.get(layer, self.config)
+        return self.config if layer is None else self.own.get(layer, self.config)
 
 
 def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Wrapped:
-    """Switches the attention of `model` to this package, in place, and returns the model.
+    """Switch the attention of `model` to this package, in place, and return the model.
 
-    `config`: a `dhsa.Config` for prefill, the default one if None; `Config(budget=None)` is exact. `layers`: the
-    indices of the layers that may be sparse, all if None; the others are exact. Patching a patched model replaces
-    config and layers.
+    Patching a patched model replaces config and layers. The config is kept on the model, so that `generate` and
+    pipelines need no additional arguments. `unpatch` undoes it, and `with patched(model, config):` does both.
 
-    The config lives on the model, so that `generate` and pipelines need no extra arguments. `unpatch` undoes it, and
-    `with patched(model, config):` does both. transformers notes the implementation in `model.config`, an object that
-    models built from one config share: until `unpatch`, `model` has its own copy of it, so that no other is switched.
-    A part of a patched model (`model.model`) may be patched over it, and is unpatched first. A module that wraps one
-    transformers model (a PEFT model, a compiled one) stands for that model.
+    transformers stores the implementation in `model.config`, an object that models built from one config share. Until
+    `unpatch`, `model` has its own copy of it, so that no other model is switched. A part of a patched model
+    (`model.model`) may be patched as well, and must be unpatched first. A module that wraps one transformers model (a
+    PEFT model, a compiled one) stands for that model.
 
-    Raises TypeError if `model` neither is nor wraps a transformers model or `config` is no Config, ValueError if a
-    layer index does not exist, boundaries are to come from a predictor that was trained for another model or lacks a
-    network of a layer, or the model cannot change its attention implementation (it is left as it was).
+    Args:
+        model: a transformers model, or a module that wraps one.
+        config: a `dhsa.Config`. None: the default one. `Config(budget=None)` is exact.
+        layers: the indices of the layers that may be sparse; the others are exact. None: all.
+
+    Raises:
+        TypeError: `model` neither is nor wraps a transformers model, or `config` is no Config.
+        ValueError: a layer does not exist; the boundary predictor was trained for another model or lacks the network of
+            a layer; or the model cannot change its attention implementation. The model is left as it was.
     """
     given, model = model, unwrapped(model)
     config = DEFAULT if config is None else config
@@ -136,7 +141,14 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
 
 
 def model_facts(model: torch.nn.Module) -> dict[str, Any]:
-    """What tells apart the models whose keys a boundary predictor was trained on."""
+    """Return the properties that identify the model whose keys a boundary predictor was trained on.
+
+    Args:
+        model: a transformers model, or a module that wraps one.
+
+    Returns:
+        A dict of "model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads" and "head_dim".
+    """
     text = unwrapped(model).config.get_text_config()
     return {name: getattr(text, name, None) for name in FACTS}
 
@@ -168,10 +180,16 @@ def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) 
 
 
 def unpatch(model: Wrapped) -> Wrapped:
-    """Gives `model` back the attention implementation that it had before `patch`, and returns the model.
+    """Give `model` the attention implementation that it had before `patch`, and return the model.
 
-    What `last_run` tells stays. Raises TypeError if `model` neither is nor wraps a transformers model, ValueError if it
-    is not patched.
+    The records that `last_run` reads are kept.
+
+    Args:
+        model: a patched model, or a module that wraps one.
+
+    Raises:
+        TypeError: `model` neither is nor wraps a transformers model.
+        ValueError: `model` is not patched, or a part of it was patched later.
     """
     given, model = model, unwrapped(model)
     state: State | None = model.__dict__.get(STATE)
@@ -185,8 +203,14 @@ def unpatch(model: Wrapped) -> Wrapped:
 
 @contextmanager
 def patched(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Iterator[Wrapped]:
-    """`patch` for the length of a with statement; afterwards the model is as it was, patched by an outer one or not at
-    all."""
+    """`patch` for the duration of a with statement. Afterwards the model is as it was: patched by an outer one, or not
+    at all.
+
+    Args:
+        model: as in `patch`.
+        config: as in `patch`.
+        layers: as in `patch`.
+    """
     given, model = model, unwrapped(model)
     outer: State | None = model.__dict__.get(STATE)
     before = _implementations(model) if outer is not None else ()
@@ -372,7 +396,7 @@ def _restore(former: tuple[tuple[Any, str | None], ...]) -> None:
 def _index(layer: Any) -> int:
     if isinstance(layer, bool) or not hasattr(layer, "__index__"):
         raise TypeError(f"layers: expected layer indices, got {layer!r}")
-    return layer.__index__()
+    return operator.index(layer)
 
 
 def _span(present: set[int]) -> str:

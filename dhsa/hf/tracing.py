@@ -64,9 +64,8 @@ def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
         raise NotImplementedError(
             'torch.export: boundaries="predictor" cannot be written into a program; patch the model with others'
         )
-    asked = {name: getattr(config, name) for name in sorted(config._asked)}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return json.dumps({"layer": layer, "is_causal": bool(causal), "config": asked})
+    return json.dumps({"layer": layer, "is_causal": bool(causal), "config": config.to_dict()})
 
 
 class _Layer:
@@ -75,7 +74,7 @@ class _Layer:
     def __init__(self, words: str) -> None:
         facts = json.loads(words)
         self.layer_idx, self.is_causal = facts["layer"], facts["is_causal"]
-        self.__dict__[STATE] = State(Config(**facts["config"]), None, ())
+        self.__dict__[STATE] = State(Config.from_dict(facts["config"]), None, ())
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,8 +8,8 @@ Inputs are arrays of any float dtype; everything is computed and returned in flo
 Hierarchical Sparse Attention, arXiv 2510.24606.
 """
 
-from dhsa.reference._attention import attention, masked_attention, selection_mask, sparse_attention
-from dhsa.reference._boundaries import (
+from dhsa._twin.attention import attention, masked_attention, selection_mask, sparse_attention
+from dhsa._twin.boundaries import (
     attention_ratios,
     boundaries,
     boundary_ratios,
@@ -18,10 +18,10 @@ from dhsa.reference._boundaries import (
     predictor_logits,
     similarity_scores,
 )
+from dhsa._twin.scores import chunk_means, chunk_scores
+from dhsa._twin.selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
 from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
 from dhsa.reference._past import Past
-from dhsa.reference._scores import chunk_means, chunk_scores
-from dhsa.reference._selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
 from dhsa.reference._skip import Grouping, skip_mask
 
 __all__ = [

@@ -1,13 +1,13 @@
 """Reference of what is kept of a sequence's keys from call to call: where they were cut (csrc/chunk/past.c).
 
-Responsible for which cuts stay, which go and which are added; gap scores and picking are _boundaries.py's.
+Responsible for which cuts stay, which go and which are added; gap scores and picking are in dhsa/_twin/boundaries.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from dhsa.reference._boundaries import pick_boundaries
+from dhsa._twin.boundaries import pick_boundaries
 
 GROUP = 16  # chunks; what a decoding step adds begins a group of its own
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dhsa.reference._attention import check, logits, selection_mask, visible
+from dhsa._twin.attention import check, logits, selection_mask, visible
 
 
 class Grouping(NamedTuple):

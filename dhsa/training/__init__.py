@@ -1,12 +1,21 @@
-"""Training boundary predictors: `python -m dhsa train-boundaries`, and the same from Python.
+"""Training of boundary predictors: `python -m dhsa train-boundaries`, and the same from Python.
 
-`documents.py`: texts, split and packed. `stream.py`: a model's keys and labels, layer by layer. `networks.py`: what
-is trained, in torch. `loop.py`: the training itself, with resumption. `scores.py`: how good gaps are that were found.
-`report.py`: table and card. Needs the extras `hf` (torch, transformers) and `demo` (rich); what is trained runs in C.
+`documents.py`: texts, split and packed. `stream.py`: a model's keys and labels, layer by layer. `networks.py`: the
+networks in torch. `loop.py`: the training loop, which can be resumed. `scores.py`: how well gaps are scored.
+`report.py`: table and model card. Needs the extras `hf` (torch, transformers) and `demo` (rich). Trained networks run
+in C.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dhsa.training.documents import Text, pack, python_documents, read_documents, split
+    from dhsa.training.loop import Training, train
+    from dhsa.training.networks import AttentionNetwork, CompactNetwork, build, focal_loss, soft_labels
+    from dhsa.training.scores import average_precision, recall, score, similarity
+    from dhsa.training.settings import Settings
+    from dhsa.training.stream import LayerKeys, layer_keys
 
 # Imported when first used: the command line knows this package without torch.
 _HOME = {
@@ -31,7 +40,27 @@ _HOME = {
     "train": "loop",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "AttentionNetwork",
+    "CompactNetwork",
+    "LayerKeys",
+    "Settings",
+    "Text",
+    "Training",
+    "average_precision",
+    "build",
+    "focal_loss",
+    "layer_keys",
+    "pack",
+    "python_documents",
+    "read_documents",
+    "recall",
+    "score",
+    "similarity",
+    "soft_labels",
+    "split",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

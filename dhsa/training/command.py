@@ -14,30 +14,30 @@ from dhsa.loading import UserError, at_least
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
 DESCRIPTION = (
-    "Trains a boundary predictor on the keys of a model reading a text, and writes it with a card that says how good "
-    "it is. Keys and labels are streamed layer by layer: nothing of them goes to disk, and at most --pool-mib stay in "
-    "memory. An interrupted run goes on where it was when the same command is given again."
+    "Trains a boundary predictor on the keys of a model that reads a text, and writes it with a model card that states "
+    "its scores. Keys and labels are processed layer by layer: they are never written to disk, and at most --pool-mib "
+    "of them stay in memory. An interrupted run continues when the same command is given again."
 )
 NEEDED = ("torch", "transformers", "safetensors", "rich")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options; defaults of None are Settings' own."""
+    """Add the options of the command. Those with a default of None take the default of Settings."""
     parser.add_argument("--model", help="a GGUF file, a model folder, gemma3 or smollm2; default: gemma3")
     parser.add_argument(
         "--text", type=Path, nargs="+", help="UTF-8 files, a document each; default: Python's own documentation"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="the .safetensors to write; its card goes beside it, .md"
+        "--out", type=Path, required=True, help="the .safetensors file to write; the model card goes beside it, .md"
     )
     parser.add_argument("--architecture", choices=("compact", "attention"), default="compact")
     parser.add_argument(
         "--networks", choices=("both", "layers", "shared"), help="one for each layer, one for all, or both"
     )
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to learn from; default: all")
-    parser.add_argument("--tokens", type=at_least(64), default=8192, help="length of the pieces that are read")
-    parser.add_argument("--pieces", type=at_least(1), help="at most so many pieces to learn from")
-    parser.add_argument("--held-out", type=at_least(1), default=4, help="at most so many pieces to be judged by")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to train on; default: all")
+    parser.add_argument("--tokens", type=at_least(64), default=8192, help="tokens of a piece; default: 8192")
+    parser.add_argument("--pieces", type=at_least(1), help="the most pieces to train on")
+    parser.add_argument("--held-out", type=at_least(1), default=4, help="the most pieces to measure scores on")
     parser.add_argument("--epochs", type=at_least(1), default=2)
     parser.add_argument("--rate", type=float, help="Adam's learning rate; default: 3e-3, of the paper's network 1e-4")
     parser.add_argument("--schedule", choices=("constant", "cosine"))
@@ -47,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the weights in the file")
     parser.add_argument("--threads", type=at_least(1), help="default: all CPUs")
-    parser.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
+    parser.add_argument("--restart", action="store_true", help="discard the state of an interrupted run")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command and return its exit status."""
     loading.prepare(NEEDED, "train-boundaries")
     import torch
     from rich.console import Console
@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> int:
         if args.restart:
             state.unlink(missing_ok=True)
         if state.exists():
-            console.print(f"going on from {state}")
+            console.print(f"continuing from {state}")
         total = settings.epochs * len(text.train) + len(text.held_out)
         with step(
-            f"{len(text.train)} pieces, {settings.epochs} epochs, {len(text.held_out)} to judge", total
+            f"{len(text.train)} pieces, {settings.epochs} epochs, {len(text.held_out)} for scores", total
         ) as advance:
             done = training.train(
                 model, text, settings, state=state, advance=advance, keep=lambda done: save(args, done, settings, text)
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def save(args: argparse.Namespace, done: Any, settings: Any, text: Any) -> None:
-    """Writes the predictor and its card."""
+    """Write the predictor and its model card."""
     from dhsa.training import report
 
     sizes = (sum(map(len, text.train)), sum(map(len, text.held_out)))
@@ -137,7 +137,7 @@ def save(args: argparse.Namespace, done: Any, settings: Any, text: Any) -> None:
 
 
 def read(args: argparse.Namespace, tokenizer: object):
-    """The text of the command line, packed."""
+    """Return the text that the command line names, packed."""
     from dhsa.training import Text, pack, python_documents, read_documents, split
 
     documents = python_documents() if args.text is None else read_documents(args.text)

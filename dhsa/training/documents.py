@@ -1,4 +1,4 @@
-"""Texts to train on: documents read, split into those learned from and those held out, and packed into pieces."""
+"""Texts to train on: documents read, split into those for training and those held out, and packed into pieces."""
 
 from __future__ import annotations
 
@@ -15,26 +15,35 @@ from dhsa.loading import UserError
 
 __all__ = ["LEAST_TOKENS", "Text", "pack", "prefix_of", "python_documents", "read_documents", "split"]
 
-LEAST_TOKENS = 128  # of a piece: shorter ones have hardly a gap with a label
+LEAST_TOKENS = 128  # of a piece: shorter ones have few gaps with a label
 HELD_OUT = 0.125  # of the documents, by length
 
 
 @dataclass(frozen=True)
 class Text:
-    """Pieces of tokens to learn from and to be judged by, and where they come from."""
+    """Pieces of text as tokens.
+
+    Attributes:
+        train: the pieces to train on.
+        held_out: the pieces to measure scores on.
+        source: where the text comes from, for the model card.
+    """
 
     train: list[list[int]]
     held_out: list[list[int]]
     source: str
 
     def digest(self) -> str:
-        """What tells one text from another."""
+        """Return a hash that identifies the text."""
         return hashlib.sha256(repr((self.train, self.held_out)).encode()).hexdigest()[:16]
 
 
 def python_documents() -> list[str]:
-    """Python's own documentation, free to use and on every machine: the topics of its language reference, and the
-    docstrings of the standard library, a document a module."""
+    """Return Python's own documentation as a list of documents.
+
+    These are the topics of its language reference, and the docstrings of the standard library, one document for each
+    module. They are free to use and available wherever Python is.
+    """
     documents: list[str] = []
     try:
         from pydoc_data.topics import topics
@@ -55,7 +64,14 @@ def python_documents() -> list[str]:
 
 
 def read_documents(paths: Sequence[Path]) -> list[str]:
-    """A document a file, UTF-8."""
+    """Read UTF-8 files, one document for each.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     documents = []
     for path in paths:
         try:
@@ -66,8 +82,19 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
 
 
 def split(documents: Iterable[str], seed: int, share: float = HELD_OUT) -> tuple[list[str], list[str]]:
-    """(documents to learn from, documents held out), whole ones at random until they hold `share` of all text. A single
-    document is cut: its end is held out."""
+    """Split documents into those to train on and those held out.
+
+    Whole documents are held out at random until they make up `share` of all text. A single document is cut, and its end
+    is held out.
+
+    Args:
+        documents: the texts.
+        seed: of the random choice.
+        share: of the text, by length, to hold out.
+
+    Returns:
+        (documents to train on, documents held out).
+    """
     documents = [d for d in documents if d.strip()]
     if len(documents) == 1:
         at = int(len(documents[0]) * (1 - share))
@@ -86,14 +113,20 @@ def split(documents: Iterable[str], seed: int, share: float = HELD_OUT) -> tuple
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text."""
+    """Return the tokens that the tokenizer puts before a text."""
     plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return list(whole[: len(whole) - len(plain)]) if whole[-len(plain) :] == plain else []
 
 
 def pack(tokenizer: Any, documents: Iterable[str], tokens: int, limit: int | None = None) -> list[list[int]]:
-    """Documents one after the other, cut into pieces of `tokens`, each begun as the tokenizer begins a text; at most
-    `limit` of them."""
+    """Join documents and cut them into pieces of equal length.
+
+    Args:
+        tokenizer: of the model, from transformers.
+        documents: the texts.
+        tokens: the length of a piece. Each begins with the tokens that the tokenizer puts before a text.
+        limit: the most pieces. None: no limit.
+    """
     prefix = prefix_of(tokenizer)
     room = tokens - len(prefix)
     pieces: list[list[int]] = []

@@ -1,5 +1,9 @@
-"""The training loop: pieces of text through the model, gaps of all layers into a bounded pool, steps in random order,
-and a state on disk after each piece from which an interrupted run goes on, to the same weights."""
+"""The training loop.
+
+Pieces of text go through the model; gaps of all layers are collected in a pool of limited size, and training steps take
+them in random order. After each piece a state is written to disk, from which an interrupted run continues to the same
+weights.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +32,21 @@ from dhsa.training.stream import LayerKeys, layer_keys
 __all__ = ["Training", "train"]
 
 SHARED = "shared"
-WARM = 0.02  # of all pieces, over which the cosine schedule rises
+WARM = 0.02  # the share of all pieces over which the cosine schedule rises
 
 
 @dataclasses.dataclass
 class Training:
-    """What a training made: the predictor, mean loss after each piece (`history`), scores of each layer on held-out
-    text (`scores[layer][who][measure]`, who being "own", "shared", "similarity", "random"; besides `positive`, the
-    share of gaps that are boundaries), seconds, and how often a run was taken up again."""
+    """The result of a training.
+
+    Attributes:
+        predictor: the BoundaryPredictor.
+        history: the mean losses after each piece.
+        scores: scores of each layer on held-out text, `scores[layer][who][measure]`, where who is "own", "shared",
+            "similarity" or "random"; and `scores[layer]["positive"]`, the share of gaps that are boundaries.
+        seconds: the time it took.
+        resumed: how often the run was continued after an interruption.
+    """
 
     predictor: BoundaryPredictor
     history: list[dict[str, float]]
@@ -87,7 +98,7 @@ class _Learner:
 
 
 def _pool(model: Any, ids: list[int], settings: Settings, generator: np.random.Generator) -> list[_Crop]:
-    """Crops of all layers of one piece, in random order, no more of them than the settings allow."""
+    """Return crops of all layers of one piece, in random order, no more of them than the settings allow."""
     w, crop = settings.window, settings.crop
     first, last = 2 * w - 1, len(ids) - 2 * w  # gaps that have a label
     starts = np.arange(first, max(last, first), crop)
@@ -116,7 +127,7 @@ def _pool(model: Any, ids: list[int], settings: Settings, generator: np.random.G
 
 
 def _learners(settings: Settings, pool: list[_Crop]) -> dict[str, _Learner]:
-    """Fresh ones, for the layers and the width that the first piece has."""
+    """Return new learners for the layers and the width of the first piece."""
     rms: dict[str, float] = {}
     layers = sorted({crop.layer for crop in pool})
     for layer in layers:
@@ -133,7 +144,7 @@ def _learners(settings: Settings, pool: list[_Crop]) -> dict[str, _Learner]:
 
 
 def _rate(settings: Settings, done: float) -> float:
-    """Of a step when the share `done` of the training lies behind."""
+    """Return the learning rate of a step when the share `done` of the training is complete."""
     assert settings.rate is not None
     if settings.schedule == "constant":
         return settings.rate
@@ -149,25 +160,25 @@ def train(
     advance: Callable[[], None] = lambda: None,
     keep: Callable[[Training], None] = lambda done: None,
 ) -> Training:
-    """Trains a boundary predictor on the keys of `model`.
+    """Train a boundary predictor on the keys of `model`.
 
     Args:
-        model: a transformers model in eval mode on the CPU; it is left as it was.
-        text: what to learn from and what to be judged by (`pack`).
+        model: a transformers model in eval mode on the CPU. It is left as it was.
+        text: the pieces to train on and those to measure scores on, made by `pack`.
         settings: None: the default ones.
-        state: a file that is written after each piece and read at the start, if it is there, to go on from; removed at
-            the end.
-        keep: called with what is returned, to put it in a safe place, before the state is removed; what it raises is
-            raised here, and the state stays, so that the same call has only to judge and keep once more.
-        advance: called after each piece that was read, learned from or judged by.
+        state: a file that is written after each piece. If it exists at the start, the training continues from it. It is
+            removed at the end.
+        advance: called after each piece that was read, for training or for scores.
+        keep: called with the result before the state is removed, to store it. If it raises, the error is raised here
+            and the state stays, so that the same call only has to measure scores and call `keep` again.
 
     Raises:
-        UserError: too little text, a model whose attention cannot be read, a state of another training, weights that
-        are not finite, or a loss that did not fall.
+        UserError: there is too little text; the model's attention cannot be read; the state is that of another
+            training; weights are not finite; or the loss did not fall.
     """
     settings = Settings() if settings is None else settings
     if not text.train or not text.held_out:
-        raise UserError("text: too little: at least one piece to learn from and one to be held out are needed")
+        raise UserError("text: too little: at least one piece to train on and one held out are needed")
     if (longest := max(map(len, text.train + text.held_out))) > settings.tokens:
         raise UserError(
             f"text: a piece of {longest} tokens, but the settings say at most {settings.tokens}; pack it so"
@@ -227,7 +238,7 @@ def train(
 
 
 def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
-    """Mean losses of this piece: of the networks of single layers, and of the one for all."""
+    """Return the mean losses of this piece: of the networks of single layers, and of the one for all."""
     found: dict[str, list[float]] = {}
     for name, learner in learners.items():
         found.setdefault(SHARED if name == SHARED else "own", []).extend(learner.losses)
@@ -236,7 +247,7 @@ def _losses(learners: dict[str, _Learner]) -> dict[str, float]:
 
 
 def _intact(path: Path) -> None:
-    """Looks at the checksums, which torch.load does not: a training must not go on from weights that fell over."""
+    """Verify the checksums, which torch.load does not: a training must not continue from damaged weights."""
     if torch.serialization.get_crc32_options():  # else torch.save writes none
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -247,9 +258,9 @@ def _intact(path: Path) -> None:
 
 def _write(path: Path, **contents: Any) -> None:
     try:
-        with replacing(path) as part:  # never half a state
+        with replacing(path) as part:  # so that no incomplete state is left
             torch.save(contents, part)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
         raise UserError(f"{path}: the state of the training cannot be written: {error}") from error
 
 
@@ -270,7 +281,7 @@ def _predictor(model: Any, settings: Settings, learners: dict[str, _Learner]) ->
 
 
 def _check(predictor: BoundaryPredictor, history: list[dict[str, float]]) -> None:
-    """That the last pieces' loss is below the first's."""
+    """Raise UserError unless the loss of the last pieces is below that of the first."""
     few = max(1, len(history) // 8)
     for who in history[0]:
         first, last = history[0][who], sum(h[who] for h in history[-few:]) / few
@@ -284,7 +295,7 @@ def _check(predictor: BoundaryPredictor, history: list[dict[str, float]]) -> Non
 def _judge(
     model: Any, pieces: list[list[int]], predictor: BoundaryPredictor, settings: Settings, advance: Callable[[], None]
 ) -> dict[int, dict[str, Any]]:
-    """Scores of the finished predictor and of two baselines, layer by layer, means over the held-out pieces."""
+    """Return scores of the trained predictor and of two baselines, layer by layer, means over the held-out pieces."""
     rows: dict[int, list[dict[str, Any]]] = {}
     random = np.random.default_rng(settings.seed)
 
@@ -306,7 +317,7 @@ def _judge(
 
 
 def _mean(rows: list[Any]) -> Any:
-    """Of dicts of dicts of numbers, number by number; NaN (no positives) left out."""
+    """Return the means of dicts of dicts of numbers. NaN, from text without positives, is left out."""
     if isinstance(rows[0], dict):
         return {name: _mean([row[name] for row in rows]) for name in rows[0]}
     known = [x for x in rows if not math.isnan(x)]

@@ -1,5 +1,8 @@
-"""The boundary networks in torch, as they are trained, and the loss. Their twins that run are csrc/chunk/compact.c and
-predictor.c; parameters have the same names, so that a state dict is all that passes from one to the other."""
+"""The boundary networks in torch, for training, and the loss.
+
+The same networks in C, compact.c and predictor.c, run them afterwards. Parameters have the same names, and only a state
+dict passes from one to the other.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ def _scores(inputs: int, hidden: int) -> nn.Sequential:
 
 
 class CompactNetwork(nn.Module):
-    """This project's: a narrow projection of every key, pooled on either side of a gap. See csrc/chunk/compact.c.
+    """This project's network: a narrow projection of every key, pooled on either side of a gap.
 
-    `scale`: keys are divided by it; `state_dict` of the result has it folded into the projection (`folded`).
+    `scale`: keys are divided by it. The state dict that `folded` returns includes this division in the projection.
     """
 
     def __init__(self, channels: int, *, width: int, pooled: int, hidden: int, window: int, scale: float = 1.0) -> None:
@@ -37,7 +40,11 @@ class CompactNetwork(nn.Module):
         self.head = _scores(3 * pooled, hidden)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        """keys [T, C] -> logits [T - 2w + 1] of the gaps that have w keys on either side."""
+        """Return the logits [T - 2w + 1] of the gaps that have w keys on either side.
+
+        Args:
+            keys: [T, C].
+        """
         z = self.project(keys / self.scale)
         t = self.token(torch.cat([z, F.relu(z)], dim=1))
         runs = t.unfold(0, self.window, 1)
@@ -47,14 +54,14 @@ class CompactNetwork(nn.Module):
         return self.head(torch.cat([(left - right).abs(), left, right], dim=1))[:, 0]
 
     def folded(self) -> dict[str, torch.Tensor]:
-        """The state dict of the network that takes keys as they are."""
+        """Return the state dict of the network that takes keys without division."""
         state = {name: value.detach().clone() for name, value in self.state_dict().items()}
         state["project.weight"] /= self.scale
         return state
 
 
 class AttentionNetwork(nn.Module):
-    """The paper's (BoundarySimilarityAttn), parameter names as the authors have them. See csrc/chunk/predictor.c."""
+    """The paper's network (BoundarySimilarityAttn), with the authors' parameter names."""
 
     def __init__(self, channels: int, *, heads: int, hidden: int, window: int, gated: bool = False) -> None:
         super().__init__()
@@ -73,7 +80,11 @@ class AttentionNetwork(nn.Module):
         return (self.pool.gate(half).softmax(dim=1) * half).sum(dim=1)
 
     def forward(self, keys: torch.Tensor) -> torch.Tensor:
-        """keys [T, C] -> logits [T - 2w + 1]."""
+        """Return the logits [T - 2w + 1] of the gaps that have w keys on either side.
+
+        Args:
+            keys: [T, C].
+        """
         windows = keys.unfold(0, 2 * self.window, 1).transpose(1, 2)
         x = self.enc.norm(self.enc.mha(windows, windows, windows, need_weights=False)[0])
         left, right = self._pooled(x[:, : self.window]), self._pooled(x[:, self.window :])
@@ -82,14 +93,22 @@ class AttentionNetwork(nn.Module):
         return self.mlp(torch.cat([left, right, (left - right).abs(), left * right, cosine], dim=1))[:, 0]
 
     def folded(self) -> dict[str, torch.Tensor]:
-        """The state dict."""
+        """Return the state dict."""
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
 
 def build(settings: Settings, channels: int, scale: float, seed: int) -> CompactNetwork | AttentionNetwork:
-    """A network with fresh weights that depend on the seed alone. `scale`: root mean square of a key's numbers."""
+    """Make a network with new weights, which depend on the seed only.
+
+    Args:
+        settings: architecture and sizes.
+        channels: KV heads times head_dim of the model.
+        scale: root mean square of the numbers of a key.
+        seed: of the weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        assert settings.hidden is not None  # Settings fills in a width
         if settings.architecture == "compact":
             return CompactNetwork(
                 channels,
@@ -105,13 +124,27 @@ def build(settings: Settings, channels: int, scale: float, seed: int) -> Compact
 
 
 def soft_labels(ratios: torch.Tensor) -> torch.Tensor:
-    """sigmoid(2 (log(ratio + 1e-6) - log 2)): 1/2 where one side of the gap gets twice the other's attention."""
+    """Return sigmoid(2 (log(ratio + 1e-6) - log 2)), which is 1/2 where one side of the gap gets twice the other's
+    attention.
+
+    Args:
+        ratios: of `dhsa.attention_ratios`.
+    """
     return torch.sigmoid(2 * (torch.log(ratios + 1e-6) - math.log(2)))
 
 
 def focal_loss(logits: torch.Tensor, labels: torch.Tensor, *, gamma: float, pos_weight: float) -> torch.Tensor:
-    """Mean binary cross-entropy of soft labels, positives times `pos_weight`, each times (1 - p_t)^gamma with p_t the
-    probability given to the label: what is already right counts little."""
+    """Return the focal binary cross-entropy of soft labels.
+
+    The loss of each gap is multiplied by (1 - p_t)^gamma, where p_t is the probability given to the label, so that gaps
+    that are already right count little.
+
+    Args:
+        logits: of the network.
+        labels: from 0 to 1.
+        gamma: the exponent.
+        pos_weight: factor of the positive part.
+    """
     p = torch.sigmoid(logits)
     loss = F.binary_cross_entropy_with_logits(
         logits, labels, pos_weight=logits.new_tensor(pos_weight), reduction="none"

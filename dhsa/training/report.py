@@ -1,4 +1,4 @@
-"""What a training says of itself: a table of scores for people, and the model card that lies beside the weights."""
+"""The results of a training: a table of scores, and the model card that is written beside the weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MEASURES = {"average_precision": "average precision", "recall": "recall"}
 
 
 def present(training: Training) -> list[str]:
-    """Those of WHO that were judged."""
+    """Return those of WHO that were measured."""
     first = next(iter(training.scores.values()))
     return [who for who in WHO if who in first]
 
 
 def mean_scores(training: Training) -> dict[str, dict[str, float]]:
-    """{who: {measure: mean over layers}}."""
+    """Return {who: {measure: mean over layers}}."""
     rows = training.scores.values()
     return {
         who: {m: _mean([row[who][m] for row in rows]) for m in MEASURES} for who in present(training)
@@ -37,7 +37,7 @@ def _mean(values: list[float]) -> float:
 
 
 def table(training: Training) -> Any:
-    """A rich table: a row a layer, and their means."""
+    """Return a rich table: a row for each layer, and their means."""
     from rich.table import Table
 
     shown = Table(title="Held-out text: average precision / recall at the operating point")
@@ -59,7 +59,7 @@ def _pair(scores: dict[str, float]) -> str:
 
 
 def card(training: Training, settings: Settings, *, model: str, source: str, sizes: tuple[int, int], name: str) -> str:
-    """The model card, Markdown. `sizes`: tokens learned from and held out."""
+    """Return the model card as Markdown. `sizes`: the numbers of tokens trained on and held out."""
     predictor, means, who = training.predictor, mean_scores(training), present(training)
     facts = ", ".join(f"{key} {value}" for key, value in (predictor.model or {}).items())
     losses = [
@@ -69,12 +69,12 @@ def card(training: Training, settings: Settings, *, model: str, source: str, siz
         f"# {name}",
         "",
         f"Boundary predictor for `dhsa` ({predictor.architecture} architecture), for {model} ({facts}).",
-        "It scores the gaps between the keys of one attention layer; it holds no part of the model and of no text.",
+        "It scores the gaps between the keys of one attention layer. It contains no part of the model or of the text.",
         "",
         f"- Made: {datetime.date.today().isoformat()} by `python -m dhsa train-boundaries`, dhsa {dhsa.__version__}, "
         f"Python {platform.python_version()}, in {training.seconds / 60:.1f} minutes"
         + (f", interrupted {training.resumed} times" if training.resumed else ""),
-        f"- Text: {source}; {sizes[0]:,} tokens to learn from, {sizes[1]:,} held out",
+        f"- Text: {source}; {sizes[0]:,} tokens to train on, {sizes[1]:,} held out",
         f"- Networks: {'one for all layers' if predictor.shared else 'none for all layers'}"
         + (f", one for each of {len(predictor.layers)} layers" if predictor.layers else ""),
         "- Settings: " + ", ".join(f"{key} {value}" for key, value in settings.fields().items()),

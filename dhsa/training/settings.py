@@ -1,4 +1,4 @@
-"""Settings: every choice of a training, validated, in one object that goes into the file it makes."""
+"""Settings: every choice of a training, validated, in one object that is stored with the weights."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ class Settings:
     Args:
         architecture: "compact" (this project's) or "attention" (the paper's).
         networks: "layers" (one for each layer), "shared" (one for all) or "both". None: "both" for "compact", "shared"
-            for "attention", as the paper.
-        layers: the layers whose keys are learned from; None: all.
-        window: keys on each side of a gap.
-        width, pooled: of the compact network: numbers of a token after the projection, and those that are pooled.
-        hidden: of the MLP; None: 32 for "compact", 128 for "attention".
-        heads, gated: of the paper's network: attention heads, and pooling by a gate.
-        tokens: the most tokens of a piece of text (`pack` makes pieces of a length); attention does not reach across.
-        epochs: times that the text is read.
-        rate: Adam's learning rate; None: the paper's 1e-4 for "attention", 3e-3 for "compact".
-        schedule: "constant" or "cosine" (rising over the first 2 %, then falling to 0); None: the paper's "constant"
+            for "attention", as in the paper.
+        layers: the layers whose keys are trained on. None: all.
+        window: the number of keys on each side of a gap.
+        width: of the compact network: numbers of a key after the projection.
+        pooled: of the compact network: numbers of a key that are pooled.
+        hidden: units of the MLP. None: 32 for "compact", 128 for "attention".
+        heads: of the paper's network: attention heads.
+        gated: of the paper's network: whether the halves are pooled by a gate.
+        tokens: the most tokens of a piece of text (`pack` makes the pieces). Attention does not go beyond a piece.
+        epochs: how often the text is read.
+        rate: Adam's learning rate. None: the paper's 1e-4 for "attention", 3e-3 for "compact".
+        schedule: "constant" or "cosine" (rising over the first 2 %, then falling to 0). None: the paper's "constant"
             for "attention", "cosine" for "compact".
-        crop: neighbouring gaps of a step.
-        gamma, pos_weight: of the focal binary cross-entropy.
-        pool_mib: the most memory, in MiB, that keys taken out of the model may occupy at a time (nothing is put on
-            disk). Where a piece has more, gaps are left out at random, as many of each layer.
-        seed: of weights, order and split. The same seed, text, model, machine and number of threads: the same weights.
+        crop: neighbouring gaps of a training step.
+        gamma: exponent of the focal binary cross-entropy.
+        pos_weight: factor of the positive part of the loss.
+        pool_mib: the most memory, in MiB, that keys of a piece may take (none are written to disk). Where a piece has
+            more, gaps are left out at random, as many of each layer.
+        seed: of weights, order and split. The same seed, text, model, machine and number of threads give the same
+            weights.
 
     Raises:
-        TypeError, ValueError: naming the field.
+        TypeError: a field has the wrong type; the message names it.
+        ValueError: a field is out of range; the message names it.
 
     Source: arXiv 2510.24606 for labels, loss and the defaults of "attention"; the rest is this project's.
     """
@@ -94,6 +99,6 @@ class Settings:
                 raise ValueError("layers: expected at least one, got none")
 
     def fields(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the fields as JSON can hold them."""
         values = dataclasses.asdict(self)
         return values | {"layers": None if self.layers is None else list(self.layers)}

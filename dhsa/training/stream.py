@@ -1,5 +1,6 @@
-"""A model's keys and their labels, layer by layer, as the model reads a text: nothing is kept here, and no attention
-matrix is formed."""
+"""A model's keys and their labels, layer by layer, while the model reads a text. Nothing is kept, and no attention
+matrix is formed.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +21,20 @@ __all__ = ["LayerKeys", "layer_keys"]
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """One layer's keys [1, Hkv, L, D] as its attention sees them, and the ratios [L] of `dhsa.attention_ratios`. Only
-    good until the visitor returns: copy what is to be kept."""
+    """The keys and labels of one layer. They are valid only until the visitor returns; copy what is to be kept.
+
+    Attributes:
+        layer: the layer's index.
+        keys: [1, Hkv, L, D], as the attention of the layer sees them.
+        ratios: [L], of `dhsa.attention_ratios`.
+    """
 
     layer: int
     keys: torch.Tensor
     ratios: torch.Tensor
 
     def rows(self) -> torch.Tensor:
-        """[L, Hkv * D] float32: KV heads side by side."""
+        """Return float32 [L, Hkv * D], the KV heads side by side."""
         return self.keys[0].transpose(0, 1).reshape(self.keys.shape[2], -1).float()
 
 
@@ -40,16 +46,23 @@ def layer_keys(
     window: int,
     layers: Iterable[int] | None = None,
 ) -> None:
-    """Reads `ids` with `model`, attention exact, and calls `visit` in each layer (None: all).
+    """Read tokens with `model`, by exact attention, and call `visit` in each layer.
+
+    Args:
+        model: a transformers model on the CPU.
+        ids: the tokens.
+        visit: called with the LayerKeys of each layer.
+        window: the number of keys on each side of a gap.
+        layers: the layers to visit. None: all.
 
     Raises:
-        UserError: the model's attention cannot be reached, or attends to something other than the past (a label means
-        nothing there), or gives logits that are not finite.
+        UserError: the model's attention cannot be reached; it is not causal self-attention, for which labels have no
+            meaning; or its logits are not finite.
     """
     wanted, gap_window = None if layers is None else frozenset(layers), window
     seen: set[int] = set()
-    own: list[Exception] = []  # the visitor's, which say nothing of the model
-    inside = {id(module) for module in model.modules()}  # other threads may run other models meanwhile
+    own: list[Exception] = []  # errors of the visitor, not of the model
+    inside = {id(module) for module in model.modules()}  # other threads may run other models at the same time
 
     def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         layer = getattr(module, "layer_idx", None) if id(module) in inside else None
@@ -78,7 +91,7 @@ def layer_keys(
         return hf.attention_forward(module, query, key, value, mask, **options)
 
     try:
-        # no_grad, not inference_mode: what a visitor keeps is trained on.
+        # no_grad, not inference_mode: networks are trained on what a visitor keeps.
         with torch.no_grad(), dhsa.patched(model, dhsa.Config(budget=None)):
             AttentionInterface.register(hf.IMPLEMENTATION, forward)
             try:
@@ -96,7 +109,7 @@ def layer_keys(
 
 
 def _plain(module: Any, query: Any, key: Any, mask: Any, sliding_window: int | None) -> tuple[bool, int | None]:
-    """(whether every query sees all keys up to its own, but for a window; that window)."""
+    """Return whether every query sees all keys up to its own, possibly within a window, and that window."""
     if query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True):
         return False, None
     if mask is None:

@@ -203,8 +203,8 @@ static void configs(void)
         }
     require(strcmp(dhsa_method_name(DHSA_METHOD_ORACLE), "oracle") == 0, "the name of a method", __LINE__);
     require(!dhsa_method_name((dhsa_method_kind)99), "no such method", __LINE__);
-    require(dhsa_num_chunks(&c.score, 800, 0) == 100 && dhsa_num_chunks(&c.score, 803, 1) == 800, "gaps", __LINE__);
-    require(dhsa_num_chunks(NULL, 800, 0) == 0 && dhsa_num_chunks(&c.score, -1, 0) == 0, "no config, no gaps", __LINE__);
+    require(dhsa_num_chunks(&c, 800, 0) == 200 && dhsa_num_chunks(&c, 803, 1) == 800, "gaps", __LINE__);
+    require(dhsa_num_chunks(NULL, 800, 0) == 0 && dhsa_num_chunks(&c, -1, 0) == 0, "no config, no gaps", __LINE__);
 }
 
 static void pipeline(void)

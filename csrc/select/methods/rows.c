@@ -61,15 +61,14 @@ static dhsa_status open_rows(dhsa_selector *s, dhsa_error *error)
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
     *state = (rows_state){.edges_size = 0};
     scratch unused;
-    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, config->score.by_length,
-                                          s->pasts, DHSA_LEVEL_FINE, error);
+    dhsa_status status =
+        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->pasts, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->units = state->fine.capacity;
     s->arena_size = lay_out(state, config->mass > 0, NULL, &unused);
     if (!two) return DHSA_OK;
     state->coarse_config = config->score;
     state->coarse_config.rows = dhsa_ceil_div(config->score.rows, COARSER);
-    state->coarse_config.by_length = 1; /* groups differ more in length than in what they say */
     state->edges_size = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_UNIT) + 1;
     state->groups = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_GROUP);
     state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);

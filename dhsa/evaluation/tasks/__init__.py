@@ -1,11 +1,12 @@
-"""The tasks by name, one file each, and what a task is.
+"""The tasks by name, one file each, and the interface of a task.
 
 A task makes items (prompts), measures settings on an item, and turns rows into tables and pictures:
 
 - `items(context) -> list[Item]`;
-- `measure(engine, item, settings) -> iterator of (setting, facts)`: facts are what a row says, as JSON can hold it;
+- `measure(engine, item, settings) -> iterator of (setting, facts)`: facts are the fields of a row, as JSON can hold
+them;
 - `tables(rows) -> list of lines`: Markdown; `pictures(rows, folder) -> list of files`;
-- `DENSE`: is dense attention a setting of it?
+- `DENSE`: whether dense attention is one of its settings.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ NAMES = ("ppl", "niah", "ruler", "longbench", "output")
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt. `name` is unique within its task; `facts` go into its rows and, with ids, into their key; `data` is
-    the task's own, determined by the two."""
+    """One prompt.
+
+    `name` is unique within its task. `facts` become fields of its rows and, with `ids`, part of their key. `data` is
+    for the task's own use and is determined by the two.
+    """
 
     name: str
     ids: list[int]
@@ -33,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Context:
-    """What tasks make items of: the engine, the command's arguments, the texts (`texts.sources`)."""
+    """What tasks make items of: the engine, the arguments of the command, the texts (`texts.sources`)."""
 
     engine: Any
     args: argparse.Namespace
@@ -41,5 +45,5 @@ class Context:
 
 
 def task(name: str) -> Any:
-    """The module of a task."""
+    """Return the module of a task."""
     return importlib.import_module(f"dhsa.evaluation.tasks.{name}")

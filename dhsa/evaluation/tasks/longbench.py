@@ -1,9 +1,9 @@
-"""longbench: data sets in LongBench's published JSON lines (arXiv 2308.14508), with its metric for each.
+"""longbench: data sets in LongBench's published JSON lines (arXiv 2308.14508), each with its metric.
 
-A record has `input`, `context`, `answers`, `length`, `dataset`, `all_classes`. Prompts are this project's own words, in
-the form of a text to be completed, so scores are not those of published tables. A prompt over the length asked for
-loses its middle, as in LongBench. Without --longbench a sample is made of the texts, in the same format: which of
-several paragraphs does a sentence come from?
+A record has `input`, `context`, `answers`, `length`, `dataset`, `all_classes`. The wording of the prompts is this
+project's, in the form of a text to be completed, so scores cannot be compared with published tables. A prompt longer
+than asked for loses its middle, as in LongBench. Without --longbench a sample in the same format is made from the
+texts: from which of several paragraphs does a sentence come?
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SAMPLE = "paragraphs-sample"
 
 
 class Kind(NamedTuple):
-    """How records of a data set are asked and scored. `prompt` has {context} and {input}."""
+    """How records of a data set are asked and scored. `prompt` contains {context} and {input}."""
 
     prompt: str
     tokens: int
     score: Callable[[str, str, list[str]], float]
-    line: bool = False  # only the first line of an answer counts: what follows is the next example
+    line: bool = False  # only the first line of an answer counts: more examples may follow
 
 
 def _f1(answer: str, reference: str, classes: list[str]) -> float:
@@ -112,7 +112,7 @@ def _without_middle(ids: list[int], room: int) -> list[int]:
 
 
 def _records(context: Context, length: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(file, line, record): the first --samples of each file."""
+    """Yield (file, line, record): the first --samples of each file."""
     args = context.args
     if not args.longbench:
         for number in range(args.samples):
@@ -157,7 +157,7 @@ def _sample(context: Context, length: int, number: int) -> dict[str, Any]:
 
 
 def score(text: str, record: dict[str, Any]) -> float:
-    """The best score over the record's answers, by its data set's metric."""
+    """Return the best score over the answers of the record, by the metric of its data set."""
     kind = KINDS[(record["dataset"]).removesuffix("_e")]
     text = metrics.first_line(text) if kind.line else text
     classes = record.get("all_classes") or []

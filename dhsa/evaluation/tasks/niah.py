@@ -1,12 +1,12 @@
-"""niah: a needle in a haystack. A fact is hidden at some depth of a long text; the prompt ends where the fact's words
-begin anew, and the model is to complete them.
+"""niah: a needle in a haystack. A fact is hidden at some depth of a long text; the prompt ends where the wording of the
+fact begins again, and the model has to complete it.
 
-One prefill of prompt and answer tells two things. The log-likelihood of the answer is the finer scale: its difference
-to dense attention's. And greedy decoding gives the answer if and only if each of its tokens is the most likely one
-after those before it, so `found` needs no decoding. The answer's own queries are sparse as well, which is stricter
-than decoding, where they see every key; `--generate` decodes too and says what came out.
+One prefill of prompt and answer gives two measurements. The first is the difference of the answer's log-likelihood to
+that of dense attention. The second is `found`: greedy decoding gives the answer exactly if each of its tokens is the
+most likely one after those before it, so no decoding is needed. The queries of the answer are sparse too, which is
+stricter than decoding, where they see every key; `--generate` decodes as well.
 
-Source: the test is Greg Kamradt's; needles and questions here are this project's.
+Source: the test is Greg Kamradt's; needles and questions are this project's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _digits(rng: random.Random) -> str:
     return str(rng.randrange(10000, 100000))
 
 
-# (kind, needle, question, value): a key is the next kind with a value of its own.
+# (kind, needle, question, value): each key takes the next kind, with its own value.
 KINDS = (
     ("pass key", "The pass key is {}. Remember it. {} is the pass key.", "The pass key is", _digits),
     (
@@ -73,7 +73,7 @@ def items(context: Context) -> list[Item]:
             kind, needle, question, draw = KINDS[number % len(KINDS)]
             value = draw(random.Random(f"niah {number}"))
             answer = engine.encode(f" {value}")
-            # Another stretch of the text for every key; the same for all depths, which then differ in nothing else.
+            # Another part of the text for every key, the same for all depths, so that depths differ in nothing else.
             start = number * len(haystack.sentences) // args.keys
             for step in range(args.depths):
                 depth = (step + 0.5) / args.depths

@@ -1,11 +1,12 @@
 """output: what a selection loses inside each layer, from the queries, keys and values of a dense prefill.
 
-Per layer: the share of dense attention's mass on the selected keys; the relative error of the layer's attention output
-(L2); and the agreement with the best possible list, the share of the selected keys that are among the same number of
-keys of most mass, forced ones chosen freely. Computed block by block of queries while the dense prefill goes by, so
-that neither an L x L matrix nor all layers' tensors are ever held.
+For each layer: the share of dense attention's mass on the selected keys; the relative error of the layer's attention
+output (L2); and the agreement with the best possible list, which is the share of the selected keys that are among the
+same number of keys with the most mass, without forced keys. It is computed block by block of queries during the dense
+prefill, so that neither an L x L matrix nor the tensors of all layers are ever stored.
 
-A low-mass list may still serve the model well, and the other way round: these numbers explain, `ppl` and `niah` judge.
+A list with little mass may still serve the model well, and the reverse. These numbers explain results; `ppl` and `niah`
+measure them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[
 
     def layer(index: int, q: Any, k: Any, v: Any, window: int | None, scale: float, softcap: float | None) -> None:
         wanted = [s for s in settings if index >= first[s] and (engine.layers is None or index in engine.layers)]
-        options = {"window": window, "scale": scale, "softcap": softcap}
+        options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
         for setting, facts in losses(q, k, v, {s: s.at(index) for s in wanted}, cuts, **options).items():
             found[setting].append({"layer": index, **facts})
 
@@ -67,7 +68,7 @@ def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[
 
 @contextmanager
 def _watched(layer: Any) -> Iterator[None]:
-    """Calls layer(index, q, k, v, window, scale, softcap) before each attention of implementation "dhsa"."""
+    """Call layer(index, q, k, v, window, scale, softcap) before each attention of implementation "dhsa"."""
     from transformers import AttentionInterface
 
     from dhsa import hf
@@ -97,12 +98,13 @@ def losses(
     scale: float,
     softcap: float | None,
 ) -> dict[Setting, dict[str, float]]:
-    """{setting: mass, error, agreement, density and seconds} of one layer: q [1, H, L, D], k and v [1, Hkv, L, D].
+    """Return {setting: mass, error, agreement, density and seconds} of one layer: q [1, H, L, D], k and v [1, Hkv, L,
+    D].
 
-    settings: with their Config in this layer; those that leave nothing out here are absent from the result. `cuts`: of
-    the settings that have any, for all layers of a prompt.
+    settings: with their Config in this layer; those that leave nothing out here are missing from the result. `cuts`:
+    the boundaries of the settings that have their own, for all layers of a prompt.
     """
-    options = {"scale": scale, "softcap": softcap, "window": window}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
     exact = dhsa.attention(q, k, v, **options).float()
     norm = float(exact.norm())
     made: dict[Setting, dict[str, float]] = {}
@@ -128,7 +130,7 @@ def losses(
 def _against_best(
     q: Any, k: Any, lists: dict[Setting, Any], *, window: int | None, scale: float, softcap: float | None
 ) -> dict[Setting, tuple[float, float]]:
-    """{setting: (share of the mass kept, share of the listed keys that are among the best)}."""
+    """Return {setting: (share of the mass kept, share of the listed keys that are among the best)}."""
     length, heads = q.shape[2], q.shape[1]
     q, k = q[0].float(), k[0].float().repeat_interleave(heads // k.shape[1], 0)
     kept = dict.fromkeys(lists, 0.0)
@@ -155,7 +157,9 @@ def _against_best(
 
 
 def _block_mass(q: Any, k: Any, first: int, window: int | None, scale: float, softcap: float | None) -> Any:
-    """float64 [H, keys]: attention probabilities of a block's queries q [H, n, D], from position `first`, summed."""
+    """Return float64 [H, keys]: the sum of attention probabilities of a block's queries q [H, n, D], from position
+    `first`.
+    """
     s = q @ k.transpose(1, 2) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)

@@ -1,7 +1,7 @@
 """ppl: how well a model predicts the second half of long documents, teacher-forced, in one prefill of each.
 
-The whole document goes through one prefill, so the scored tokens' own queries see a selection too. What is compared
-is the mean negative log-likelihood (NLL) of the second half, document by document, as a ratio of perplexities.
+The whole document goes through one prefill, so the queries of the scored tokens see a selection too. The mean negative
+log-likelihood (NLL) of the second half is compared, document by document, as a ratio of perplexities.
 """
 
 from __future__ import annotations

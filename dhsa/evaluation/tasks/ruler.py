@@ -1,8 +1,8 @@
-"""ruler: the tasks of RULER (arXiv 2404.06654) that need no data set, generated here after its definitions.
+"""ruler: the tasks of RULER (arXiv 2404.06654) that need no data set, generated here by its definitions.
 
-Multi-key, multi-value and multi-query needles; variable tracking; common and frequent words. Prompts are this
-project's own, in the form of a text to be completed, since a small base model follows no instructions. The score is
-RULER's: the share of the reference strings that occur in the greedy answer.
+Multi-key, multi-value and multi-query needles; variable tracking; common and frequent words. The wording of the prompts
+is this project's, in the form of a text to be completed, since a small base model does not follow instructions. The
+score is RULER's: the share of the reference strings that occur in the greedy answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def items(context: Context) -> list[Item]:
 def _needles(
     haystack: Haystack, length: int, rng: random.Random, keys: int, values: int, asked: int
 ) -> tuple[list[int], list[str]]:
-    """`keys` keys of `values` numbers each at random depths; `asked` of the keys are asked for."""
+    """Return `keys` keys of `values` numbers each at random depths; `asked` of the keys are asked for."""
     names = [name.capitalize() for name in rng.sample(_enough(haystack, keys), keys)]
     numbers = iter(rng.sample(range(1_000_000, 10_000_000), keys * values))
     of = {name: [str(next(numbers)) for _ in range(values)] for name in names}
@@ -77,9 +77,8 @@ def _multi_query(haystack: Haystack, length: int, rng: random.Random) -> tuple[l
 
 
 def _variables(haystack: Haystack, length: int, rng: random.Random) -> tuple[list[int], list[str]]:
-    """One chain of four hops: a number is given to a variable, then handed on; all five variables are asked for.
-
-    A short chain of another number, solved, stands before it as an example.
+    """Return one chain of four assignments: a number is assigned to a variable, which is assigned to the next one, and
+    so on; all five variables are asked for. A short solved chain of another number stands before it as an example.
     """
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -97,7 +96,7 @@ def _variables(haystack: Haystack, length: int, rng: random.Random) -> tuple[lis
     first, second = rng.sample(range(10000, 100000), 2)
     question = "\n\nThe variables that hold the value {} are"
     solved = " ".join(chain(example, first)) + question.format(first) + f" {', '.join(example)}.\n\n"
-    depths = sorted(rng.random() for _ in real)  # a variable is set before it is handed on
+    depths = sorted(rng.random() for _ in real)  # a variable is assigned before it is used
     hidden = [(depth, " " + line) for depth, line in zip(depths, chain(real, second), strict=True)]
     start = rng.randrange(len(haystack.sentences))
     return haystack.prompt(length, hidden, solved, question.format(second), start), real
@@ -108,8 +107,11 @@ def _listing(engine: Any, words: list[str]) -> list[int]:
 
 
 def _common_words(haystack: Haystack, length: int, rng: random.Random) -> tuple[list[int], list[str]]:
-    """A numbered list in which ten words occur 30 times each and all others 3 times: which are the ten? In a shorter
-    list 10 times and once, or 4 times and once. A small list, solved, stands before it as an example."""
+    """Return a numbered list in which ten words occur 30 times each and all others 3 times; the ten are asked for.
+
+    In shorter lists they occur 10 times and once, or 4 times and once. A short solved list stands before it as an
+    example.
+    """
     engine = haystack.engine
     question = "\nThe {} most common words in the list above are:"
     pool = rng.sample(_enough(haystack, 64), len(haystack.words))
@@ -124,7 +126,7 @@ def _common_words(haystack: Haystack, length: int, rng: random.Random) -> tuple[
         raise UserError(f"--lengths: {length} tokens are too few for common words")
     often, seldom = fitting[0]
     words = common * often
-    # As many rare words as there is room for: their number in tokens is found by bisection, the list then shuffled.
+    # As many rare words as fit: their number is found by bisection, then the list is shuffled.
     low, high = 0, len(rare)
     while low < high:
         middle = (low + high + 1) // 2
@@ -137,8 +139,9 @@ def _common_words(haystack: Haystack, length: int, rng: random.Random) -> tuple[
 
 
 def _frequent_words(haystack: Haystack, length: int, rng: random.Random) -> tuple[list[int], list[str]]:
-    """Made-up words whose frequencies fall as 1 / rank^2 (a zeta distribution), the first rank being noise: which are
-    the three that follow?"""
+    """Return made-up words whose frequencies fall as 1 / rank^2 (a zeta distribution). The first rank is noise; the
+    three words that follow are asked for.
+    """
     engine = haystack.engine
     made: dict[str, None] = {}
     while len(made) < 200:
@@ -159,11 +162,11 @@ def _frequent_words(haystack: Haystack, length: int, rng: random.Random) -> tupl
             break
         ids += pieces[name]
         counts[name] += 1
-    ranked = sorted(made, key=lambda name: -counts[name])  # by what was drawn, not by what was to be
+    ranked = sorted(made, key=lambda name: -counts[name])  # by the words drawn, not by their expected frequency
     return engine.prefix + head + ids + tail, ranked[:3]
 
 
-# By name: the maker of (prompt, references), and how many tokens an answer may have.
+# By name: the function that makes (prompt, references), and the most tokens of an answer.
 KINDS = {
     "multi-key": (_multi_key, 32),
     "multi-value": (_multi_value, 64),

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dhsa.reference._attention import selection_mask, sparse_attention, visible
-from dhsa.reference._boundaries import boundaries as cut
-from dhsa.reference._scores import boundary_rows, candidates, chunk_scores
+from dhsa._twin.attention import selection_mask, sparse_attention, visible
+from dhsa._twin.boundaries import boundaries as cut
+from dhsa._twin.scores import boundary_rows, candidates, chunk_scores
 
 
 class Selection(NamedTuple):
@@ -172,7 +172,6 @@ def select(
     score: str = "rows",
     pooling: str = "mean",
     rows: int | None = None,
-    by_length: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
@@ -192,9 +191,8 @@ def select(
         scale=None if score == "block" else scale,
         softcap=softcap,
         window=window,
-        rows=max(1, query_block // (2 if by_length else 4)) if rows is None else rows,
-        by_length=by_length,
-        bf16=by_length,
+        rows=rows,
+        bf16=score == "rows",
     )
     return select_from_scores(
         scores,
@@ -244,7 +242,6 @@ def prefill(
     """
     if boundaries is None:
         rows = select_options.get("score", "rows") == "rows"
-        rows &= select_options.get("by_length", True)
         length = np.shape(k)[2]
         fine = {"num_chunks": max(length // 8, min(length // 4, 8192)), "nms": 2} if rows else {}
         boundaries = cut(k, query_block=query_block, **(fine | dict(boundary_options or {})))

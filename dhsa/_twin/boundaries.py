@@ -1,6 +1,6 @@
 """Reference boundaries: where the keys are cut into chunks, and the label the predictor is trained on.
 
-Responsible for gap scores and picking; the representation of the chunks is in _scores.py.
+Responsible for gap scores and picking; the representation of the chunks is in scores.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dhsa.reference._attention import softmax
+from dhsa._twin.attention import softmax
 
 
 def _channels(k: np.ndarray) -> np.ndarray:

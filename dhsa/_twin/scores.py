@@ -1,13 +1,13 @@
 """Reference chunk scores: how much each block of queries wants each chunk of keys.
 
-Responsible for candidates, chunk means and both scores; the top-k is in _selection.py.
+Responsible for candidates, chunk means and both scores; the top-k is in selection.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from dhsa.reference._attention import check
+from dhsa._twin.attention import check
 
 
 def boundary_rows(boundaries, batch: int, k_len: int) -> np.ndarray:
@@ -82,13 +82,13 @@ def round_to_bf16(x) -> np.ndarray:
     return np.where(np.isnan(x), np.nan, kept.view(np.float32).astype(np.float64))
 
 
-def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16, lengths=None):
+def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16, lengths):
     """Sums of squared row probabilities over the candidate chunks, of the probabilities themselves, and which chunks
     have a finite mean.
 
     q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], float64 [C], bool [C].
-    With lengths [C], a chunk counts as often in a row's softmax as it has keys, and what is squared is the probability
-    of one of them.
+    A chunk counts as often in a row's softmax as it has keys, lengths [C], and what is squared is the probability of
+    one of them.
     """
     rounded = round_to_bf16 if bf16 else np.asarray
     finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
@@ -103,7 +103,7 @@ def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16
                 continue
             if softcap is not None:
                 s = softcap * np.tanh(s / softcap)
-            weights = np.ones(len(s)) if lengths is None else lengths[finite_here]
+            weights = lengths[finite_here]
             p = np.exp(s - s.max())
             p /= (weights * p).sum()
             squares[finite_here] += p**2
@@ -124,7 +124,6 @@ def chunk_scores(
     softcap: float | None = None,
     window: int | None = None,
     rows: int | None = None,
-    by_length: bool = False,
     bf16: bool = False,
 ) -> np.ndarray:
     """How much each block of queries wants each chunk: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
@@ -139,9 +138,9 @@ def chunk_scores(
     last group of a short block may be smaller), each such row and head takes a softmax of
     ``cap(scale * row . meankey)`` over the chunks with a candidate key, and a chunk's score is the sum of the squared
     probabilities over rows and heads of the set. A chunk straddling the block's end is cut there. rows None means
-    ``max(1, query_block // 4)``, scale None ``D ** -0.5``. pooling does not apply. by_length: a chunk counts as often
-    in the softmax as it has keys, and its score is made of the probability of one of them. bf16: the mean rows and mean
-    keys are rounded to bf16 before the product, which is what the core does where q and k are bf16, and for selection.
+    ``max(1, query_block // 2)``, scale None ``D ** -0.5``. pooling does not apply. A chunk counts as often in the
+    softmax as it has keys, and its score is made of the probability of one of them. bf16: the mean rows and mean keys
+    are rounded to bf16 before the product, which is what the core does where q and k are bf16, and for selection.
 
     A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. A chunk whose mean
     key is not finite scores +inf, so that it is picked and the NaN reaches the rows that see it, and is left out of
@@ -157,7 +156,7 @@ def chunk_scores(
     k_len, group = k.shape[2], q_heads // k.shape[1]
     edges = boundary_rows(boundaries, batch, k_len)
     sets = head_sets(heads, q_heads, k.shape[1])
-    rows = max(1, query_block // 4) if rows is None else rows
+    rows = max(1, query_block // 2) if rows is None else rows
     scale = (1.0 if score == "block" else dim**-0.5) if scale is None else scale
     blocks = -(-q_len // query_block)
     scores = np.full((batch, len(sets), blocks, edges.shape[1] - 1), -np.inf)
@@ -183,7 +182,7 @@ def chunk_scores(
                     else:
                         value, _, finite = row_scores(
                             queries, means[:, live], rows, query_block, scale, softcap, members, group, bf16,
-                            lengths[live] if by_length else None,
+                            lengths[live],
                         )  # fmt: skip
                     scores[b, s, i, live] = np.where(finite, value, np.inf)
     return scores

@@ -1,6 +1,6 @@
 """Reference attention: dense, sliding-window and over a selection, in float64.
 
-Responsible for the exact result only; which keys a selection holds is decided in _selection.py.
+Responsible for the exact result only; which keys a selection holds is decided in selection.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,89 @@
+"""What a method of selection is, as the rest of the package sees it: its own options, its source, and its twin."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from dhsa._arrays import check_int
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dhsa._twin.blocks import Block
+    from dhsa._twin.selection import Units
+
+__all__ = ["MAX_OPTION", "Method", "check_stride"]
+
+MAX_OPTION = 2**31 - 1  # of an int option, as of the fields of Config
+
+MAX_STRIDE = 1024  # so many queries a row of products holds
+
+_M = TypeVar("_M", bound="Method")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of selection. A subclass has a file of its own in `dhsa.methods`, its own options as fields, all with
+    defaults, and `csrc/select/methods/` has the C file of the same name that does the work.
+
+    Attributes of the class:
+        name: what `Config.method` calls it.
+        summary: what its lists are made of, in one line.
+        source: the paper, or "this project".
+        cost: what choosing costs for one block of queries, in products of two vectors of D numbers for each set of
+            heads. n is the number of candidate keys, Q the `query_block`, G the heads of a set.
+        has_chunks: whether it chooses among chunks, and so needs boundaries.
+        has_mass: whether its scores are shares of attention mass, so that `Config.mass` may be asked for.
+        heads: what `Config.heads` is by default.
+        paper_fields: the setting of its source as far as it is known: its own options and fields of Config.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    cost: ClassVar[str]
+    has_chunks: ClassVar[bool] = False
+    has_mass: ClassVar[bool] = True
+    heads: ClassVar[str] = "group"
+    paper_fields: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def paper(cls: type[_M]) -> _M:
+        """The method with the options of its source; `Config.source` adds the fields that are not the method's own."""
+        return cls(**{name: value for name, value in cls.paper_fields.items() if name in cls.options()})
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The names of its own options."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def asked(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
+        """The options as the C core takes them, those that are None replaced by what they stand for.
+
+        Raises:
+            ValueError: an option that does not go with `query_block` or `budget`; names the option.
+        """
+        return {}
+
+    @staticmethod
+    def twin(block: Block) -> Units | np.ndarray:
+        """The method in NumPy float64: scores of units of keys, or the list itself, for one block of queries."""
+        raise NotImplementedError
+
+    def _keep_int(self, name: str, low: int) -> None:
+        """Makes an int of an option that is not None; TypeError or ValueError naming it otherwise."""
+        if (value := getattr(self, name)) is not None:
+            object.__setattr__(self, name, check_int(value, name, low, MAX_OPTION))
+
+
+def check_stride(stride: int, key_block: int) -> None:
+    """ValueError for a stride that cannot be taken through blocks of keys."""
+    if stride > MAX_STRIDE or key_block % stride:
+        raise ValueError(f"stride: got {stride}, expected a divisor of key_block = {key_block}, at most {MAX_STRIDE}")

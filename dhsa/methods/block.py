@@ -1,0 +1,66 @@
+"""Means of fixed blocks of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dhsa._twin.attention import softmax
+from dhsa._twin.blocks import Block as QueryBlock
+from dhsa._twin.selection import Units
+from dhsa.methods.base import Method
+
+__all__ = ["Block"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block(Method):
+    """Fixed blocks of keys by the softmax of the block's mean query over the mean keys, summed over the heads of a set.
+
+    Args:
+        key_block: keys of a block, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+
+    Source: the block-sparse baseline of arXiv 2510.24606.
+    """
+
+    name: ClassVar[str] = "block"
+    summary: ClassVar[str] = "fixed blocks by the softmax of the mean query over mean keys"
+    source: ClassVar[str] = "block-sparse baseline of arXiv 2510.24606"
+    cost: ClassVar[str] = "G n / `key_block`"
+
+    key_block: int = 128
+
+    def __post_init__(self) -> None:
+        self._keep_int("key_block", 1)
+
+    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
+        return {"key_block": self.key_block}
+
+    @staticmethod
+    def twin(block: QueryBlock) -> Units | np.ndarray:
+        """Fixed blocks of keys: per head a softmax of the mean query over the mean keys, summed over heads.
+
+        The mean of the last block is of the keys up to the query block's end. A block without a finite mean is taken in
+        any case and left out of the softmax of its KV head; a mean query that is not finite says nothing.
+        """
+        o = block.options
+        edges = np.arange(block.lo // o["key_block"] * o["key_block"], block.end, o["key_block"])
+        edges = np.append(edges, block.end)
+        means = np.stack([block.k[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
+        finite = np.asarray(np.isfinite(means).all(axis=2))
+        mass = np.zeros(len(edges) - 1)
+        for h, query in enumerate(block.queries.mean(axis=1)):
+            kv = h * len(block.k) // len(block.q)
+            if np.isfinite(query).all() and finite[kv].any():
+                s = o["scale"] * (means[kv][finite[kv]] @ query)
+                s = s if o["softcap"] is None else o["softcap"] * np.tanh(s / o["softcap"])
+                mass[finite[kv]] += softmax(s, axis=0)
+        known = finite.all(axis=0)
+        mass = np.where(known, mass, 0.0)
+        return Units(edges, np.where(known, mass, np.inf), mass)

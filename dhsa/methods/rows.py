@@ -1,0 +1,107 @@
+"""Row scores on chunks: this project's method, and the default."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dhsa._arrays import check_int
+from dhsa._twin.blocks import Block
+from dhsa._twin.scores import chunk_means, row_scores
+from dhsa._twin.selection import Units
+from dhsa.methods.base import Method
+
+__all__ = ["Rows"]
+
+MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
+UNIT, UNITS_OF_GROUP, COARSER = (
+    4,
+    4,
+    8,
+)  # the coarse look: chunks of a unit, units of a group, how many times fewer rows
+
+
+def _row_scores(block: Block, edges: np.ndarray, rows: int, live: np.ndarray):
+    """Row scores, mass and finite means of chunks ``edges``, 0 and True where not live; of rounded means."""
+    o = block.options
+    score, mass, finite = np.zeros(len(live)), np.zeros(len(live)), np.ones(len(live), bool)
+    means = chunk_means(block.k[None, :, : block.end], edges)[0]
+    score[live], mass[live], finite[live] = row_scores(
+        block.queries, means[:, live], rows, o["query_block"], o["scale"], o["softcap"], range(len(block.q)),
+        len(block.q) // len(block.k), True, np.diff(edges)[live],
+    )  # fmt: skip
+    return score, mass, finite
+
+
+def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
+    """Which chunks a coarse look leaves: whole groups of 16, as good as the best of their four units."""
+    o = block.options
+    groups = np.append(cuts[:-1][:: UNIT * UNITS_OF_GROUP], cuts[-1])
+    edges = np.minimum(np.append(cuts[:-1][::UNIT], cuts[-1]), block.end)
+    live = np.maximum(edges[:-1], block.lo) < edges[1:]
+    score, _, finite = _row_scores(block, edges, -(-o["rows"] // COARSER), live)
+    score[~finite], score[~live] = np.inf, -np.inf
+    best = np.maximum.reduceat(score, np.arange(0, len(score), UNITS_OF_GROUP))
+    best[(groups[:-1] < o["sink"]) | (groups[1:] > block.end - o["local"])] = np.inf
+    keys = np.maximum(np.minimum(groups[1:], block.end) - np.maximum(groups[:-1], block.lo), 0)
+    chosen, held = np.zeros(len(best), bool), 0
+    for g in np.lexsort((-np.arange(len(best)), -best)):
+        if held < o["shortlist"] and keys[g] > 0:
+            chosen[g], held = True, held + keys[g]
+    return np.repeat(chosen, UNIT * UNITS_OF_GROUP)[: len(cuts) - 1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows(Method):
+    """Chunks by row scores: the queries of a block are averaged in small groups, *rows*; each row and head takes a
+    softmax over the chunk means, in which a chunk counts as often as it has keys; the squares are summed.
+
+    Args:
+        rows: mean queries that a full block is reduced to, 1 to query_block. None: query_block // 2.
+        shortlist: where a block has more candidates, a coarse look at groups of 16 chunks leaves about this many keys,
+            of which the chunks are then scored: the cost of a block no longer grows with the prompt. At least the
+            budget; 0: never. None: 4 budgets, at least 8192; never under `Config.mass`.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+
+    Source: this project; chunks as in arXiv 2510.24606.
+    """
+
+    name: ClassVar[str] = "rows"
+    summary: ClassVar[str] = "chunks by the softmax of small groups of queries over chunk means"
+    source: ClassVar[str] = "this project"
+    cost: ClassVar[str] = "`rows` G chunks of the shortlist, and an eighth of the rows by all groups of 4 chunks"
+    has_chunks: ClassVar[bool] = True
+
+    rows: int | None = None
+    shortlist: int | None = None
+
+    def __post_init__(self) -> None:
+        self._keep_int("rows", 1)
+        self._keep_int("shortlist", 0)
+
+    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
+        rows = max(1, query_block // 2) if self.rows is None else check_int(self.rows, "rows", 1, query_block)
+        if self.shortlist is not None and 0 < self.shortlist < (budget or 0):
+            raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {budget}")
+        return {"rows": rows, "shortlist": self.shortlist}
+
+    @staticmethod
+    def twin(block: Block) -> Units | np.ndarray:
+        """Row scores on chunks, see ``chunk_scores``, of means rounded to bf16; the mass of a chunk is the sum of its
+        row probabilities. With more candidates than ``shortlist``, only chunks on one are scored (not with ``mass``).
+        """
+        o = block.options
+        edges = np.minimum(o["edges"], block.end)  # a chunk that straddles the block's end is cut there
+        candidate = np.maximum(edges[:-1], block.lo) < edges[1:]
+        live = candidate.copy()
+        if 0 < o["shortlist"] < block.end - block.lo and o["mass"] is None:
+            live &= _shortlist(block, o["edges"]) | (edges[1:] < o["edges"][1:])
+        score, mass, _ = _row_scores(block, edges, o["rows"], live)
+        finite = np.isfinite(chunk_means(block.k[None, :, : block.end], edges)[0]).all(axis=(0, 2))
+        score[~live] = -np.inf
+        score[~finite & candidate], mass[~finite] = np.inf, 0.0
+        return Units(edges, score, mass)

@@ -1,0 +1,34 @@
+"""The first and the most recent keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from dhsa._twin.blocks import Block
+from dhsa._twin.selection import Units
+from dhsa.methods.base import Method
+
+__all__ = ["Window"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window(Method):
+    """The first and the most recent keys. It has no options of its own: `Config.sink` first keys, and as many recent
+    ones as the budget leaves.
+
+    Source: StreamingLLM, arXiv 2309.17453.
+    """
+
+    name: ClassVar[str] = "window"
+    summary: ClassVar[str] = "the first and the most recent keys"
+    source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    cost: ClassVar[str] = "none"
+    has_mass: ClassVar[bool] = False
+
+    @staticmethod
+    def twin(block: Block) -> Units | np.ndarray:
+        """No scores at all: of equal units the recent ones are taken first."""
+        return Units(np.array([0, block.end]), np.zeros(1))
