@@ -8,10 +8,10 @@ import random
 
 import numpy as np
 import pytest
-from dhsa._twin.selection import is_exact
 
 import dhsa
 from dhsa import _core, functional
+from dhsa._twin.selection import is_exact
 
 
 @pytest.mark.parametrize(
