@@ -17,7 +17,7 @@ dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, i
  * windows do, or it is part of the dense tail.
  * *span receives the keys it may see: the union of its queries' windows if exact, else the candidates. */
 int dhsa_span_exact(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block, dhsa_span *span);
-/* dhsa_leaves_out, in dhsa.h, asks the same of all blocks of a call. */
+/* (Whether any block of a call is not: dhsa_leaves_out, in dhsa.h, which span.c holds too.) */
 /* The most keys the list of a block has: just as many, unless a share of mass decides. */
 int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block);
 
