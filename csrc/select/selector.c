@@ -39,7 +39,8 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
 
 void dhsa_selector_close(dhsa_selector *s)
 {
-    if (s->method && s->method->close) s->method->close(s);
+    if (s->state && s->method->close) s->method->close(s);
+    dhsa_free(s->state);
     dhsa_finite_close(s);
     dhsa_free(s->arenas);
     memset(s, 0, sizeof *s);

@@ -18,8 +18,9 @@ typedef struct {
     int has_blocks; /* of config->key_block keys */
     int has_stride; /* config->stride, a divisor of key_block */
     int has_finite; /* asks which keys hold a NaN or inf (finite.h): looked up before begin */
-    /* Sizes s->arena_size and s->units and allocates s->state; whatever it leaves in s, close frees, after a failure as well.
-     * open, close and begin may be NULL. */
+    /* Sizes s->arena_size and s->units and allocates s->state, by dhsa_alloc_zeroed. Where there is a state, also one that a
+     * failure left half made, close frees what it points to; the selector frees the state itself. open, close and begin may be
+     * NULL. */
     dhsa_status (*open)(dhsa_selector *s, dhsa_error *error);
     void (*close)(dhsa_selector *s);
     /* Turns to a batch row: work that all blocks share. May use dhsa_parallel, with s->num_threads and the arenas. */

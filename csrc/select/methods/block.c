@@ -38,11 +38,7 @@ static dhsa_status block_open(dhsa_selector *s, dhsa_error *error)
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "block: no memory for the means of %" PRId64 " blocks of keys", s->units);
 }
 
-static void block_close(dhsa_selector *s)
-{
-    if (s->state) dhsa_block_means_close(s->state);
-    dhsa_free(s->state);
-}
+static void block_close(dhsa_selector *s) { dhsa_block_means_close(s->state); }
 
 static dhsa_status block_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {

@@ -5,26 +5,18 @@
 
 static dhsa_status dhsa_method_open(dhsa_selector *s, dhsa_error *error)
 {
-    dhsa_scorer *scorer = dhsa_alloc(1, sizeof *scorer);
+    dhsa_scorer *scorer = s->state = dhsa_alloc_zeroed(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
     const dhsa_status status =
         dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->pasts, DHSA_LEVEL_FINE, error);
-    if (status) {
-        dhsa_free(scorer);
-        return status;
-    }
-    s->state = scorer;
+    if (status) return status;
     s->units = scorer->capacity;
     s->arena_size = scorer->arena_size; /* what the scorer works in, then scores */
     dhsa_part(NULL, &s->arena_size, scorer->capacity * 4);
     return DHSA_OK;
 }
 
-static void dhsa_method_close(dhsa_selector *s)
-{
-    if (s->state) dhsa_scorer_close(s->state);
-    dhsa_free(s->state);
-}
+static void dhsa_method_close(dhsa_selector *s) { dhsa_scorer_close(s->state); }
 
 static dhsa_status dhsa_method_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {

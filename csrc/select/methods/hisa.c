@@ -175,13 +175,7 @@ static dhsa_status hisa_open(dhsa_selector *s, dhsa_error *error)
     return DHSA_OK;
 }
 
-static void hisa_close(dhsa_selector *s)
-{
-    hisa_state *st = s->state;
-    if (!st) return;
-    dhsa_coarse_close(&st->coarse);
-    dhsa_free(st);
-}
+static void hisa_close(dhsa_selector *s) { dhsa_coarse_close(&((hisa_state *)s->state)->coarse); }
 
 static dhsa_status hisa_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {

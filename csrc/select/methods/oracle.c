@@ -57,7 +57,4 @@ static dhsa_status oracle_open(dhsa_selector *s, dhsa_error *error)
     return DHSA_OK;
 }
 
-static void oracle_close(dhsa_selector *s) { dhsa_free(s->state); }
-
-const dhsa_method dhsa_method_oracle = {
-    .name = "oracle", .has_mass = 1, .has_finite = 1, .open = oracle_open, .close = oracle_close, .list = oracle_list};
+const dhsa_method dhsa_method_oracle = {.name = "oracle", .has_mass = 1, .has_finite = 1, .open = oracle_open, .list = oracle_list};

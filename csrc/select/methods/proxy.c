@@ -115,10 +115,8 @@ static dhsa_status proxy_open(dhsa_selector *s, dhsa_error *error)
 static void proxy_close(dhsa_selector *s)
 {
     proxy_state *st = s->state;
-    if (!st) return;
     dhsa_coarse_close(&st->own);
     dhsa_free(st->edges);
-    dhsa_free(st);
 }
 
 static dhsa_status proxy_begin(dhsa_selector *s, int64_t b, dhsa_error *error)

@@ -48,12 +48,10 @@ static int rows_two_stages(const dhsa_select_config *c, int64_t keys)
 static void rows_close(dhsa_selector *s)
 {
     rows_state *state = s->state;
-    if (!state) return;
     dhsa_scorer_close(&state->fine);
     dhsa_scorer_close(&state->coarse);
     dhsa_free(state->edges);
     dhsa_free(state->group_edges);
-    dhsa_free(state);
 }
 
 static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)

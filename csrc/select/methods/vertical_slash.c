@@ -173,10 +173,8 @@ static dhsa_status vertical_slash_open(dhsa_selector *s, dhsa_error *error)
 static void vertical_slash_close(dhsa_selector *s)
 {
     vertical_slash_state *st = s->state;
-    if (!st) return;
     dhsa_free(st->columns);
     dhsa_free(st->diagonals);
-    dhsa_free(st);
 }
 
 const dhsa_method dhsa_method_vertical_slash = {.name = "vertical_slash",

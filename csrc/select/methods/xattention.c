@@ -10,7 +10,6 @@
 typedef struct {
     dhsa_probe probe;
     int32_t *edges; /* of the key blocks */
-    char *zeros;    /* a row */
 } xattention_state;
 
 /* A block at work. */
@@ -30,6 +29,8 @@ static int64_t xattention_lay_out(const dhsa_selector *s, char *arena, xattentio
     return used;
 }
 
+static const float zeros[DHSA_MAX_HEAD_DIM]; /* a query that is not there */
+
 static void xattention_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
     const xattention_block *w = of;
@@ -41,7 +42,7 @@ static void xattention_pack(void *of, int64_t first, int n, float *panel, int32_
         const void *rows[DHSA_MAX_LANES];
         for (int r = 0; r < n; r++) {
             const int64_t query = w->queries.lo + (first + r) * stride + stride - 1 - t;
-            rows[r] = query < w->queries.end ? dhsa_row(s->q, s->b, w->head, query) : st->zeros;
+            rows[r] = query < w->queries.end ? dhsa_row(s->q, s->b, w->head, query) : zeros;
         }
         st->probe.kernels->pack_panel(rows, s->q->dtype, n, (int)dim, dhsa_probe_sign(s),
                                       panel + t * dim * st->probe.kernels->lanes);
@@ -108,21 +109,13 @@ static dhsa_status xattention_open(dhsa_selector *s, dhsa_error *error)
         dhsa_probe_plan(&st->probe, DHSA_PROBE_SUMS, dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
                         dhsa_ceil_div(k_len, c->stride), c->stride * dim, c->key_block / c->stride);
         st->edges = dhsa_block_edges(k_len, c->key_block);
-        st->zeros = dhsa_alloc_zeroed(dim, sizeof(float));
         s->arena_size = xattention_lay_out(s, NULL, &unused);
     }
-    if (st && st->edges && st->zeros) return DHSA_OK;
+    if (st && st->edges) return DHSA_OK;
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "xattention: no memory for %lld blocks of keys", (long long)s->units);
 }
 
-static void xattention_close(dhsa_selector *s)
-{
-    xattention_state *st = s->state;
-    if (!st) return;
-    dhsa_free(st->edges);
-    dhsa_free(st->zeros);
-    dhsa_free(st);
-}
+static void xattention_close(dhsa_selector *s) { dhsa_free(((xattention_state *)s->state)->edges); }
 
 const dhsa_method dhsa_method_xattention = {.name = "xattention",
                                             .has_mass = 1,
