@@ -13,7 +13,7 @@ import pytest
 
 import dhsa
 from dhsa import _threads
-from dhsa.config import METHODS
+from dhsa.methods import registry as METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 

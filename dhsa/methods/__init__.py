@@ -34,5 +34,17 @@ __all__ = [
 ]
 
 registry: dict[str, type[Method]] = {
-    method.name: method for method in (Rows, Dhsa, Window, Block, VerticalSlash, XAttention, Proxy, Hisa, Power, Oracle)
+    method.name: method
+    for method in (  # in the order of dhsa_method_kind
+        Rows,
+        Dhsa,
+        Window,
+        Block,
+        VerticalSlash,
+        XAttention,
+        Proxy,
+        Hisa,
+        Power,
+        Oracle,
+    )
 }
