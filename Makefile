@@ -59,7 +59,7 @@ bench-report: $(VENV)/.demo
 
 # The tests of the transformers integration on the oldest and the newest releases of what it builds on. test-bounds runs
 # the two side by side, once both environments are there: each installation builds the extension of the checkout anew.
-HF_TESTS := $(shell grep -l transformers tests/test_*.py)
+HF_TESTS := $(shell grep -l transformers tests/*/test_*.py)
 OLDEST   := VENV=.venv-oldest TORCH=torch==2.6.0 PINS='transformers==5.5.0 numpy==1.26.4 safetensors==0.4.3'
 NEWEST   := VENV=.venv-newest TORCH='torch<2.15' PINS="--upgrade 'transformers<6' 'numpy<2.5'"
 test-oldest:
@@ -86,7 +86,7 @@ test-debug: $(VENV)/.test
 test-debug-lists: DEBUG_TESTS := methods select
 test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels past past_histories predictor selection skip
 $(DEBUG_HALVES): # 5: ARGS chose no test of this half
-	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' $(DEBUG_TESTS:%=tests/test_%.py) $(ARGS) || [ $$? = 5 ]
+	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' $(foreach name,$(DEBUG_TESTS),$(wildcard tests/*/test_$(name).py)) $(ARGS) || [ $$? = 5 ]
 
 # Pages and docstrings are read without importing the package, so the environment needs neither it nor torch.
 docs:

@@ -2,7 +2,7 @@
 share of what a plain read of the same bytes reaches, and the ratio to PyTorch's scaled_dot_product_attention.
 
 In one process, medians, taking turns in random order: a call that follows PyTorch's meets its threads, still spinning.
-It times; correctness is the tests' business (tests/test_decode.py).
+It times; correctness is the tests' business (tests/core/test_decode.py).
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ This page is written by `python tests/kinds.py`. The program builds every kind o
 transformers from its configuration class, with two layers of random weights in float32, and compares its output with
 that of `attn_implementation="eager"`: the logits of a prompt of 200 tokens, those of a batch of two with padding on the
 left, and those of six steps of `generate`. The numbers are the largest difference divided by the largest logit. The
-last column has the paths of the layers with a sparse configuration. `tests/test_kinds.py` repeats every row.
+last column has the paths of the layers with a sparse configuration. `tests/hf/test_kinds.py` repeats every row.
 
 Small models of random weights show that a model's attention is computed correctly. They do not show its quality when
 keys are left out.

@@ -2,7 +2,7 @@
 
 Everything here looks at what is installed, at signatures and attributes, where they tell, and not at version numbers:
 so a release in between, or a later one that keeps the same conventions, is served as well. The rest of the package asks
-this module and names no release. tests/test_compat.py runs on the oldest and on the newest releases.
+this module and names no release. tests/hf/test_compat.py runs on the oldest and on the newest releases.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class Method:
             heads. n is the number of candidate keys, Q the `query_block`, G the heads of a set.
         has_chunks: whether it chooses among chunks, and so needs boundaries.
         has_mass: whether its scores are shares of attention mass, so that `Config.mass` may be asked for.
+        reads_keys: whether its lists depend on what queries and keys hold, and not on positions alone.
         heads: what `Config.heads` is by default.
         paper_fields: the setting of its source as far as it is known: its own options and fields of Config.
     """
@@ -45,6 +46,7 @@ class Method:
     cost: ClassVar[str]
     has_chunks: ClassVar[bool] = False
     has_mass: ClassVar[bool] = True
+    reads_keys: ClassVar[bool] = True
     heads: ClassVar[str] = "group"
     paper_fields: ClassVar[Mapping[str, Any]] = {}
 

@@ -27,6 +27,7 @@ class Power(Method):
     source: ClassVar[str] = "PowerAttention, arXiv 2503.03588"
     cost: ClassVar[str] = "none"
     has_mass: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False
 
     @staticmethod
     def twin(block: Block) -> Units | np.ndarray:

@@ -27,6 +27,7 @@ class Window(Method):
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
     cost: ClassVar[str] = "none"
     has_mass: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False
 
     @staticmethod
     def twin(block: Block) -> Units | np.ndarray:

@@ -10,7 +10,7 @@ import dhsa
 
 yaml = pytest.importorskip("yaml", reason="needs the test extra: PyYAML, which comes with transformers")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
@@ -105,7 +105,7 @@ def test_contributing_names_what_there_is():
     for path in (
         "tests/tiny.py",
         "tests/kinds.py",
-        "tests/test_kinds.py",
+        "tests/hf/test_kinds.py",
         "tests/c/test_kernels.c",
         "csrc/kernels/kernels.inc",
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parent / "typing"
+FOLDER = Path(__file__).parents[1] / "typing"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # A room may include what is below it, and itself.
 ROOMS = ["core", "kernels", "chunk", "attend", "select", "select/methods", "label", "pipeline", "python"]
 APART = {"attend": {"chunk"}, "chunk": {"attend"}}  # rooms of one height

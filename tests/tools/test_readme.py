@@ -15,7 +15,7 @@ from weights import compact_weights
 import dhsa
 from dhsa.training import command as training
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 SNIPPETS = code_of(TEXT)
 

@@ -26,7 +26,7 @@ from weights import random_weights
 import dhsa
 from dhsa import _core, reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = dhsa.Config(budget=48, query_block=16, sink=4, local=16, dense_tail=0)
 
 
