@@ -13,9 +13,7 @@ from dhsa._register import register_when_imported
 from dhsa.config import Config
 from dhsa.functional import (
     attention,
-    attention_ratios,
     boundaries,
-    boundary_ratios,
     build_info,
     chunk_scores,
     get_num_threads,
@@ -25,6 +23,7 @@ from dhsa.functional import (
     set_num_threads,
     sparse_attention,
 )
+from dhsa.labels import attention_ratios, boundary_ratios
 from dhsa.predictor import BoundaryPredictor
 from dhsa.selection import Selection
 

@@ -1,5 +1,5 @@
-"""Calls that type checkers are to accept, and the types they are to see in the results. Checked by `make lint`, and run by
-tests/tools/test_typing.py, where `assert_type` does nothing: the comparisons below it say that the types are true."""
+"""Calls that type checkers are to accept, and the types they are to see in the results. Checked by `make lint`, and run
+by tests/tools/test_typing.py, where `assert_type` does nothing: the comparisons say that the types are true."""
 
 from typing import Any, assert_type
 
