@@ -1,7 +1,7 @@
-"""The attention function of implementation "dhsa": one call of transformers becomes calls of the C core,
-a stretch of plain attention each, and a record of what was done."""
+"""The attention function of implementation "dhsa": one call of transformers is planned as a list of stretches, each of
+them is done by a call of the C core, and what was done is recorded."""
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from dhsa.selection import Selection
 from . import break_even
 from .caches import Memory, recall
 from .compat import outside_graphs
-from .masks import key_lists, least_stretch, ranges_of, segments
+from .masks import Segment, key_lists, least_stretch, ranges_of, segments
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
@@ -100,37 +100,67 @@ def attend(
     # The core writes into a view, so that the layout that transformers wants costs no copy.
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device="cpu")
     view = out.transpose(1, 2)
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
-    stretches = _Stretches(state, memory, layer, sliding_window, unseen)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    padding = attention_mask is None or getattr(attention_mask, "ndim", 4) == 2  # says nothing of a window
-    if not causal and padding and sliding_window is not None and q_len > 1:
-        raise NotImplementedError(
-            'attention_mask: bidirectional sliding-window attention needs a mask of four dimensions; "dhsa" was handed '
-            + ("none" if attention_mask is None else "padding only")
-        )
     if not causal:
-        config, memory = EXACT, None  # an encoder's: no method is defined for it
-    if attention_mask is None:
-        window = sliding_window if causal else None
-        if causal:
-            where = (None, 0, q_len, 0, k_len)
-            stats = stretches.run(where, query, key, value, config, window=window, out=view, **options)
-        else:
-            _, _, stats = functional.run(query, key, value, config, causal=False, out=view, **options)
-        if memory is not None:
-            memory.done(stats.path == "sparse")
-        record(module, layer, sliding_window, query, key, [(stats, 1)], stretches.reason)
-        return out
+        _refuse_half_a_mask(attention_mask, q_len, sliding_window)
+        config, memory = EXACT, None  # no method is defined for encoders
+    stretches = plan(attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None)
+    if sum((s.q_stop - s.q_start) * (batch if s.row is None else 1) for _, s, _ in stretches) < batch * q_len:
+        out.zero_()  # queries of no stretch see nothing
+    runner = _Runner(state, memory, layer, sliding_window, config, unseen, {"scale": scaling, "softcap": softcap})
+    done = []
+    for stretch in stretches:
+        s = stretch.segment
+        inputs = query, key, value, view
+        if not s.covers(q_len, k_len):
+            rows = slice(None) if s.row is None else slice(s.row, s.row + 1)
+            queries, keys = slice(s.q_start, s.q_stop), slice(s.k_start, s.k_stop)
+            inputs = (query[rows, :, queries], key[rows, :, keys], value[rows, :, keys], view[rows, :, queries])
+        pairs = s.pairs * (batch if s.row is None else 1)
+        done += [(stats, pairs) for stats in runner.run(stretch, q_len, *inputs)]
+    if memory is not None:
+        memory.done(all(stats.path == "sparse" for stats, _ in done))
+    record(module, layer, sliding_window, query, key, done, runner.reason)
+    return out
 
+
+class Stretch(NamedTuple):
+    """A part of a call that is one piece of work. `way`: "plain" (causal within a window; the config applies), "full"
+    (every query sees every key), "ranged" (one interval of keys a query: `table` [B, n, 2]), "listed" (several, by
+    `table`, (indptr, indices, spans) of `masks.key_lists`), "joined" (several, `table` [B, m, n, 2], one call for each,
+    joined by their shares of the softmax's sum). Intervals are counted from the first key of the segment."""
+
+    way: Literal["plain", "full", "ranged", "listed", "joined"]
+    segment: Segment
+    table: Any = None
+
+
+def plan(
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    sliding_window: int | None,
+    causal: bool,
+    config: Config,
+    *,
+    alone: bool,
+) -> list[Stretch]:
+    """What a call is to do, before any of it is done. `alone`: no keys of earlier calls are kept beside this one.
+
+    Queries that see nothing are in no stretch.
+    """
+    whole = Segment(None, 0, q_len, 0, k_len, sliding_window if causal else None, 1)
+    if attention_mask is None:
+        return [Stretch("plain" if causal else "full", whole)]
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal)
     if ranges.shape[1] > 1:
-        done = _attend_to_intervals(query, key, value, ranges, view, options)
-        record(module, layer, sliding_window, query, key, done)
-        return out
+        if (lists := key_lists(ranges, k_len)) is not None:
+            return [Stretch("listed", whole, lists)]
+        return [Stretch("joined", whole, ranges)]
     ranges = ranges[:, 0]
-    parts = None if q_len == 1 and memory is None else segments(ranges, least_stretch(config), late=k_len - q_len)
-    whole = (
+    parts = None if q_len == 1 and alone else segments(ranges, least_stretch(config), late=k_len - q_len)
+    one = (
         parts is not None
         and len(parts) == 1
         and parts[0].row in (None, 0)
@@ -143,66 +173,86 @@ def attend(
         or config.skip is not None
         or any(p.window or p.ranged or p.q_stop - p.q_start == p.k_stop - p.k_start <= _core.DECODE_ROWS for p in parts)
     )
-    if not (whole or apart):
+    if parts is None or not (one or apart):
         # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
-        _, _, stats = functional.run(query, key, value, EXACT, key_ranges=ranges, out=view, **options)
-        record(module, layer, sliding_window, query, key, [(stats, 1)])
-        return out
-    if not whole:
-        out.zero_()
-    exact = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
-    done = []
-    assert parts is not None  # or one call would do
-    for part in parts:
-        rows = slice(None) if part.row is None else slice(part.row, part.row + 1)
-        queries, keys = slice(part.q_start, part.q_stop), slice(part.k_start, part.k_stop)
-        q, k, v = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
-        to = {"out": view[rows, :, queries], **options}
-        if part.ranged:
-            _, _, stats = functional.run(q, k, v, exact, key_ranges=part.table(ranges), **to)
-        else:
-            alone = part.q_stop - part.q_start == 1 < q_len  # a stretch of one query is no decoding step
-            stats = stretches.run(part[:5], q, k, v, exact if alone else config, window=part.window, **to)
-        done.append((stats, part.pairs * (batch if part.row is None else 1)))
-    if memory is not None:
-        memory.done(all(stats.path == "sparse" for stats, _ in done))
-    record(module, layer, sliding_window, query, key, done, stretches.reason)
-    return out
+        return [Stretch("ranged", whole, ranges)]
+    return [Stretch("ranged", p, p.table(ranges)) if p.ranged else Stretch("plain", p) for p in parts]
 
 
-class _Stretches:
-    """Attends in the stretches of plain attention of one call: exact where sparse would not pay, with what earlier
-    calls left in the cache, and by what other layers of this forward found where they share. `reason`: of the first
-    stretch that did not pay, else `unseen`, why keys of a cache are cut anew, if a stretch cut them, else ""."""
+def _refuse_half_a_mask(attention_mask: torch.Tensor | None, q_len: int, sliding_window: int | None) -> None:
+    """NotImplementedError for a window to both sides of which the mask says nothing."""
+    if sliding_window is not None and q_len > 1 and getattr(attention_mask, "ndim", 2) == 2:
+        raise NotImplementedError(
+            'attention_mask: bidirectional sliding-window attention needs a mask of four dimensions; "dhsa" was handed '
+            + ("none" if attention_mask is None else "padding only")
+        )
+
+
+class _Runner:
+    """Attends in the stretches of one call: exact where sparse would not pay, with what earlier calls left in the
+    cache, and by what other layers of this forward found where they share.
+
+    `reason`: why the first stretch ran exact that did although keys could be left out, else `unseen`, why keys of a
+    cache are cut anew, if a stretch cut them, else ""."""
 
     def __init__(
-        self, state: State | None, memory: Memory | None, layer: int | None, kind: int | None, unseen: str
+        self,
+        state: State | None,
+        memory: Memory | None,
+        layer: int | None,
+        kind: int | None,
+        config: Config,
+        unseen: str,
+        options: dict[str, Any],
     ) -> None:
         self._state, self._memory, self._layer, self._kind, self._unseen = state, memory, layer, kind, unseen
+        self._config, self._options = config, options
+        self._exact = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
         self.reason = ""
 
     def run(
         self,
-        where: tuple,
+        stretch: Stretch,
+        q_len: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        config: Config,
-        *,
-        window: int | None,
-        **options: Any,
+        out: torch.Tensor,
+    ) -> list[RunStats]:
+        """Attends in one stretch, into `out`; q_len: the queries of the whole call."""
+        options: dict[str, Any] = {**self._options, "out": out}
+        if stretch.way != "plain" and self._config.leaves_out(q.shape[2], k.shape[2], self._kind):
+            several = stretch.way in ("listed", "joined")
+            of = "gives queries several intervals of keys" if several else "is neither causal nor a sliding window"
+            self.reason = self.reason or f"mask: a part of it {of}, which runs exact"
+        if stretch.way == "full":
+            return [functional.run(q, k, v, self._config, causal=False, **options)[2]]
+        if stretch.way == "ranged":
+            return [functional.run(q, k, v, self._exact, key_ranges=stretch.table, **options)[2]]
+        if stretch.way == "listed":
+            indptr, indices, spans = stretch.table
+            selection = Selection._trusted(indptr, indices, shape=(len(q), 1, 1), query_block=q.shape[2])
+            return [functional.run_selected(q, k, v, selection, key_ranges=spans, **options)[2]]
+        if stretch.way == "joined":
+            return _attend_to_intervals(q, k, v, stretch.table, out, self._options)
+        alone = q.shape[2] == 1 < q_len  # a stretch of one query is no decoding step
+        return [self._plain(stretch.segment, q, k, v, self._exact if alone else self._config, **options)]
+
+    def _plain(
+        self, s: Segment, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
     ) -> RunStats:
-        """`functional.run` of stretch `where`, (row, q_start, q_stop, k_start, k_stop)."""
-        if why := break_even.reason(config, q, k, window):
+        if why := break_even.reason(config, q, k, s.window):
             self.reason = self.reason or why
             config = break_even.fallback(config.skip)
         elif not self.reason and not config.exact:
             self.reason = self._unseen
         if self._memory is not None and not config.exact:
-            options |= self._memory.of(where[0], where[3])
+            options |= self._memory.of(s.row, s.k_start)
         if self._state is not None and config.share is not None and q.shape[2] > 1:  # in a step each layer chooses
-            return self._state.sharing.run(self._layer, self._kind, where, q, k, v, config, window=window, **options)
-        return functional.run(q, k, v, config, window=window, **options)[2]
+            where = s[:5]
+            sharing = self._state.sharing
+            return sharing.run(self._layer, self._kind, where, q, k, v, config, window=s.window, **options)
+        return functional.run(q, k, v, config, window=s.window, **options)[2]
 
 
 def _attend_to_intervals(
@@ -212,21 +262,15 @@ def _attend_to_intervals(
     ranges: np.ndarray,
     out: torch.Tensor,
     options: dict[str, Any],
-) -> list[tuple[functional.RunStats, int]]:
-    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: by lists of
-    keys, which skip the gaps that all queries of a row have, or else by one call for each interval, its result weighted
-    by its share of the softmax's sum."""
-    if (lists := key_lists(ranges, key.shape[2])) is not None:
-        indptr, indices, spans = lists
-        selection = Selection._trusted(indptr, indices, shape=(len(ranges), 1, 1), query_block=query.shape[2])
-        _, _, stats = functional.run_selected(query, key, value, selection, key_ranges=spans, out=out, **options)
-        return [(stats, 1)]
+) -> list[RunStats]:
+    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: one call for
+    each interval, its result weighted by its share of the softmax's sum."""
     total = lse = None
     done = []
     for j in range(ranges.shape[1]):
         table = np.ascontiguousarray(ranges[:, j])
         part, part_lse, stats = functional.run(query, key, value, EXACT, key_ranges=table, return_lse=True, **options)
-        done.append((stats, 1))
+        done.append(stats)
         if total is None:
             total, lse = part.float(), part_lse
             continue

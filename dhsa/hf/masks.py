@@ -67,6 +67,10 @@ class Segment(NamedTuple):
     pairs: int
     ranged: bool = False
 
+    def covers(self, q_len: int, k_len: int) -> bool:
+        """Whether it is all that a call has: every row, query and key."""
+        return self[:5] == (None, 0, q_len, 0, k_len)
+
     def table(self, ranges: np.ndarray) -> np.ndarray:
         """The part of `ranges` [B, Lq, 2] that is the segment's, counted from its first key."""
         rows = slice(None) if self.row is None else slice(self.row, self.row + 1)

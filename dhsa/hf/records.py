@@ -26,8 +26,8 @@ class LayerRun(NamedTuple):
         query_shape: [B, H, Lq, D].
         key_shape: [B, Hkv, Lk, D].
         skipped: see `dhsa.Config.skip`; 0 without.
-        reason: why the call, or part of it, was exact although keys could be left out (`dhsa.Config.break_even`), or
-            why keys that a cache holds had to be cut again; else "".
+        reason: why the call, or part of it, was exact although keys could be left out (`dhsa.Config.break_even`, or a
+            mask), or why keys that a cache holds had to be cut again; else "".
     """
 
     layer: int

@@ -282,3 +282,17 @@ def test_encoders_whose_layers_do_not_say_so_are_not_causal(name):
         with dhsa.patched(model, EXACT):
             torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=0, atol=2e-5)
             assert len(dhsa.last_run(model)) == 2
+
+
+def test_a_mask_that_rules_selection_out_is_the_reason():
+    model, ids = build("llama"), tokens(1, 300)
+    gap = torch.ones(300, 300, dtype=torch.bool).tril()
+    gap[200:, 50:60] = False
+    odd = torch.ones(300, 300, dtype=torch.bool).tril()
+    odd[:, :150] = torch.arange(300)[:, None] >= torch.arange(150)[None] // 2 * 2  # pairs that see one another
+    with dhsa.patched(model, SPARSE):
+        for mask, words in ((gap, "several intervals of keys"), (odd, "neither causal nor a sliding window")):
+            model(ids, attention_mask=mask[None, None])
+            assert all(run.reason.startswith("mask: ") and words in run.reason for run in dhsa.last_run(model))
+        model(ids)
+        assert {(run.path, run.reason) for run in dhsa.last_run(model)} == {("sparse", "")}
