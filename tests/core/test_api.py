@@ -89,7 +89,9 @@ def test_version_has_one_source():
 def test_stub_has_the_extensions_functions():
     tree = ast.parse((ROOT / "dhsa" / "_core.pyi").read_text())
     stub = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assert set(stub) == {name for name in dir(_core) if not name.startswith("__")}
+    constants = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
+    assert {*stub, *constants} == {name for name in dir(_core) if not name.startswith("__")}
+    assert all(type(getattr(_core, name)) is int for name in constants)
     for name, node in stub.items():
         if isinstance(node, ast.FunctionDef):
             names = [arg.arg for arg in node.args.posonlyargs + node.args.args]

@@ -131,7 +131,7 @@ def test_a_module_that_is_called_past_its_hooks_is_said_once():
         assert {(run.path, run.reason) for run in dhsa.last_run(model)} == {("sparse", caches.UNHOOKED)}
 
 
-@pytest.mark.skipif(not compat.GRAPHS, reason="torch before 2.13 fails to compile some of these models, whatever attends")
+@pytest.mark.skipif(not compat.GRAPHS, reason="torch before 2.13 fails to compile some of these models")
 def test_a_compiled_step_says_that_graphs_keep_nothing():
     torch._dynamo.reset()
     model = build("llama")
