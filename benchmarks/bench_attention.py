@@ -37,7 +37,7 @@ def dense(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: 
     q, k, v = inputs(shape, length, dtype)
     out = torch.empty_like(q)
     timing = interleave(
-        {"dhsa": lambda: dhsa.attention(q, k, v, out=out), "sdpa": lambda: sdpa(q, k, v)}, repeats, threads, dtype
+        {"dhsa": lambda: dhsa.attention(q, k, v, out=out), "sdpa": lambda: sdpa(q, k, v)}, repeats, threads
     )
     work = flop(shape, length)
     large = shape.dim == 256
@@ -68,7 +68,6 @@ def softcapped(shape: Shape, length: int, dtype: torch.dtype, repeats: int, thre
         },
         repeats,
         threads,
-        dtype,
         fewer={"flex": min(repeats, 3)},
     )
     yield row(
@@ -96,7 +95,6 @@ def windowed(shape: Shape, length: int, window: int, dtype: torch.dtype, repeats
         },
         repeats,
         threads,
-        dtype,
         fewer={"flex": min(repeats, 3)},
     )
     work = flop(shape, length, window)
@@ -128,7 +126,6 @@ def executor(shape: Shape, length: int, dtype: torch.dtype, repeats: int, thread
         },
         repeats,
         threads,
-        dtype,
     )
     relative = density * timing.ratio("dhsa", "dense")
     yield row(
@@ -174,7 +171,6 @@ def whole(
         calls,
         repeats,
         threads,
-        dtype,
         fewer={"sdpa": few if long else repeats, "exact": once, "flex": once},
         warm=not long,
     )
@@ -209,7 +205,7 @@ def selecting(shape: Shape, length: int, dtype: torch.dtype, threads: int) -> Ro
     out = torch.empty_like(q)
     stats: list[Any] = []
     timing = interleave(
-        {"dhsa": lambda: stats.append(dhsa.functional.run(q, k, v, dhsa.Config(), out=out)[2])}, 3, threads, dtype
+        {"dhsa": lambda: stats.append(dhsa.functional.run(q, k, v, dhsa.Config(), out=out)[2])}, 3, threads
     )
     share = statistics.median(s.select_seconds / (s.select_seconds + s.attend_seconds) for s in stats)
     yield row(
@@ -236,7 +232,7 @@ def scaling(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads
 
     try:
         timing = interleave(
-            {"dhsa": lambda: on(threads), "1 thread": lambda: on(1)}, repeats, threads, dtype, fewer={"1 thread": 3}
+            {"dhsa": lambda: on(threads), "1 thread": lambda: on(1)}, repeats, threads, fewer={"1 thread": 3}
         )
     finally:
         dhsa.set_num_threads(threads)
@@ -259,7 +255,6 @@ def short(shape: Shape, length: int, dtype: torch.dtype, repeats: int, threads: 
         {"dhsa": lambda: dhsa.attention(q, k, v), "sdpa": lambda: sdpa(q, k, v)},
         repeats * 3,
         threads,
-        dtype,
         inner=max(1, 2**22 // length**2),
     )
     yield row(
@@ -281,7 +276,6 @@ def overhead(shape: Shape, dtype: torch.dtype, repeats: int, threads: int) -> Ro
         {"dhsa": lambda: dhsa.attention(q, k, v), "sdpa": lambda: sdpa(q, k, v)},
         repeats,
         threads,
-        dtype,
         inner=1000,
     )
     microseconds = timing.median("dhsa") * 1e6

@@ -34,7 +34,7 @@ def compact(shape: Shape, dtype: torch.dtype, repeats: int, threads: int) -> Row
         "dense": lambda: dhsa.attention(q, k, v, out=out),
         "similarity": lambda: scores.similarity(k, 4),
     }
-    timing = interleave(calls, repeats, threads, dtype)
+    timing = interleave(calls, repeats, threads)
     share = 1 / timing.ratio("compact", "dense")
     yield row(
         "boundaries",
@@ -81,7 +81,7 @@ def labels(shape: Shape, dtype: torch.dtype, window: int | None, repeats: int, t
         "labels": lambda: dhsa.attention_ratios(q, k, sliding_window=window),
         "dense": lambda: dhsa.attention(q, k, v, window=window, out=out),
     }
-    timing = interleave(calls, repeats, threads, dtype)
+    timing = interleave(calls, repeats, threads)
     share = 1 / timing.ratio("labels", "dense")
     yield row(
         "boundaries",

@@ -23,7 +23,7 @@ def growth_rows(shape: Shape, lengths: list[int], dtype: torch.dtype, threads: i
         selection = dhsa.select(q, k, dhsa.Config())
         densities[length] = selection.density()
         calls[tokens(length)] = partial(dhsa.sparse_attention, q, k, v, selection, out=torch.empty_like(q))
-    timing = interleave(calls, 5, threads, dtype)
+    timing = interleave(calls, 5, threads)
     each = {length: timing.median(tokens(length)) / length * 1e6 for length in lengths}
     for length in lengths:
         attended = densities[length] * (length + 1) / 2

@@ -32,15 +32,9 @@ _SETTLE = 0.01  # seconds: torch's threads go on spinning for a moment, and woul
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
-def peak_name(dtype: torch.dtype) -> str:
-    """Which peak shares of `dtype` refer to: bf16 has one of its own if the core measures it."""
-    return "bf16" if dtype == torch.bfloat16 and hasattr(dhsa._core, "bf16_peak") else "fp32"
-
-
-def peak(threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """The momentary peak, GFLOP/s."""
-    measure = dhsa._core.bf16_peak if peak_name(dtype) == "bf16" else dhsa._core.fma_peak
-    return statistics.median(measure(threads) for _ in range(3))
+def peak(threads: int) -> float:
+    """The momentary peak of float32 multiply-adds, GFLOP/s. Shares of every dtype refer to it."""
+    return statistics.median(dhsa._core.fma_peak(threads) for _ in range(3))
 
 
 @dataclass
@@ -71,7 +65,6 @@ def interleave(
     calls: dict[str, Callable[[], Any]],
     repeats: int,
     threads: int,
-    dtype: torch.dtype = torch.float32,
     *,
     fewer: dict[str, int] | None = None,
     inner: int = 1,
@@ -92,14 +85,14 @@ def interleave(
     for name in (name for names in rounds for name in names):
         call = calls[name]
         time.sleep(_SETTLE)
-        before = peak(threads, dtype)
+        before = peak(threads)
         start = time.perf_counter()
         for _ in range(inner):
             call()
         seconds = (time.perf_counter() - start) / inner
         time.sleep(_SETTLE)
         timing.seconds[name].append(seconds)
-        timing.peaks[name].append((before + peak(threads, dtype)) / 2)
+        timing.peaks[name].append((before + peak(threads)) / 2)
     return timing
 
 
@@ -142,7 +135,7 @@ def row(
             result |= {
                 "share_of_peak": timing.share(ours, flop),
                 "peak_gflops": timing.peak(ours),
-                "peak_of": peak_name(dtype) if isinstance(dtype, torch.dtype) else "fp32",
+                "peak_of": "fp32",
             }
         if peer is not None:
             result |= {"peer": peer, "peer_seconds": timing.median(peer), "ratio": timing.ratio(ours, peer)}

@@ -27,8 +27,7 @@ typedef enum {
     DHSA_ERR_VALUE, /* a bad argument value       -> ValueError */
     DHSA_ERR_TYPE,  /* a bad dtype                -> TypeError */
     DHSA_ERR_NOT_IMPLEMENTED /* not there (yet)            -> NotImplementedError */,
-    DHSA_ERR_NO_MEMORY, /* an allocation failed       -> MemoryError */
-    DHSA_ERR_SYSTEM     /* a thread could not be made -> OSError */
+    DHSA_ERR_NO_MEMORY /* an allocation failed       -> MemoryError */
 } dhsa_status;
 
 typedef struct {
@@ -269,7 +268,7 @@ dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config
 /* The same with a past for each batch row, pasts [B], each another one, of a method with chunks: keys that they know are not cut
  * and averaged again, whatever number of queries comes with new ones. The first `same` keys are said to be those of the last call:
  * where they are many, some of them are looked at, others in each call, and all that come after. keep 0: the means are let go
- * again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail has no say), keys that came by
+ * again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail is ignored), keys that came by
  * such steps are one chunk and its own another. A call that is exact in any case, or whose arguments are refused, leaves the pasts
  * as they were; one that fails later empties them. */
 dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given,

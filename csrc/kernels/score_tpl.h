@@ -1,5 +1,5 @@
-/* score_tpl.h: the kernels that only selection needs, a part of tile_tpl.h's body: sums of neighbouring rows, rounding
- * numbers to bf16, and the probabilities of row scores, squared or as they are. */
+/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of neighbouring rows, rounding numbers to bf16, and sums of
+ * the probabilities of row scores, squared or as they are. */
 
 /* n numbers of a row from column d on, of type dtype. */
 K_INLINE vf load_part(const char *row, int64_t d, const int dtype)

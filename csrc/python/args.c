@@ -1,5 +1,5 @@
 /* args.c: Python numbers, tuples and arrays to the structs of dhsa.h, and dhsa_error to Python exceptions.
- * What a value may be is the core's to say; here only what conversion would lose. */
+ * Ranges are checked in the core; here only what conversion would lose. */
 #include "python/args.h"
 
 #include <math.h>
@@ -325,9 +325,6 @@ PyObject *dhsa_py_raise(const dhsa_error *error)
         break;
     case DHSA_ERR_NO_MEMORY:
         type = PyExc_MemoryError;
-        break;
-    case DHSA_ERR_SYSTEM:
-        type = PyExc_OSError;
         break;
     }
     return dhsa_py_raise_as(type, error);

@@ -1,5 +1,5 @@
 /* probe.h: rows of queries against keys, a tile at a time: products, softmax, and what a method makes of the probabilities.
- * What the rows and keys are (single ones, means, groups of neighbours) is the method's affair, which lends functions. */
+ * What the rows and keys are (single ones, means, groups of neighbours) is decided by the method, which lends functions. */
 #ifndef DHSA_PROBE_H
 #define DHSA_PROBE_H
 

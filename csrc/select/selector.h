@@ -42,7 +42,7 @@ struct dhsa_selector {
     int64_t b, sets, blocks; /* the batch row at hand; sharing sets; query blocks */
     int64_t heads_per_set;   /* query heads of a set: from set * heads_per_set on */
     int64_t group;           /* query heads of a KV head: head h reads KV head h / group */
-    /* The method's to say. */
+    /* Set by the method. */
     int64_t arena_size; /* bytes it works in, for each thread */
     int64_t units;      /* the most units that it hands to dhsa_take; 0: it does not */
     void *state;

@@ -150,7 +150,7 @@ def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
     elif not config.options.has_chunks or config.exact:
         problem = "cuts: only methods of chunks that have a budget or a mass cut keys"
     elif "label" in word and config.boundaries != "similarity":
-        problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} has no say, leave it out"
+        problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} is ignored, leave it out"
     elif config.share is not None:
         problem = "cuts: not with share, which says by itself where layers cut"
     elif config.skip is not None:

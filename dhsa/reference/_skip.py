@@ -2,8 +2,8 @@
 
 The softmax goes through the keys tile by tile and knows, for each row, the largest logit so far. Where all rows of a
 panel see nothing in a tile but logits below that by more than -ln(skip), the panel leaves the tile out: each of those
-probabilities is less than ``skip`` times the row's largest. How rows and keys are grouped is the executor's affair and
-an argument here.
+probabilities is less than ``skip`` times the row's largest. How rows and keys are grouped is decided in the executor,
+and an argument here.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def test_words_make_other_settings_and_other_rows():
         ("window:cuts=shared", "only methods of chunks that have a budget or a mass"),
         ("rows:budget=none:cuts=shared", "only methods of chunks that have a budget or a mass"),
         ("exact:cuts=label", "only methods of chunks that have a budget or a mass"),
-        ("rows:boundaries=fixed:cuts=label", "boundaries=fixed has no say"),
+        ("rows:boundaries=fixed:cuts=label", "boundaries=fixed is ignored"),
         ("rows:skip=0.1:cuts=shared", "not with skip"),
         ("rows:share=selections:cuts=label", "not with share"),
         ("window:share=boundaries", "share: method='window' cuts no chunks"),
@@ -263,7 +263,7 @@ def test_predictors_come_from_files(engine, tmp_path):  # noqa: F811
     assert json.dumps(made[0].fields())
     with pytest.raises(UserError, match="predictor= needs boundaries=predictor, got similarity"):
         settings.setting(f"rows:predictor={files[0]}", 96)
-    with pytest.raises(UserError, match="boundaries=predictor has no say"):
+    with pytest.raises(UserError, match="boundaries=predictor is ignored"):
         settings.setting(f"rows:boundaries=predictor:predictor={files[0]}:cuts=label", 96)
     files[0].write_bytes(b"nonsense of some length")
     with pytest.raises(UserError, match=r"predictor: .*neither safetensors"):
