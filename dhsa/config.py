@@ -32,7 +32,6 @@ __all__ = [
     "Config",
 ]
 
-# Positions are the C enums of dhsa.h.
 BOUNDARIES = ("similarity", "fixed", "predictor")
 SCORES = ("rows", "block")
 HEADS = ("group", "all", "head")

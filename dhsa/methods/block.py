@@ -26,12 +26,13 @@ class Block(Method):
     Raises:
         TypeError, ValueError: naming the option.
 
-    Source: the block-sparse baseline of arXiv 2510.24606.
+    Source: the common baseline of block-sparse attention, as the block selection of MInference (arXiv 2407.02490) and
+    MoBA (arXiv 2502.13189) have it.
     """
 
     name: ClassVar[str] = "block"
     summary: ClassVar[str] = "fixed blocks by the softmax of the mean query over mean keys"
-    source: ClassVar[str] = "block-sparse baseline of arXiv 2510.24606"
+    source: ClassVar[str] = "MInference, arXiv 2407.02490; MoBA, arXiv 2502.13189"
     cost: ClassVar[str] = "G n / `key_block`"
 
     key_block: int = 128

@@ -15,7 +15,7 @@ from dhsa.methods.base import Method
 
 __all__ = ["Dhsa"]
 
-POOLINGS = ("mean", "mean_sqrt")  # positions are the C enum of dhsa.h
+POOLINGS = ("mean", "mean_sqrt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
