@@ -24,7 +24,7 @@ typedef struct {
     const dhsa_selection *list; /* NULL: every key */
     const dhsa_kernels *kernels;
     int64_t heads;       /* query heads that an item covers: G, or 1 where every head has its own list */
-    int64_t sets;        /* items per batch row and run of queries: H / heads */
+    int64_t head_sets;   /* items per batch item and run of queries: H / heads */
     int64_t run;         /* queries of an item at most */
     int64_t block, runs; /* queries of a block; runs that a block is cut into */
     int64_t blocks;
@@ -108,7 +108,7 @@ static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int skip,
 
 /* A run of queries of one head set and the list of keys they attend to. */
 typedef struct {
-    int64_t b, head, kv_head; /* batch row, first query head, their KV head */
+    int64_t b, head, kv_head; /* batch item, first query head, their KV head */
     int64_t first, queries;   /* query positions */
     key_list list;
     int rows, panels;
@@ -117,11 +117,11 @@ typedef struct {
 static void find_item(const attend_plan *pl, int64_t index, item *it)
 {
     const dhsa_problem *p = pl->p;
-    const int64_t G = p->q.shape[1] / p->k.shape[1], per_run = p->q.shape[0] * pl->sets;
+    const int64_t G = p->q.shape[1] / p->k.shape[1], per_run = p->q.shape[0] * pl->head_sets;
     /* Late queries see most keys: the heaviest first. */
     const int64_t at = pl->blocks * pl->runs - 1 - index / per_run, block = at / pl->runs;
-    it->b = index % per_run / pl->sets;
-    it->head = index % pl->sets * pl->heads;
+    it->b = index % per_run / pl->head_sets;
+    it->head = index % pl->head_sets * pl->heads;
     it->kv_head = it->head / G;
     it->first = block * pl->block + at % pl->runs * pl->run;
     it->queries = DHSA_MIN(DHSA_MIN(pl->run, (block + 1) * pl->block - it->first), p->q.shape[2] - it->first);
@@ -384,13 +384,13 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.left = &left;
     pl.least = p->skip ? (float)log2(p->skip) : 0;
     pl.heads = heads_of(p, list);
-    pl.sets = H / pl.heads;
+    pl.head_sets = H / pl.heads;
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
     pl.blocks = dhsa_ceil_div(q_len, pl.block);
     pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
     /* The cut depends on the shape and the tier only, never on the number of threads; under a window, where an item's tiles begin
      * at its first query's, not on the batch either, so that a row has the bits it has alone. */
-    const int64_t fair = dhsa_ceil_div(q_len * pl.sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
+    const int64_t fair = dhsa_ceil_div(q_len * pl.head_sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
                   most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
     const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
@@ -404,7 +404,7 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
     pl.factor = (float)fabs(p->scale);
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;
-    const int64_t items = pl.blocks * pl.runs * B * pl.sets;
+    const int64_t items = pl.blocks * pl.runs * B * pl.head_sets;
     const int threads = (int)DHSA_MIN(items, p->num_threads);
     pl.arena_size = attend_lay_out(&pl, NULL, &unused);
     pl.arenas = dhsa_alloc(pl.arena_size, threads);
@@ -432,7 +432,7 @@ dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection
     if (status) return status;
     const dhsa_tensor *q = &problem->q, *k = &problem->k;
     int64_t rows;
-    if (!s) return dhsa_given(s, "selection", error);
+    if (!s) return dhsa_check_pointer(s, "selection", error);
     if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows) || rows == INT64_MAX) rows = -1;
     /* As many indices as indptr ends with, which is read once the shape is known to be right. */
     status = dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);

@@ -18,9 +18,9 @@ typedef struct {
     const dhsa_problem *p;
     const dhsa_selection *list; /* NULL: every key */
     const dhsa_kernels *kernels;
-    int64_t heads, sets;   /* query heads that share keys; how many such sets a batch row has */
-    int64_t parts, padded; /* parts that a set's keys are cut into at most; numbers from one row of q or o to the next */
-    int rows, stride;      /* query rows of a set; numbers from one row of scores to the next */
+    int64_t heads, head_sets; /* query heads that share keys; how many such sets a batch item has */
+    int64_t parts, padded;    /* parts that a set's keys are cut into at most; numbers from one row of q or o to the next */
+    int rows, stride;         /* query rows of a set; numbers from one row of scores to the next */
     float factor, sign;
     float *o, *m, *l;      /* what parts leave: o [set][part][row][padded], m and l [set][row][part] */
     _Atomic int32_t *done; /* [set]: parts that are */
@@ -48,8 +48,8 @@ int dhsa_decodes(const dhsa_problem *p, const dhsa_selection *list)
 static void decode_find_span(const decode_plan *pl, int64_t set, decode_span *at)
 {
     const dhsa_problem *p = pl->p;
-    at->b = set / pl->sets;
-    at->head = set % pl->sets * pl->heads;
+    at->b = set / pl->head_sets;
+    at->head = set % pl->head_sets * pl->heads;
     at->kv_head = at->head / (p->q.shape[1] / p->k.shape[1]);
     at->list = list_of(p, pl->list, at->b, at->head, 0);
     at->begin = at->list.n;
@@ -169,21 +169,21 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
     decode_plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_current(), .heads = heads_of(p, list), .parts = 1};
     decode_scratch w;
     int64_t keys = 0;
-    pl.sets = p->q.shape[1] / pl.heads;
+    pl.head_sets = p->q.shape[1] / pl.heads;
     pl.rows = (int)(p->q.shape[2] * pl.heads);
     pl.padded = dhsa_round_up(p->q.shape[3], DHSA_DECODE_STEP);
     pl.stride = PART + DHSA_DECODE_STEP;
     /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
     pl.factor = (float)fabs(p->scale);
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;
-    const int64_t sets = p->q.shape[0] * pl.sets;
-    for (int64_t set = 0; set < sets; set++) {
+    const int64_t n_sets = p->q.shape[0] * pl.head_sets;
+    for (int64_t set = 0; set < n_sets; set++) {
         decode_span at;
         decode_find_span(&pl, set, &at);
         pl.parts = DHSA_MAX(pl.parts, at.parts);
         keys += at.end - at.begin;
     }
-    const int64_t items = sets * pl.parts, bytes = 2 * keys * p->q.shape[3] * dhsa_dtype_size(p->k.dtype);
+    const int64_t items = n_sets * pl.parts, bytes = 2 * keys * p->q.shape[3] * dhsa_dtype_size(p->k.dtype);
     const int threads = bytes < ALONE ? 1 : (int)DHSA_MIN(items, p->num_threads);
     pl.arena_size = decode_lay_out(&pl, NULL, &w);
     char *memory = NULL;
@@ -193,12 +193,12 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
         pl.o = dhsa_part(memory, &total, items * pl.rows * pl.padded * 4);
         pl.m = dhsa_part(memory, &total, items * pl.rows * 4);
         pl.l = dhsa_part(memory, &total, items * pl.rows * 4);
-        pl.done = dhsa_part(memory, &total, sets * (int64_t)sizeof *pl.done);
+        pl.done = dhsa_part(memory, &total, n_sets * (int64_t)sizeof *pl.done);
         pl.arenas = dhsa_part(memory, &total, threads * pl.arena_size);
         if (!laid && !(memory = dhsa_alloc(total, 1)))
             return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes", (long long)total);
     }
-    for (int64_t set = 0; set < sets; set++) atomic_init(&pl.done[set], 0);
+    for (int64_t set = 0; set < n_sets; set++) atomic_init(&pl.done[set], 0);
     dhsa_parallel(items, threads, decode_task, &pl);
     dhsa_free(memory);
     return DHSA_OK;

@@ -15,7 +15,7 @@ enum { GAPS = 64 /* gaps of a task */ };
 typedef struct {
     const dhsa_kernels *kernels;
     const dhsa_tensor *k;
-    int64_t window, channels, tasks; /* channels: of all KV heads; tasks: of a batch row */
+    int64_t window, channels, tasks; /* channels: of all KV heads; tasks: of a batch item */
     float *scores;
     char *arenas;
     int64_t arena_size;
@@ -111,7 +111,7 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = dhsa_given(scores, "scores", error)) || (status = window_check(window, error)))
+        (status = dhsa_check_pointer(scores, "scores", error)) || (status = window_check(window, error)))
         return status;
     return similarity_scores(k, window, scores, num_threads, error);
 }
@@ -200,8 +200,8 @@ dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n,
                                  int32_t *boundaries, int64_t *count, dhsa_error *error)
 {
     dhsa_status status;
-    if ((status = picking_check(n, theta, nms, error)) || (status = dhsa_given(scores, "scores", error)) ||
-        (status = dhsa_given(boundaries, "boundaries", error)) || (status = dhsa_given(count, "count", error)))
+    if ((status = picking_check(n, theta, nms, error)) || (status = dhsa_check_pointer(scores, "scores", error)) ||
+        (status = dhsa_check_pointer(boundaries, "boundaries", error)) || (status = dhsa_check_pointer(count, "count", error)))
         return status;
     if (length < 1 || length > DHSA_MAX_LENGTH)
         return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, DHSA_MAX_LENGTH);
@@ -241,7 +241,7 @@ int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int pa
 
 dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, dhsa_error *error)
 {
-    dhsa_status status = dhsa_given(config, "boundaries", error);
+    dhsa_status status = dhsa_check_pointer(config, "boundaries", error);
     if (status) return status;
     if (config->kind == DHSA_BOUNDARIES_PREDICTOR) {
         if (config->predictor && config->compact)
@@ -320,7 +320,7 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_boundary_config_check(config, error)) || (status = dhsa_boundary_config_fits(config, k, error)) ||
-        (status = dhsa_given(boundaries, "boundaries", error)) || (status = dhsa_given(counts, "counts", error)))
+        (status = dhsa_check_pointer(boundaries, "boundaries", error)) || (status = dhsa_check_pointer(counts, "counts", error)))
         return status;
     if (capacity < dhsa_boundaries_capacity(config, k->shape[2]))
         return dhsa_fail(error, DHSA_ERR_VALUE, "capacity: got %" PRId64 ", expected at least %" PRId64, capacity,

@@ -7,7 +7,7 @@
 
 /* ---- boundaries ---------------------------------------------------------------------------------------------- */
 
-/* The cuts of keys [from, to) of one batch row (k's first), where those before are cut already: absolute boundaries from `from` to
+/* The cuts of keys [from, to) of one batch item (k's first), where those before are cut already: absolute boundaries from `from` to
  * `to`, dhsa_boundaries_capacity(config, to - from) entries at most. How many it picks is these keys' share of config->num_chunks,
  * which is meant for all `to` keys. */
 dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to, const dhsa_boundary_config *config,
@@ -30,7 +30,7 @@ dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_
                                           dhsa_error *error);
 dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads,
                                         dhsa_error *error);
-/* ---- chunk means of one batch row ---------------------------------------------------------------------------- */
+/* ---- chunk means of one batch item ---------------------------------------------------------------------------- */
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
@@ -39,9 +39,9 @@ enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CH
  * the paper's are of fp32 means (row scores of bf16 input are not, either way). */
 typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16 } dhsa_means_kind;
 
-/* Neighbouring chunks that a shortlist takes or leaves together: whole squares of means. A group's coarse look is at units of so
- * many chunks: it is as good as the best of its units, since the mean of a whole group hides a single key. */
-enum { DHSA_CHUNK_GROUP = 16, DHSA_CHUNK_UNIT = 4 };
+/* Neighbouring chunks that a shortlist takes or leaves together: whole squares of means. A group's coarse look is at subgroups of
+ * so many chunks: it is as good as the best of its subgroups, since the mean of a whole group hides a single key. */
+enum { DHSA_CHUNK_GROUP = 16, DHSA_CHUNK_SUBGROUP = 4 };
 
 typedef struct {
     dhsa_means_kind kind;
@@ -69,10 +69,10 @@ void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, in
 /* Room for the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim);
 void dhsa_chunks_close(dhsa_chunks *chunks);
-/* Makes room for `capacity` chunks; the first `keep` stay as they are. The old memory is freed, unless it is another's (copy).
+/* Makes room for `capacity` chunks; the first `used` stay as they are. The old memory is freed, unless it is another's (copy).
  * Returns 0, and changes nothing, if there is no memory. */
-int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep, int copy);
-/* Fills chunks->means and ->state from chunk `first` on, for batch row b of k. Thread t has scratch + t * stride, 2 * dim floats.
+int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t used, int copy);
+/* Fills chunks->means and ->state from chunk `first` on, for batch item b of k. Thread t has scratch + t * stride, 2 * dim floats.
  */
 void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
                       char *scratch, int64_t stride, int num_threads);

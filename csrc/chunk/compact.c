@@ -20,7 +20,7 @@ typedef struct {
     const dhsa_compact *net;
     const dhsa_tensor *k;
     const dhsa_kernels *kernels;
-    int64_t tokens, gaps, tiles; /* of a tile; tiles of a batch row */
+    int64_t tokens, gaps, tiles; /* of a tile; tiles of a batch item */
     int64_t pitch;               /* numbers of a channel of a tile */
     float *weights;              /* the projection as panels: [R / lanes] of [C, lanes] */
     int64_t arena_size;
@@ -190,7 +190,7 @@ dhsa_status dhsa_compact_logits(const dhsa_compact *net, const dhsa_tensor *k, f
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_compact_check(net, error)) || (status = dhsa_predictor_width(net->channels, k, error)) ||
-        (status = dhsa_given(logits, "logits", error)))
+        (status = dhsa_check_pointer(logits, "logits", error)))
         return status;
     return dhsa_compact_logits_checked(net, k, logits, num_threads, error);
 }

@@ -97,7 +97,7 @@ void dhsa_chunks_close(dhsa_chunks *chunks)
     chunks->state = NULL;
 }
 
-int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t keep, int copy)
+int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t used, int copy)
 {
     dhsa_chunks old = *chunks;
     const int64_t row = old.row * (old.kind != DHSA_MEANS_F32 ? 2 : 4);
@@ -106,10 +106,10 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
         *chunks = old;
         return 0;
     }
-    keep = dhsa_round_up(keep, 16); /* squares hold sixteen */
+    used = dhsa_round_up(used, 16); /* squares hold sixteen */
     for (int64_t h = 0; h < kv_heads; h++) {
-        memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row, (size_t)(keep * row));
-        memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)keep);
+        memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row, (size_t)(used * row));
+        memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)used);
     }
     if (!copy) dhsa_chunks_close(&old);
     return 1;

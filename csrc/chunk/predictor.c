@@ -21,7 +21,7 @@ typedef struct {
     int64_t C, heads, w, width; /* width: 2w, tokens of a window */
     int64_t tokens, gaps;       /* of a tile */
     int64_t group;              /* gaps whose windows share a panel */
-    int64_t tiles;              /* of a batch row */
+    int64_t tiles;              /* of a batch item */
     int64_t strip;              /* length of a packed strip of values */
     int64_t arena_size;
     float *logits, *arenas;
@@ -282,7 +282,7 @@ dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
         (status = dhsa_predictor_check(net, error)) || (status = dhsa_predictor_width(net->channels, k, error)) ||
-        (status = dhsa_given(logits, "logits", error)))
+        (status = dhsa_check_pointer(logits, "logits", error)))
         return status;
     return dhsa_predictor_logits_checked(net, k, logits, num_threads, error);
 }

@@ -42,7 +42,7 @@ static inline void *dhsa_row(const dhsa_tensor *t, int64_t b, int64_t h, int64_t
 }
 
 /* An error that names the argument if a pointer that an entry needs is NULL. problem.c */
-dhsa_status dhsa_given(const void *pointer, const char *name, dhsa_error *error);
+dhsa_status dhsa_check_pointer(const void *pointer, const char *name, dhsa_error *error);
 /* Checks one input tensor on its own: rank-4 sizes >= 1, strides, dtype; `name` goes into the message. problem.c */
 dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error *error);
 /* Checks q and k against each other (batch, head counts, lengths, head_dim, dtype). problem.c */
@@ -51,7 +51,7 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
 dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error);
 /* num_threads in 1 .. DHSA_MAX_THREADS. problem.c */
 dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
-/* (query, key) pairs visible to `heads` sharing sets under causality and window, queries and keys ending together, and those of
+/* (query, key) pairs visible to `heads` head sets under causality and window, queries and keys ending together, and those of
  * them that a selection keeps. Their quotient is the density. selection.c */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads);
 double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s);

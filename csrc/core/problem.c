@@ -26,14 +26,14 @@ static int extent(const dhsa_tensor *t, int64_t *low, int64_t *high)
     return 1;
 }
 
-dhsa_status dhsa_given(const void *pointer, const char *name, dhsa_error *error)
+dhsa_status dhsa_check_pointer(const void *pointer, const char *name, dhsa_error *error)
 {
     return pointer ? DHSA_OK : dhsa_fail(error, DHSA_ERR_VALUE, "%s: expected a pointer, got NULL", name);
 }
 
 dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error *error)
 {
-    if (!t) return dhsa_given(t, name, error);
+    if (!t) return dhsa_check_pointer(t, name, error);
     if (t->dtype != DHSA_F32 && t->dtype != DHSA_F16 && t->dtype != DHSA_BF16)
         return dhsa_fail(error, DHSA_ERR_TYPE, "%s: expected dtype float32, float16 or bfloat16", name);
     if (!t->data) return dhsa_fail(error, DHSA_ERR_VALUE, "%s: has no data", name);
@@ -154,7 +154,7 @@ static dhsa_status out_check(const dhsa_problem *p, dhsa_error *error)
 
 dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
 {
-    if (!p) return dhsa_given(p, "problem", error);
+    if (!p) return dhsa_check_pointer(p, "problem", error);
     const dhsa_tensor *q = &p->q, *k = &p->k, *v = &p->v;
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_tensor_check(v, "v", error))) return status;

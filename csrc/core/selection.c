@@ -30,7 +30,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
                                  int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error)
 {
     int64_t rows;
-    if (!s) return dhsa_given(s, "selection", error);
+    if (!s) return dhsa_check_pointer(s, "selection", error);
     if (s->batch != batch)
         return dhsa_fail(error, DHSA_ERR_VALUE, "selection: made for batch %" PRId64 ", got %" PRId64, s->batch, batch);
     if (s->heads != 1 && s->heads != kv_heads && s->heads != q_heads)
@@ -66,7 +66,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
-/* Pairs that causality and the window leave visible, in `heads` sharing sets of every batch row. */
+/* Pairs that causality and the window leave visible, in `heads` head sets of every batch item. */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
 {
     const int64_t k_len = p->k.shape[2], first = k_len - p->q.shape[2];

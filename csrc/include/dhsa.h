@@ -130,7 +130,7 @@ typedef struct {
     const dhsa_compact *compact;
 } dhsa_boundary_config;
 
-/* Scores of gap j (between keys j and j + 1) of one batch row: minus the cosine of the mean key of the w tokens up to j
+/* Scores of gap j (between keys j and j + 1) of one batch item: minus the cosine of the mean key of the w tokens up to j
  * and of the w after it (fewer at the ends), KV heads concatenated. scores [B, Lk]; the last one, no gap, is -inf. */
 dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error);
 /* logits [B, Lk] of the predictor; the first w - 1 and last w gaps are -100. */
@@ -165,16 +165,16 @@ typedef struct {
     dhsa_pooling pooling; /* block score only */
     dhsa_heads heads;
     int64_t query_block;
-    int64_t rows;   /* rows score: mean rows a full block is reduced to, 1..query_block */
-    int rounded;    /* rows score: mean rows and mean keys are rounded to bf16, as in selection by the method of rows */
-    double scale;   /* rows: of the logits; block: of the products (1: the paper's) */
-    double softcap; /* of the logits, or of the block's products; 0: none */
-    int64_t window; /* 0: none */
+    int64_t mean_queries; /* rows score: mean queries a full block is reduced to, 1..query_block */
+    int rounded;          /* rows score: mean queries and mean keys are rounded to bf16, as in selection by the method of rows */
+    double scale;         /* rows: of the logits; block: of the products (1: the paper's) */
+    double softcap;       /* of the logits, or of the block's products; 0: none */
+    int64_t window;       /* 0: none */
 } dhsa_score_config;
 
 /* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
  * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
- * block: the mean query of the sharing set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows
+ * block: the mean query of the head set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows
  * and heads of it: a chunk counts as often as it has keys, and its score is that of one of them. */
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
@@ -215,7 +215,7 @@ int dhsa_method_has_chunks(dhsa_method_kind kind);
 int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int paper);
 /* All that a config has to fulfil whatever the arrays of a call are; boundaries NULL: nothing is cut. Every function that takes a
  * config calls it first. (scale, softcap, window and whether a network fits the keys belong to the call.) */
-dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundaries, dhsa_error *error);
+dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundary_config, dhsa_error *error);
 /* Whether causal attention of the last q_len of k_len positions leaves a visible key out in some block, under this window (0: none)
  * in place of the config's: the rule that dhsa_prefill follows, in constant time. config must have been checked. */
 int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window);
@@ -229,23 +229,23 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
 
 /* ---- keys from call to call --------------------------------------------------------------------------------------- */
 
-/* What is kept of the keys of one sequence in one layer: how they were cut, the means of their chunks, and a mark of each by which
- * a later call knows it again. Keys that changed are noticed and forgotten with all that follow. Not for two calls at once.
- * Where functions below return nothing or a number, a past of NULL is one that keeps nothing. */
-typedef struct dhsa_past dhsa_past;
+/* What is kept of the keys of one sequence in one layer: how they were cut, the means of their chunks, and a fingerprint of each by
+ * which a later call knows it again. Keys that changed are noticed and forgotten with all that follow. Not for two calls at once.
+ * Where functions below return nothing or a number, an index of NULL is an empty one. */
+typedef struct dhsa_key_index dhsa_key_index;
 
-dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error);
-void dhsa_past_free(dhsa_past *past);
-void dhsa_past_reset(dhsa_past *past);
+dhsa_status dhsa_key_index_new(dhsa_key_index **index, dhsa_error *error);
+void dhsa_key_index_free(dhsa_key_index *index);
+void dhsa_key_index_reset(dhsa_key_index *index);
 /* A twin that goes its own way from here. */
-dhsa_status dhsa_past_copy(const dhsa_past *past, dhsa_past **twin, dhsa_error *error);
+dhsa_status dhsa_key_index_copy(const dhsa_key_index *index, dhsa_key_index **twin, dhsa_error *error);
 /* Lets go of the means, the bulk of it; the next call that wants them makes them again. */
-void dhsa_past_slim(dhsa_past *past);
+void dhsa_key_index_drop_means(dhsa_key_index *index);
 /* The cuts after the last call, empty chunks of a decoding step included, into boundaries (NULL: none); returns how many entries.
  */
-int64_t dhsa_past_boundaries(const dhsa_past *past, int32_t *boundaries);
+int64_t dhsa_key_index_boundaries(const dhsa_key_index *index, int32_t *boundaries);
 /* Memory held, in bytes. */
-int64_t dhsa_past_bytes(const dhsa_past *past);
+int64_t dhsa_key_index_bytes(const dhsa_key_index *index);
 
 /* ---- the pipeline ------------------------------------------------------------------------------------------- */
 
@@ -260,20 +260,21 @@ typedef struct {
 
 /* boundaries -> scores -> selection -> attention. Runs exact when no block's visible span exceeds the budget.
  * problem must be causal, without key_ranges. The score config's scale, softcap and window are taken from the problem
- * (a block score is not scaled: the order is the same). given: NULL, or boundaries [B, n_given] as dhsa_boundaries writes them,
+ * (a block score is not scaled: the order is the same). boundaries: NULL, or [B, n_boundaries] as dhsa_boundaries writes them,
  * which are used in place of cutting, for methods of chunks. */
-dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
-                         const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
+dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
+                         int64_t n_boundaries, const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 
-/* The same with a past for each batch row, pasts [B], each another one, of a method with chunks: keys that they know are not cut
- * and averaged again, whatever number of queries comes with new ones. The first `same` keys are said to be those of the last call:
- * where they are many, some of them are looked at, others in each call, and all that come after. keep 0: the means are let go
- * again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail is ignored), keys that came by
- * such steps are one chunk and its own another. A call that is exact in any case, or whose arguments are refused, leaves the pasts
- * as they were; one that fails later empties them. */
-dhsa_status dhsa_prefill_on(const dhsa_problem *problem, const dhsa_boundary_config *boundaries, const int32_t *given,
-                            int64_t n_given, const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, int keep,
-                            dhsa_stats *stats, dhsa_error *error);
+/* The same with a key index for each batch item, key_indexes [B], all distinct, for a method with chunks: keys that they know are
+ * not cut and averaged again, whatever number of queries comes with new ones. The first `same` keys are said to be those of the
+ * last call: where they are many, some of them are looked at, others in each call, and all that come after. keep_means 0: the means
+ * are freed again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail is ignored), keys that
+ * came by such steps are one chunk and its own another. A call that is exact in any case, or whose arguments are refused, leaves
+ * the key indexes as they were; one that fails later empties them. */
+dhsa_status dhsa_prefill_indexed(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config,
+                                 const int32_t *boundaries, int64_t n_boundaries, const dhsa_select_config *select,
+                                 dhsa_key_index *const *key_indexes, int64_t same, int keep_means, dhsa_stats *stats,
+                                 dhsa_error *error);
 
 /* ---- machine ------------------------------------------------------------------------------------------------ */
 

@@ -39,7 +39,7 @@ typedef struct {
 
 static int64_t label_query_of(const label_block *w, int64_t row) { return w->rows.query + row / w->rows.heads; }
 
-static void label_take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+static void label_visit(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
 {
     const label_block *w = of;
     const label_job *job = w->job;
@@ -85,7 +85,7 @@ static void label_stripe_task(void *context, int64_t index, int thread)
                                     .of = &w,
                                     .pack = dhsa_probe_pack_queries,
                                     .keys = dhsa_probe_read_keys,
-                                    .take = label_take};
+                                    .visit = label_visit};
         for (w.rows.head = 0; w.rows.head < job->q->shape[1]; w.rows.head += w.rows.heads)
             dhsa_probe_do(&job->probe, &run, job->arenas + thread * job->probe.arena_size);
     }
@@ -124,7 +124,7 @@ dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, in
 {
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_scaling_check(scale, softcap, error)) ||
-        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(ratios, "ratios", error)))
+        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(ratios, "ratios", error)))
         return status;
     const int64_t batch = q->shape[0], length = q->shape[2];
     if (k->shape[2] != length)

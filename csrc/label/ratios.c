@@ -59,8 +59,8 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
 {
     dhsa_status status;
     int64_t reach;
-    if ((status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(attn, "attn", error)) ||
-        (status = dhsa_given(ratios, "ratios", error)))
+    if ((status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(attn, "attn", error)) ||
+        (status = dhsa_check_pointer(ratios, "ratios", error)))
         return status;
     if (length < 1 || length > DHSA_MAX_LENGTH)
         return dhsa_fail(error, DHSA_ERR_VALUE, "attn: length is %" PRId64 ", expected 1 to %d", length, DHSA_MAX_LENGTH);

@@ -19,7 +19,7 @@ int dhsa_method_has_chunks(dhsa_method_kind kind)
 
 dhsa_status dhsa_score_config_check(const dhsa_score_config *c, dhsa_error *error)
 {
-    if (!c) return dhsa_given(c, "config", error);
+    if (!c) return dhsa_check_pointer(c, "config", error);
     if (c->score != DHSA_SCORE_ROWS && c->score != DHSA_SCORE_BLOCK)
         return dhsa_fail(error, DHSA_ERR_VALUE, "score: unknown kind %d", (int)c->score);
     if (c->pooling != DHSA_POOL_MEAN && c->pooling != DHSA_POOL_MEAN_SQRT)
@@ -28,19 +28,19 @@ dhsa_status dhsa_score_config_check(const dhsa_score_config *c, dhsa_error *erro
         return dhsa_fail(error, DHSA_ERR_VALUE, "heads: unknown kind %d", (int)c->heads);
     if (c->query_block < 1 || c->query_block > INT32_MAX)
         return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: got %" PRId64 ", expected 1 to %d", c->query_block, INT32_MAX);
-    if (c->score == DHSA_SCORE_ROWS && (c->rows < 1 || c->rows > c->query_block))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "rows: got %" PRId64 ", expected 1 to the query_block of %" PRId64, c->rows,
+    if (c->score == DHSA_SCORE_ROWS && (c->mean_queries < 1 || c->mean_queries > c->query_block))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "rows: got %" PRId64 ", expected 1 to the query_block of %" PRId64, c->mean_queries,
                          c->query_block);
     return DHSA_OK;
 }
 
 static dhsa_status select_config_check(const dhsa_select_config *c, dhsa_error *error)
 {
-    if (!c) return dhsa_given(c, "config", error);
+    if (!c) return dhsa_check_pointer(c, "config", error);
     const dhsa_method *method = dhsa_method_find(c->method);
     dhsa_score_config score = c->score;
     if (!method) return dhsa_fail(error, DHSA_ERR_VALUE, "method: unknown kind %d", (int)c->method);
-    if (!method->has_chunks && !method->has_rows) score.rows = 1; /* is ignored */
+    if (!method->has_chunks && !method->has_mean_queries) score.mean_queries = 1; /* is ignored */
     const dhsa_status status = dhsa_score_config_check(&score, error);
     if (status) return status;
     if ((c->method == DHSA_METHOD_DHSA) != (score.score == DHSA_SCORE_BLOCK))

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "attend/attend.h"
-#include "chunk/past.h"
+#include "chunk/key_index.h"
 #include "pipeline/pipeline.h"
 
 static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_error *error)
@@ -20,8 +20,8 @@ static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_erro
 
 /* ---- waves ------------------------------------------------------------------------------------------------------ */
 
-/* Lists are made and used a wave at a time: blocks [first, first + blocks) of batch rows [b, b + batch). The whole of a
- * small call is one wave, else a wave is a part of one batch row. Waves depend on the shape only. */
+/* Lists are made and used a wave at a time: blocks [first, first + blocks) of batch items [b, b + batch). The whole of a
+ * small call is one wave, else a wave is a part of one batch item. Waves depend on the shape only. */
 enum {
     WAVE_KEYS = 1 << 18, /* keys on the lists of a wave */
     WAVE_LISTS = 32      /* but as many lists as this, so that threads have work to share out */
@@ -31,10 +31,10 @@ typedef struct {
     const dhsa_problem *p;
     const dhsa_select_config *config;
     dhsa_selector selector;
-    int64_t sets, blocks;
+    int64_t head_sets, blocks;
     int64_t capacity; /* entries of a row of boundaries; all 0 where the method has no chunks */
     const int32_t *boundaries;
-    int32_t *own; /* the memory of boundaries that were not given */
+    int32_t *own; /* the memory of boundaries that were made here */
     int64_t *indptr;
     int32_t *indices;
     float *lse;
@@ -48,7 +48,7 @@ typedef struct {
 /* The wave that ends before block `end`; the latest blocks are the heaviest and come first. */
 static wave next_wave(const pipeline *l, int64_t b, int64_t batch, int64_t end)
 {
-    const int64_t q_len = l->p->q.shape[2], k_len = l->p->k.shape[2], lists = batch * l->sets;
+    const int64_t q_len = l->p->q.shape[2], k_len = l->p->k.shape[2], lists = batch * l->head_sets;
     wave w = {b, batch, end, 0, 0};
     while (w.first > 0) {
         const int64_t keys = lists * dhsa_block_keys(l->config, q_len, k_len, w.first - 1);
@@ -71,16 +71,17 @@ static dhsa_tensor part_of(const dhsa_tensor *t, int64_t b, int64_t batch, int64
 
 static dhsa_status select_wave(pipeline *l, const wave *w, dhsa_error *error)
 {
-    dhsa_status status = dhsa_selector_wake(&l->selector, error);
+    dhsa_status status = dhsa_selector_alloc_arenas(&l->selector, error);
     l->indptr[0] = 0;
     for (int64_t i = 0; i < w->batch && !status; i++) {
-        /* What the blocks of a batch row share serves all its waves. */
+        /* What the blocks of a batch item share serves all its waves. */
         if (w->first + w->blocks == l->blocks) status = dhsa_selector_begin(&l->selector, w->b + i, error);
         if (!status)
-            status = dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * l->sets * w->blocks, l->indices, error);
+            status =
+                dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * l->head_sets * w->blocks, l->indices, error);
     }
     /* Scoring and attention need their workspaces one after the other. */
-    dhsa_selector_rest(&l->selector);
+    dhsa_selector_free_arenas(&l->selector);
     return status;
 }
 
@@ -97,11 +98,11 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     part.k = part_of(&l->p->k, w->b, w->batch, 0, end);
     part.v = part_of(&l->p->v, w->b, w->batch, 0, end);
     if (l->p->lse) part.lse = whole ? l->p->lse + w->b * H * q_len : l->lse;
-    const dhsa_selection list = {w->batch, l->sets, w->blocks, block, l->indptr, l->indices};
-    assert(dhsa_selection_check(&list, w->batch * l->sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n, end, NULL) ==
+    const dhsa_selection list = {w->batch, l->head_sets, w->blocks, block, l->indptr, l->indices};
+    assert(dhsa_selection_check(&list, w->batch * l->head_sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n, end, NULL) ==
            DHSA_OK);
     const dhsa_status status = dhsa_attend_checked(&part, &list, error);
-    if (!status && l->p->lse && !whole) /* one batch row */
+    if (!status && l->p->lse && !whole) /* one batch item */
         for (int64_t h = 0; h < H; h++)
             memcpy(l->p->lse + (w->b * H + h) * q_len + from, l->lse + h * n, (size_t)n * sizeof *l->lse);
     l->pairs += status ? 0 : dhsa_pairs_kept(&part, &list);
@@ -109,7 +110,7 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
 }
 
 /* Runs all waves, or with stats NULL only sizes their memory. */
-static dhsa_status run_waves(pipeline *l, dhsa_stats *stats, int64_t *rows, int64_t *keys, dhsa_error *error)
+static dhsa_status run_waves(pipeline *l, dhsa_stats *stats, int64_t *lists, int64_t *keys, dhsa_error *error)
 {
     const int64_t batch = l->p->q.shape[0];
     const wave all = next_wave(l, 0, batch, l->blocks);
@@ -120,7 +121,7 @@ static dhsa_status run_waves(pipeline *l, dhsa_stats *stats, int64_t *rows, int6
             const wave w = one ? all : next_wave(l, b, 1, end);
             end = w.first;
             if (!stats) {
-                *rows = DHSA_MAX(*rows, w.batch * l->sets * w.blocks);
+                *lists = DHSA_MAX(*lists, w.batch * l->head_sets * w.blocks);
                 *keys = DHSA_MAX(*keys, w.keys);
                 continue;
             }
@@ -147,63 +148,65 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
     return status;
 }
 
-/* Keys that the pasts know are cut already. */
-static dhsa_status cut_on(pipeline *l, const dhsa_boundary_config *config, dhsa_past *const *pasts, int64_t same, dhsa_error *error)
+/* Keys that the key indexes hold are cut already. */
+static dhsa_status cut_indexed(pipeline *l, const dhsa_boundary_config *config, dhsa_key_index *const *key_indexes, int64_t same,
+                               dhsa_error *error)
 {
     const dhsa_tensor *k = &l->p->k;
     for (int64_t b = 0; b < k->shape[0]; b++) {
-        const dhsa_status status =
-            l->boundaries
-                ? dhsa_past_adopt(pasts[b], k, b, l->boundaries + b * l->capacity, l->capacity, same, l->p->num_threads, error)
-                : dhsa_past_follow(pasts[b], k, b, config, l->p->q.shape[2] == 1, same, l->p->num_threads, error);
+        const dhsa_status status = l->boundaries ? dhsa_key_index_assign(key_indexes[b], k, b, l->boundaries + b * l->capacity,
+                                                                         l->capacity, same, l->p->num_threads, error)
+                                                 : dhsa_key_index_update(key_indexes[b], k, b, config, l->p->q.shape[2] == 1, same,
+                                                                         l->p->num_threads, error);
         if (status) return status;
     }
     if (l->boundaries) return DHSA_OK;
-    for (int64_t b = 0; b < k->shape[0]; b++) l->capacity = DHSA_MAX(l->capacity, dhsa_past_boundaries(pasts[b], NULL));
+    for (int64_t b = 0; b < k->shape[0]; b++) l->capacity = DHSA_MAX(l->capacity, dhsa_key_index_boundaries(key_indexes[b], NULL));
     int32_t *boundaries = l->own = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *boundaries);
     if (!boundaries) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     for (int64_t b = 0; b < k->shape[0]; b++) {
         int32_t *row = boundaries + b * l->capacity;
-        for (int64_t i = dhsa_past_boundaries(pasts[b], row); i < l->capacity; i++) row[i] = (int32_t)k->shape[2];
+        for (int64_t i = dhsa_key_index_boundaries(key_indexes[b], row); i < l->capacity; i++) row[i] = (int32_t)k->shape[2];
     }
     l->boundaries = boundaries;
     return DHSA_OK;
 }
 
-static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const int32_t *given, int64_t n_given,
-                              const dhsa_select_config *select, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
-                              dhsa_error *error)
+static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const int32_t *boundaries,
+                              int64_t n_boundaries, const dhsa_select_config *select, dhsa_key_index *const *key_indexes,
+                              int64_t same, int keep_means, dhsa_stats *stats, dhsa_error *error)
 {
     const double start = dhsa_now();
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
-    pipeline l = {.p = p, .config = select, .capacity = n_given, .boundaries = given};
-    l.sets = dhsa_score_sets(&select->score, &p->q, &p->k);
+    pipeline l = {.p = p, .config = select, .capacity = n_boundaries, .boundaries = boundaries};
+    l.head_sets = dhsa_head_sets(&select->score, &p->q, &p->k);
     l.blocks = dhsa_block_count(&select->score, q_len);
-    int64_t rows = 0, keys = 0;
+    int64_t lists = 0, keys = 0;
     dhsa_status status;
-    if (dhsa_method_has_chunks(select->method) && (pasts || !given) &&
-        (status = pasts ? cut_on(&l, config, pasts, same, error) : cut(&l, config, error)))
+    if (dhsa_method_has_chunks(select->method) && (key_indexes || !boundaries) &&
+        (status = key_indexes ? cut_indexed(&l, config, key_indexes, same, error) : cut(&l, config, error)))
         goto cleanup;
-    run_waves(&l, NULL, &rows, &keys, NULL);
-    l.indptr = dhsa_alloc(rows + 1, sizeof *l.indptr);
+    run_waves(&l, NULL, &lists, &keys, NULL);
+    l.indptr = dhsa_alloc(lists + 1, sizeof *l.indptr);
     l.indices = dhsa_alloc(keys, sizeof *l.indices);
-    l.lse = p->lse ? dhsa_alloc(H, DHSA_MIN(rows / l.sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse) : NULL;
+    l.lse =
+        p->lse ? dhsa_alloc(H, DHSA_MIN(lists / l.head_sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse) : NULL;
     if (!l.indptr || !l.indices || (p->lse && !l.lse)) {
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
-    if ((status = dhsa_selector_open(&l.selector, dhsa_method_find(select->method), &p->q, &p->k, l.boundaries, l.capacity, pasts,
-                                     select, p->num_threads, error)))
+    if ((status = dhsa_selector_open(&l.selector, dhsa_method_find(select->method), &p->q, &p->k, l.boundaries, l.capacity,
+                                     key_indexes, select, p->num_threads, error)))
         goto cleanup;
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;
     status = run_waves(&l, stats, NULL, NULL, error);
-    stats->density = l.pairs / dhsa_pairs_visible(p, l.sets);
+    stats->density = l.pairs / dhsa_pairs_visible(p, l.head_sets);
     dhsa_selector_close(&l.selector);
 cleanup:
     /* What a call that failed midway has left is nothing to build on. */
-    for (int64_t b = 0; pasts && status && b < p->k.shape[0]; b++) dhsa_past_reset(pasts[b]);
-    for (int64_t b = 0; pasts && !keep && b < p->k.shape[0]; b++) dhsa_past_slim(pasts[b]);
+    for (int64_t b = 0; key_indexes && status && b < p->k.shape[0]; b++) dhsa_key_index_reset(key_indexes[b]);
+    for (int64_t b = 0; key_indexes && !keep_means && b < p->k.shape[0]; b++) dhsa_key_index_drop_means(key_indexes[b]);
     dhsa_free(l.own);
     dhsa_free(l.indptr);
     dhsa_free(l.indices);
@@ -211,62 +214,67 @@ cleanup:
     return status;
 }
 
-static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
-                       const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
-                       dhsa_error *error)
+static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
+                       int64_t n_boundaries, const dhsa_select_config *config, dhsa_key_index *const *key_indexes, int64_t same,
+                       int keep_means, dhsa_stats *stats, dhsa_error *error)
 {
     dhsa_status status;
-    if ((status = dhsa_given(config, "select", error)) || (status = dhsa_given(stats, "stats", error))) return status;
+    if ((status = dhsa_check_pointer(config, "select", error)) || (status = dhsa_check_pointer(stats, "stats", error)))
+        return status;
     dhsa_select_config select = *config;
     memset(stats, 0, sizeof *stats);
     stats->density = 1.0;
     if ((status = dhsa_problem_check(p, error)) || (status = dhsa_config_check(config, NULL, error))) return status;
     if (same < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "same: got %" PRId64 ", expected at least 0", same);
-    for (int64_t b = 0; pasts && b < p->k.shape[0]; b++) {
-        if ((status = dhsa_given(pasts[b], "pasts", error))) return status;
-        pasts[b]->row = b;
+    for (int64_t b = 0; key_indexes && b < p->k.shape[0]; b++) {
+        if ((status = dhsa_check_pointer(key_indexes[b], "key_indexes", error))) return status;
+        key_indexes[b]->item = b;
     }
-    for (int64_t b = 0; pasts && b < p->k.shape[0]; b++)
-        if (pasts[b]->row != b)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "pasts: one is that of rows %" PRId64 " and %" PRId64 ", expected one a row", b,
-                             pasts[b]->row);
+    for (int64_t b = 0; key_indexes && b < p->k.shape[0]; b++)
+        if (key_indexes[b]->item != b)
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "key_indexes: batch items %" PRId64 " and %" PRId64 " share one, expected one for each item", b,
+                             key_indexes[b]->item);
     if (!p->causal || p->key_ranges)
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "%s: sparse attention is causal, without ranges of its own",
                          p->key_ranges ? "key_ranges" : "causal");
-    const int rows = select.score.score == DHSA_SCORE_ROWS;
-    select.score.scale = rows ? p->scale : 1.0;
-    select.score.softcap = rows ? p->softcap : 0.0;
+    const int of_rows = select.score.score == DHSA_SCORE_ROWS;
+    select.score.scale = of_rows ? p->scale : 1.0;
+    select.score.softcap = of_rows ? p->softcap : 0.0;
     select.score.window = p->window;
-    if (pasts && !dhsa_method_has_chunks(select.method))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "past: method %s has no chunks to keep", dhsa_method_find(select.method)->name);
-    if (pasts && p->q.shape[2] == 1) { /* a decoding step */
-        select.score.query_block = select.score.rows = 1;
+    if (key_indexes && !dhsa_method_has_chunks(select.method))
+        return dhsa_fail(error, DHSA_ERR_VALUE, "key_indexes: method %s has no chunks to keep",
+                         dhsa_method_find(select.method)->name);
+    if (key_indexes && p->q.shape[2] == 1) { /* a decoding step */
+        select.score.query_block = select.score.mean_queries = 1;
         select.dense_tail = 0;
         /* A query alone needs no list that is long enough for the differing wishes of a block. */
         select.shortlist = DHSA_MAX(select.shortlist / 2, DHSA_MIN(select.shortlist, select.budget));
     }
-    if (given && !dhsa_method_has_chunks(select.method))
+    if (boundaries && !dhsa_method_has_chunks(select.method))
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: this method cuts no chunks; expected none");
-    if (given && (status = dhsa_boundaries_check(given, p->k.shape[0], n_given, p->k.shape[2], error))) return status;
-    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window)) return run_exact(p, stats, error);
-    /* Looked at before the pasts are: what is refused leaves them as they were. */
-    if (dhsa_method_has_chunks(select.method) && !given &&
-        ((status = dhsa_boundary_config_check(boundaries, error)) ||
-         (status = dhsa_boundary_config_fits(boundaries, &p->k, error))))
+    if (boundaries && (status = dhsa_boundaries_check(boundaries, p->k.shape[0], n_boundaries, p->k.shape[2], error)))
         return status;
-    return run_sparse(p, boundaries, given, given ? n_given : 0, &select, pasts, same, keep, stats, error);
+    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window)) return run_exact(p, stats, error);
+    /* Checked before the key indexes are touched: refused arguments leave them unchanged. */
+    if (dhsa_method_has_chunks(select.method) && !boundaries &&
+        ((status = dhsa_boundary_config_check(boundary_config, error)) ||
+         (status = dhsa_boundary_config_fits(boundary_config, &p->k, error))))
+        return status;
+    return run_sparse(p, boundary_config, boundaries, boundaries ? n_boundaries : 0, &select, key_indexes, same, keep_means, stats,
+                      error);
 }
 
-dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
-                         const dhsa_select_config *config, dhsa_stats *stats, dhsa_error *error)
+dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
+                         int64_t n_boundaries, const dhsa_select_config *config, dhsa_stats *stats, dhsa_error *error)
 {
-    return run(p, boundaries, given, n_given, config, NULL, 0, 0, stats, error);
+    return run(p, boundary_config, boundaries, n_boundaries, config, NULL, 0, 0, stats, error);
 }
 
-dhsa_status dhsa_prefill_on(const dhsa_problem *p, const dhsa_boundary_config *boundaries, const int32_t *given, int64_t n_given,
-                            const dhsa_select_config *config, dhsa_past *const *pasts, int64_t same, int keep, dhsa_stats *stats,
-                            dhsa_error *error)
+dhsa_status dhsa_prefill_indexed(const dhsa_problem *p, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
+                                 int64_t n_boundaries, const dhsa_select_config *config, dhsa_key_index *const *key_indexes,
+                                 int64_t same, int keep_means, dhsa_stats *stats, dhsa_error *error)
 {
-    const dhsa_status status = dhsa_given(pasts, "pasts", error);
-    return status ? status : run(p, boundaries, given, n_given, config, pasts, same, keep, stats, error);
+    const dhsa_status status = dhsa_check_pointer(key_indexes, "key_indexes", error);
+    return status ? status : run(p, boundary_config, boundaries, n_boundaries, config, key_indexes, same, keep_means, stats, error);
 }

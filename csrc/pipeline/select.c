@@ -24,10 +24,10 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
 {
     dhsa_status status;
     if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
-        (status = dhsa_given(indptr, "indptr", error)))
+        (status = dhsa_check_pointer(indptr, "indptr", error)))
         return status;
     const int64_t blocks = dhsa_block_count(&config->score, q->shape[2]);
-    const int64_t lists = q->shape[0] * dhsa_score_sets(&config->score, q, k);
+    const int64_t lists = q->shape[0] * dhsa_head_sets(&config->score, q, k);
     int64_t unused;
     if (!dhsa_mul(lists * blocks, k->shape[2], &unused))
         return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: %" PRId64 " makes more lists than can be counted",
@@ -46,7 +46,7 @@ static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, cons
                                 int *sparse, dhsa_error *error)
 {
     const int64_t blocks = dhsa_block_count(&config->score, q->shape[2]);
-    const int64_t lists = q->shape[0] * dhsa_score_sets(&config->score, q, k);
+    const int64_t lists = q->shape[0] * dhsa_head_sets(&config->score, q, k);
     *sparse = 0;
     if (indptr[0] != 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", indptr[0]);
     for (int64_t i = 0; i < blocks; i++) {
@@ -69,8 +69,8 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
     dhsa_status status;
     int sparse;
     if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
-        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(indptr, "indptr", error)) ||
-        (status = dhsa_given(indices, "indices", error)) || (status = check_indptr(q, k, config, indptr, &sparse, error)))
+        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(indptr, "indptr", error)) ||
+        (status = dhsa_check_pointer(indices, "indices", error)) || (status = check_indptr(q, k, config, indptr, &sparse, error)))
         return status;
     if (!dhsa_method_find(config->method)->has_chunks)
         boundaries = NULL;
@@ -81,7 +81,7 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
         return status;
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
         if (sparse) status = dhsa_selector_begin(&s, b, error);
-        if (!status) status = dhsa_selector_run(&s, 0, s.blocks, indptr + b * s.sets * s.blocks, indices, error);
+        if (!status) status = dhsa_selector_run(&s, 0, s.blocks, indptr + b * s.head_sets * s.blocks, indices, error);
     }
     dhsa_selector_close(&s);
     return status;
@@ -100,8 +100,8 @@ static void scores_task(void *context, int64_t index, int thread)
 {
     const scores_job *job = context;
     const dhsa_scorer *s = &job->scorer;
-    const int64_t block = s->blocks - 1 - index / s->sets, set = index % s->sets;
-    float *score = job->scores + ((s->b * s->sets + set) * s->blocks + block) * job->width;
+    const int64_t block = s->blocks - 1 - index / s->head_sets, set = index % s->head_sets;
+    float *score = job->scores + ((s->b * s->head_sets + set) * s->blocks + block) * job->width;
     int64_t first, last;
     dhsa_scorer_run(s, set, block, NULL, 0, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
     for (int64_t c = 0; c < first; c++) score[c] = -INFINITY;
@@ -115,18 +115,18 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     dhsa_scorer *s = &job.scorer;
     dhsa_status status;
     if ((status = dhsa_score_config_check(config, error)) || (status = call_check(q, k, config, error)) ||
-        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_given(scores, "scores", error)) ||
+        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(scores, "scores", error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
         (status = dhsa_scorer_open(s, q, k, config, n_boundaries, config->rounded, NULL, DHSA_LEVEL_FINE, error)))
         return status;
     job.width = n_boundaries - 1;
-    num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
+    num_threads = dhsa_select_threads(num_threads, s->head_sets * s->blocks);
     job.arenas = dhsa_alloc(s->arena_size, num_threads);
     if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
         status =
             dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads, error);
-        if (!status) dhsa_parallel(s->sets * s->blocks, num_threads, scores_task, &job);
+        if (!status) dhsa_parallel(s->head_sets * s->blocks, num_threads, scores_task, &job);
     }
     dhsa_free(job.arenas);
     dhsa_scorer_close(s);

@@ -41,7 +41,7 @@ static const char *const pooling_names[] = {"mean", "mean_sqrt", NULL};
     X(theta, NUMBER, boundaries.theta, 0, 0, NULL)                                                                                 \
     X(nms, INT, boundaries.nms, 0, 0, NULL)                                                                                        \
     X(predictor, WEIGHTS, weights, 0, 0, NULL)                                                                                     \
-    X(rows, INT, select.score.rows, 1, 0, NULL)                                                                                    \
+    X(rows, INT, select.score.mean_queries, 1, 0, NULL)                                                                            \
     X(rounded, FLAG, select.score.rounded, 0, 0, NULL)                                                                             \
     X(shortlist, INT, select.shortlist, 0, 0, NULL)                                                                                \
     X(pooling, CHOICE, select.score.pooling, 0, 0, pooling_names)                                                                  \
@@ -203,7 +203,7 @@ static PyObject *config_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->select.budget = self->select.floor = INT64_MAX;
     self->select.key_block = 128;
     self->select.score.query_block = 64;
-    self->select.score.rows = 1;
+    self->select.score.mean_queries = 1;
     self->select.score.scale = 1;
     self->boundaries.chunk_size = 8;
     self->boundaries.window = 4;

@@ -7,7 +7,7 @@
 #include "attend/attend.h"
 #include "core/threads.h"
 #include "python/config.h"
-#include "python/past.h"
+#include "python/key_index.h"
 #include "select/span.h"
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
@@ -120,26 +120,27 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
         dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
-    dhsa_py_pasts pasts;
-    int64_t same = 0, keep = 0;
-    dhsa_py_view given;
-    memset(&given, 0, sizeof given);
+    dhsa_py_key_indexes key_indexes;
+    int64_t same = 0, keep_means = 0;
+    dhsa_py_view boundaries;
+    memset(&boundaries, 0, sizeof boundaries);
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
-    if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &given) == 0) &&
-        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep", 0, 1, &keep) == 0 &&
-        dhsa_py_pasts_open(state, args[14], p.problem.k.shape[0], &pasts) == 0) {
+    if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
+        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep", 0, 1, &keep_means) == 0 &&
+        dhsa_py_key_indexes_open(state, args[14], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
-        const int64_t n_given = given.data ? given.shape[1] : 0;
-        status = pasts.pasts ? dhsa_prefill_on(&p.problem, &cuts, given.data, n_given, &config->select, pasts.pasts, same,
-                                               (int)keep, &stats, &error)
-                             : dhsa_prefill(&p.problem, &cuts, given.data, n_given, &config->select, &stats, &error);
+        const int64_t n_boundaries = boundaries.data ? boundaries.shape[1] : 0;
+        status = key_indexes.items
+                     ? dhsa_prefill_indexed(&p.problem, &cuts, boundaries.data, n_boundaries, &config->select, key_indexes.items,
+                                            same, (int)keep_means, &stats, &error)
+                     : dhsa_prefill(&p.problem, &cuts, boundaries.data, n_boundaries, &config->select, &stats, &error);
         Py_END_ALLOW_THREADS;
-        dhsa_py_pasts_release(&pasts);
+        dhsa_py_key_indexes_release(&key_indexes);
         result = dhsa_py_result(status, &error);
         if (result != NULL) {
             Py_DECREF(result);
@@ -147,7 +148,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
                 Py_BuildValue("(idddd)", (int)stats.path, stats.density, stats.select_seconds, stats.attend_seconds, skipped(&p));
         }
     }
-    dhsa_py_view_release(&given);
+    dhsa_py_view_release(&boundaries);
     dhsa_py_problem_release(&p);
     return result;
 }
@@ -204,7 +205,7 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
     }
     dhsa_score_config config = parsed->select.score;
     const int64_t length = a.q.shape[2], block = config.query_block;
-    const int64_t shape[4] = {a.q.shape[0], dhsa_score_sets(&config, &a.q, &a.k), length / block + (length % block != 0),
+    const int64_t shape[4] = {a.q.shape[0], dhsa_head_sets(&config, &a.q, &a.k), length / block + (length % block != 0),
                               a.boundaries.shape[1] - 1};
     if (a.boundaries.shape[1] < 2) {
         PyErr_SetString(PyExc_ValueError, "boundaries: expected at least the two entries 0 and Lk");
@@ -229,7 +230,7 @@ static int open_indptr(const dhsa_py_state *state, PyObject *object, int writabl
     }
     const int64_t length = a->q.shape[2], block = config->query_block;
     const int64_t nq = length / block + (length % block != 0);
-    const int64_t factors[3] = {a->q.shape[0], dhsa_score_sets(config, &a->q, &a->k), nq};
+    const int64_t factors[3] = {a->q.shape[0], dhsa_head_sets(config, &a->q, &a->k), nq};
     int64_t rows = a->indptr.shape[0] - 1; /* divided down, so that no product can overflow */
     for (int i = 0; i < 3; i++) {
         if (factors[i] < 1 || rows % factors[i] != 0) {

@@ -5,7 +5,7 @@
 #include "python/args.h"
 #include "python/config.h"
 #include "python/entries.h"
-#include "python/past.h"
+#include "python/key_index.h"
 #include "python/tensor.h"
 
 #define METHOD(name, signature)                                                                                                    \
@@ -49,10 +49,10 @@ static int module_exec(PyObject *module)
     PyObject *buffer = dhsa_py_buffer_type(module);
     const int result = buffer == NULL ? -1 : PyModule_AddObjectRef(module, "Buffer", buffer);
     Py_XDECREF(buffer);
-    state->past_type = dhsa_py_past_type(module);
+    state->key_index_type = dhsa_py_key_index_type(module);
     state->config_type = dhsa_py_config_type(module);
-    if (result != 0 || state->past_type == NULL || state->config_type == NULL ||
-        PyModule_AddObjectRef(module, "Past", state->past_type) != 0) {
+    if (result != 0 || state->key_index_type == NULL || state->config_type == NULL ||
+        PyModule_AddObjectRef(module, "Past", state->key_index_type) != 0) {
         return -1;
     }
     return PyModule_AddObjectRef(module, "Config", state->config_type);
@@ -62,7 +62,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
     dhsa_py_state *state = PyModule_GetState(module);
     Py_VISIT(state->versioned_kwargs);
-    Py_VISIT(state->past_type);
+    Py_VISIT(state->key_index_type);
     Py_VISIT(state->config_type);
     return 0;
 }
@@ -74,7 +74,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->name_exchange);
     Py_CLEAR(state->no_args);
     Py_CLEAR(state->versioned_kwargs);
-    Py_CLEAR(state->past_type);
+    Py_CLEAR(state->key_index_type);
     Py_CLEAR(state->config_type);
     return 0;
 }

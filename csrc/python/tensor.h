@@ -14,7 +14,7 @@ typedef struct {
     PyObject *name_exchange;    /* "__dlpack_c_exchange_api__" */
     PyObject *no_args;          /* () */
     PyObject *versioned_kwargs; /* {"max_version": (1, 0)} */
-    PyObject *past_type;        /* _core.Past */
+    PyObject *key_index_type;   /* _core.Past */
     PyObject *config_type;      /* _core.Config */
 } dhsa_py_state;
 

@@ -1,4 +1,4 @@
-/* coarse.c: mean rows against mean keys of fixed blocks, see coarse.h. The definition is block_rows in the reference. */
+/* coarse.c: mean queries against mean keys of fixed blocks, see coarse.h. The float64 definition is block_rows in dhsa/_twin/blocks.py. */
 #include "select/coarse.h"
 
 #include <math.h>
@@ -12,9 +12,9 @@ int32_t *dhsa_block_edges(int64_t length, int64_t key_block)
     return edges;
 }
 
-void dhsa_mean_rows_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
+void dhsa_mean_queries_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
-    const dhsa_mean_rows *m = of;
+    const dhsa_mean_queries *m = of;
     const dhsa_tensor *q = m->s->q;
     const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
     const void *rows[DHSA_MAX_LANES];
@@ -68,7 +68,7 @@ const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, 
 /* ---- key blocks --------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    dhsa_mean_rows rows;
+    dhsa_mean_queries rows;
     const dhsa_coarse *coarse;
     int64_t cut_end;   /* where the last key block ends for this block of queries */
     float *mean, *sum; /* [dim]: the mean of a block that is cut; what it is summed in */
@@ -120,9 +120,9 @@ void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set
     coarse_job w = {{s, c->probe.kernels, dhsa_block_queries(s, block), c->run, 0, heads, NULL}, c, span.end, NULL, NULL};
     coarse_lay_out(c, s->q->shape[3], arena, &w);
     for (int64_t u = from; u < to; u++) score[u] = 0;
-    dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_rows_count(&w.rows), from, to);
+    dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_queries_count(&w.rows), from, to);
     run.of = &w;
-    run.pack = dhsa_mean_rows_pack;
+    run.pack = dhsa_mean_queries_pack;
     run.keys = coarse_keys;
     run.score = score;
     for (w.rows.head = first; w.rows.head < first + s->heads_per_set; w.rows.head += heads) dhsa_probe_do(&c->probe, &run, arena);

@@ -1,4 +1,4 @@
-/* finite.c: finds keys that hold a NaN or inf, once for each batch row. finite.h says what becomes of them. */
+/* finite.c: finds keys that hold a NaN or inf, once for each batch item. finite.h says what becomes of them. */
 #include "select/finite.h"
 
 #include <math.h>
@@ -11,7 +11,7 @@ enum { KEYS = 1024 }; /* of a task */
 
 int dhsa_finite_open(dhsa_selector *s)
 {
-    s->flag_rows = DHSA_MIN(s->sets, s->k->shape[1]);
+    s->flag_rows = DHSA_MIN(s->head_sets, s->k->shape[1]);
     s->flags = dhsa_alloc(s->flag_rows, s->k->shape[2]);
     return s->flags != NULL;
 }
@@ -49,7 +49,7 @@ void dhsa_finite_begin(dhsa_selector *s)
 
 int64_t dhsa_finite_next(const dhsa_selector *s, int64_t set, int64_t from, int64_t to)
 {
-    const unsigned char *row = s->flags + set * s->flag_rows / s->sets * s->k->shape[2];
+    const unsigned char *row = s->flags + set * s->flag_rows / s->head_sets * s->k->shape[2];
     const unsigned char *found = from < to ? memchr(row + from, 1, (size_t)(to - from)) : NULL;
     return found ? found - row : to;
 }
@@ -58,9 +58,9 @@ void dhsa_finite_blocks(const dhsa_selector *s, int64_t set, dhsa_span span, flo
 {
     const int64_t key_block = s->config->key_block;
     for (int64_t j = span.lo / key_block * key_block; (j = dhsa_finite_next(s, set, j, span.end)) < span.end;) {
-        const int64_t unit = j / key_block;
-        score[unit] = INFINITY;
-        if (mass) mass[unit] = 0;
-        j = (unit + 1) * key_block;
+        const int64_t block = j / key_block;
+        score[block] = INFINITY;
+        if (mass) mass[block] = 0;
+        j = (block + 1) * key_block;
     }
 }

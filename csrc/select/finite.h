@@ -6,7 +6,7 @@
 #include "select/selector.h"
 
 /* The selector calls these three for a method that asks for them with `has_finite`. open returns 0 if there is no memory; begin
- * looks at the keys of the batch row, in parallel. */
+ * looks at the keys of the batch item, in parallel. */
 int dhsa_finite_open(dhsa_selector *s);
 void dhsa_finite_close(dhsa_selector *s);
 void dhsa_finite_begin(dhsa_selector *s);

@@ -1,5 +1,5 @@
 /* probe.c: the loop that methods share which look at real logits: panels of rows, tiles of keys, an online softmax, and each
- * probability (or the sum or maximum of a unit's) handed on with the weight that brings it to the final maximum and sum. */
+ * probability (or the sum or maximum of a key block's) handed on with the weight that brings it to the final maximum and sum. */
 #include "select/probe.h"
 
 #include <float.h>
@@ -54,37 +54,37 @@ static int64_t probe_lay_out(const dhsa_probe *b, char *base, probe_scratch *w)
     return at;
 }
 
-static int probe_in_units(const dhsa_probe *b) { return b->way == DHSA_PROBE_SUMS || b->way == DHSA_PROBE_TOPS; }
+static int probe_by_block(const dhsa_probe *b) { return b->way == DHSA_PROBE_SUMS || b->way == DHSA_PROBE_TOPS; }
 
-/* Tiles of a unit; without units, one long unit. */
-static int64_t probe_tiles_of_unit(const dhsa_probe *b) { return dhsa_ceil_div(b->unit, b->tile); }
+/* Tiles of a block; without blocks, one long block. */
+static int64_t probe_tiles_of_block(const dhsa_probe *b) { return dhsa_ceil_div(b->key_block, b->tile); }
 
 static int64_t probe_count_tiles(const dhsa_probe *b, int64_t from, int64_t to)
 {
-    if (!probe_in_units(b)) return dhsa_ceil_div(to - from, b->tile);
-    return (dhsa_ceil_div(to, b->unit) - from / b->unit) * probe_tiles_of_unit(b);
+    if (!probe_by_block(b)) return dhsa_ceil_div(to - from, b->tile);
+    return (dhsa_ceil_div(to, b->key_block) - from / b->key_block) * probe_tiles_of_block(b);
 }
 
 /* Keys [lo, end) of a tile; it may be empty. */
 static dhsa_span probe_find_tile(const dhsa_probe *b, int64_t from, int64_t to, int64_t index)
 {
     int64_t first = from + index * b->tile, last = to;
-    if (probe_in_units(b)) {
-        const int64_t per = probe_tiles_of_unit(b), unit = from / b->unit + index / per;
-        first = unit * b->unit + index % per * b->tile;
-        last = DHSA_MIN(to, (unit + 1) * b->unit);
+    if (probe_by_block(b)) {
+        const int64_t per = probe_tiles_of_block(b), block = from / b->key_block + index / per;
+        first = block * b->key_block + index % per * b->tile;
+        last = DHSA_MIN(to, (block + 1) * b->key_block);
     }
     return (dhsa_span){DHSA_MAX(first, from), DHSA_MIN(first + b->tile, last)};
 }
 
-static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
+static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t key_block)
 {
     probe_scratch unused;
     b->way = way;
     b->dim = dim;
-    b->unit = DHSA_MIN(unit, keys); /* one unit is no longer than all */
+    b->key_block = DHSA_MIN(key_block, keys); /* one block is no longer than all */
     b->tile = DHSA_MAX(DHSA_MIN(DHSA_PROBE_TILE, NUMBERS / dim), 16);
-    if (probe_in_units(b)) b->tile = DHSA_MIN(b->tile, b->unit);
+    if (probe_by_block(b)) b->tile = DHSA_MIN(b->tile, b->key_block);
     b->tiles = probe_count_tiles(b, 0, keys);
     b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
     const int64_t lanes = b->kernels->lanes, fit = PARTS / DHSA_MAX(b->part_rows * lanes * 4, 1);
@@ -92,11 +92,11 @@ static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t 
     b->arena_size = probe_lay_out(b, NULL, &unused);
 }
 
-void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t unit)
+void dhsa_probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t key_block)
 {
     b->kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32);
     b->pair = NULL;
-    probe_plan(b, way, rows, keys, dim, unit);
+    probe_plan(b, way, rows, keys, dim, key_block);
 }
 
 void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t keys, int64_t dim)
@@ -169,24 +169,24 @@ static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, con
             float *part = w->part + p * b->part_rows * lanes, *s = b->way == DHSA_PROBE_KEYS ? part + i * b->tile * lanes : w->s;
             float *alpha = b->way == DHSA_PROBE_TWICE ? w->alpha : w->alpha + (p * b->tiles + i) * lanes;
             const dhsa_span seen = probe_multiply(b, run, w, p, used, tile, keys, stride, s, w->l + p * lanes, alpha);
-            if (seen.lo < seen.end && probe_in_units(b))
+            if (seen.lo < seen.end && probe_by_block(b))
                 probe_reduce(s, (int)(seen.end - seen.lo), (int)lanes, used, b->way == DHSA_PROBE_TOPS, part + i * lanes);
         }
     }
 }
 
 /* Hands probabilities on, or adds them up where a method has no use of its own for them. */
-static void probe_take(const dhsa_probe *b, const dhsa_probe_run *run, int64_t row, int64_t first, int n, const float *p,
-                       const float *weight)
+static void probe_visit(const dhsa_probe *b, const dhsa_probe_run *run, int64_t row, int64_t first, int n, const float *p,
+                        const float *weight)
 {
-    if (run->take) {
-        run->take(run->of, row, first, n, p, weight);
+    if (run->visit) {
+        run->visit(run->of, row, first, n, p, weight);
     } else if (b->way == DHSA_PROBE_TOPS) {
-        float *best = run->score + first / b->unit;
+        float *best = run->score + first / b->key_block;
         for (int r = 0; r < b->kernels->lanes; r++)
             if (weight[r] != 0) *best = DHSA_MAX(*best, p[r] * weight[r]);
     } else {
-        b->kernels->add_sums(p, n, weight, run->score + (probe_in_units(b) ? first / b->unit : first));
+        b->kernels->add_sums(p, n, weight, run->score + (probe_by_block(b) ? first / b->key_block : first));
     }
 }
 
@@ -202,10 +202,10 @@ static void probe_hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const 
         int masked;
         const dhsa_span seen = probe_clip(b, w->lo + p * lanes, w->hi + p * lanes, used, tile, &masked);
         if (tile.lo >= tile.end || seen.lo >= seen.end) continue;
-        if (probe_in_units(b))
-            probe_take(b, run, row, seen.lo, 1, part + i * lanes, w->weight);
+        if (probe_by_block(b))
+            probe_visit(b, run, row, seen.lo, 1, part + i * lanes, w->weight);
         else
-            probe_take(b, run, row, seen.lo, (int)(seen.end - seen.lo), part + i * b->tile * lanes, w->weight);
+            probe_visit(b, run, row, seen.lo, (int)(seen.end - seen.lo), part + i * b->tile * lanes, w->weight);
         const float *alpha = w->alpha + (p * b->tiles + i) * lanes;
         for (int r = 0; r < used; r++) w->weight[r] = w->weight[r] == 0 ? 0 : w->weight[r] * alpha[r];
     }
@@ -224,7 +224,7 @@ static void probe_second_pass(const dhsa_probe *b, const dhsa_probe_run *run, co
             const dhsa_span seen = probe_multiply(b, run, w, p, used, tile, keys, stride, w->s, w->spare, w->alpha);
             if (seen.lo >= seen.end) continue;
             probe_find_weights(w->l + p * lanes, lanes, used, w->weight);
-            probe_take(b, run, at + p * lanes, seen.lo, (int)(seen.end - seen.lo), w->s, w->weight);
+            probe_visit(b, run, at + p * lanes, seen.lo, (int)(seen.end - seen.lo), w->s, w->weight);
         }
     }
 }
@@ -282,15 +282,15 @@ const float *dhsa_probe_read_keys(void *of, int64_t first, int n, float *tile, p
     const dhsa_probe_queries *w = of;
     const dhsa_probe *b = w->probe;
     const int64_t kv_head = w->head / (w->q->shape[1] / w->k->shape[1]);
-    if (!b->pair) return dhsa_probe_rows(b->kernels, w->k, w->b, kv_head, first, 1, n, tile, stride);
+    if (!b->pair) return dhsa_probe_load_keys(b->kernels, w->k, w->b, kv_head, first, 1, n, tile, stride);
     const void *rows[DHSA_PROBE_TILE];
     for (int j = 0; j < n; j++) rows[j] = dhsa_row(w->k, w->b, kv_head, first + j);
     b->pair->pack_keys(rows, n, (int)w->k->shape[3], (uint16_t *)tile);
     return tile;
 }
 
-const float *dhsa_probe_rows(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
-                             int64_t step, int n, float *tile, ptrdiff_t *stride)
+const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
+                                  int64_t step, int n, float *tile, ptrdiff_t *stride)
 {
     const int64_t dim = k->shape[3];
     if (k->dtype == DHSA_F32) { /* read where they lie */

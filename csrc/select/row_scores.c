@@ -1,4 +1,4 @@
-/* row_scores.c: row scores: mean rows of a block's queries against chunk means, a softmax over the chunks for each row, and the
+/* row_scores.c: row scores: mean queries of a block's queries against chunk means, a softmax over the chunks for each row, and the
  * sum of its squares (and, where asked for, of the probabilities themselves: attention mass) over rows: ours. Which chunks are
  * candidates is decided in scorer.c, which groups of them are looked at at all in methods/rows.c. */
 #include <float.h>
@@ -96,18 +96,18 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
     return at;
 }
 
-int64_t dhsa_rows_plan(dhsa_scorer *s)
+int64_t dhsa_row_scores_plan(dhsa_scorer *s)
 {
     const dhsa_score_config *c = s->config;
     const int64_t lanes = s->kernels->lanes;
     row_scores_scratch unused;
-    s->step = dhsa_ceil_div(c->query_block, c->rows);
+    s->step = dhsa_ceil_div(c->query_block, c->mean_queries);
     const int64_t rows = dhsa_ceil_div(DHSA_MIN(c->query_block, s->q->shape[2]), s->step) * s->heads_per_kv;
     s->panels = (int)DHSA_MIN(PANELS, dhsa_ceil_div(rows, lanes));
     return row_scores_lay_out(s, NULL, &unused);
 }
 
-/* Asks for the queries of the mean row from `from` on: those of several heads take turns, which hardware does not foresee. */
+/* Asks for the queries of the mean query from `from` on: those of several heads take turns, which hardware does not foresee. */
 static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to)
 {
     const int64_t bytes = s->q->shape[3] * dhsa_dtype_size(s->q->dtype);
@@ -115,7 +115,7 @@ static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int6
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)dhsa_row(s->q, s->b, h, i) + byte);
 }
 
-/* Mean rows [at, at + n) of a KV head into a panel. */
+/* Mean queries [at, at + n) of a KV head into a panel. */
 static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n, row_scores_scratch *w,
                       int panel)
 {
@@ -338,7 +338,7 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
     return job->cut_end ? cut : s->chunks.state[kv_head * s->chunks.pitch + job->first + n - 1];
 }
 
-unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass)
+unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass)
 {
     unsigned char last = DHSA_CHUNK_GOOD;
     row_scores_scratch w;

@@ -34,14 +34,14 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
     job.groups = groups;
     job.n_groups = n_groups;
     job.to = DHSA_MIN(job.from + s->config->query_block, q_len);
-    const int rows = s->config->score == DHSA_SCORE_ROWS;
-    const int64_t kv = set * s->k->shape[1] / s->sets; /* the first KV head of the set */
+    const int row_scores = s->config->score == DHSA_SCORE_ROWS;
+    const int64_t kv = set * s->k->shape[1] / s->head_sets; /* the first KV head of the set */
     /* Row scores may not look past the block's end; the paper's means are of whole chunks. */
-    if (rows && edges[*last] > span.end) job.cut_end = span.end;
+    if (row_scores && edges[*last] > span.end) job.cut_end = span.end;
     score += *first;
     if (mass) mass += *first;
     const unsigned char last_state =
-        rows ? dhsa_rows_score(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
+        row_scores ? dhsa_row_scores(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
         if (score[c] == -INFINITY && !s->chunks.bad) continue; /* on no shortlist */
@@ -58,16 +58,16 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
 /* ---- the scorer -------------------------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int rounded, dhsa_past *const *pasts, int level, dhsa_error *error)
+                             int64_t n_boundaries, int rounded, dhsa_key_index *const *key_indexes, int level, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
-    const int rows = config->score == DHSA_SCORE_ROWS;
+    const int row_scores = config->score == DHSA_SCORE_ROWS;
     memset(s, 0, sizeof *s);
     s->kernels = dhsa_kernels_current();
     s->q = q;
     s->k = k;
     s->config = config;
-    s->sets = dhsa_score_sets(config, q, k);
+    s->head_sets = dhsa_head_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
     s->capacity = n_boundaries - 1;
     /* Whole groups are laid out even where the last one is not full. A shortlist lowers nothing: it is of so many keys, and empty
@@ -75,16 +75,16 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->most = dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP);
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
-    const dhsa_means_kind kind = rows && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
+    const dhsa_means_kind kind = row_scores && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
     if (kind == DHSA_MEANS_BF16) s->bf16 = s->kernels->bf16;
-    s->pasts = pasts;
+    s->key_indexes = key_indexes;
     s->level = level;
     int opened = 1;
-    if (pasts)
+    if (key_indexes)
         dhsa_chunks_plan(&s->chunks, kind, s->bf16 != NULL, s->capacity, dim);
     else
         opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
-    s->arena_size = rows ? dhsa_rows_plan(s) : dhsa_mean_plan(s);
+    s->arena_size = row_scores ? dhsa_row_scores_plan(s) : dhsa_mean_plan(s);
     if (opened) return DHSA_OK;
     dhsa_scorer_close(s);
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks", n_boundaries - 1);
@@ -92,7 +92,7 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
 
 void dhsa_scorer_close(dhsa_scorer *s)
 {
-    if (!s->pasts) dhsa_chunks_close(&s->chunks);
+    if (!s->key_indexes) dhsa_chunks_close(&s->chunks);
     memset(s, 0, sizeof *s);
 }
 
@@ -101,9 +101,9 @@ dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundari
 {
     const int64_t count = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
     s->b = b;
-    if (s->pasts)
-        return dhsa_past_means(s->pasts[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count, &s->chunks, arenas,
-                               stride, num_threads, error);
+    if (s->key_indexes)
+        return dhsa_key_index_means(s->key_indexes[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count, &s->chunks,
+                                    arenas, stride, num_threads, error);
     s->chunks.edges = boundaries;
     s->chunks.chunks = count;
     dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, 0, arenas, stride, num_threads);

@@ -3,7 +3,7 @@
 #ifndef DHSA_SCORER_H
 #define DHSA_SCORER_H
 
-#include "chunk/past.h"
+#include "chunk/key_index.h"
 #include "select/span.h"
 
 typedef struct {
@@ -11,13 +11,13 @@ typedef struct {
     const dhsa_pair_kernels *bf16; /* NULL: products are fp32 */
     const dhsa_tensor *q, *k;
     const dhsa_score_config *config;
-    int64_t b, sets, blocks;
+    int64_t b, head_sets, blocks;
     dhsa_chunks chunks;
-    dhsa_past *const *pasts; /* [batch] that keep the means, at `level`; NULL: the scorer has means of its own */
+    dhsa_key_index *const *key_indexes; /* [batch] that keep the means, at `level`; NULL: the scorer has means of its own */
     int level;
     int64_t capacity;     /* chunks, padding included */
     int64_t most;         /* chunks that are scored for one block, at most: whole groups */
-    int64_t step;         /* queries of a mean row */
+    int64_t step;         /* queries of a mean query */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
     int panels;         /* panels of rows worked on at a time, at most */
@@ -35,12 +35,12 @@ typedef struct {
     int64_t n_groups;
 } dhsa_block_job;
 
-/* Allocates the means for boundaries rows of n_boundaries entries, unless pasts (may be NULL) keep them, at `level`. rounded:
+/* Allocates the means for boundaries rows of n_boundaries entries, unless key_indexes (may be NULL) keep them, at `level`. rounded:
  * row scores of means in bf16, whatever the input. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int rounded, dhsa_past *const *pasts, int level, dhsa_error *error);
+                             int64_t n_boundaries, int rounded, dhsa_key_index *const *key_indexes, int level, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
-/* Turns to batch row b and its boundaries: chunk means, in parallel. Thread t works at arenas + t * stride. */
+/* Turns to batch item b and its boundaries: chunk means, in parallel. Thread t works at arenas + t * stride. */
 dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas,
                               int64_t stride, int num_threads, dhsa_error *error);
 /* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
@@ -50,10 +50,10 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
                      float *score, float *mass, int64_t *first, int64_t *last);
 
 /* Row scores, row_scores.c. Sizes s->panels and says what an arena must hold. */
-int64_t dhsa_rows_plan(dhsa_scorer *s);
+int64_t dhsa_row_scores_plan(dhsa_scorer *s);
 /* Scores [n] of one block, kv the first KV head of its set, and if mass is not NULL the mass of each chunk; returns the state of
  * the last chunk as the block sees it. */
-unsigned char dhsa_rows_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass);
+unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass);
 /* The paper's score, mean_scores.c, alike. */
 int64_t dhsa_mean_plan(const dhsa_scorer *s);
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);

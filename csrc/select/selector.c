@@ -9,7 +9,7 @@
 #include "select/finite.h"
 
 dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, const dhsa_tensor *q, const dhsa_tensor *k,
-                               const int32_t *boundaries, int64_t n_boundaries, dhsa_past *const *pasts,
+                               const int32_t *boundaries, int64_t n_boundaries, dhsa_key_index *const *key_indexes,
                                const dhsa_select_config *config, int num_threads, dhsa_error *error)
 {
     memset(s, 0, sizeof *s);
@@ -20,19 +20,19 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
     s->k = k;
     s->boundaries = boundaries;
     s->n_boundaries = n_boundaries;
-    s->pasts = pasts;
-    s->sets = dhsa_score_sets(&config->score, q, k);
+    s->key_indexes = key_indexes;
+    s->head_sets = dhsa_head_sets(&config->score, q, k);
     s->blocks = dhsa_block_count(&config->score, q->shape[2]);
-    s->heads_per_set = q->shape[1] / s->sets;
+    s->heads_per_set = q->shape[1] / s->head_sets;
     s->group = q->shape[1] / k->shape[1];
-    s->num_threads = dhsa_select_threads(num_threads, s->sets * s->blocks);
+    s->num_threads = dhsa_select_threads(num_threads, s->head_sets * s->blocks);
     dhsa_status status = DHSA_OK;
     if (method->has_finite && !dhsa_finite_open(s))
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "%s: no memory for flags of %" PRId64 " keys", method->name, k->shape[2]);
     if (!status && method->open) status = method->open(s, error);
     s->arena_stride = s->arena_size;
-    for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->units * 4); /* what dhsa_take works in */
-    if (!status) status = dhsa_selector_wake(s, error);
+    for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->segments * 4); /* what dhsa_topk works in */
+    if (!status) status = dhsa_selector_alloc_arenas(s, error);
     if (status) dhsa_selector_close(s);
     return status;
 }
@@ -46,7 +46,7 @@ void dhsa_selector_close(dhsa_selector *s)
     memset(s, 0, sizeof *s);
 }
 
-dhsa_status dhsa_selector_wake(dhsa_selector *s, dhsa_error *error)
+dhsa_status dhsa_selector_alloc_arenas(dhsa_selector *s, dhsa_error *error)
 {
     if (!s->arenas) s->arenas = dhsa_alloc(DHSA_MAX(s->arena_stride, DHSA_ALIGN), s->num_threads);
     return s->arenas ? DHSA_OK
@@ -54,7 +54,7 @@ dhsa_status dhsa_selector_wake(dhsa_selector *s, dhsa_error *error)
                                  s->num_threads, s->arena_stride);
 }
 
-void dhsa_selector_rest(dhsa_selector *s)
+void dhsa_selector_free_arenas(dhsa_selector *s)
 {
     dhsa_free(s->arenas);
     s->arenas = NULL;
@@ -96,7 +96,7 @@ static void selector_task(void *context, int64_t index, int thread)
 dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blocks, int64_t *indptr, int32_t *indices,
                               dhsa_error *error)
 {
-    const int64_t lists = s->sets * blocks;
+    const int64_t lists = s->head_sets * blocks;
     list_job job = {s, first, blocks, indptr, dhsa_alloc(lists, sizeof *job.counts), indices};
     if (!job.counts) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the lengths of %" PRId64 " lists", lists);
     for (int64_t at = 0; at < lists; at++)

@@ -13,7 +13,7 @@ dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, i
     return span;
 }
 
-int64_t dhsa_score_sets(const dhsa_score_config *config, const dhsa_tensor *q, const dhsa_tensor *k)
+int64_t dhsa_head_sets(const dhsa_score_config *config, const dhsa_tensor *q, const dhsa_tensor *k)
 {
     return config->heads == DHSA_HEADS_ALL ? 1 : config->heads == DHSA_HEADS_GROUP ? k->shape[1] : q->shape[1];
 }

@@ -21,8 +21,8 @@ int dhsa_span_exact(const dhsa_select_config *config, int64_t q_len, int64_t k_l
 /* The most keys the list of a block has: just as many, unless a share of mass decides. */
 int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block);
 
-/* Sharing sets: 1, Hkv or H. */
-int64_t dhsa_score_sets(const dhsa_score_config *config, const dhsa_tensor *q, const dhsa_tensor *k);
+/* Head sets: 1, Hkv or H. */
+int64_t dhsa_head_sets(const dhsa_score_config *config, const dhsa_tensor *q, const dhsa_tensor *k);
 static inline int64_t dhsa_block_count(const dhsa_score_config *config, int64_t q_len)
 {
     return dhsa_ceil_div(q_len, config->query_block);

@@ -54,7 +54,7 @@ static dhsa_boundary_config cuts(void)
 static dhsa_select_config choice(void)
 {
     dhsa_select_config c = {.method = DHSA_METHOD_ROWS, .budget = 16, .sink = 2, .local = 4, .key_block = 1};
-    c.score = (dhsa_score_config){.query_block = 8, .rows = 4, .scale = 0.25};
+    c.score = (dhsa_score_config){.query_block = 8, .mean_queries = 4, .scale = 0.25};
     return c;
 }
 
@@ -213,53 +213,53 @@ static void pipeline(void)
     dhsa_boundary_config b = cuts();
     dhsa_select_config c = choice();
     dhsa_stats stats;
-    dhsa_past *past = NULL, *twin = NULL, *pasts[1];
-    REFUSED(dhsa_past_new(NULL, &error), "past: ");
-    REFUSED(dhsa_past_copy(NULL, &twin, &error), "past: ");
-    SERVED(dhsa_past_new(&past, &error));
-    pasts[0] = past;
-    SERVED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, 0, 1, &stats, &error));
+    dhsa_key_index *index = NULL, *twin = NULL, *key_indexes[1];
+    REFUSED(dhsa_key_index_new(NULL, &error), "key_index: ");
+    REFUSED(dhsa_key_index_copy(NULL, &twin, &error), "key_index: ");
+    SERVED(dhsa_key_index_new(&index, &error));
+    key_indexes[0] = index;
+    SERVED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 1, &stats, &error));
     require(stats.path == DHSA_PATH_SPARSE, "a sparse call", __LINE__);
-    const int64_t edges = dhsa_past_boundaries(past, NULL), bytes = dhsa_past_bytes(past);
+    const int64_t edges = dhsa_key_index_boundaries(index, NULL), bytes = dhsa_key_index_bytes(index);
     require(edges > 2, "cuts that a call left", __LINE__);
     REFUSED(dhsa_prefill(&p, NULL, NULL, 0, &c, &stats, &error), "boundaries: ");
     REFUSED(dhsa_prefill(&p, &b, NULL, 0, NULL, &stats, &error), "select: ");
     REFUSED(dhsa_prefill(&p, &b, NULL, 0, &c, NULL, &error), "stats: ");
     REFUSED(dhsa_prefill(NULL, &b, NULL, 0, &c, &stats, &error), "problem: ");
-    REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, NULL, 0, 1, &stats, &error), "pasts: ");
-    REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, -1, 1, &stats, &error), "same: ");
-    pasts[0] = NULL;
-    REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, 0, 1, &stats, &error), "pasts: ");
-    pasts[0] = past;
-    /* Arguments that are refused leave the pasts as they were. */
+    REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, NULL, 0, 1, &stats, &error), "key_indexes: ");
+    REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, -1, 1, &stats, &error), "same: ");
+    key_indexes[0] = NULL;
+    REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 1, &stats, &error), "key_indexes: ");
+    key_indexes[0] = index;
+    /* Arguments that are refused leave the key_indexes as they were. */
     b.kind = DHSA_BOUNDARIES_PREDICTOR;
-    REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, 0, 0, &stats, &error), "predictor: ");
+    REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 0, &stats, &error), "predictor: ");
     b = cuts();
     b.window = 0;
-    REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, 0, 0, &stats, &error), "boundary_window: ");
+    REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 0, &stats, &error), "boundary_window: ");
     b = cuts();
     b.nms = -1;
-    REFUSED(dhsa_prefill_on(&p, &b, NULL, 0, &c, pasts, 0, 0, &stats, &error), "nms: ");
-    require(dhsa_past_boundaries(past, NULL) == edges && dhsa_past_bytes(past) == bytes, "pasts stay", __LINE__);
+    REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 0, &stats, &error), "nms: ");
+    require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "key_indexes stay", __LINE__);
     b = cuts();
-    /* A past is of one batch row: none can follow two. */
+    /* An index is of one batch item, never of two. */
     dhsa_problem two = p;
     two.q.shape[0] = two.k.shape[0] = two.v.shape[0] = two.out.shape[0] = 2;
     two.q.stride[0] = two.k.stride[0] = two.v.stride[0] = 0;
     two.out.data = twins;
-    dhsa_past *both[] = {past, past};
-    REFUSED(dhsa_prefill_on(&two, &b, NULL, 0, &c, both, 0, 0, &stats, &error), "pasts: ");
-    require(dhsa_past_boundaries(past, NULL) == edges && dhsa_past_bytes(past) == bytes, "it stays", __LINE__);
-    SERVED(dhsa_past_copy(past, &twin, &error));
+    dhsa_key_index *both[] = {index, index};
+    REFUSED(dhsa_prefill_indexed(&two, &b, NULL, 0, &c, both, 0, 0, &stats, &error), "key_indexes: ");
+    require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "it stays", __LINE__);
+    SERVED(dhsa_key_index_copy(index, &twin, &error));
     both[1] = twin;
-    SERVED(dhsa_prefill_on(&two, &b, NULL, 0, &c, both, 0, 1, &stats, &error));
-    dhsa_past_free(twin);
-    dhsa_past_free(past);
-    /* NULL is nothing that is kept, as for dhsa_past_free. */
-    dhsa_past_free(NULL);
-    dhsa_past_reset(NULL);
-    dhsa_past_slim(NULL);
-    require(dhsa_past_boundaries(NULL, NULL) == 0 && dhsa_past_bytes(NULL) == 0, "of no past", __LINE__);
+    SERVED(dhsa_prefill_indexed(&two, &b, NULL, 0, &c, both, 0, 1, &stats, &error));
+    dhsa_key_index_free(twin);
+    dhsa_key_index_free(index);
+    /* NULL is nothing that is kept, as for dhsa_key_index_free. */
+    dhsa_key_index_free(NULL);
+    dhsa_key_index_reset(NULL);
+    dhsa_key_index_drop_means(NULL);
+    require(dhsa_key_index_boundaries(NULL, NULL) == 0 && dhsa_key_index_bytes(NULL) == 0, "of no index", __LINE__);
 }
 
 /* ---- tiers -------------------------------------------------------------------------------------------------------------- */

@@ -48,7 +48,7 @@ static int tries(dhsa_method_kind method, double mass, int64_t *indptr, int32_t 
     c.key_block = 16;
     c.stride = 4;
     c.score.query_block = BLOCK;
-    c.score.rows = 8;
+    c.score.mean_queries = 8;
     c.score.scale = 0.5;
     c.score.score = method == DHSA_METHOD_DHSA ? DHSA_SCORE_BLOCK : DHSA_SCORE_ROWS;
     for (int failed = 0;; failed++) {

@@ -291,13 +291,13 @@ def test_misuse():
     k, v = keys_and_values(200, batch=2)
     q = normal(2, 4, 200, 16)
     past = _core.Past()
-    with pytest.raises(ValueError, match="past: expected a tuple of 2, one a batch row, or None"):
+    with pytest.raises(ValueError, match="key_indexes: expected a tuple of 2, one a batch item, or None"):
         run(q, k, v, ROWS, past)
-    with pytest.raises(RuntimeError, match="past: in use by another call"):
+    with pytest.raises(RuntimeError, match="key_indexes: in use by another call"):
         run(q, k, v, ROWS, past, past)
-    with pytest.raises(TypeError, match="past: expected objects of type Past"):
+    with pytest.raises(TypeError, match="key_indexes: expected objects of type Past"):
         run(q, k, v, ROWS, past, None)
-    with pytest.raises(ValueError, match="past: method window has no chunks to keep"):
+    with pytest.raises(ValueError, match="key_indexes: method window has no chunks to keep"):
         run(q, k, v, ROWS.replace(method="window"), past, _core.Past())
     with pytest.raises(ValueError, match="same: expected at least 0, got -1"):
         run(q, k, v, ROWS, past, _core.Past(), same=-1)
@@ -325,7 +325,7 @@ def test_two_threads_cannot_share_one():
     for t in threads:
         t.join()
     plain = run(q, k, v, ROWS)[0]
-    assert set(refused) <= {"past: in use by another call"}
+    assert set(refused) <= {"key_indexes: in use by another call"}
     assert found
     assert all(np.array_equal(out, plain) for out in found)
 

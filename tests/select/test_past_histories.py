@@ -149,7 +149,7 @@ def test_copied_and_pickled_while_in_use():
     finally:
         ended.set()
         thread.join()
-    assert told == {(make, "past: in use by another call") for make in (copy.copy, copy.deepcopy)}
+    assert told == {(make, "key_indexes: in use by another call") for make in (copy.copy, copy.deepcopy)}
     assert copy.copy(past).boundaries == past.boundaries
 
 

@@ -10,7 +10,7 @@
 /* What one thread works in; the means come first, where dhsa_chunks_fill works. */
 typedef struct {
     float *key, *sum, *query;    /* [dim]: the mean of the last block, where it is cut; scratch; the mean query */
-    float *logit, *score, *mass; /* [units] */
+    float *logit, *score, *mass; /* [segments] */
     int64_t size;                /* of the arena */
 } block_parts;
 
@@ -22,20 +22,20 @@ static block_parts block_lay_out(const dhsa_selector *s, char *arena)
     w.key = dhsa_part(arena, &used, dim * 4);
     w.sum = dhsa_part(arena, &used, dim * 4);
     w.query = dhsa_part(arena, &used, dim * 4);
-    w.logit = dhsa_part(arena, &used, s->units * 4);
-    w.score = dhsa_part(arena, &used, s->units * 4);
-    w.mass = dhsa_part(arena, &used, s->units * 4);
+    w.logit = dhsa_part(arena, &used, s->segments * 4);
+    w.score = dhsa_part(arena, &used, s->segments * 4);
+    w.mass = dhsa_part(arena, &used, s->segments * 4);
     w.size = used;
     return w;
 }
 
 static dhsa_status block_open(dhsa_selector *s, dhsa_error *error)
 {
-    s->units = dhsa_ceil_div(s->k->shape[2], s->config->key_block);
+    s->segments = dhsa_ceil_div(s->k->shape[2], s->config->key_block);
     s->arena_size = block_lay_out(s, NULL).size;
     dhsa_block_means *means = s->state = dhsa_alloc_zeroed(1, sizeof *means);
     if (means && dhsa_block_means_open(means, s)) return DHSA_OK;
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "block: no memory for the means of %" PRId64 " blocks of keys", s->units);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "block: no memory for the means of %" PRId64 " blocks of keys", s->segments);
 }
 
 static void block_close(dhsa_selector *s) { dhsa_block_means_close(s->state); }
@@ -49,7 +49,7 @@ static dhsa_status block_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 
 /* Adds the probabilities of one head to the mass of blocks [first, last); state says which blocks of its KV head take part, and
  * last_key is the mean of the last one as the query block sees it. */
-static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, int64_t to, const dhsa_units *units,
+static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, int64_t to, const dhsa_segments *segments,
                            const unsigned char *state, const float *means, const float *last_key, int last_good,
                            const block_parts *w)
 {
@@ -59,8 +59,8 @@ static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, i
     float top = -INFINITY, sum = 0;
     dhsa_mean_query(kn, s->q, s->b, head, from, to, 1.0f, w->query);
     if (!dhsa_all_finite(kn, w->query, dim)) return; /* no opinion */
-    for (int64_t c = units->first; c < units->last; c++) {
-        const int last = c == units->last - 1;
+    for (int64_t c = segments->first; c < segments->last; c++) {
+        const int last = c == segments->last - 1;
         w->logit[c] = -INFINITY;
         if (last ? !last_good : state[c] != DHSA_CHUNK_GOOD) continue;
         const float x = scale * kn->dot(w->query, last ? last_key : means + c * dim, dim);
@@ -69,11 +69,11 @@ static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, i
         top = fmaxf(top, w->logit[c]);
     }
     if (top == -INFINITY) return;
-    for (int64_t c = units->first; c < units->last; c++) sum += w->logit[c] = expf(w->logit[c] - top);
-    for (int64_t c = units->first; c < units->last; c++) w->mass[c] += w->logit[c] / sum;
+    for (int64_t c = segments->first; c < segments->last; c++) sum += w->logit[c] = expf(w->logit[c] - top);
+    for (int64_t c = segments->first; c < segments->last; c++) w->mass[c] += w->logit[c] / sum;
 }
 
-static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                           int64_t room)
 {
     const dhsa_block_means *state = s->state;
@@ -81,9 +81,9 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     const int64_t length = s->config->key_block, dim = s->k->shape[3];
     const int64_t from = block * s->config->score.query_block, to = DHSA_MIN(from + s->config->score.query_block, s->q->shape[2]);
     const block_parts w = block_lay_out(s, dhsa_selector_arena(s, thread));
-    dhsa_units units = {state->edges, span.lo / length, dhsa_ceil_div(span.end, length), w.score, w.mass};
-    const int64_t last = units.last - 1, first_head = set * s->heads_per_set;
-    for (int64_t c = units.first; c < units.last; c++) w.score[c] = w.mass[c] = 0;
+    dhsa_segments segments = {state->edges, span.lo / length, dhsa_ceil_div(span.end, length), w.score, w.mass};
+    const int64_t last = segments.last - 1, first_head = set * s->heads_per_set;
+    for (int64_t c = segments.first; c < segments.last; c++) w.score[c] = w.mass[c] = 0;
     const float *means = NULL, *last_key = NULL;
     const unsigned char *good = NULL;
     int last_good = 0;
@@ -94,18 +94,18 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
             good = blocks->state + kv * blocks->pitch;
             last_key = dhsa_block_mean(state, s, kv, last, span.end, w.key, w.sum, &last_good); /* none looks past the end */
             /* A NaN must reach the rows that see it, as in exact attention: such a block is always picked. */
-            for (int64_t c = units.first; c < units.last; c++)
+            for (int64_t c = segments.first; c < segments.last; c++)
                 if (c == last ? !last_good : good[c] != DHSA_CHUNK_GOOD) w.score[c] = INFINITY;
         }
-        block_add_head(s, h, from, to, &units, good, means, last_key, last_good, &w);
+        block_add_head(s, h, from, to, &segments, good, means, last_key, last_good, &w);
     }
-    for (int64_t c = units.first; c < units.last; c++) {
+    for (int64_t c = segments.first; c < segments.last; c++) {
         if (w.score[c] == INFINITY)
             w.mass[c] = 0;
         else
             w.score[c] = w.mass[c];
     }
-    return dhsa_take(s, thread, span, &units, row, room);
+    return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
 const dhsa_method dhsa_method_block = {.name = "block",

@@ -8,9 +8,9 @@ static dhsa_status dhsa_method_open(dhsa_selector *s, dhsa_error *error)
     dhsa_scorer *scorer = s->state = dhsa_alloc_zeroed(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
     const dhsa_status status =
-        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->pasts, DHSA_LEVEL_FINE, error);
+        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->key_indexes, DHSA_LEVEL_FINE, error);
     if (status) return status;
-    s->units = scorer->capacity;
+    s->segments = scorer->capacity;
     s->arena_size = scorer->arena_size; /* what the scorer works in, then scores */
     dhsa_part(NULL, &s->arena_size, scorer->capacity * 4);
     return DHSA_OK;
@@ -24,16 +24,16 @@ static dhsa_status dhsa_method_begin(dhsa_selector *s, int64_t b, dhsa_error *er
                              s->num_threads, error);
 }
 
-static int64_t dhsa_method_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t dhsa_method_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                                 int64_t room)
 {
     const dhsa_scorer *scorer = s->state;
     char *arena = dhsa_selector_arena(s, thread);
     int64_t used = scorer->arena_size;
     float *score = dhsa_part(arena, &used, scorer->capacity * 4);
-    dhsa_units units = {.edges = scorer->chunks.edges, .score = score};
-    dhsa_scorer_run(scorer, set, block, NULL, 0, arena, score, NULL, &units.first, &units.last);
-    return dhsa_take(s, thread, span, &units, row, room);
+    dhsa_segments segments = {.edges = scorer->chunks.edges, .score = score};
+    dhsa_scorer_run(scorer, set, block, NULL, 0, arena, score, NULL, &segments.first, &segments.last);
+    return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
 const dhsa_method dhsa_method_dhsa = {.name = "dhsa",

@@ -1,6 +1,6 @@
 /* hisa.c: single keys, but only those of the best blocks. Source: HISA, arXiv 2603.28458. There a trained indexer scores blocks
- * and tokens; a frozen model has none, so the mean rows of a block's queries stand in for it (coarse.c), with a softmax over what
- * is scored, both times. The definition is hisa_units in the reference. */
+ * and tokens; a frozen model has none, so the mean queries of a block's queries stand in for it (coarse.c), with a softmax over
+ * what is scored, both times. The float64 definition is `twin` in dhsa/methods/hisa.py. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -14,7 +14,7 @@ enum {
 
 typedef struct {
     float score;
-    int32_t unit;
+    int32_t block;
 } hisa_rank;
 
 typedef struct {
@@ -30,8 +30,8 @@ typedef struct {
     hisa_rank *ranks;    /* [key blocks] */
     int32_t *key;        /* [most] */
     float *fine;         /* [most] */
-    int32_t *edges;      /* [units + 1] */
-    float *score, *mass; /* [units] */
+    int32_t *edges;      /* [segments + 1] */
+    float *score, *mass; /* [segments] */
 } hisa_parts;
 
 static int64_t hisa_lay_out(const dhsa_selector *s, char *arena, hisa_parts *w)
@@ -45,15 +45,15 @@ static int64_t hisa_lay_out(const dhsa_selector *s, char *arena, hisa_parts *w)
     w->ranks = dhsa_part(arena, &used, blocks * (int64_t)sizeof *w->ranks);
     w->key = dhsa_part(arena, &used, st->most * 4);
     w->fine = dhsa_part(arena, &used, st->most * 4);
-    w->edges = dhsa_part(arena, &used, (s->units + 1) * 4);
-    w->score = dhsa_part(arena, &used, s->units * 4);
-    w->mass = dhsa_part(arena, &used, s->units * 4);
+    w->edges = dhsa_part(arena, &used, (s->segments + 1) * 4);
+    w->score = dhsa_part(arena, &used, s->segments * 4);
+    w->mass = dhsa_part(arena, &used, s->segments * 4);
     return used;
 }
 
 /* The fine stage of one KV head. */
 typedef struct {
-    dhsa_mean_rows rows;
+    dhsa_mean_queries rows;
     const int32_t *keys; /* those of the kept blocks, ascending */
 } hisa_block;
 
@@ -63,7 +63,7 @@ static const float *hisa_keys(void *of, int64_t first, int n, float *tile, ptrdi
     const dhsa_selector *s = w->rows.s;
     const int64_t kv_head = w->rows.head / s->group;
     const int32_t *at = w->keys + first;
-    if (at[n - 1] - at[0] == n - 1) return dhsa_probe_rows(s->kernels, s->k, s->b, kv_head, at[0], 1, n, tile, stride);
+    if (at[n - 1] - at[0] == n - 1) return dhsa_probe_load_keys(s->kernels, s->k, s->b, kv_head, at[0], 1, n, tile, stride);
     for (int j = 0; j < n; j++)
         s->kernels->load(dhsa_row(s->k, s->b, kv_head, at[j]), s->k->dtype, s->k->shape[3], tile + j * s->k->shape[3]);
     *stride = s->k->shape[3];
@@ -74,14 +74,14 @@ static const float *hisa_keys(void *of, int64_t first, int n, float *tile, ptrdi
 static int hisa_compare(const void *a, const void *b)
 {
     const hisa_rank *x = a, *y = b;
-    return x->score != y->score ? (x->score < y->score ? 1 : -1) : y->unit - x->unit;
+    return x->score != y->score ? (x->score < y->score ? 1 : -1) : y->block - x->block;
 }
 
 /* Candidate keys of a block of keys. */
-static dhsa_span hisa_held_by(const dhsa_selector *s, dhsa_span span, int64_t unit)
+static dhsa_span hisa_held_by(const dhsa_selector *s, dhsa_span span, int64_t block)
 {
     const int64_t key_block = s->config->key_block;
-    return (dhsa_span){DHSA_MAX(unit * key_block, span.lo), DHSA_MIN((unit + 1) * key_block, span.end)};
+    return (dhsa_span){DHSA_MAX(block * key_block, span.lo), DHSA_MIN((block + 1) * key_block, span.end)};
 }
 
 /* Marks the kept blocks: those of forced keys, and the best of the others until they hold KEPT budgets of candidates. In: coarse
@@ -101,13 +101,14 @@ static void hisa_filter(const dhsa_selector *s, dhsa_span span, float *score, hi
     }
     qsort(ranks, (size_t)n, sizeof *ranks, hisa_compare);
     for (int64_t i = 0; i < n && held < want; i++) {
-        const dhsa_span keys = hisa_held_by(s, span, ranks[i].unit);
+        const dhsa_span keys = hisa_held_by(s, span, ranks[i].block);
         held += keys.end - keys.lo;
-        score[ranks[i].unit] = 1;
+        score[ranks[i].block] = 1;
     }
 }
 
-static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
+                         int64_t room)
 {
     const hisa_state *st = s->state;
     char *arena = dhsa_selector_arena(s, thread);
@@ -129,31 +130,31 @@ static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     const int64_t head = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
     hisa_lay_out(s, arena, &parts); /* where the coarse stage was, the fine one's rows are now */
     hisa_block w = {{s, st->fine.kernels, dhsa_block_queries(s, block), st->coarse.run, head, heads, parts.rows}, key};
-    dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_rows_count(&w.rows), 0, n);
+    dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_queries_count(&w.rows), 0, n);
     run.of = &w;
-    run.pack = dhsa_mean_rows_pack;
+    run.pack = dhsa_mean_queries_pack;
     run.keys = hisa_keys;
     run.score = fine;
     for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) dhsa_probe_do(&st->fine, &run, arena);
 
-    /* A kept key is a unit of its own, what lies between them is one unit that nobody wants. */
-    int64_t units = 0;
+    /* A kept key is a segment of its own, what lies between them is one segment that is never selected. */
+    int64_t segments = 0;
     edges[0] = (int32_t)span.lo;
     for (int64_t i = 0; i <= n; i++) {
         const int64_t to = i < n ? key[i] : span.end;
-        if (edges[units] < to) {
-            score[units] = -INFINITY;
-            mass[units++] = 0;
-            edges[units] = (int32_t)to;
+        if (edges[segments] < to) {
+            score[segments] = -INFINITY;
+            mass[segments++] = 0;
+            edges[segments] = (int32_t)to;
         }
         if (i == n) break;
         const int bad = dhsa_finite_next(s, set, key[i], key[i] + 1) == key[i];
-        score[units] = bad ? INFINITY : fine[i];
-        mass[units] = bad ? 0 : fine[i];
-        edges[++units] = key[i] + 1;
+        score[segments] = bad ? INFINITY : fine[i];
+        mass[segments] = bad ? 0 : fine[i];
+        edges[++segments] = key[i] + 1;
     }
-    const dhsa_units all = {edges, 0, units, score, mass};
-    return dhsa_take(s, thread, span, &all, row, room);
+    const dhsa_segments all = {edges, 0, segments, score, mass};
+    return dhsa_topk(s, thread, span, &all, list, room);
 }
 
 static dhsa_status hisa_open(dhsa_selector *s, dhsa_error *error)
@@ -163,14 +164,14 @@ static dhsa_status hisa_open(dhsa_selector *s, dhsa_error *error)
     const int64_t queries = DHSA_MIN(c->score.query_block, s->q->shape[2]);
     hisa_parts unused;
     hisa_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
-    if (!st || !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.rows)))
+    if (!st || !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.mean_queries)))
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys", (long long)blocks);
     /* The blocks of forced keys and the last one that is kept may reach beyond what was asked for. */
     st->most = c->budget >= k_len ? k_len : DHSA_MIN((KEPT + 1) * c->budget + 4 * c->key_block, k_len);
     const dhsa_probe_way way = st->most > FEW ? DHSA_PROBE_TWICE : DHSA_PROBE_KEYS;
     dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group), st->most, dim,
                     1);
-    s->units = 2 * st->most + 1;
+    s->segments = 2 * st->most + 1;
     s->arena_size = hisa_lay_out(s, NULL, &unused);
     return DHSA_OK;
 }
@@ -187,7 +188,7 @@ static dhsa_status hisa_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 
 const dhsa_method dhsa_method_hisa = {.name = "hisa",
                                       .has_mass = 1,
-                                      .has_rows = 1,
+                                      .has_mean_queries = 1,
                                       .has_blocks = 1,
                                       .has_finite = 1,
                                       .open = hisa_open,

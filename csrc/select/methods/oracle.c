@@ -1,5 +1,5 @@
 /* oracle.c: single keys by their exact attention mass: dense probabilities of a block's queries, summed. Twice the products of
- * dense attention: slow, for study. The definition is oracle_units in the reference. */
+ * dense attention: slow, for study. The float64 definition is `twin` in dhsa/methods/oracle.py. */
 #include <math.h>
 #include <string.h>
 
@@ -8,18 +8,18 @@
 
 /* What one thread works in, after the probe. */
 typedef struct {
-    float *score, *mass; /* [units] */
+    float *score, *mass; /* [segments] */
 } oracle_parts;
 
 static int64_t oracle_lay_out(const dhsa_selector *s, char *arena, oracle_parts *w)
 {
     int64_t used = ((const dhsa_probe *)s->state)->arena_size;
-    w->score = dhsa_part(arena, &used, s->units * 4);
-    w->mass = dhsa_part(arena, &used, s->units * 4);
+    w->score = dhsa_part(arena, &used, s->segments * 4);
+    w->mass = dhsa_part(arena, &used, s->segments * 4);
     return used;
 }
 
-static int64_t oracle_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t oracle_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                            int64_t room)
 {
     const dhsa_probe *probe = s->state;
@@ -41,8 +41,8 @@ static int64_t oracle_list(const dhsa_selector *s, int64_t set, int64_t block, d
         w.score[j] = INFINITY;
         w.mass[j] = 0;
     }
-    const dhsa_units units = {NULL, span.lo, span.end, w.score, w.mass};
-    return dhsa_take(s, thread, span, &units, row, room);
+    const dhsa_segments segments = {NULL, span.lo, span.end, w.score, w.mass};
+    return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
 static dhsa_status oracle_open(dhsa_selector *s, dhsa_error *error)
@@ -52,7 +52,7 @@ static dhsa_status oracle_open(dhsa_selector *s, dhsa_error *error)
     if (!probe) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "oracle: no memory");
     const int64_t queries = DHSA_MIN(s->config->score.query_block, s->q->shape[2]);
     dhsa_probe_plan(probe, DHSA_PROBE_TWICE, queries * DHSA_MIN(s->heads_per_set, s->group), s->k->shape[2], s->q->shape[3], 1);
-    s->units = s->k->shape[2];
+    s->segments = s->k->shape[2];
     s->arena_size = oracle_lay_out(s, NULL, &unused);
     return DHSA_OK;
 }

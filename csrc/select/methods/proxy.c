@@ -1,11 +1,11 @@
 /* proxy.c: blocks of keys by the scores of a proxy head, the mean of the heads that share it. Source: ProxyAttn,
  * arXiv 2509.24745. Every stride-th query and key take part; a block's score is the largest probability in it. Where a share of
- * mass is asked for, how far a list goes down that order is each head's own affair: its mass is what the head's own mean rows
- * give to a block (coarse.c). The definition is proxy_units in the reference. */
+ * mass is asked for, how far a list goes down that order is each head's own affair: its mass is what the head's own mean queries
+ * give to a block (coarse.c). The float64 definition is `twin` in dhsa/methods/proxy.py. */
 #include "select/coarse.h"
 #include "select/finite.h"
 
-enum { RUN = 16 }; /* queries of a mean row of a head's own estimate */
+enum { RUN = 16 }; /* queries of a mean query of a head's own estimate */
 
 typedef struct {
     dhsa_probe probe;
@@ -19,7 +19,7 @@ typedef struct {
     dhsa_span queries;
     int64_t head;
     float *rows;         /* [lanes, dim]: to work in */
-    float *score, *mass; /* [units]: of the key blocks */
+    float *score, *mass; /* [segments]: of the key blocks */
 } proxy_block;
 
 /* What one thread works in: the probe and its rows, in the place of which the heads' own estimate works later; then scores. */
@@ -29,8 +29,8 @@ static int64_t proxy_lay_out(const dhsa_selector *s, char *arena, proxy_block *w
     int64_t used = st->probe.arena_size;
     w->rows = dhsa_part(arena, &used, DHSA_MAX_LANES * s->q->shape[3] * 4);
     used = DHSA_MAX(used, st->own.arena_size);
-    w->score = dhsa_part(arena, &used, s->units * 4);
-    w->mass = dhsa_part(arena, &used, s->units * 4);
+    w->score = dhsa_part(arena, &used, s->segments * 4);
+    w->mass = dhsa_part(arena, &used, s->segments * 4);
     return used;
 }
 
@@ -59,7 +59,7 @@ static const float *proxy_keys(void *of, int64_t first, int n, float *tile, ptrd
     const dhsa_tensor *k = w->s->k;
     const proxy_state *st = w->s->state;
     const int64_t kv_head = w->head / w->s->group, step = w->s->config->stride, dim = k->shape[3];
-    if (st->kv == 1) return dhsa_probe_rows(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
+    if (st->kv == 1) return dhsa_probe_load_keys(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
     const ptrdiff_t apart = (ptrdiff_t)(k->stride[1] * dhsa_dtype_size(k->dtype));
     for (int j = 0; j < n; j++)
         w->s->kernels->sum_rows(dhsa_row(k, w->s->b, kv_head, (first + j) * step), apart, k->dtype, st->kv, dim, tile + j * dim);
@@ -68,7 +68,7 @@ static const float *proxy_keys(void *of, int64_t first, int n, float *tile, ptrd
     return tile;
 }
 
-static int64_t proxy_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t proxy_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                           int64_t room)
 {
     const proxy_state *st = s->state;
@@ -88,8 +88,8 @@ static int64_t proxy_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     dhsa_probe_do(&st->probe, &run, arena);
     if (mass) dhsa_coarse_score(&st->own, s, set, block, span, arena, mass);
     dhsa_finite_blocks(s, set, span, score, mass);
-    const dhsa_units units = {st->edges, first, last, score, mass};
-    return dhsa_take(s, thread, span, &units, row, room);
+    const dhsa_segments segments = {st->edges, first, last, score, mass};
+    return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
 static dhsa_status proxy_open(dhsa_selector *s, dhsa_error *error)
@@ -99,7 +99,7 @@ static dhsa_status proxy_open(dhsa_selector *s, dhsa_error *error)
     proxy_block unused;
     proxy_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     int opened = st != NULL;
-    s->units = dhsa_ceil_div(k_len, c->key_block);
+    s->segments = dhsa_ceil_div(k_len, c->key_block);
     if (opened) {
         st->heads = DHSA_MAX(s->heads_per_set, s->group);
         st->kv = st->heads / s->group;
@@ -109,7 +109,8 @@ static dhsa_status proxy_open(dhsa_selector *s, dhsa_error *error)
         opened = st->edges && (c->mass == 0 || dhsa_coarse_open(&st->own, s, RUN));
         s->arena_size = proxy_lay_out(s, NULL, &unused);
     }
-    return opened ? DHSA_OK : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys", (long long)s->units);
+    return opened ? DHSA_OK
+                  : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys", (long long)s->segments);
 }
 
 static void proxy_close(dhsa_selector *s)

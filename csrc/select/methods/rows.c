@@ -10,13 +10,13 @@
 
 enum {
     COARSER = 8, /* rows of the coarse look: one for so many */
-    UNITS_OF_GROUP = DHSA_CHUNK_GROUP / DHSA_CHUNK_UNIT
+    SUBGROUPS = DHSA_CHUNK_GROUP / DHSA_CHUNK_SUBGROUP
 };
 
 typedef struct {
     dhsa_score_config coarse_config;
     dhsa_scorer fine, coarse;
-    int32_t *edges;       /* [edges_size] of the batch row's units */
+    int32_t *edges;       /* [edges_size] of the batch item's segments */
     int32_t *group_edges; /* [groups + 1] */
     int64_t edges_size, groups;
 } rows_state;
@@ -62,21 +62,21 @@ static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
     rows_parts unused;
     dhsa_status status =
-        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->pasts, DHSA_LEVEL_FINE, error);
+        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->key_indexes, DHSA_LEVEL_FINE, error);
     if (status) return status;
-    s->units = state->fine.capacity;
+    s->segments = state->fine.capacity;
     s->arena_size = rows_lay_out(state, config->mass > 0, NULL, &unused);
     if (!two) return DHSA_OK;
     state->coarse_config = config->score;
-    state->coarse_config.rows = dhsa_ceil_div(config->score.rows, COARSER);
-    state->edges_size = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_UNIT) + 1;
+    state->coarse_config.mean_queries = dhsa_ceil_div(config->score.mean_queries, COARSER);
+    state->edges_size = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_SUBGROUP) + 1;
     state->groups = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_GROUP);
     state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);
     state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
     if (!state->edges || !state->group_edges)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups", state->groups);
-    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, 1, s->pasts, DHSA_LEVEL_COARSE,
-                              error);
+    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, 1, s->key_indexes,
+                              DHSA_LEVEL_COARSE, error);
     s->arena_size = rows_lay_out(state, 0, NULL, &unused);
     return status;
 }
@@ -89,7 +89,7 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
         dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas, s->arena_stride, s->num_threads, error);
     if (status || !state->edges) return status;
     for (int64_t u = 0; u < state->edges_size; u++)
-        state->edges[u] = boundaries[DHSA_MIN(u * DHSA_CHUNK_UNIT, s->n_boundaries - 1)];
+        state->edges[u] = boundaries[DHSA_MIN(u * DHSA_CHUNK_SUBGROUP, s->n_boundaries - 1)];
     for (int64_t g = 0; g <= state->groups; g++)
         state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
     return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads, error);
@@ -101,37 +101,38 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
                               int32_t *groups)
 {
     const rows_state *state = s->state;
-    dhsa_units units = {.edges = state->group_edges, .score = score};
+    dhsa_segments segments = {.edges = state->group_edges, .score = score};
     int64_t first, last;
     dhsa_scorer_run(&state->coarse, set, block, NULL, 0, dhsa_selector_arena(s, thread), score, NULL, &first, &last);
-    units.first = first / UNITS_OF_GROUP;
-    units.last = dhsa_ceil_div(last, UNITS_OF_GROUP);
-    for (int64_t g = units.first; g < units.last; g++) {
+    segments.first = first / SUBGROUPS;
+    segments.last = dhsa_ceil_div(last, SUBGROUPS);
+    for (int64_t g = segments.first; g < segments.last; g++) {
         float best = -INFINITY;
-        for (int64_t u = DHSA_MAX(g * UNITS_OF_GROUP, first); u < DHSA_MIN((g + 1) * UNITS_OF_GROUP, last); u++)
+        for (int64_t u = DHSA_MAX(g * SUBGROUPS, first); u < DHSA_MIN((g + 1) * SUBGROUPS, last); u++)
             best = DHSA_MAX(best, score[u]);
-        const int forced = units.edges[g] < s->config->sink || units.edges[g + 1] > span.end - s->config->local;
+        const int forced = segments.edges[g] < s->config->sink || segments.edges[g + 1] > span.end - s->config->local;
         score[g] = forced ? INFINITY : best;
     }
-    return dhsa_take_units(s, thread, span, &units, s->config->shortlist, groups);
+    return dhsa_topk_segments(s, thread, span, &segments, s->config->shortlist, groups);
 }
 
-static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row, int64_t room)
+static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
+                         int64_t room)
 {
     const rows_state *state = s->state;
     const dhsa_scorer *fine = &state->fine;
     char *arena = dhsa_selector_arena(s, thread);
     rows_parts w;
     rows_lay_out(state, s->config->mass > 0, arena, &w);
-    dhsa_units units = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
+    dhsa_segments segments = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
     int32_t *groups = NULL;
     int64_t n_groups = 0;
     if (rows_two_stages(s->config, span.end - span.lo)) {
         groups = w.groups;
         n_groups = rows_shortlist(s, set, block, span, thread, w.coarse, groups);
     }
-    dhsa_scorer_run(fine, set, block, groups, n_groups, arena, w.score, w.mass, &units.first, &units.last);
-    return dhsa_take(s, thread, span, &units, row, room);
+    dhsa_scorer_run(fine, set, block, groups, n_groups, arena, w.score, w.mass, &segments.first, &segments.last);
+    return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
 const dhsa_method dhsa_method_rows = {

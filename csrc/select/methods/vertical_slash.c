@@ -1,6 +1,6 @@
 /* vertical_slash.c: columns and diagonals of attention that the last queries of the prompt see, carried over to all blocks.
- * Source: MInference, arXiv 2407.02490. Found once for each batch row and set of heads: O(Lk). Half of what a block's forced keys
- * leave goes to diagonals, the rest to columns. The definition is vertical_slash_list in the reference. */
+ * Source: MInference, arXiv 2407.02490. Found once for each batch item and set of heads: O(Lk). Half of what a block's forced keys
+ * leave goes to diagonals, the rest to columns. The float64 definition is `twin` in dhsa/methods/vertical_slash.py. */
 #include <string.h>
 
 #include "core/arena.h"
@@ -38,7 +38,7 @@ static int64_t vertical_slash_lay_out(const dhsa_selector *s, char *arena, verti
     return used;
 }
 
-static void vertical_slash_take(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
+static void vertical_slash_visit(void *of, int64_t row, int64_t first, int n, const float *p, const float *weight)
 {
     const vertical_slash_probe *w = of;
     const dhsa_kernels *kernels = w->rows.probe->kernels;
@@ -93,7 +93,7 @@ static void vertical_slash_task(void *context, int64_t set, int thread)
     run.of = &w;
     run.pack = dhsa_probe_pack_queries;
     run.keys = dhsa_probe_read_keys;
-    run.take = vertical_slash_take;
+    run.visit = vertical_slash_visit;
     for (int64_t h = 0; h < s->heads_per_set; h++) {
         w.rows.head = set * s->heads_per_set + h;
         dhsa_probe_do(&st->probe, &run, arena);
@@ -108,7 +108,7 @@ static void vertical_slash_task(void *context, int64_t set, int thread)
 static dhsa_status vertical_slash_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     (void)b, (void)error;
-    dhsa_parallel(s->sets, s->num_threads, vertical_slash_task, s);
+    dhsa_parallel(s->head_sets, s->num_threads, vertical_slash_task, s);
     return DHSA_OK;
 }
 
@@ -129,7 +129,7 @@ static int64_t vertical_slash_mark(uint64_t *marks, int64_t from, int64_t to, in
     return done;
 }
 
-static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                                    int64_t room)
 {
     const vertical_slash_state *st = s->state;
@@ -149,10 +149,10 @@ static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t 
         half -= vertical_slash_mark(marks, DHSA_MAX(offset + queries.lo - *d, from), DHSA_MIN(offset + queries.end - *d, to), half);
     for (const int32_t *j = st->columns + set * k_len; left > 0; j++)
         if (*j >= from && *j < to) left -= vertical_slash_mark(marks, *j, *j + 1, left);
-    int64_t n = dhsa_write_keys(row, span.lo, from);
+    int64_t n = dhsa_write_keys(list, span.lo, from);
     for (int64_t word = from / 64; word * 64 < to; word++)
-        for (uint64_t bits = marks[word]; bits; bits &= bits - 1) row[n++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
-    return n + dhsa_write_keys(row + n, to, span.end);
+        for (uint64_t bits = marks[word]; bits; bits &= bits - 1) list[n++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
+    return n + dhsa_write_keys(list + n, to, span.end);
 }
 
 static dhsa_status vertical_slash_open(dhsa_selector *s, dhsa_error *error)
@@ -163,8 +163,8 @@ static dhsa_status vertical_slash_open(dhsa_selector *s, dhsa_error *error)
     if (st) {
         dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, DHSA_MIN(PROBE_QUERIES, s->q->shape[2]), k_len, s->q->shape[3], 1);
         s->arena_size = vertical_slash_lay_out(s, NULL, &unused);
-        st->columns = dhsa_alloc(s->sets * k_len, sizeof *st->columns);
-        st->diagonals = dhsa_alloc(s->sets * k_len, sizeof *st->diagonals);
+        st->columns = dhsa_alloc(s->head_sets * k_len, sizeof *st->columns);
+        st->diagonals = dhsa_alloc(s->head_sets * k_len, sizeof *st->diagonals);
     }
     if (st && st->columns && st->diagonals) return DHSA_OK;
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "vertical_slash: no memory for the columns of %lld keys", (long long)k_len);

@@ -2,13 +2,13 @@
  * Source: attention sinks, StreamingLLM (arXiv 2309.17453); the shape is also called A. */
 #include "select/selector.h"
 
-static int64_t window_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t window_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                            int64_t room)
 {
     const int64_t sink = DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0);
     (void)set, (void)block, (void)thread;
-    dhsa_write_keys(row, span.lo, span.lo + sink);
-    dhsa_write_keys(row + sink, span.end - (room - sink), span.end);
+    dhsa_write_keys(list, span.lo, span.lo + sink);
+    dhsa_write_keys(list + sink, span.end - (room - sink), span.end);
     return room;
 }
 

@@ -1,7 +1,7 @@
 /* xattention.c: blocks of keys by the sums of strided antidiagonals of the logits. Source: XAttention, arXiv 2503.16428.
  * Groups of `stride` neighbouring queries, in reverse order, and of as many keys are one long row each: one product adds up an
  * antidiagonal of the square between them. Groups of queries begin with the block, those of keys with key 0; what is missing in a
- * group, or lies at or above the block's end, counts as zeros. The definition is xattention_units in the reference. */
+ * group, or lies at or above the block's end, counts as zeros. The float64 definition is `twin` in dhsa/methods/xattention.py. */
 #include <string.h>
 
 #include "select/coarse.h"
@@ -17,15 +17,15 @@ typedef struct {
     const dhsa_selector *s;
     dhsa_span queries, span;
     int64_t head;
-    float *score, *mass; /* [units]: of the key blocks */
+    float *score, *mass; /* [segments]: of the key blocks */
 } xattention_block;
 
 /* What one thread works in, after the probe. */
 static int64_t xattention_lay_out(const dhsa_selector *s, char *arena, xattention_block *w)
 {
     int64_t used = ((const xattention_state *)s->state)->probe.arena_size;
-    w->score = dhsa_part(arena, &used, s->units * 4);
-    w->mass = dhsa_part(arena, &used, s->units * 4);
+    w->score = dhsa_part(arena, &used, s->segments * 4);
+    w->mass = dhsa_part(arena, &used, s->segments * 4);
     return used;
 }
 
@@ -70,7 +70,7 @@ static const float *xattention_keys(void *of, int64_t first, int n, float *tile,
     return tile;
 }
 
-static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *row,
+static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
                                int64_t room)
 {
     const xattention_state *st = s->state;
@@ -94,8 +94,8 @@ static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t bloc
     }
     memcpy(w.mass + first, w.score + first, (size_t)(last - first) * sizeof *w.score);
     dhsa_finite_blocks(s, set, span, w.score, w.mass);
-    const dhsa_units units = {st->edges, first, last, w.score, w.mass};
-    return dhsa_take(s, thread, span, &units, row, room);
+    const dhsa_segments segments = {st->edges, first, last, w.score, w.mass};
+    return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
 static dhsa_status xattention_open(dhsa_selector *s, dhsa_error *error)
@@ -104,7 +104,7 @@ static dhsa_status xattention_open(dhsa_selector *s, dhsa_error *error)
     const int64_t k_len = s->k->shape[2], dim = s->q->shape[3];
     xattention_block unused;
     xattention_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
-    s->units = dhsa_ceil_div(k_len, c->key_block);
+    s->segments = dhsa_ceil_div(k_len, c->key_block);
     if (st) {
         dhsa_probe_plan(&st->probe, DHSA_PROBE_SUMS, dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
                         dhsa_ceil_div(k_len, c->stride), c->stride * dim, c->key_block / c->stride);
@@ -112,7 +112,7 @@ static dhsa_status xattention_open(dhsa_selector *s, dhsa_error *error)
         s->arena_size = xattention_lay_out(s, NULL, &unused);
     }
     if (st && st->edges) return DHSA_OK;
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "xattention: no memory for %lld blocks of keys", (long long)s->units);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "xattention: no memory for %lld blocks of keys", (long long)s->segments);
 }
 
 static void xattention_close(dhsa_selector *s) { dhsa_free(((xattention_state *)s->state)->edges); }

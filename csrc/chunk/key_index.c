@@ -1,7 +1,8 @@
-/* past.c: keys that were there in an earlier call: knows them again, and keeps their cuts and the means of their chunks, so that a
- * prompt in pieces and a decoding step do that work once a key. How keys are cut is boundaries.c's, what means are for scores.c's.
- * Decoding after arXiv 2510.24606: the prompt's chunks are kept, generated tokens are one chunk more, the current one its own. */
-#include "chunk/past.h"
+/* key_index.c: keys that were there in an earlier call: knows them again, and keeps their cuts and the means of their chunks, so
+ * that a prompt in pieces and a decoding step do that work once a key. How keys are cut is boundaries.c's, what means are for
+ * scores.c's. Decoding after arXiv 2510.24606: the prompt's chunks are kept, generated tokens are one chunk more, the current one
+ * its own. */
+#include "chunk/key_index.h"
 
 #include <inttypes.h>
 #include <stdatomic.h>
@@ -37,8 +38,8 @@ static uint64_t stir(uint64_t h, uint64_t w)
 }
 
 /* A number made of all bytes of a key in all heads. A step of one of the four chains takes different words to different numbers,
- * so keys that differ in one word always have different marks, others but for one pair in about 2^64. */
-static uint64_t mark_of(const dhsa_tensor *k, int64_t b, int64_t i)
+ * so keys that differ in one word always have different fingerprints, others but for one pair in about 2^64. */
+static uint64_t fingerprint_of(const dhsa_tensor *k, int64_t b, int64_t i)
 {
     const int64_t bytes = k->shape[3] * dhsa_dtype_size(k->dtype);
     uint64_t h[4] = {1, 2, 3, 4};
@@ -53,25 +54,26 @@ static uint64_t mark_of(const dhsa_tensor *k, int64_t b, int64_t i)
     return h[0] ^ h[0] >> 32;
 }
 
-/* Looks at keys [from, to): notes their marks, or with `first` finds the first one whose mark is another than that noted. */
+/* Looks at keys [from, to): notes their fingerprints, or with `first` finds the first one whose fingerprint is another than that
+ * noted. */
 typedef struct {
-    uint64_t *marks;
+    uint64_t *fingerprints;
     const dhsa_tensor *k;
     int64_t b, from, to;
     _Atomic int64_t *first;
-} past_look_job;
+} key_index_look_job;
 
-static void past_look_task(void *context, int64_t index, int thread)
+static void key_index_look_task(void *context, int64_t index, int thread)
 {
-    const past_look_job *job = context;
+    const key_index_look_job *job = context;
     const int64_t from = job->from + index * RUN, to = DHSA_MIN(from + RUN, job->to);
     (void)thread;
     for (int64_t i = from; i < to; i++) {
         if (!job->first) {
-            job->marks[i] = mark_of(job->k, job->b, i);
+            job->fingerprints[i] = fingerprint_of(job->k, job->b, i);
         } else if (i >= atomic_load_explicit(job->first, memory_order_relaxed)) {
             return;
-        } else if (mark_of(job->k, job->b, i) != job->marks[i]) {
+        } else if (fingerprint_of(job->k, job->b, i) != job->fingerprints[i]) {
             int64_t first = atomic_load(job->first);
             while (i < first && !atomic_compare_exchange_weak(job->first, &first, i)) {
             }
@@ -80,24 +82,24 @@ static void past_look_task(void *context, int64_t index, int thread)
     }
 }
 
-static void past_look(past_look_job *job, int num_threads)
+static void key_index_look(key_index_look_job *job, int num_threads)
 {
     const int64_t n = job->to - job->from;
-    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, past_look_task, job);
+    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, key_index_look_task, job);
 }
 
 /* Forgets how the keys were cut from chunk number `chunks` on. */
-static void forget_chunks(dhsa_past *p, int64_t chunks)
+static void forget_chunks(dhsa_key_index *p, int64_t chunks)
 {
     if (chunks >= p->chunks) return;
     p->chunks = chunks;
     p->summed = -1;
     for (int i = 0; i < DHSA_LEVELS; i++)
-        p->levels[i].done = DHSA_MIN(p->levels[i].done, i == DHSA_LEVEL_FINE ? chunks : chunks / DHSA_CHUNK_UNIT);
+        p->levels[i].done = DHSA_MIN(p->levels[i].done, i == DHSA_LEVEL_FINE ? chunks : chunks / DHSA_CHUNK_SUBGROUP);
 }
 
 /* Forgets everything about the keys from n on. */
-static void forget(dhsa_past *p, int64_t n)
+static void forget(dhsa_key_index *p, int64_t n)
 {
     int64_t chunks = p->chunks;
     p->known = DHSA_MIN(p->known, n);
@@ -106,13 +108,13 @@ static void forget(dhsa_past *p, int64_t n)
     if (p->summed > n) p->summed = -1;
 }
 
-static int past_grow(void **memory, int64_t *room, int64_t need, int64_t keep, int64_t size)
+static int key_index_grow(void **memory, int64_t *room, int64_t need, int64_t used, int64_t size)
 {
     if (need <= *room) return 1;
     const int64_t more = need + need / 2 + 64;
     void *bigger = dhsa_alloc(more, size);
     if (!bigger) return 0;
-    if (*memory) memcpy(bigger, *memory, (size_t)(keep * size));
+    if (*memory) memcpy(bigger, *memory, (size_t)(used * size));
     dhsa_free(*memory);
     *memory = bigger;
     *room = more;
@@ -121,14 +123,14 @@ static int past_grow(void **memory, int64_t *room, int64_t need, int64_t keep, i
 
 static dhsa_status no_memory(dhsa_error *error, int64_t keys)
 {
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "past: no memory for the chunks of %" PRId64 " keys", keys);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "key_indexes: no memory for the chunks of %" PRId64 " keys", keys);
 }
 
 /* The edges have room for what a step adds, also where nothing was cut yet. */
-static dhsa_status make_room(dhsa_past *p, int64_t chunks, int64_t keys, dhsa_error *error)
+static dhsa_status make_room(dhsa_key_index *p, int64_t chunks, int64_t keys, dhsa_error *error)
 {
     void *edges = p->edges;
-    if (!past_grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0, sizeof *p->edges))
+    if (!key_index_grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0, sizeof *p->edges))
         return no_memory(error, keys);
     p->edges = edges;
     if (p->chunks == 0) p->edges[0] = 0;
@@ -136,14 +138,15 @@ static dhsa_status make_room(dhsa_past *p, int64_t chunks, int64_t keys, dhsa_er
 }
 
 /* Takes note of the keys that are new; what it knew is as it was. */
-static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, int num_threads, dhsa_error *error)
+static dhsa_status take_note(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
-    void *marks = p->marks;
-    if (!past_grow(&marks, &p->marks_room, length, p->known, sizeof *p->marks)) return no_memory(error, length);
-    p->marks = marks;
-    past_look_job job = {p->marks, k, b, p->known, length, NULL};
-    past_look(&job, num_threads);
+    void *fingerprints = p->fingerprints;
+    if (!key_index_grow(&fingerprints, &p->fingerprints_room, length, p->known, sizeof *p->fingerprints))
+        return no_memory(error, length);
+    p->fingerprints = fingerprints;
+    key_index_look_job job = {p->fingerprints, k, b, p->known, length, NULL};
+    key_index_look(&job, num_threads);
     p->known = length;
     return DHSA_OK;
 }
@@ -152,16 +155,16 @@ static dhsa_status take_note(dhsa_past *p, const dhsa_tensor *k, int64_t b, int 
 
 /* There are `chunks` chunks now, at least as many as there were. Means of a group of chunks that was not whole are those of a
  * longer one, and what was padding in a step is none any more. */
-static void extended(dhsa_past *p, int64_t chunks)
+static void extended(dhsa_key_index *p, int64_t chunks)
 {
     p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
-    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / DHSA_CHUNK_UNIT);
+    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / DHSA_CHUNK_SUBGROUP);
     p->chunks = chunks;
     p->summed = -1;
 }
 
 /* Cuts the keys up to `end`, from where they are not cut yet. */
-static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t end, const dhsa_boundary_config *config,
+static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t end, const dhsa_boundary_config *config,
                        int num_threads, dhsa_error *error)
 {
     const int64_t from = p->chunks > 0 ? p->edges[p->chunks] : 0, room = dhsa_boundaries_capacity(config, end - from);
@@ -180,20 +183,20 @@ static dhsa_status cut(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t en
     return DHSA_OK;
 }
 
-/* Whether every step-th key of [from, to) has the mark that was noted. */
-static int alike(const dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to, int64_t step)
+/* Whether every step-th key of [from, to) has the fingerprint that was noted. */
+static int alike(const dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to, int64_t step)
 {
-    while (from < to && mark_of(k, b, from) == p->marks[from]) from += step;
+    while (from < to && fingerprint_of(k, b, from) == p->fingerprints[from]) from += step;
     return from >= to;
 }
 
 /* Begins anew if these keys cannot be those that it knows; else finds how many it knows again. The first `same` are said to be
  * those of the last call. That is trusted as long as those agree that are looked at all the same. */
-static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t same, int num_threads)
+static int64_t recognise(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t same, int num_threads)
 {
     const int64_t known = DHSA_MIN(p->known, k->shape[2]);
     if (p->dtype != k->dtype || p->kv_heads != k->shape[1] || p->dim != k->shape[3]) {
-        dhsa_past_reset(p);
+        dhsa_key_index_reset(p);
         p->dtype = k->dtype;
         p->kv_heads = k->shape[1];
         p->dim = k->shape[3];
@@ -210,17 +213,17 @@ static int64_t recognise(dhsa_past *p, const dhsa_tensor *k, int64_t b, int64_t 
     }
     _Atomic int64_t first;
     atomic_init(&first, known);
-    past_look_job job = {p->marks, k, b, trusted ? old : 0, known, &first};
-    past_look(&job, num_threads);
+    key_index_look_job job = {p->fingerprints, k, b, trusted ? old : 0, known, &first};
+    key_index_look(&job, num_threads);
     if (trusted && atomic_load(&first) < same) { /* what was said is not so: look at all */
         job.from = 0;
-        past_look(&job, num_threads);
+        key_index_look(&job, num_threads);
     }
     return atomic_load(&first);
 }
 
-dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
-                             int64_t same, int num_threads, dhsa_error *error)
+dhsa_status dhsa_key_index_update(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
+                                  int64_t same, int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2], end = length - (step != 0), again = recognise(p, k, b, same, num_threads);
     const int64_t before = p->known, chunks = p->chunks;
@@ -243,18 +246,18 @@ dhsa_status dhsa_past_follow(dhsa_past *p, const dhsa_tensor *k, int64_t b, cons
     return DHSA_OK;
 }
 
-dhsa_status dhsa_past_adopt(dhsa_past *p, const dhsa_tensor *k, int64_t b, const int32_t *given, int64_t n, int64_t same,
-                            int num_threads, dhsa_error *error)
+dhsa_status dhsa_key_index_assign(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, const int32_t *boundaries, int64_t n,
+                                  int64_t same, int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
     dhsa_status status;
     forget(p, recognise(p, k, b, same, num_threads));
-    while (n > 2 && given[n - 2] == length) n--;
+    while (n > 2 && boundaries[n - 2] == length) n--;
     int64_t stay = 0;
-    while (stay < p->chunks && stay < n - 1 && p->edges[stay + 1] == given[stay + 1]) stay++;
+    while (stay < p->chunks && stay < n - 1 && p->edges[stay + 1] == boundaries[stay + 1]) stay++;
     forget_chunks(p, stay);
     if ((status = make_room(p, n, length, error))) return status;
-    memcpy(p->edges, given, (size_t)n * sizeof *given);
+    memcpy(p->edges, boundaries, (size_t)n * sizeof *boundaries);
     extended(p, n - 1);
     status = take_note(p, k, b, num_threads, error);
     p->total = p->chunks;
@@ -279,7 +282,7 @@ static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64
 
 /* A step's last chunks: of the fine level the generated keys and the current one, of the coarse level both as one. The sum of what
  * was generated is carried on, or a long answer would be read again for each of its tokens. */
-static void put_last(dhsa_past *p, int level, const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t at,
+static void put_last(dhsa_key_index *p, int level, const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t at,
                      dhsa_chunks *c, float *scratch)
 {
     const int64_t from = p->edges[p->chunks], end = k->shape[2] - 1, dim = p->dim;
@@ -304,9 +307,9 @@ static void put_last(dhsa_past *p, int level, const dhsa_kernels *kernels, const
     p->summed = DHSA_MAX(p->summed, end);
 }
 
-dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const dhsa_kernels *kernels, const dhsa_tensor *k,
-                            int64_t b, const int32_t *edges, int64_t count, dhsa_chunks *chunks, char *arenas, int64_t stride,
-                            int num_threads, dhsa_error *error)
+dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind kind, const dhsa_kernels *kernels,
+                                 const dhsa_tensor *k, int64_t b, const int32_t *edges, int64_t count, dhsa_chunks *chunks,
+                                 char *arenas, int64_t stride, int num_threads, dhsa_error *error)
 {
     dhsa_level *l = &p->levels[level];
     const int squares = kind != DHSA_MEANS_F32 && kernels->bf16 != NULL;
@@ -331,7 +334,7 @@ dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const
     l->chunks.chunks = count - last;
     dhsa_chunks_fill(kernels, k, b, &l->chunks, l->done, arenas, stride, num_threads);
     /* Of a coarse chunk that is not whole, more may come. */
-    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_UNIT;
+    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_SUBGROUP;
     if (last > 0) dhsa_whole(arenas, 2 * p->dim * (int64_t)sizeof(float));
     if (last > 0) put_last(p, level, kernels, k, b, count - last, &l->chunks, (float *)arenas);
     l->chunks.chunks = count;
@@ -342,17 +345,17 @@ dhsa_status dhsa_past_means(dhsa_past *p, int level, dhsa_means_kind kind, const
 
 /* ---- its life ---------------------------------------------------------------------------------------------------- */
 
-dhsa_status dhsa_past_new(dhsa_past **past, dhsa_error *error)
+dhsa_status dhsa_key_index_new(dhsa_key_index **index, dhsa_error *error)
 {
-    const dhsa_status status = dhsa_given(past, "past", error);
+    const dhsa_status status = dhsa_check_pointer(index, "key_index", error);
     if (status) return status;
-    *past = dhsa_alloc_zeroed(1, sizeof **past);
-    if (!*past) return no_memory(error, 0);
-    (*past)->summed = -1;
+    *index = dhsa_alloc_zeroed(1, sizeof **index);
+    if (!*index) return no_memory(error, 0);
+    (*index)->summed = -1;
     return DHSA_OK;
 }
 
-void dhsa_past_slim(dhsa_past *p)
+void dhsa_key_index_drop_means(dhsa_key_index *p)
 {
     for (int i = 0; p && i < DHSA_LEVELS; i++) {
         if (p->levels[i].open) dhsa_chunks_close(&p->levels[i].chunks);
@@ -360,11 +363,11 @@ void dhsa_past_slim(dhsa_past *p)
     }
 }
 
-void dhsa_past_reset(dhsa_past *p)
+void dhsa_key_index_reset(dhsa_key_index *p)
 {
     if (!p) return;
-    dhsa_past_slim(p);
-    dhsa_free(p->marks);
+    dhsa_key_index_drop_means(p);
+    dhsa_free(p->fingerprints);
     dhsa_free(p->edges);
     dhsa_free(p->sum);
     memset(p, 0, sizeof *p);
@@ -378,46 +381,46 @@ static void *copy_of(const void *memory, int64_t room, int64_t used, int64_t siz
     return copy;
 }
 
-dhsa_status dhsa_past_copy(const dhsa_past *p, dhsa_past **twin, dhsa_error *error)
+dhsa_status dhsa_key_index_copy(const dhsa_key_index *p, dhsa_key_index **twin, dhsa_error *error)
 {
     dhsa_status status;
-    if ((status = dhsa_given(p, "past", error)) || (status = dhsa_past_new(twin, error))) return status;
-    dhsa_past *t = *twin;
+    if ((status = dhsa_check_pointer(p, "key_index", error)) || (status = dhsa_key_index_new(twin, error))) return status;
+    dhsa_key_index *t = *twin;
     *t = *p;
     /* The sum is made again from the keys. */
     t->sum = NULL;
     t->summed = -1;
-    t->marks = copy_of(p->marks, p->marks_room, p->known, sizeof *p->marks);
+    t->fingerprints = copy_of(p->fingerprints, p->fingerprints_room, p->known, sizeof *p->fingerprints);
     t->edges = copy_of(p->edges, p->edges_room, p->total + 1, sizeof *p->edges);
-    int good = (t->marks || !p->marks) && (t->edges || !p->edges);
+    int good = (t->fingerprints || !p->fingerprints) && (t->edges || !p->edges);
     for (int i = 0; i < DHSA_LEVELS; i++) {
         dhsa_level *l = &t->levels[i];
         if (!good) l->open = 0;
         if (l->open && !dhsa_chunks_grow(&l->chunks, p->kv_heads, l->chunks.pitch, p->dim, l->done, 1)) good = l->open = 0;
     }
     if (good) return DHSA_OK;
-    dhsa_past_free(t);
+    dhsa_key_index_free(t);
     *twin = NULL;
     return no_memory(error, p->known);
 }
 
-void dhsa_past_free(dhsa_past *p)
+void dhsa_key_index_free(dhsa_key_index *p)
 {
-    dhsa_past_reset(p);
+    dhsa_key_index_reset(p);
     dhsa_free(p);
 }
 
-int64_t dhsa_past_boundaries(const dhsa_past *p, int32_t *boundaries)
+int64_t dhsa_key_index_boundaries(const dhsa_key_index *p, int32_t *boundaries)
 {
     const int64_t count = p && p->total > 0 ? p->total + 1 : 0;
     if (boundaries && count > 0) memcpy(boundaries, p->edges, (size_t)count * sizeof *boundaries);
     return count;
 }
 
-int64_t dhsa_past_bytes(const dhsa_past *p)
+int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
 {
     if (!p) return 0;
-    int64_t bytes = p->marks_room * (int64_t)sizeof *p->marks + p->edges_room * (int64_t)sizeof *p->edges +
+    int64_t bytes = p->fingerprints_room * (int64_t)sizeof *p->fingerprints + p->edges_room * (int64_t)sizeof *p->edges +
                     (p->sum ? p->kv_heads * p->dim * (int64_t)sizeof *p->sum : 0);
     for (int i = 0; i < DHSA_LEVELS; i++) {
         const dhsa_chunks *c = &p->levels[i].chunks;

@@ -1,5 +1,5 @@
-/* take.c: from scores to a list: forced keys, then the best units until the row is full or a share of mass is held. The same for
- * every method, so that at one budget their lists have one length. A weighted radix select: O(units). */
+/* topk.c: from scores to a list: forced keys, then the best segments until the list is full or a share of mass is held. The same
+ * for every method, so that at one budget their lists have one length. A weighted radix select: O(segments). */
 #include <math.h>
 #include <string.h>
 
@@ -10,48 +10,48 @@ enum { PASSES = 3, MOST_DIGITS = 1 << 11 };
 static const int shifts[PASSES] = {21, 10, 0};
 static const uint32_t masks[PASSES] = {0x7ff, 0x7ff, 0x3ff};
 
-/* What one thread works in, [units] each. */
+/* What one thread works in, [segments] each. */
 typedef struct {
     uint32_t *key;  /* the image of the score */
-    int32_t *alive; /* units whose higher digits equal the threshold's */
-} take_scratch;
+    int32_t *alive; /* segments whose higher digits equal the threshold's */
+} topk_scratch;
 
-static take_scratch take_lay_out(const dhsa_selector *s, int thread)
+static topk_scratch topk_lay_out(const dhsa_selector *s, int thread)
 {
     int64_t used = s->arena_size;
     char *arena = dhsa_selector_arena(s, thread);
-    take_scratch w;
-    w.key = dhsa_part(arena, &used, s->units * 4);
-    w.alive = dhsa_part(arena, &used, s->units * 4);
+    topk_scratch w;
+    w.key = dhsa_part(arena, &used, s->segments * 4);
+    w.alive = dhsa_part(arena, &used, s->segments * 4);
     return w;
 }
 
 /* The candidates that are not forced: keys [from, to). */
 typedef struct {
-    const dhsa_units *units;
+    const dhsa_segments *segments;
     int64_t from, to;
 } free_keys;
 
-static inline int64_t edge(const dhsa_units *u, int64_t c) { return u->edges ? u->edges[c] : c; }
+static inline int64_t edge(const dhsa_segments *u, int64_t c) { return u->edges ? u->edges[c] : c; }
 
-/* How many keys of [from, to) are unit c's. */
-static inline int64_t keys_within(const dhsa_units *u, int64_t c, int64_t from, int64_t to)
+/* How many keys of [from, to) are segment c's. */
+static inline int64_t keys_within(const dhsa_segments *u, int64_t c, int64_t from, int64_t to)
 {
     return DHSA_MAX(DHSA_MIN(edge(u, c + 1), to) - DHSA_MAX(edge(u, c), from), 0);
 }
 
-static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_within(f->units, c, f->from, f->to); }
+static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_within(f->segments, c, f->from, f->to); }
 
-/* Fills w->key, and w->alive with the units that have free keys, but for those that score -inf where the others have `enough`
- * keys: most units of a long prompt are not on its shortlist. Returns how many. */
-static int64_t take_order(const free_keys *f, const take_scratch *w, int64_t enough)
+/* Fills w->key, and w->alive with the segments that have free keys, but for those that score -inf where the others have `enough`
+ * keys: most segments of a long prompt are not on its shortlist. Returns how many. */
+static int64_t topk_order(const free_keys *f, const topk_scratch *w, int64_t enough)
 {
     enum { LOWEST = 0x007fffff /* the image of -inf */ };
-    const int64_t first = f->units->first, last = f->units->last;
+    const int64_t first = f->segments->first, last = f->segments->last;
     int64_t count = 0, keys = 0;
     for (int64_t c = first; c < last; c++) {
         uint32_t u;
-        memcpy(&u, f->units->score + c, sizeof u);
+        memcpy(&u, f->segments->score + c, sizeof u);
         w->key[c] = u ^ ((uint32_t)-(int32_t)(u >> 31) | 0x80000000u);
     }
     for (int64_t c = first; c < last; c++) {
@@ -67,8 +67,8 @@ static int64_t take_order(const free_keys *f, const take_scratch *w, int64_t eno
     return count;
 }
 
-/* Of the units alive, keeps those with this digit. */
-static int64_t keep(const take_scratch *w, int64_t count, int pass, uint32_t digit)
+/* Of the segments alive, keeps those with this digit. */
+static int64_t filter_digit(const topk_scratch *w, int64_t count, int pass, uint32_t digit)
 {
     int64_t kept = 0;
     for (int64_t i = 0; i < count; i++)
@@ -76,12 +76,12 @@ static int64_t keep(const take_scratch *w, int64_t count, int pass, uint32_t dig
     return kept;
 }
 
-/* The image that the unit of rank `need` has, keys counted, best first; *left receives how many keys of units with just that
+/* The image that the segment of rank `need` has, keys counted, best first; *left receives how many keys of segments with just that
  * image are still wanted. `need` is at least 1 and at most the number of free keys. */
-static uint32_t take_threshold(const free_keys *f, const take_scratch *w, int64_t need, int64_t *left)
+static uint32_t topk_threshold(const free_keys *f, const topk_scratch *w, int64_t need, int64_t *left)
 {
     uint32_t prefix = 0;
-    int64_t count = take_order(f, w, need);
+    int64_t count = topk_order(f, w, need);
     for (int pass = 0; pass < PASSES; pass++) {
         int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most DHSA_MAX_LENGTH in all */
         for (int64_t i = 0; i < count; i++)
@@ -89,18 +89,18 @@ static uint32_t take_threshold(const free_keys *f, const take_scratch *w, int64_
         uint32_t digit = masks[pass];
         while (histogram[digit] < need) need -= histogram[digit--];
         prefix |= digit << shifts[pass];
-        count = keep(w, count, pass, digit);
+        count = filter_digit(w, count, pass, digit);
     }
     *left = need;
     return prefix;
 }
 
-/* How many free keys hold `need` of the mass, units taken whole and best first. Sums are taken in the order of keys, by one
+/* How many free keys hold `need` of the mass, segments taken whole and best first. Sums are taken in the order of keys, by one
  * thread, so they are the same for any number of threads. */
-static int64_t keys_for(const free_keys *f, dhsa_span span, const take_scratch *w, double need)
+static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *w, double need)
 {
-    const dhsa_units *u = f->units;
-    int64_t count = take_order(f, w, INT64_MAX), keys = 0;
+    const dhsa_segments *u = f->segments;
+    int64_t count = topk_order(f, w, INT64_MAX), keys = 0;
     for (int pass = 0; pass < PASSES; pass++) {
         double histogram[MOST_DIGITS] = {0};
         int32_t sizes[MOST_DIGITS] = {0};
@@ -116,7 +116,7 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const take_scratch *
             keys += sizes[digit];
             if (digit-- == 0) return keys; /* rounding: the digits of a digit may hold a hair less than it did */
         }
-        count = keep(w, count, pass, digit);
+        count = filter_digit(w, count, pass, digit);
     }
     for (int64_t i = count - 1; i >= 0 && need > 0; i--) { /* equal scores: the recent ones first */
         const int64_t c = w->alive[i], n = free_in(f, c);
@@ -127,10 +127,10 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const take_scratch *
 }
 
 /* The length of a list that is to hold a share of mass. */
-static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, const free_keys *f, const take_scratch *w,
+static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, const free_keys *f, const topk_scratch *w,
                             int64_t room)
 {
-    const dhsa_units *u = f->units;
+    const dhsa_segments *u = f->segments;
     const int64_t forced = span.end - span.lo - (f->to - f->from);
     double total = 0, held = 0;
     int64_t sure = 0;
@@ -148,13 +148,14 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
     return DHSA_MIN(DHSA_MAX(size, config->floor), room);
 }
 
-int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int64_t keys, int32_t *chosen)
+int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int64_t keys,
+                           int32_t *chosen)
 {
-    const take_scratch w = take_lay_out(s, thread);
-    const free_keys f = {units, span.lo, span.end};
+    const topk_scratch w = topk_lay_out(s, thread);
+    const free_keys f = {segments, span.lo, span.end};
     int64_t left = 0, count = 0;
-    const uint32_t least = take_threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
-    for (int64_t c = units->last - 1; c >= units->first; c--) {
+    const uint32_t least = topk_threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
+    for (int64_t c = segments->last - 1; c >= segments->first; c--) {
         const int64_t n = free_in(&f, c);
         if (n == 0 || w.key[c] < least || (w.key[c] == least && left <= 0)) continue;
         if (w.key[c] == least) left -= n;
@@ -168,9 +169,9 @@ int64_t dhsa_take_units(const dhsa_selector *s, int thread, dhsa_span span, cons
     return count;
 }
 
-int64_t dhsa_write_keys(int32_t *row, int64_t from, int64_t to)
+int64_t dhsa_write_keys(int32_t *list, int64_t from, int64_t to)
 {
-    for (int64_t j = from; j < to; j++) row[j - from] = (int32_t)j;
+    for (int64_t j = from; j < to; j++) list[j - from] = (int32_t)j;
     return DHSA_MAX(to - from, 0);
 }
 
@@ -182,23 +183,23 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
     return end - (to - from);
 }
 
-int64_t dhsa_take(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_units *units, int32_t *row, int64_t room)
+int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int32_t *list, int64_t room)
 {
     const dhsa_select_config *config = s->config;
-    const take_scratch w = take_lay_out(s, thread);
+    const topk_scratch w = topk_lay_out(s, thread);
     const int64_t sink = DHSA_MAX(DHSA_MIN(config->sink, span.end) - span.lo, 0);
-    const free_keys f = {units, span.lo + sink, span.end - config->local};
+    const free_keys f = {segments, span.lo + sink, span.end - config->local};
     const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;
     const int64_t need = size - sink - config->local;
     int64_t left = 0;
     /* Backwards, so that of equal scores the more recent keys come first. */
-    int32_t *end = write_below(row + size, f.to, span.end);
+    int32_t *end = write_below(list + size, f.to, span.end);
     if (need > 0) {
-        const uint32_t least = take_threshold(&f, &w, need, &left);
-        for (int64_t c = units->last - 1; c >= units->first; c--) {
+        const uint32_t least = topk_threshold(&f, &w, need, &left);
+        for (int64_t c = segments->last - 1; c >= segments->first; c--) {
             if (w.key[c] < least) continue;
-            const int64_t to = DHSA_MIN(edge(units, c + 1), f.to);
-            int64_t from = DHSA_MAX(edge(units, c), f.from);
+            const int64_t to = DHSA_MIN(edge(segments, c + 1), f.to);
+            int64_t from = DHSA_MAX(edge(segments, c), f.from);
             if (from >= to) continue;
             if (w.key[c] == least) {
                 from = DHSA_MAX(from, to - left);
