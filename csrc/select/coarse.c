@@ -1,4 +1,5 @@
-/* coarse.c: mean queries against mean keys of fixed blocks, see coarse.h. The float64 definition is block_rows in dhsa/_twin/blocks.py. */
+/* coarse.c: mean queries against mean keys of fixed blocks, see coarse.h. The float64 definition is block_rows in
+ * dhsa/_twin/blocks.py. */
 #include "select/coarse.h"
 
 #include <math.h>
