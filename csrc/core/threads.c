@@ -1,7 +1,6 @@
 /* threads.c: the thread pool. Workers are created when they are first needed, and kept. Between jobs each worker
  * waits on its own condition variable, so that a job wakes only the workers that it uses. A forked child starts
- * without workers and creates its own when it needs them. The pool schedules tasks and does not know what they
- * compute. */
+ * without workers and creates its own when it needs them. The pool only schedules tasks, whatever they compute. */
 #include "core/threads.h"
 
 #include <pthread.h>
