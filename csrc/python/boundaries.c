@@ -1,5 +1,5 @@
-/* boundaries.c: the functions of dhsa._core that cut keys into chunks, and the labels of boundary predictors. The others are in
- * entries.c. */
+/* boundaries.c: the functions of dhsa._core that cut keys into chunks, and those that compute labels for boundary
+ * predictors. All others are in entries.c. */
 #include <string.h>
 
 #include "python/config.h"
@@ -65,7 +65,7 @@ PyObject *dhsa_py_predictor_logits(PyObject *module, PyObject *const *args, Py_s
     return result;
 }
 
-/* -> how many entries of `boundaries` were written */
+/* Returns the number of entries written to `boundaries`. */
 PyObject *dhsa_py_pick_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);

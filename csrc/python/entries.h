@@ -4,7 +4,8 @@
 
 #include <Python.h>
 
-/* X(name, signature): one function of the module, called with positional arguments only; the signature as inspect reads it. */
+/* X(name, signature): one function of the module, called with positional arguments only. inspect reads the
+ * signature. */
 #define DHSA_PY_ENTRIES(X)                                                                                                         \
     X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, /")                \
     X(attend_sparse,                                                                                                               \

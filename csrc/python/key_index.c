@@ -1,6 +1,5 @@
-/* key_index.c: the type _core.Past: what is kept of a sequence's keys from call to call, owned by Python. The work is done in
- * chunk/key_index.c.
- */
+/* key_index.c: the type _core.Past, a Python object that owns a dhsa_key_index: what is kept about the keys of a
+ * sequence from call to call. The work is done in chunk/key_index.c. */
 #include "python/key_index.h"
 
 #include <stdatomic.h>
@@ -10,7 +9,7 @@
 
 typedef struct {
     PyObject_HEAD dhsa_key_index *index;
-    atomic_int busy; /* a call works on it, without the GIL */
+    atomic_int busy; /* 1 while a call uses it without the GIL */
 } key_index_object;
 
 static PyObject *key_index_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -37,7 +36,7 @@ static PyObject *key_index_new(PyTypeObject *type, PyObject *args, PyObject *kwa
 static void key_index_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
-    dhsa_key_index_free(((key_index_object *)object)->index); /* never busy: a call holds a reference */
+    dhsa_key_index_free(((key_index_object *)object)->index); /* never busy, since a call holds a reference */
     freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
     free_object(object);
     Py_DECREF(type);
@@ -95,7 +94,7 @@ static PyObject *key_index_nbytes(PyObject *object, void *unused)
     return PyLong_FromLongLong(bytes);
 }
 
-/* __copy__ and __deepcopy__: it holds nothing that two could share. */
+/* __copy__ and __deepcopy__ are the same, since the object holds nothing that two copies could share. */
 static PyObject *key_index_twin(PyObject *object, PyObject *unused)
 {
     (void)unused;
@@ -133,14 +132,14 @@ static PyObject *key_index_reduce(PyObject *object, PyObject *unused)
 PyObject *dhsa_py_key_index_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
-        {"__copy__", key_index_twin, METH_NOARGS, "A twin that goes its own way from here."},
-        {"__deepcopy__", key_index_twin, METH_O, "A twin that goes its own way from here."},
+        {"__copy__", key_index_twin, METH_NOARGS, "An independent copy."},
+        {"__deepcopy__", key_index_twin, METH_O, "An independent copy."},
         {"__reduce__", key_index_reduce, METH_NOARGS, "Raises TypeError."},
         {NULL, NULL, 0, NULL},
     };
     static PyGetSetDef getters[] = {
         {"boundaries", key_index_boundaries, NULL,
-         "The cuts after the last call, as a list; empty chunks of a decoding step included.", NULL},
+         "The boundaries of the last call, as a list, with the empty chunks of a decoding step.", NULL},
         {"nbytes", key_index_nbytes, NULL, "Memory held, in bytes.", NULL},
         {NULL, NULL, NULL, NULL, NULL},
     };
@@ -149,7 +148,7 @@ PyObject *dhsa_py_key_index_type(PyObject *module)
         {Py_tp_dealloc, key_index_dealloc},
         {Py_tp_methods, methods},
         {Py_tp_getset, getters},
-        {Py_tp_doc, "Past(): what is kept of one sequence's keys in one layer from call to call."},
+        {Py_tp_doc, "Past(): what is kept from call to call about the keys of one sequence in one layer."},
         {0, NULL},
     };
     static PyType_Spec spec = {
@@ -181,7 +180,7 @@ int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64
         PyObject *item = PyTuple_GetItem(object, p->count);
         if (!PyObject_TypeCheck(item, (PyTypeObject *)state->key_index_type)) {
             PyErr_SetString(PyExc_TypeError, "key_indexes: expected objects of type Past");
-        } else if (key_index_acquire((key_index_object *)item) == 0) { /* an object that is there twice is busy the second time */
+        } else if (key_index_acquire((key_index_object *)item) == 0) { /* an object given twice is busy by then */
             p->items[p->count] = ((key_index_object *)item)->index;
             continue;
         }
