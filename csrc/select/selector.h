@@ -92,7 +92,7 @@ typedef struct {
     const int32_t *edges;
     int64_t first, last;
     const float *score; /* [c]: of segment c, not NaN. The highest come first; +inf is always taken, if there is room */
-    const float *mass;  /* [c]: estimated attention mass on any scale; finite, >= 0; 0 for a score of +inf. NULL: none */
+    const float *mass;  /* [c]: estimated attention mass on any scale; finite, >= 0; 0 where the score is +inf; or NULL */
 } dhsa_segments;
 
 /* Writes the list of a block, ascending, to list [room] and returns its length. The sinks and local keys are always on
