@@ -1,12 +1,12 @@
-/* ratios.c: the label that a boundary predictor is trained on, from one dense attention matrix. Nothing here is used when
- * a model runs. Source: arXiv 2510.24606 (attention-based boundary label). */
+/* ratios.c: the label that a boundary predictor is trained on, from one dense attention matrix. Nothing here is used
+ * when a model runs. Source: arXiv 2510.24606 (attention-based boundary label). */
 #include <inttypes.h>
 
 #include "core/arena.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
 
-enum { GAPS = 128 /* gaps of a task */ };
+enum { GAPS = 128 /* gaps of one task */ };
 
 typedef struct {
     const float *attn;
@@ -25,8 +25,9 @@ static double column_sum(const double *columns, int64_t from, int64_t to)
     return sum;
 }
 
-/* Gaps [first, last): one sweep over the rows from the last up keeps a running sum of each column; when row j + w has been
- * added, the columns hold just the rows that gap j looks at. So the matrix is read once a tile rather than once a gap. */
+/* Gaps [first, last): one sweep over the rows, from the last one up, keeps a running sum of each column. When row j + w
+ * has been added, the sums hold exactly the rows that gap j needs. So the matrix is read once per task, not once per
+ * gap. */
 static void boundary_ratio_task(void *context, int64_t index, int thread)
 {
     const boundary_ratio_job *job = context;
@@ -34,14 +35,14 @@ static void boundary_ratio_task(void *context, int64_t index, int thread)
     const int64_t base = first - w + 1, columns = last - 1 + w + 1 - base; /* columns base .. last - 1 + w */
     int64_t used = 0;
     double *sums = dhsa_part(job->arenas + thread * job->arena_size, &used, tile_columns(job) * (int64_t)sizeof *sums);
-    /* A sliding layer's gap j sees rows below j + w + W: no gap of the tile sees any from `stop` on. */
+    /* With a sliding window W, gap j needs rows below j + w + W. No gap of the task needs rows from `stop` on. */
     const int64_t stop = job->sliding && job->sliding < L - (last - 1 + w) ? last - 1 + w + job->sliding : L;
     for (int64_t c = 0; c < columns; c++) sums[c] = 0;
     for (int64_t i = stop - 1; i >= first + w; i--) {
         const float *row = job->attn + i * job->stride + base;
         for (int64_t c = 0; c < columns; c++) sums[c] += row[c];
         if (job->sliding && job->sliding < L - i) {
-            /* Numbers of attention matrices are of like size: taking a row out again leaves no error that matters. */
+            /* Attention probabilities are of similar size, so subtracting a row again leaves no error that matters. */
             const int64_t out = i + job->sliding;
             if (out < stop)
                 for (int64_t c = 0; c < columns; c++) sums[c] -= job->attn[out * job->stride + base + c];
@@ -70,7 +71,7 @@ dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t 
     if (sliding_window < 0)
         return dhsa_fail(error, DHSA_ERR_VALUE, "sliding_window: got %" PRId64 ", expected at least 1", sliding_window);
     for (int64_t j = 0; j < length; j++) ratios[j] = 0;
-    window = DHSA_MIN(window, length); /* none of the gaps has this much on both sides */
+    window = DHSA_MIN(window, length); /* no gap has this many keys on both sides */
     const int64_t gaps = length - 2 * window - (2 * window - 1);
     if (gaps <= 0) return DHSA_OK;
     boundary_ratio_job job = {attn, row_stride, length, window, sliding_window, dhsa_ceil_div(gaps, GAPS), ratios, NULL, 0};
