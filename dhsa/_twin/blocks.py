@@ -7,15 +7,17 @@ case, so that they reach the rows that see them, as in exact attention: their un
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dhsa._twin.selection import Units
 
 
-class Block(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Block:
     """What a method may look at to score units for one query block and the heads of one set, all float64."""
 
     q: np.ndarray  # [Hs, Lq, D]: all queries of the set's heads

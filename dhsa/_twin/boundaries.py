@@ -242,8 +242,8 @@ def attention_ratios(
     """
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
     _, heads, length, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
-    logits = scale * (q @ np.repeat(k, heads // k.shape[1], axis=1).transpose(0, 1, 3, 2))
+    factor = dim**-0.5 if scale is None else scale
+    logits = factor * (q @ np.repeat(k, heads // k.shape[1], axis=1).transpose(0, 1, 3, 2))
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
     distance = np.arange(length)[:, None] - np.arange(length)

@@ -81,6 +81,8 @@ def take(
     free = free[np.lexsort((-free, -units.score[unit[free]]))]  # best first, the keys of a unit together
     size = min(budget, len(keys))
     if mass is not None:
+        if units.mass is None:
+            raise ValueError("mass: these units have no mass")
         of_key = np.zeros(end)
         of_key[lo:] = (units.mass / np.maximum(np.bincount(unit[lo:], minlength=len(units.mass)), 1))[unit[lo:]]
         total, held, wanted = of_key.sum(), of_key[keys[forced]].sum(), int(forced.sum())
@@ -149,7 +151,7 @@ def select_from_scores(
     for b in range(batch):
         for s in range(sets):
             for i in range(blocks):
-                if is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
+                if budget is None or is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
                     lists.append(np.arange(*candidates(i, q_len, k_len, query_block, window, "rows")))
                 else:
                     lo, end = candidates(i, q_len, k_len, query_block, window, score)

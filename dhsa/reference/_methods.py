@@ -79,18 +79,18 @@ def method_blocks(
                     yield here, None if exact else METHODS[method](here)
 
 
-def method_lists(method: str, q, k, **options: Any) -> Selection:
+def method_lists(method: str, q, k, *, query_block: int = 64, **options: Any) -> Selection:
     """The selection of a method: ``method_blocks`` and then ``take``; arguments as there."""
     lists = []
-    for here, found in method_blocks(method, q, k, **options):
+    for here, found in method_blocks(method, q, k, query_block=query_block, **options):
         if found is None:
             found = np.arange(here.lo, here.end)
         elif isinstance(found, Units):
             bounds = {name: here.options[name] for name in ("sink", "local", "mass")}
             found = take(found, here.lo, here.end, budget=here.room, floor=options.get("floor"), **bounds)
         lists.append(found)
-    size, q_len, k_len = here.options["query_block"], np.shape(q)[2], np.shape(k)[2]
+    q_len, k_len = np.shape(q)[2], np.shape(k)[2]
     sets = len(head_sets(options.get("heads", "group"), np.shape(q)[1], np.shape(k)[1]))
     edges = options.get("boundaries")
     edges = None if edges is None else boundary_rows(edges, len(q), k_len)
-    return selection_of(lists, (len(q), sets, -(-q_len // size)), size, q_len, k_len, edges)
+    return selection_of(lists, (len(q), sets, -(-q_len // query_block)), query_block, q_len, k_len, edges)
