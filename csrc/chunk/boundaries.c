@@ -1,5 +1,5 @@
 /* boundaries.c: where keys are cut into chunks: fixed sizes, similarity scores, greedy picking with non-maximum suppression.
- * The networks are predictor.c's and compact.c's, their training label ratios.c's and labels.c's. */
+ * The networks are in predictor.c and compact.c, their training label is in label/labels.c. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>

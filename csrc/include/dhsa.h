@@ -149,12 +149,8 @@ int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t len
 /* boundaries [B, capacity], rows padded with Lk; counts [B] (entries that are not padding). */
 dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
                             int64_t *counts, int num_threads, dhsa_error *error);
-/* The training label: ratios [L] of one head-mean attention matrix attn [L, L] (row stride in elements).
- * sliding_window 0: none. */
-dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t length, int64_t window, int64_t sliding_window,
-                                 double *ratios, int num_threads, dhsa_error *error);
-/* The same, ratios [B, L], straight from q and k in memory linear in L: of the head-mean of softmax(softcap(scale * q.k)),
- * causal, within the sliding window. Lq = Lk; window (w) at most 64; logits that are not finite are an error. */
+/* The training label, ratios [B, L], from q and k in memory linear in L: of the head-mean of softmax(softcap(scale * q.k)),
+ * causal, within the sliding window (0: none). Lq = Lk; window (w) at most 64; logits that are not finite are an error. */
 dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window, double scale,
                                   double softcap, double *ratios, int num_threads, dhsa_error *error);
 

@@ -1,5 +1,6 @@
-/* labels.c: the label that a boundary predictor is trained on, straight from queries and keys: what ratios.c makes of the dense
- * attention matrix, without the matrix. Nothing here is used when a model runs. Source: arXiv 2510.24606.
+/* labels.c: the label that a boundary predictor is trained on, from queries and keys. The result is that of
+ * `boundary_ratios` in dhsa/labels.py for their dense attention matrix, which is never formed. Nothing here is used when a
+ * model runs. Source: arXiv 2510.24606.
  *
  * Gap j asks what rows from j + w on give to 2w columns. In column c these are the rows from c + d on for some d < 2w, so of a
  * column its first 2w - 1 rows are kept one by one and only the sum of all others: 2w numbers a key, and sums of positive
