@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import dhsa
 from dhsa import demo
+from dhsa.commands import UserError
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
-from dhsa.loading import UserError
 from dhsa.training import command as training
 
 

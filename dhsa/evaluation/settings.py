@@ -15,8 +15,8 @@ from typing import Any
 
 import dhsa
 from dhsa import config as configs
+from dhsa.commands import UserError
 from dhsa.evaluation.cuts import WORDS
-from dhsa.loading import UserError
 from dhsa.methods import registry
 
 __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
