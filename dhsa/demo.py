@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo-output"),
         metavar="DIR",
-        help="where the picture goes (default: demo-output)",
+        help="the folder to write the picture to (default: demo-output)",
     )
 
 

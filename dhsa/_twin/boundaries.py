@@ -206,7 +206,7 @@ def boundaries(
 
 
 def boundary_ratios(attn, *, window: int, sliding_window: int | None = None) -> np.ndarray:
-    """The predictor's training label: how differently later queries look at the two sides of a gap (the paper, v2).
+    """The predictor's training label: how differently later queries attend to the two sides of a gap (the paper, v2).
 
     attn [L, L], the head-mean of a dense attention matrix -> float64 [L]. For gap j, the rows ``j + window .. L - 1``
     (in a sliding layer the first ``sliding_window`` of them) are summed over columns ``j - window + 1 .. j`` (past)

@@ -1,6 +1,6 @@
 """Reference selection, and the whole pipeline from q, k, v to the sparse output.
 
-Responsible for turning chunk scores into lists of keys and for stringing the steps together.
+Responsible for making lists of keys from chunk scores, and for the order of the steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Units(NamedTuple):
     """What a method scores: runs of keys. Unit c holds keys ``edges[c] .. edges[c + 1] - 1``."""
 
     edges: np.ndarray  # int [C + 1], never falling
-    score: np.ndarray  # [C]: which come first; +inf: is taken in any case, as far as the budget goes
+    score: np.ndarray  # [C]: the highest come first; +inf: always selected, as far as the budget allows
     mass: np.ndarray | None = None  # [C]: estimated attention mass on any scale; 0 where the score is +inf
 
 
@@ -70,7 +70,7 @@ def take(
     unit that only partly fits gives its most recent keys.
 
     With ``mass``, units are taken whole in that order only until all keys taken, the forced ones first, hold this share
-    of the candidates' mass, each key having an equal share of its unit's; units that score +inf are taken in any case.
+    of the candidates' mass, each key having an equal share of its unit's; units that score +inf are always taken.
     No fewer keys than ``floor`` (None: sink + local), no more than the budget. A mass of 1, or candidates without any,
     fill the budget.
     """
@@ -100,7 +100,7 @@ def take(
 def is_exact(
     i: int, q_len: int, k_len: int, query_block: int, least: int | None, dense_tail: int, window: int | None
 ) -> bool:
-    """Whether query block i sees all it may: its candidates end within ``least`` keys (None: all of them do), the
+    """Whether query block i sees all visible keys: its candidates end within ``least`` keys (None: all of them do), the
     window is no wider than that, or it holds one of the last ``dense_tail`` queries."""
     _, end = candidates(i, q_len, k_len, query_block, window, "rows")
     in_tail = min((i + 1) * query_block, q_len) > q_len - dense_tail

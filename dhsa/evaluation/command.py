@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P,Q",
         help="shares of mass, in place of or beside --budget, for the methods that estimate mass",
     )
-    add("--sink", type=at_least(0), metavar="N", help="first keys always in; at most a quarter of the budget")
-    add("--local", type=at_least(0), metavar="N", help="latest keys always in; both at most half of the budget")
+    add("--sink", type=at_least(0), metavar="N", help="first keys, always selected; at most a quarter of the budget")
+    add("--local", type=at_least(0), metavar="N", help="latest keys, always selected; both at most half of the budget")
     add(
         "--dense-tail",
         type=at_least(0),
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="LongBench's .jsonl files (default: a sample of --text)",
     )
-    add("--quick", action="store_true", help="every task in miniature, within two minutes")
+    add("--quick", action="store_true", help="every task with few and short prompts, within two minutes")
     add("--out", type=Path, default=Path("eval-output"), metavar="DIR", help="(default: eval-output)")
 
 

@@ -24,7 +24,7 @@ __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
 DENSE = "dense"
 METHODS = tuple(registry)
 NAMES = (*METHODS, "paper", "exact")
-_SLOW = ("oracle",)  # for study: not part of "all"
+_SLOW = ("oracle",)  # for comparison only: not part of "all"
 
 
 @dataclasses.dataclass(frozen=True)

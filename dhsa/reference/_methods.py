@@ -1,7 +1,7 @@
 """Reference selections of any method: its twin over all blocks, batch items and sets of heads.
 
-Forced keys, budgets, exact blocks and windows are the same for all methods and lie in dhsa/_twin/selection.py; what a
-method scores is the `twin` of its class in dhsa/methods/.
+Forced keys, budgets, exact blocks and windows are the same for all methods and are defined in dhsa/_twin/selection.py.
+The scores of a method are defined by `twin` of its class in dhsa/methods/.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def method_blocks(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Iterator[tuple[Block, Units | np.ndarray | None]]:
-    """Every list in CSR order: its Block and what the method makes of it (None where the block is exact).
+    """For every list in CSR order, its Block and the result of the method (None where the block is exact).
 
-    A method gives Units, from which ``take`` picks, or the list itself. Arguments are those of ``dhsa.Config`` and of
+    The result is Units, from which ``take`` selects, or the list itself. Arguments are those of ``dhsa.Config`` and of
     ``dhsa.select``; boundaries int [B, C + 1] or [C + 1] for the methods of chunks.
     """
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
