@@ -1,7 +1,7 @@
 /* boundaries.c: cuts keys into chunks, either of a fixed size or at the gaps with the best scores, which are picked
  * greedily with non-maximum suppression. Gap j lies between keys j and j + 1. Its score is the negative similarity of
- * the keys on its two sides (computed here) or the logit of a network (predictor.c, compact.c). The labels that the
- * networks are trained on are in label/. */
+ * the keys on its two sides (computed here) or the logit of a network (predictor.c, compact.c). The label that the
+ * networks are trained on is in label/labels.c. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>

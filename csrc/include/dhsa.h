@@ -159,13 +159,9 @@ int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t len
 /* boundaries [B, capacity], rows padded with Lk; counts [B]: the number of entries without padding. */
 dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
                             int64_t *counts, int num_threads, dhsa_error *error);
-/* The training label: ratios [L] of one attention matrix attn [L, L], the mean over heads. row_stride is in
- * elements. sliding_window 0: none. */
-dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t length, int64_t window, int64_t sliding_window,
-                                 double *ratios, int num_threads, dhsa_error *error);
-/* The same, ratios [B, L], computed from q and k in memory linear in L. The attention matrix is the mean over heads
- * of softmax(softcap(scale * q.k)), causal and within the sliding window. Lq = Lk; window (w) is at most 64. A logit
- * that is not finite is an error. */
+/* The training label: ratios [B, L], computed from q and k in memory linear in L. The attention matrix is the mean over
+ * heads of softmax(softcap(scale * q.k)), causal and within the sliding window (0: none). Lq = Lk; window (w) is at most
+ * 64. A logit that is not finite is an error. */
 dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window, double scale,
                                   double softcap, double *ratios, int num_threads, dhsa_error *error);
 

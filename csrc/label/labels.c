@@ -1,5 +1,6 @@
-/* labels.c: the label that a boundary predictor is trained on, computed from queries and keys: the same as in ratios.c,
- * but without the dense attention matrix. Nothing here is used when a model runs. Source: arXiv 2510.24606.
+/* labels.c: the label that a boundary predictor is trained on, computed from queries and keys. The
+ * result is that of `boundary_ratios` in dhsa/labels.py for their dense attention matrix, which is never formed. Nothing
+ * here is used when a model runs. Source: arXiv 2510.24606.
  *
  * Gap j needs the attention that rows from j + w on give to 2w columns. In column c these are the rows from c + d on
  * for some d < 2w. So the first 2w - 1 rows of a column are kept one by one, and of all later rows only the sum: 2w

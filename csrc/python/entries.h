@@ -18,7 +18,6 @@
     X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
     X(boundaries_capacity, "$module, config, length, /")                                                                           \
     X(boundaries, "$module, k, config, boundaries, counts, num_threads, /")                                                        \
-    X(boundary_ratios, "$module, attn, window, sliding_window, ratios, num_threads, /")                                            \
     X(attention_ratios, "$module, q, k, window, sliding_window, scale, softcap, ratios, num_threads, /")                           \
     X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, scores, num_threads, /")                           \
     X(select_plan, "$module, q, k, config, scale, softcap, window, indptr, /")                                                     \

@@ -1,6 +1,6 @@
 """Reference selection, and the whole pipeline from q, k, v to the sparse output.
 
-Responsible for turning chunk scores into lists of keys and for stringing the steps together.
+Responsible for making lists of keys from chunk scores, and for the order of the steps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Units(NamedTuple):
     """What a method scores: runs of keys. Unit c holds keys ``edges[c] .. edges[c + 1] - 1``."""
 
     edges: np.ndarray  # int [C + 1], never falling
-    score: np.ndarray  # [C]: which come first; +inf: is taken in any case, as far as the budget goes
+    score: np.ndarray  # [C]: the highest come first; +inf: always selected, as far as the budget allows
     mass: np.ndarray | None = None  # [C]: estimated attention mass on any scale; 0 where the score is +inf
 
 
@@ -70,7 +70,7 @@ def take(
     unit that only partly fits gives its most recent keys.
 
     With ``mass``, units are taken whole in that order only until all keys taken, the forced ones first, hold this share
-    of the candidates' mass, each key having an equal share of its unit's; units that score +inf are taken in any case.
+    of the candidates' mass, each key having an equal share of its unit's; units that score +inf are always taken.
     No fewer keys than ``floor`` (None: sink + local), no more than the budget. A mass of 1, or candidates without any,
     fill the budget.
     """
@@ -81,6 +81,8 @@ def take(
     free = free[np.lexsort((-free, -units.score[unit[free]]))]  # best first, the keys of a unit together
     size = min(budget, len(keys))
     if mass is not None:
+        if units.mass is None:
+            raise ValueError("mass: these units have no mass")
         of_key = np.zeros(end)
         of_key[lo:] = (units.mass / np.maximum(np.bincount(unit[lo:], minlength=len(units.mass)), 1))[unit[lo:]]
         total, held, wanted = of_key.sum(), of_key[keys[forced]].sum(), int(forced.sum())
@@ -98,7 +100,7 @@ def take(
 def is_exact(
     i: int, q_len: int, k_len: int, query_block: int, least: int | None, dense_tail: int, window: int | None
 ) -> bool:
-    """Whether query block i sees all it may: its candidates end within ``least`` keys (None: all of them do), the
+    """Whether query block i sees all visible keys: its candidates end within ``least`` keys (None: all of them do), the
     window is no wider than that, or it holds one of the last ``dense_tail`` queries."""
     _, end = candidates(i, q_len, k_len, query_block, window, "rows")
     in_tail = min((i + 1) * query_block, q_len) > q_len - dense_tail
@@ -149,7 +151,7 @@ def select_from_scores(
     for b in range(batch):
         for s in range(sets):
             for i in range(blocks):
-                if is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
+                if budget is None or is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
                     lists.append(np.arange(*candidates(i, q_len, k_len, query_block, window, "rows")))
                 else:
                     lo, end = candidates(i, q_len, k_len, query_block, window, score)

@@ -26,8 +26,8 @@ class Block(Method):
     Raises:
         TypeError, ValueError: naming the option.
 
-    Source: the common baseline of block-sparse attention, as the block selection of MInference (arXiv 2407.02490) and
-    MoBA (arXiv 2502.13189) have it.
+    Source: the common baseline of block-sparse attention, as in the block selection of MInference (arXiv 2407.02490)
+    and in MoBA (arXiv 2502.13189).
     """
 
     name: ClassVar[str] = "block"
@@ -47,8 +47,8 @@ class Block(Method):
     def twin(block: QueryBlock) -> Units | np.ndarray:
         """Fixed blocks of keys: per head a softmax of the mean query over the mean keys, summed over heads.
 
-        The mean of the last block is of the keys up to the query block's end. A block without a finite mean is taken in
-        any case and left out of the softmax of its KV head; a mean query that is not finite says nothing.
+        The mean of the last block is of the keys up to the query block's end. A block without a finite mean is always
+        selected, and left out of the softmax of its KV head. A mean query that is not finite is ignored.
         """
         o = block.options
         edges = np.arange(block.lo // o["key_block"] * o["key_block"], block.end, o["key_block"])

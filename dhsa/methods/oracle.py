@@ -1,4 +1,4 @@
-"""The exact scores, for study."""
+"""The exact attention mass of each key, for comparison."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Oracle"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Oracle(Method):
-    """Single keys by their exact attention mass, summed over the queries of the block and the heads of the set: slower
-    than dense attention, for study. It has no options of its own.
+    """Single keys by their exact attention mass, summed over the queries of the block and the heads of the set. It is
+    slower than dense attention, and is meant for comparison. It has no options of its own.
 
-    Source: the upper bound that papers of this field compare with.
+    Source: the upper bound in the comparisons of many papers.
     """
 
     name: ClassVar[str] = "oracle"

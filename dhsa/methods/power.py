@@ -16,8 +16,8 @@ __all__ = ["Power"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Power(Method):
-    """Blocks of query_block keys, in the order of how many hops of power-of-two length their distance takes. It has no
-    options of its own.
+    """Blocks of query_block keys, ordered by the number of hops of power-of-two length that their distance takes. It
+    has no options of its own.
 
     Source: PowerAttention, arXiv 2503.03588.
     """
@@ -31,8 +31,8 @@ class Power(Method):
 
     @staticmethod
     def twin(block: Block) -> Units | np.ndarray:
-        """Blocks of ``query_block`` keys, counted back from the query block itself (distance 0), in the order of how
-        many hops of power-of-two length their distance takes; of equal ones the nearer come first."""
+        """Blocks of ``query_block`` keys, counted back from the query block itself (distance 0), ordered by the number
+        of hops of power-of-two length that their distance takes; of equal ones the nearer come first."""
         size = block.options["query_block"]
         most = -(-block.start // size)
         distance = np.arange(most, -1, -1)

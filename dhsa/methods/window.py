@@ -31,5 +31,5 @@ class Window(Method):
 
     @staticmethod
     def twin(block: Block) -> Units | np.ndarray:
-        """No scores at all: of equal units the recent ones are taken first."""
+        """All scores are equal: of equal keys the recent ones are taken first."""
         return Units(np.array([0, block.end]), np.zeros(1))

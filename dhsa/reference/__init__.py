@@ -1,7 +1,7 @@
 """The readable NumPy float64 twin of the C core: what every step computes, written as plainly as possible.
 
-Responsible for being right and easy to read: it is the oracle of the tests and part of the documentation.
-Not responsible for speed or memory (it builds Lq x Lk matrices); needs NumPy only and never calls the extension.
+It is meant to be correct and easy to read: tests compare the C core with it, and it is part of the documentation.
+It is not fast, and it builds Lq x Lk matrices. It needs NumPy only and never calls the extension.
 
 Shapes throughout: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv; query i sits at key position i + (Lk - Lq).
 Inputs are arrays of any float dtype; everything is computed and returned in float64. "The paper" is Dynamic

@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 
 import dhsa
 from dhsa import hf
+from dhsa.commands import UserError
 from dhsa.hf import masks
-from dhsa.loading import UserError
 
 __all__ = ["LayerKeys", "layer_keys"]
 

@@ -91,10 +91,6 @@ static void boundaries(void)
     REFUSED(dhsa_pick_boundaries(scores, L, 4, 0, 1, 0, NULL, counts, &error), "boundaries: ");
     REFUSED(dhsa_pick_boundaries(scores, L, 4, 0, 1, 0, edges, NULL, &error), "count: ");
     double ratios[L];
-    REFUSED(dhsa_boundary_ratios(NULL, 8, 8, 1, 0, ratios, 1, &error), "attn: ");
-    REFUSED(dhsa_boundary_ratios(q, 8, 8, 1, 0, NULL, 1, &error), "ratios: ");
-    REFUSED(dhsa_boundary_ratios(q, INT64_MIN, 8, 1, 0, ratios, 1, &error), "attn: its stride");
-    REFUSED(dhsa_boundary_ratios(q, INT64_MAX / 4, 8, 1, 0, ratios, 1, &error), "attn: its stride");
     REFUSED(dhsa_attention_ratios(&keys, &keys, 2, 0, 0.25, 0, NULL, 1, &error), "ratios: ");
     c.kind = DHSA_BOUNDARIES_FIXED;
     c.chunk_size = 7;
