@@ -95,9 +95,9 @@ MAX_THREADS: int
 MAX_STRIDE: int
 DECODE_ROWS: int
 
-class Past:
-    def __new__(cls) -> Past: ...
-    def __deepcopy__(self, memo: Any, /) -> Past: ...
+class KeyIndex:
+    def __new__(cls) -> KeyIndex: ...
+    def __deepcopy__(self, memo: Any, /) -> KeyIndex: ...
     @property
     def boundaries(self) -> list[int]: ...
     @property
@@ -164,9 +164,9 @@ def prefill(
     skip: float | None,
     config: Config,
     boundaries: Array | None,
-    pasts: tuple[Past, ...] | None,
+    key_indexes: tuple[KeyIndex, ...] | None,
     same: int,
-    keep: int,
+    keep_means: int,
     /,
 ) -> tuple[int, float, float, float, float]: ...
 def similarity_scores(k: Array, window: int, scores: Array, num_threads: int, /) -> None: ...

@@ -127,7 +127,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
     if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
-        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep", 0, 1, &keep_means) == 0 &&
+        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep_means", 0, 1, &keep_means) == 0 &&
         dhsa_py_key_indexes_open(state, args[14], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};

@@ -1,4 +1,4 @@
-/* key_index.c: the type _core.Past, a Python object that owns a dhsa_key_index: what is kept about the keys of a
+/* key_index.c: the type _core.KeyIndex, a Python object that owns a dhsa_key_index: what is kept about the keys of a
  * sequence from call to call. The work is done in chunk/key_index.c. */
 #include "python/key_index.h"
 
@@ -15,7 +15,7 @@ typedef struct {
 static PyObject *key_index_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     if (PyTuple_Size(args) != 0 || (kwargs != NULL && PyDict_Size(kwargs) != 0)) {
-        PyErr_SetString(PyExc_TypeError, "Past: takes no arguments");
+        PyErr_SetString(PyExc_TypeError, "KeyIndex: takes no arguments");
         return NULL;
     }
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -125,7 +125,7 @@ static PyObject *key_index_reduce(PyObject *object, PyObject *unused)
 {
     (void)object;
     (void)unused;
-    PyErr_SetString(PyExc_TypeError, "Past: cannot be pickled; a new one learns what it needs from the keys it is first given");
+    PyErr_SetString(PyExc_TypeError, "KeyIndex: cannot be pickled; a new one learns what it needs from the keys it is first given");
     return NULL;
 }
 
@@ -148,11 +148,11 @@ PyObject *dhsa_py_key_index_type(PyObject *module)
         {Py_tp_dealloc, key_index_dealloc},
         {Py_tp_methods, methods},
         {Py_tp_getset, getters},
-        {Py_tp_doc, "Past(): what is kept from call to call about the keys of one sequence in one layer."},
+        {Py_tp_doc, "KeyIndex(): what is kept from call to call about the keys of one sequence in one layer."},
         {0, NULL},
     };
     static PyType_Spec spec = {
-        .name = "dhsa._core.Past",
+        .name = "dhsa._core.KeyIndex",
         .basicsize = sizeof(key_index_object),
         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
         .slots = slots,
@@ -179,7 +179,7 @@ int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64
     for (; p->count < want; p->count++) {
         PyObject *item = PyTuple_GetItem(object, p->count);
         if (!PyObject_TypeCheck(item, (PyTypeObject *)state->key_index_type)) {
-            PyErr_SetString(PyExc_TypeError, "key_indexes: expected objects of type Past");
+            PyErr_SetString(PyExc_TypeError, "key_indexes: expected objects of type KeyIndex");
         } else if (key_index_acquire((key_index_object *)item) == 0) { /* an object given twice is busy by then */
             p->items[p->count] = ((key_index_object *)item)->index;
             continue;

@@ -3,7 +3,7 @@ share.
 
 Two rules hold for all methods that compute logits. The probabilities of a row are zeros if one of its visible logits is
 NaN or +inf, if all are -inf, or if there is none. And keys with a NaN or inf are always selected, so that they reach
-the rows that see them, as in exact attention: their units score +inf and have no mass.
+the rows that see them, as in exact attention: their segments score +inf and have no mass.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What a method may use to score units for one query block and the heads of one set, all float64."""
+    """What a method may use to score segments for one query block and the heads of one set, all float64."""
 
     q: np.ndarray  # [Hs, Lq, D]: all queries of the set's heads
     k: np.ndarray  # [Hkvs, Lk, D]: all keys of their KV heads; head h reads k[h * Hkvs // Hs]
@@ -70,9 +70,9 @@ def is_bad(block):
     return ~np.isfinite(block.k[:, : block.end]).all(axis=(0, 2))
 
 
-def units_of(edges, bad, score, mass):
-    """Units, of which those that are bad are always selected."""
-    return Units(edges, np.where(bad, np.inf, score), np.where(bad, 0.0, mass))
+def segments_of(edges, bad, score, mass):
+    """Segments, of which those that are bad are always selected."""
+    return Segments(edges, np.where(bad, np.inf, score), np.where(bad, 0.0, mass))
 
 
 def block_edges(block):

@@ -14,7 +14,7 @@ from dhsa.selection import Selection
 from . import break_even
 from .caches import Memory, recall
 from .compat import outside_graphs
-from .masks import Segment, key_lists, least_stretch, ranges_of, segments
+from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranges_of
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
@@ -110,7 +110,7 @@ def attend(
     runner = _Runner(state, memory, layer, sliding_window, config, unseen, {"scale": scaling, "softcap": softcap})
     done = []
     for stretch in stretches:
-        s = stretch.segment
+        s = stretch.part
         inputs = query, key, value, view
         if not s.covers(q_len, k_len):
             rows = slice(None) if s.row is None else slice(s.row, s.row + 1)
@@ -134,10 +134,10 @@ class Stretch(NamedTuple):
     - "joined": several intervals, `table` [B, m, n, 2]: one call for each, the results weighted by their shares of the
       softmax's sum.
 
-    Intervals are relative to the first key of the segment."""
+    Intervals are relative to the first key of the part."""
 
     way: Literal["plain", "full", "ranged", "listed", "joined"]
-    segment: Segment
+    part: MaskPart
     table: Any = None
 
 
@@ -156,7 +156,7 @@ def plan(
 
     Queries that see no key are in no stretch.
     """
-    whole = Segment(None, 0, q_len, 0, k_len, sliding_window if causal else None, 1)
+    whole = MaskPart(None, 0, q_len, 0, k_len, sliding_window if causal else None, 1)
     if attention_mask is None:
         return [Stretch("plain" if causal else "full", whole)]
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal)
@@ -165,7 +165,7 @@ def plan(
             return [Stretch("listed", whole, lists)]
         return [Stretch("joined", whole, ranges)]
     ranges = ranges[:, 0]
-    parts = None if q_len == 1 and alone else segments(ranges, least_stretch(config), late=k_len - q_len)
+    parts = None if q_len == 1 and alone else mask_parts(ranges, least_stretch(config), late=k_len - q_len)
     one = (
         parts is not None
         and len(parts) == 1
@@ -242,10 +242,10 @@ class _Runner:
         if stretch.way == "joined":
             return _attend_to_intervals(q, k, v, stretch.table, out, self._options)
         alone = q.shape[2] == 1 < q_len  # a stretch of one query is no decoding step
-        return [self._plain(stretch.segment, q, k, v, self._exact if alone else self._config, **options)]
+        return [self._plain(stretch.part, q, k, v, self._exact if alone else self._config, **options)]
 
     def _plain(
-        self, s: Segment, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
+        self, s: MaskPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
     ) -> RunStats:
         if why := break_even.reason(config, q, k, s.window):
             self.reason = self.reason or why

@@ -1,12 +1,12 @@
 """What is stored about the keys of a cache from call to call: where they were cut, and the means of their chunks.
 
-A `_core.Past` for each batch row is an attribute of the cache's own layer object. So it exists as long as the cache,
-two caches never share one, and a deep copy of a cache has its own. A Past compares every key before it uses what it
-stored about it, so cropping, reordering beams and refilling a cache need no notification. If the cache still holds the
-same tensor that the layer saw last, and it grew by appending, then only a part of a large cache's keys is compared in
-each call. A part is compared even so, because writes through NumPy or `.data` leave no trace on a tensor. Attention
-functions do not receive the cache. `patch` installs a hook before the attention module's forward, which finds the cache
-among its arguments.
+A `_core.KeyIndex` for each batch item is an attribute of the cache's own layer object. So it exists as long as the
+cache, two caches never share one, and a deep copy of a cache has its own. A KeyIndex compares every key before it uses
+what it stored about it, so cropping, reordering beams and refilling a cache need no notification. If the cache still
+holds the same tensor that the layer saw last, and it grew by appending, then only a part of a large cache's keys is
+compared in each call. A part is compared even so, because writes through NumPy or `.data` leave no trace on a tensor.
+Attention functions do not receive the cache. `patch` installs a hook before the attention module's forward, which finds
+the cache among its arguments.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ COMPILED = "compiled graphs store nothing about a cache's keys from call to call
 
 
 class Kept:
-    """What is stored for one cache layer: a Past for each stretch of keys that was attended to, and the tensor that
+    """What is stored for one cache layer: a KeyIndex for each stretch of keys that was attended to, and the tensor that
     held the keys."""
 
     def __init__(self) -> None:
-        self.pasts: dict[tuple[int, int], Any] = {}  # by batch row and first key
+        self.key_indexes: dict[tuple[int, int], Any] = {}  # by batch row and first key
         self.batch = 0
         self.tensor: weakref.ref | None = None
         self.version: int | None = None
@@ -59,7 +59,7 @@ class Kept:
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         twin = Kept()  # without a tensor, so that all keys of its first call are compared
         twin.batch = self.batch
-        twin.pasts = {at: copy.deepcopy(past, memo) for at, past in self.pasts.items()}
+        twin.key_indexes = {at: copy.deepcopy(index, memo) for at, index in self.key_indexes.items()}
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -131,15 +131,17 @@ class Memory:
     def of(self, row: int | None, k_start: int) -> dict[str, Any]:
         """The arguments for queries of batch row `row` (None: all rows) that attend to the keys from `k_start` on."""
         rows = range(self._kept.batch) if row is None else (row,)
-        pasts = self._kept.pasts
-        found = {at: self._used.get(at) or pasts.get(at) or _core.Past() for at in ((r, k_start) for r in rows)}
+        key_indexes = self._kept.key_indexes
+        found = {
+            at: self._used.get(at) or key_indexes.get(at) or _core.KeyIndex() for at in ((r, k_start) for r in rows)
+        }
         self._used |= found
-        return {"pasts": tuple(found.values()), "same": max(0, self._same - k_start), "keep": self._keep}
+        return {"key_indexes": tuple(found.values()), "same": max(0, self._same - k_start), "keep_means": self._keep}
 
     def done(self, sparse: bool) -> None:
-        """To be called after the call. `sparse`: no part of it was exact, so that every Past has seen its keys."""
+        """To be called after the call. `sparse`: no part of it was exact, so that every KeyIndex has seen its keys."""
         kept = self._kept
-        kept.pasts = self._used or kept.pasts  # those with another first key are not needed any more
+        kept.key_indexes = self._used or kept.key_indexes  # those with another first key are not needed any more
         kept.tensor = weakref.ref(self._key) if sparse and self._held else None
         kept.version = _version(self._key)
 

@@ -25,14 +25,14 @@ from .transforms import refuse_transforms
 __all__ = [
     "MAX_INTERVALS",
     "Least",
-    "Segment",
+    "MaskPart",
     "causal_rows",
     "key_lists",
     "key_range_mask",
     "least_stretch",
+    "mask_parts",
     "padding_of",
     "ranges_of",
-    "segments",
     "without_padding",
 ]
 
@@ -51,7 +51,7 @@ _HIDDEN = -9984.0
 _TO_THE_LAST = np.iinfo(np.int32).max
 
 
-class Segment(NamedTuple):
+class MaskPart(NamedTuple):
     """Queries [q_start, q_stop) of batch row `row` (None: of every row) and the keys [k_start, k_stop) that they see.
 
     Not `ranged`: causally, within `window` if given, the last query at the last of the keys. `ranged`: as the table
@@ -68,11 +68,11 @@ class Segment(NamedTuple):
     ranged: bool = False
 
     def covers(self, q_len: int, k_len: int) -> bool:
-        """Whether the segment is the whole call: every row, query and key."""
+        """Whether the part is the whole call: every row, query and key."""
         return self[:5] == (None, 0, q_len, 0, k_len)
 
     def table(self, ranges: np.ndarray) -> np.ndarray:
-        """The part of `ranges` [B, Lq, 2] that belongs to the segment, relative to its first key."""
+        """The part of `ranges` [B, Lq, 2] that belongs to the part, relative to its first key."""
         rows = slice(None) if self.row is None else slice(self.row, self.row + 1)
         return np.maximum(ranges[rows, self.q_start : self.q_stop] - self.k_start, 0)  # no key: (0, 0)
 
@@ -399,7 +399,9 @@ def least_stretch(config: Config) -> Least | None:
     return Least(8 * max(config.dense_tail, config.query_block), config.exact_up_to + 1)
 
 
-def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, late: int | None = None) -> list[Segment]:
+def mask_parts(
+    ranges: np.ndarray, least: Least | None = None, limit: int = 64, late: int | None = None
+) -> list[MaskPart]:
     """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention where
     that saves time, and ranged stretches for the rest. Queries that see no key are left out.
 
@@ -413,11 +415,11 @@ def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, la
     and see all keys before them too, and what lies between is ranged. With `least` None the whole row is ranged.
     """
     if len(ranges) > 1 and (ranges[1:] == ranges[:1]).all():
-        same = segments(ranges[:1], least, limit, late)
+        same = mask_parts(ranges[:1], least, limit, late)
         # In a ranged stretch, only a call of its own gives a row the tiles, and so the bits, that it has alone.
         if not any(s.ranged for s in same):
             return [s._replace(row=None) for s in same]
-    found: list[Segment] = []
+    found: list[MaskPart] = []
     for row, table in enumerate(ranges):
         runs = _runs(table)
         plain = [s for s in (_plain(table, row, late, *run) for run in runs) if s is not None]
@@ -433,7 +435,7 @@ def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, la
     return found
 
 
-def _stands_alone(s: Segment, table: np.ndarray) -> bool:
+def _stands_alone(s: MaskPart, table: np.ndarray) -> bool:
     start, stop = table[s.q_start]
     return stop - start == 1 or s.q_start == len(table) - 1
 
@@ -455,7 +457,7 @@ def _runs(table: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
 
 
-def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: int) -> Segment | None:
+def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: int) -> MaskPart | None:
     """A run as plain attention, or None if its beginnings are not those of a window or it does not end at the queries'
     own keys. `late` only bounds which keys these are in a static cache, where the number of filled entries is not
     known."""
@@ -468,14 +470,14 @@ def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: 
     window = int(seen.max()) if start[-1] > start[0] else None
     if window is not None and not np.array_equal(start, np.maximum(start[0], stop - window)):
         return None
-    return Segment(row, q_start, q_stop, int(start[0]), int(stop[-1]), window, int(seen.sum()))
+    return MaskPart(row, q_start, q_stop, int(start[0]), int(stop[-1]), window, int(seen.sum()))
 
 
-def _pays(s: Segment, least: Least) -> bool:
+def _pays(s: MaskPart, least: Least) -> bool:
     return s.q_stop - s.q_start >= least.queries and min(s.k_stop - s.k_start, s.window or least.keys) >= least.keys
 
 
-def _ranged(table: np.ndarray, row: int, q_start: int, q_stop: int) -> Segment | None:
+def _ranged(table: np.ndarray, row: int, q_start: int, q_stop: int) -> MaskPart | None:
     """What lies between plain stretches, without the queries at either end that see no key; None if none is left."""
     seen = np.flatnonzero(table[q_start:q_stop, 1] > table[q_start:q_stop, 0])
     if not len(seen):
@@ -483,4 +485,4 @@ def _ranged(table: np.ndarray, row: int, q_start: int, q_stop: int) -> Segment |
     q_start, q_stop = q_start + int(seen[0]), q_start + int(seen[-1]) + 1
     start, stop = table[q_start:q_stop].astype(np.int64).T
     pairs = int((stop - start).sum())
-    return Segment(row, q_start, q_stop, int(start[stop > start].min()), int(stop.max()), None, pairs, True)
+    return MaskPart(row, q_start, q_stop, int(start[stop > start].min()), int(stop.max()), None, pairs, True)

@@ -70,9 +70,9 @@ class Sharing:
         *,
         window: int | None,
         out: torch.Tensor,
-        pasts: tuple[Any, ...] | None = None,
+        key_indexes: tuple[Any, ...] | None = None,
         same: int = 0,
-        keep: bool = True,
+        keep_means: bool = True,
         **options: Any,
     ) -> RunStats:
         """`functional.run` of causal attention, with the result of an earlier layer of this forward if there is one.
@@ -81,7 +81,7 @@ class Sharing:
         of the layer's queries and keys q and k are; lengths alone would not distinguish two rows of a batch.
         """
         held = self._stack[-1][1] if self._stack else None
-        known: dict[str, Any] = {"pasts": pasts, "same": same, "keep": keep}
+        known: dict[str, Any] = {"key_indexes": key_indexes, "same": same, "keep_means": keep_means}
         if held is None or layer is None or not config.leaves_out(q.shape[2], k.shape[2], window):
             return functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
         cuts_only = config.share == "boundaries"
@@ -91,9 +91,9 @@ class Sharing:
         found: _Found | None = held.get(key)
         start = perf_counter()
         if found is None or layer <= found.layer:  # the same layer again: another forward pass
-            if cuts_only and pasts is not None:  # these have the boundaries of earlier keys
+            if cuts_only and key_indexes is not None:  # these have the boundaries of earlier keys
                 stats = functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
-                held[key] = _Found(layer, _padded([past.boundaries for past in pasts], k.shape[2]))
+                held[key] = _Found(layer, _padded([index.boundaries for index in key_indexes], k.shape[2]))
                 return stats
             made = (
                 functional.boundaries(k, config)

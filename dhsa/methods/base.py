@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dhsa._twin.blocks import Block
-    from dhsa._twin.selection import Units
+    from dhsa._twin.selection import Segments
 
 __all__ = ["MAX_OPTION", "Method", "check_stride"]
 
@@ -74,8 +74,8 @@ class Method:
         return {}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
-        """The method in NumPy float64: scores of units of keys, or the list itself, for one block of queries."""
+    def twin(block: Block) -> Segments | np.ndarray:
+        """The method in NumPy float64: scores of segments of keys, or the list itself, for one block of queries."""
         raise NotImplementedError
 
     def _keep_int(self, name: str, low: int) -> None:

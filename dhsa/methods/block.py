@@ -10,7 +10,7 @@ import numpy as np
 
 from dhsa._twin.attention import softmax
 from dhsa._twin.blocks import Block as QueryBlock
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Block"]
@@ -44,7 +44,7 @@ class Block(Method):
         return {"key_block": self.key_block}
 
     @staticmethod
-    def twin(block: QueryBlock) -> Units | np.ndarray:
+    def twin(block: QueryBlock) -> Segments | np.ndarray:
         """Fixed blocks of keys: per head a softmax of the mean query over the mean keys, summed over heads.
 
         The mean of the last block is of the keys up to the query block's end. A block without a finite mean is always
@@ -64,4 +64,4 @@ class Block(Method):
                 mass[finite[kv]] += softmax(s, axis=0)
         known = finite.all(axis=0)
         mass = np.where(known, mass, 0.0)
-        return Units(edges, np.where(known, mass, np.inf), mass)
+        return Segments(edges, np.where(known, mass, np.inf), mass)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dhsa._arrays import check_int
-from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, mean_rows, probabilities, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, mean_rows, probabilities, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Hisa"]
@@ -49,7 +49,7 @@ class Hisa(Method):
         return {"key_block": self.key_block, "rows": rows}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Single keys, but only those of the best blocks. Source: HISA, arXiv 2603.28458.
 
         In the source, a trained indexer scores blocks by their mean key, then the tokens of the blocks that are kept. A
@@ -73,4 +73,4 @@ class Hisa(Method):
         for h in range(len(block.q)):
             s = logits(mean_rows(block, h, run), block.keys_of(h)[: block.end], o)
             score += probabilities(s, inside).sum(axis=0)
-        return units_of(np.arange(block.end + 1), bad & inside, np.where(inside, score, -np.inf), score)
+        return segments_of(np.arange(block.end + 1), bad & inside, np.where(inside, score, -np.inf), score)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, probabilities, sees, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, probabilities, sees, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method, check_stride
 
 __all__ = ["Proxy"]
@@ -51,7 +51,7 @@ class Proxy(Method):
         return {"key_block": self.key_block, "stride": self.stride}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Blocks of keys by the scores of a proxy head. Source: ProxyAttn, arXiv 2509.24745.
 
         The proxy of a list is the mean of its heads' queries and of their keys. If each head has a list of its own, the
@@ -71,4 +71,6 @@ class Proxy(Method):
         p = probabilities(logits(rows, keys, block.options), sees((at, at), (key_at, key_at), block.options["window"]))
         edges = block_edges(block)
         bad = np.logical_or.reduceat(is_bad(block), edges[:-1])
-        return units_of(edges, bad, np.maximum.reduceat(p.max(axis=0), edges[:-1] // stride), coarse(block, PROXY_RUN))
+        return segments_of(
+            edges, bad, np.maximum.reduceat(p.max(axis=0), edges[:-1] // stride), coarse(block, PROXY_RUN)
+        )

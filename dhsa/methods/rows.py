@@ -10,13 +10,13 @@ import numpy as np
 from dhsa._arrays import check_int
 from dhsa._twin.blocks import Block
 from dhsa._twin.scores import chunk_means, row_scores
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Rows"]
 
 MIN_SHORTLIST = 8192  # keys; with fewer, scoring every chunk is cheap
-# The coarse pass: chunks of a unit, units of a group, divisor of the number of rows.
+# The coarse pass: chunks of a subgroup, subgroups of a group, divisor of the number of rows.
 UNIT, UNITS_OF_GROUP, COARSER = 4, 4, 8
 
 
@@ -34,7 +34,7 @@ def _row_scores(block: Block, edges: np.ndarray, rows: int, live: np.ndarray):
 
 
 def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
-    """Which chunks a coarse pass leaves: whole groups of 16, each with the best score of its four units."""
+    """Which chunks a coarse pass leaves: whole groups of 16, each with the best score of its four subgroups."""
     o = block.options
     groups = np.append(cuts[:-1][:: UNIT * UNITS_OF_GROUP], cuts[-1])
     edges = np.minimum(np.append(cuts[:-1][::UNIT], cuts[-1]), block.end)
@@ -88,7 +88,7 @@ class Rows(Method):
         return {"rows": rows, "shortlist": self.shortlist}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Row scores on chunks, see ``chunk_scores``, with means rounded to bf16. The mass of a chunk is the sum of its
         row probabilities. With more candidates than ``shortlist``, only the chunks that the coarse pass leaves are
         scored (not with ``mass``).
@@ -103,4 +103,4 @@ class Rows(Method):
         finite = np.isfinite(chunk_means(block.k[None, :, : block.end], edges)[0]).all(axis=(0, 2))
         score[~live] = -np.inf
         score[~finite & candidate], mass[~finite] = np.inf, 0.0
-        return Units(edges, score, mass)
+        return Segments(edges, score, mass)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from dhsa._twin.blocks import Block, is_bad, logits, probabilities, sees
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["VerticalSlash"]
@@ -49,7 +49,7 @@ class VerticalSlash(Method):
     heads: ClassVar[str] = "head"
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Columns and diagonals that the prompt's last queries attend to, the same for all blocks. Source: MInference,
         arXiv 2407.02490; the second version of the DHSA paper calls it vs.
 

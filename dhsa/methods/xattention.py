@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dhsa._twin.blocks import Block, block_edges, is_bad, logits, probabilities, sees, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, block_edges, is_bad, logits, probabilities, sees, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method, check_stride
 
 __all__ = ["XAttention"]
@@ -49,7 +49,7 @@ class XAttention(Method):
         return {"key_block": self.key_block, "stride": self.stride}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Blocks of keys by the sums of strided antidiagonals. Source: XAttention, arXiv 2503.16428.
 
         Queries (from the block's first on) and keys (from key 0 on) are cut into groups of ``stride``. Missing members
@@ -73,4 +73,4 @@ class XAttention(Method):
             total += probabilities(logits(rows, keys.reshape(groups, -1), block.options, 1 / stride), seen).sum(axis=0)
         edges = block_edges(block)
         score = np.add.reduceat(total, edges[:-1] // stride)
-        return units_of(edges, np.logical_or.reduceat(is_bad(block), edges[:-1]), score, score)
+        return segments_of(edges, np.logical_or.reduceat(is_bad(block), edges[:-1]), score, score)

@@ -19,19 +19,19 @@ from dhsa._twin.boundaries import (
     similarity_scores,
 )
 from dhsa._twin.scores import chunk_means, chunk_scores
-from dhsa._twin.selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
+from dhsa._twin.selection import Prefill, Segments, Selection, density, prefill, select, select_from_scores, topk
+from dhsa.reference._key_index import KeyIndex
 from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
-from dhsa.reference._past import Past
 from dhsa.reference._skip import Grouping, skip_mask
 
 __all__ = [
     "METHODS",
     "Block",
     "Grouping",
-    "Past",
+    "KeyIndex",
     "Prefill",
+    "Segments",
     "Selection",
-    "Units",
     "attention",
     "attention_ratios",
     "boundaries",
@@ -52,5 +52,5 @@ __all__ = [
     "similarity_scores",
     "skip_mask",
     "sparse_attention",
-    "take",
+    "topk",
 ]

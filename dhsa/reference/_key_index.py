@@ -1,4 +1,4 @@
-"""Reference of what is stored about a sequence's keys from call to call: where they were cut (csrc/chunk/past.c).
+"""Reference of what is stored about a sequence's keys from call to call: where they were cut (csrc/chunk/key_index.c).
 
 It defines which cuts stay, which go and which are added. Gap scores and picking are in dhsa/_twin/boundaries.py.
 """
@@ -12,7 +12,7 @@ from dhsa._twin.boundaries import pick_boundaries
 GROUP = 16  # chunks; what a decoding step adds begins a group of its own
 
 
-class Past:
+class KeyIndex:
     """The cuts of one sequence's keys in one layer, which grow with it.
 
     A call has all keys so far. Unchanged keys keep their cuts; from the first changed key on, all cuts are removed. In
@@ -26,7 +26,7 @@ class Past:
         self.keys = np.zeros((0, 0, 0))
         self.edges = [0]
 
-    def follow(
+    def update(
         self, k: np.ndarray, scores: np.ndarray, *, n: int, theta: float, nms: int, step: bool = False
     ) -> list[int]:
         """k [Hkv, L, D]; scores: of gap j between keys j and j + 1, in a step among all keys but the last; n: the most
