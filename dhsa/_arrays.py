@@ -47,6 +47,12 @@ def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
+def check_rank(x: Any, name: str, axes: str) -> None:
+    """ValueError naming the argument for an array that has not the four dimensions `axes`."""
+    if len(x.shape) != 4:
+        raise ValueError(f"{name}: expected 4 dimensions {axes}, got {len(x.shape)}")
+
+
 def torch_obstacle(x: Any) -> str | None:
     """Why the memory of torch tensor `x` cannot be read, and new memory written, in place of operators of torch: a
     transform or a recorder, which sees nothing but operators, or a class of tensor that gives them another meaning.
@@ -243,7 +249,7 @@ def kind_of(x: Any, name: str) -> Kind:
 
 def allocate(make: Callable[[Any], Any], like: Any) -> Any:
     """make(like), with a failed allocation told as what it is."""
-    if len(like.shape) != 4:  # before a library's own word about it
+    if len(like.shape) != 4:  # before a library's own word about it; check_rank would take time in each short call
         raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
     if 0 in like.shape:
         raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")

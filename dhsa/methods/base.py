@@ -66,12 +66,13 @@ class Method:
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        """The options as the C core takes them, those that are None replaced by what they stand for.
+        """The options as the C core takes them. A method in which None stands for a value that depends on `query_block`
+        or `budget` puts that value in its place.
 
         Raises:
             ValueError: an option that does not go with `query_block` or `budget`; names the option.
         """
-        return {}
+        return {name: getattr(self, name) for name in self.options()}
 
     @staticmethod
     def twin(block: Block) -> Units | np.ndarray:
