@@ -489,7 +489,7 @@ def _check_names(names: Any) -> None:
             raise TypeError(f"Config has no field '{name}'{hint}")
 
 
-_generated_init = Config.__init__
+_generated_init: Any = Config.__init__
 
 
 def _fit_defaults(values: dict[str, Any]) -> None:
@@ -516,7 +516,7 @@ def _init(self: Config, **values: Any) -> None:
     _fit_defaults(values)
     object.__setattr__(self, "_asked", asked)
     object.__setattr__(self, "_given", options)
-    _generated_init(self, **values, method=options.name)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    _generated_init(self, **values, method=options.name)
 
 
 Config.__init__ = _init  # type: ignore[method-assign]
