@@ -45,7 +45,7 @@ def measure(
     k, v = (torch.randn(1, kv_heads, k_len, dim, generator=generator).to(q.dtype) for _ in range(2))
     out = torch.empty_like(q)
     seconds: dict[str, list[float]] = {"exact": [], "sparse": [], "select": []}
-    # Time on the CPU, where there is one thread: what other processes take between does not count.
+    # With one thread, CPU time: what other processes take in between is not counted.
     clock = time.thread_time if dhsa.get_num_threads() == 1 else time.perf_counter
     begun = time.perf_counter()
     for i in range(repeats + 1):
@@ -108,8 +108,8 @@ def crossing(found: list[dict[str, Any]]) -> str:
 
 
 def fit(found: list[dict[str, Any]]) -> tuple[break_even.Costs, list[float]]:
-    """A dtype's entry of break_even.COSTS, and by what share it misses each row. Least squares of relative errors, with
-    no cost below nothing."""
+    """A dtype's entry of break_even.COSTS, and its relative error in each row. The fit minimizes the squares of the
+    relative errors; no cost is negative."""
     sides, products = [], []
     for r in found:
         heads, kv_heads, dim = r["shape"]

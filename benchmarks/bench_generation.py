@@ -163,7 +163,7 @@ def in_model(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
                     token = ids[:, CONTEXT + i : CONTEXT + i + 1]
                     model.model(token, **cache_option(model.model, mine), use_cache=True)
                     full = [run for run in dhsa.last_run(model, "decode") if run.kind == "full"]
-                    if i >= 4:  # the first makes what the prefill let go
+                    if i >= 4:  # the first steps compute again what the prefill has freed
                         found[name].append(sum(run.select_seconds + run.attend_seconds for run in full))
     exact, chosen = (statistics.median(found[name]) for name in configs)
     yield {

@@ -79,7 +79,7 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
                 prefill(ids)
                 seconds.append(time.perf_counter() - start)
             attention.append(clock[0])
-            after = after or high_water_mib()  # of the first: later ones start with what it left behind
+            after = after or high_water_mib()  # of the first prefill: later ones start with the memory that it left
             peaks.append(peak(task["threads"]))
     return {
         "samples": seconds,

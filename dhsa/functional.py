@@ -87,7 +87,7 @@ def _open(
     else:
         target = accept(out, "out")
         if kind is TorchKind and out.is_neg():
-            raise ValueError("out: has its lazy minus sign set; results would not reach its memory")
+            raise ValueError("out: has its negative bit set (torch.Tensor.is_neg); results would not reach its memory")
         if kind is TorchKind and out._is_zerotensor():
             raise ValueError("out: is a tensor of zeros that has no memory")
     lse = allocate(kind.empty_lse, q) if return_lse else None

@@ -1,5 +1,5 @@
-/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of neighbouring rows, rounding numbers to bf16, and sums of
- * the probabilities of row scores, squared or as they are. */
+/* score_tpl.h: kernels that are not the executor's, included by tile_tpl.h: sums of neighbouring rows and rounding numbers to bf16,
+ * for means of chunks, and sums of the probabilities of row scores, squared or as they are. */
 
 /* n numbers of a row from column d on, of type dtype. */
 K_INLINE vf load_part(const char *row, int64_t d, const int dtype)

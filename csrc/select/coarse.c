@@ -1,4 +1,4 @@
-/* coarse.c: mean rows against mean keys of fixed blocks, see coarse.h. The definition is block_rows in the reference. */
+/* coarse.c: mean rows against mean keys of fixed blocks, see coarse.h. The definition is coarse in dhsa/_twin/blocks.py. */
 #include "select/coarse.h"
 
 #include <math.h>

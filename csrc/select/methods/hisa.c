@@ -1,6 +1,6 @@
 /* hisa.c: single keys, but only those of the best blocks. Source: HISA, arXiv 2603.28458. There a trained indexer scores blocks
  * and tokens; a frozen model has none, so the mean rows of a block's queries stand in for it (coarse.c), with a softmax over what
- * is scored, both times. The definition is hisa_units in the reference. */
+ * is scored, both times. The definition is Hisa.twin in dhsa/methods/hisa.py. */
 #include <math.h>
 #include <stdlib.h>
 

@@ -1,5 +1,5 @@
 /* oracle.c: single keys by their exact attention mass: dense probabilities of a block's queries, summed. Twice the products of
- * dense attention: slow, for study. The definition is oracle_units in the reference. */
+ * dense attention: slow, for study. The definition is Oracle.twin in dhsa/methods/oracle.py. */
 #include <math.h>
 #include <string.h>
 

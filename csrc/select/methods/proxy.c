@@ -1,7 +1,7 @@
 /* proxy.c: blocks of keys by the scores of a proxy head, the mean of the heads that share it. Source: ProxyAttn,
  * arXiv 2509.24745. Every stride-th query and key take part; a block's score is the largest probability in it. Where a share of
- * mass is asked for, how far a list goes down that order is each head's own affair: its mass is what the head's own mean rows
- * give to a block (coarse.c). The definition is proxy_units in the reference. */
+ * mass is asked for, how far a list goes down that order is decided for each head: its mass is what the head's own mean rows
+ * give to a block (coarse.c). The definition is Proxy.twin in dhsa/methods/proxy.py. */
 #include "select/coarse.h"
 #include "select/finite.h"
 

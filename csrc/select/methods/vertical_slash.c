@@ -1,6 +1,6 @@
 /* vertical_slash.c: columns and diagonals of attention that the last queries of the prompt see, carried over to all blocks.
  * Source: MInference, arXiv 2407.02490. Found once for each batch row and set of heads: O(Lk). Half of what a block's forced keys
- * leave goes to diagonals, the rest to columns. The definition is vertical_slash_list in the reference. */
+ * leave goes to diagonals, the rest to columns. The definition is VerticalSlash.twin in dhsa/methods/vertical_slash.py. */
 #include <string.h>
 
 #include "core/arena.h"

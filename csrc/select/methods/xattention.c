@@ -1,7 +1,7 @@
 /* xattention.c: blocks of keys by the sums of strided antidiagonals of the logits. Source: XAttention, arXiv 2503.16428.
  * Groups of `stride` neighbouring queries, in reverse order, and of as many keys are one long row each: one product adds up an
  * antidiagonal of the square between them. Groups of queries begin with the block, those of keys with key 0; what is missing in a
- * group, or lies at or above the block's end, counts as zeros. The definition is xattention_units in the reference. */
+ * group, or lies at or above the block's end, counts as zeros. The definition is XAttention.twin in dhsa/methods/xattention.py. */
 #include <string.h>
 
 #include "select/coarse.h"
