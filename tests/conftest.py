@@ -35,6 +35,13 @@ def restore_settings():
 
 
 @pytest.fixture
+def tier(request):
+    """The instruction set tier that a test with the mark `every_tier` of tiers.py runs on."""
+    dhsa.set_isa(request.param)
+    return request.param
+
+
+@pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="needs the hf extra: torch")
 
