@@ -1,6 +1,6 @@
 /* test_entries.c: what dhsa.h promises of its entries, asked of them without Python: bad arguments are refused by name and
  * touch nothing, and the first use of a tier does not undo another thread's choice. Prints what it checked; exits with 1 at
- * the first promise that is not kept. Built and run by tests/test_entries.py. */
+ * the first promise that is not kept. Built and run by tests/core/test_programs.py. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>

@@ -1,6 +1,6 @@
 /* test_kernels.c: every kernel of every tier this CPU runs, compared one by one with the scalar tier on the same rows.
  * Every buffer ends at a guard page, so that a read or write past it is a crash and not luck. Prints what it compared;
- * exits with 1 at a difference. Built and run by tests/test_kernels.py, for this CPU and, where a cross compiler and an
+ * exits with 1 at a difference. Built and run by tests/core/test_programs.py, for this CPU and, where a cross compiler and an
  * emulator are at hand, for 64-bit Arm. */
 #include <float.h>
 #include <math.h>
