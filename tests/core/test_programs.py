@@ -73,9 +73,8 @@ def test_neon(tmp_path):
     if compiler is None:
         pytest.skip("no aarch64-linux-gnu-gcc to cross-compile with")
     target = tmp_path / "kernels"
-    subprocess.run(
-        [compiler, *FLAGS, "-Werror", *KERNELS, PROGRAMS / "test_kernels.c", "-o", target, "-lm", "-static"], check=True
-    )
+    sources = [*KERNELS, PROGRAMS / "test_kernels.c"]
+    subprocess.run([compiler, *FLAGS, "-Werror", *sources, "-o", target, "-lm", "-static"], check=True)
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if emulator is None:
         pytest.skip("compiled for Arm, but there is no qemu-aarch64 to run it")
