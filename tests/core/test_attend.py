@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiers import TIERS, every_tier, once
+from tiers import TIERS, every_tier, exact_attention, once, random_lists
 
 import dhsa
 from dhsa import reference
@@ -38,21 +38,13 @@ CASES = {
 }
 
 
-def reference_of(q, k, v, options):
-    """reference.attention, which wants lengths to agree, also for more queries than keys where nothing is causal."""
-    if options.get("causal", True) or q.shape[2] <= k.shape[2]:
-        return reference.attention(q, k, v, return_lse=True, **options)
-    parts = [reference.attention(q[:, :, i : i + 1], k, v, return_lse=True, **options) for i in range(q.shape[2])]
-    return tuple(np.concatenate([p[n] for p in parts], axis=2) for n in range(2))
-
-
 @every_tier
 @pytest.mark.parametrize("name", CASES)
 def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
     *shape, options = CASES[name]
     q, k, v = make_qkv(*shape)
     out, lse = dhsa.attention(q, k, v, return_lse=True, **options)
-    want, want_lse = once(reference_of, q, k, v, options)
+    want, want_lse = once(exact_attention, q, k, v, options)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
 
@@ -142,7 +134,7 @@ def test_half_precision_of_every_shape(torch, make_qkv, name, dtype, tier):
     *shape, options = CASES[name]
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(*shape)]
     out, lse = dhsa.attention(*halves, return_lse=True, **options)
-    want, want_lse = once(reference_of, *[x.float().numpy() for x in halves], options)
+    want, want_lse = once(exact_attention, *[x.float().numpy() for x in halves], options)
     np.testing.assert_allclose(out.float().numpy(), want, atol=2e-2, rtol=1e-2)
     np.testing.assert_allclose(lse.numpy(), want_lse, atol=2e-5, rtol=2e-6)
 
@@ -210,12 +202,7 @@ def test_lists_agree_with_the_reference(make_qkv, tier, heads, window):
     b, h, hkv, lq, lk, block = 2, 4, 2, 150, 210, 64
     q, k, v = make_qkv(b, h, hkv, lq, lk, 40)
     sets, nq = {"all": 1, "group": hkv, "head": h}[heads], math.ceil(lq / block)
-    rng = np.random.default_rng(3)
-    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.05, 0.5, 1], b * sets * nq)]
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(
-        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block
-    )
+    selection = random_lists((b, sets, nq), lk, [0, 0.05, 0.5, 1], query_block=block)
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     want, want_lse = reference.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     assert np.isneginf(want_lse).any()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import TIERS, every_tier, once
+from tiers import TIERS, every_tier, exact_attention, once, random_lists
 
 import dhsa
 from dhsa import _core, reference
@@ -50,17 +50,9 @@ CASES = {
 }
 
 
-def reference_of(q, k, v, options):
-    """reference.attention, which wants lengths to agree, also for more queries than keys where nothing is causal."""
-    if options.get("causal", True) or q.shape[2] <= k.shape[2]:
-        return reference.attention(q, k, v, return_lse=True, **options)
-    parts = [reference.attention(q[:, :, i : i + 1], k, v, return_lse=True, **options) for i in range(q.shape[2])]
-    return tuple(np.concatenate([p[n] for p in parts], axis=2) for n in range(2))
-
-
 def check(q, k, v, **options):
     out, lse = dhsa.attention(q, k, v, return_lse=True, **options)
-    want, want_lse = once(reference_of, q, k, v, options)
+    want, want_lse = once(exact_attention, q, k, v, options)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
 
@@ -122,12 +114,7 @@ def test_lists(make_qkv, tier, heads, window):
     b, h, hkv, lq, lk = 2, 8, 4, 3, 1500
     q, k, v = make_qkv(b, h, hkv, lq, lk, 40)
     sets = {"all": 1, "group": hkv, "head": h}[heads]
-    rng = np.random.default_rng(3)
-    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.05, 0.6, 1], b * sets)]
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(
-        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, 1), query_block=64
-    )
+    selection = random_lists((b, sets, 1), lk, [0, 0.05, 0.6, 1], query_block=64)
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     want, want_lse = reference.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     np.testing.assert_allclose(out, want, atol=2e-6, rtol=1e-5)

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from tiers import every_tier, once
+from tiers import every_tier, once, random_lists
 
 import dhsa
 from dhsa import functional, reference
@@ -83,12 +83,7 @@ def test_lists_agree_with_the_reference(make, tier, dtype, heads, window):
     b, h, hkv, lq, lk, block = 2, 4, 2, 150, 1200, 64
     q, k, v = make(b, h, hkv, lq, lk, 40, dtype)
     sets, nq = {"all": 1, "group": hkv, "head": h}[heads], math.ceil(lq / block)
-    rng = np.random.default_rng(3)
-    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.5, 0.8, 1], b * sets * nq)]
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(
-        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block
-    )
+    selection = random_lists((b, sets, nq), lk, [0, 0.5, 0.8, 1], query_block=block)
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, skip=0.2, return_lse=True)
     q, k, v = exactly((q, k, v))
     alone = heads == "head"
