@@ -16,11 +16,12 @@
 #   make lab      the notebooks in JupyterLab, in the demo's environment                   (ARGS="--no-browser")
 #   make clean    removes environments, builds and caches
 
-PYTHON ?= python3
-VENV   ?= .venv
-ARGS   ?=
-TORCH  ?= torch==2.13.0
-PINS   ?=
+PYTHON  ?= python3
+VENV    ?= .venv
+ARGS    ?=
+WORKERS ?= 2
+TORCH   ?= torch==2.13.0
+PINS    ?=
 
 PY   := $(VENV)/bin/python
 PIP  := $(PY) -m pip --disable-pip-version-check --quiet install
@@ -41,8 +42,11 @@ eval: $(VENV)/.demo
 train-boundaries: $(VENV)/.demo
 	$(PY) -m dhsa train-boundaries $(ARGS)
 
+# Two processes share the files of tests: -n 0 in ARGS, or WORKERS=0, runs them in one, as debuggers need (--pdb). torch's
+# threads are not to spin while they wait, or those of one process would take the time of the other.
+test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The demo's packages have all that the benchmarks need. flex_attention compiles itself with g++ or clang++; without
 # one its rows say so and the others stand.
@@ -70,7 +74,7 @@ test-newest:
 test-bounds:
 	$(MAKE) .venv-oldest/.test $(OLDEST)
 	$(MAKE) .venv-newest/.test $(NEWEST)
-	$(MAKE) --jobs=2 --output-sync=target test-oldest test-newest
+	$(MAKE) --jobs=2 --output-sync=target test-oldest test-newest WORKERS=0
 
 # The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
 # never gives back is not looked for, nor how much is used. Two halves that take the same time run side by side; tiers
@@ -85,7 +89,7 @@ test-debug: $(VENV)/.test
 	$(MAKE) --jobs=2 --output-sync=target $(DEBUG_HALVES)
 
 test-debug-lists: DEBUG_TESTS := methods select
-test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels past past_histories \
+test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels key_index key_index_histories \
     predictor selection skip
 $(DEBUG_HALVES): # 5: ARGS chose no test of this half
 	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' \

@@ -72,16 +72,16 @@ def step(shape: Shape, dtype: torch.dtype, repeats: int, context: int = CONTEXT,
         return torch.randn(1, heads, length, shape.dim, generator=generator).to(dtype)
 
     k, v = (numbers(shape.kv_heads, context + repeats) for _ in range(2))
-    past = (_core.Past(),)
+    index = (_core.KeyIndex(),)
     prompt = config.replace(dense_tail=0)
-    functional.run(numbers(shape.heads, 64), k[:, :, :context], v[:, :, :context], prompt, pasts=past)
-    seconds: dict[str, list[float]] = {"exact": [], "chosen": [], "looked": [], "select": [], "attend": []}
+    functional.run(numbers(shape.heads, 64), k[:, :, :context], v[:, :, :context], prompt, key_indexes=index)
+    seconds: dict[str, list[float]] = {"exact": [], "chosen": [], "compared": [], "select": [], "attend": []}
     for n in range(context + 1, context + repeats + 1):
         q, keys, values = numbers(shape.heads, 1), k[:, :, :n], v[:, :, :n]
         for name, cfg, options in (
             ("exact", None, {}),
-            ("chosen", config, {"pasts": past, "same": n - 1}),
-            ("looked", config, {"pasts": past}),
+            ("chosen", config, {"key_indexes": index, "same": n - 1}),
+            ("compared", config, {"key_indexes": index}),
         ):
             start = time.perf_counter()
             _, _, stats = functional.run(q, keys, values, cfg, **options)
@@ -91,11 +91,11 @@ def step(shape: Shape, dtype: torch.dtype, repeats: int, context: int = CONTEXT,
                 seconds["attend"].append(stats.attend_seconds)
     told = {name: statistics.median(found) for name, found in seconds.items()}
     share = statistics.median(b / a for a, b in zip(seconds["exact"], seconds["chosen"], strict=True))
-    kept = past[0].nbytes / (2 * shape.kv_heads * context * shape.dim * k.element_size())
+    kept = index[0].nbytes / (2 * shape.kv_heads * context * shape.dim * k.element_size())
     us = {name: f"{x * 1e6:,.0f}" for name, x in told.items()}
     text = (
         f"{shape} {str(dtype)[6:]}: exact {us['exact']} us, chosen {us['chosen']} ({us['select']} choosing,"
-        f" {us['attend']} attending), {share:.2f} of exact; {us['looked']} where it looks at every key;"
+        f" {us['attend']} attending), {share:.2f} of exact; {us['compared']} where it compares every key;"
         f" keeps {kept:.1%} of keys and values"
     )
     row = {"section": "steps", "shape": str(shape), "dtype": str(dtype)[6:], "share": share, "kept": kept, "text": text}

@@ -24,6 +24,20 @@ def pytest_report_header():
     return f"dhsa {dhsa.__version__} ({_core.isa_current()}), " + ", ".join(found)
 
 
+# Files that take longest, or have a test that does. Where processes share the files, these come first, so that none of
+# them is left to one process at the end.
+LONGEST = ("test_notebook", "test_generate", "test_compile", "test_register", "test_programs", "test_add_method")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if hasattr(item, "callspec") and "tier" in item.callspec.params:
+            item.add_marker("every_tier")
+    if hasattr(config, "workerinput"):  # one of pytest-xdist's processes
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def restore_settings():
     """Threads and instruction set are process-wide; a test that changes them must not change the next one's meaning."""
@@ -32,6 +46,13 @@ def restore_settings():
     dhsa.set_num_threads(None)
     if _core.isa_current() != isa:
         dhsa.set_isa(isa)
+
+
+@pytest.fixture
+def tier(request):
+    """The instruction set tier that a test with the mark `every_tier` of tiers.py runs on."""
+    dhsa.set_isa(request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ Every model has windows smaller than its prompts, grouped heads and, where its f
 which dropping any of them would show. Import it after torch and transformers are known to be there.
 """
 
+import threading
+
 import torch
 import transformers
 
@@ -139,3 +141,21 @@ def padded(lengths, size, side):
         where = slice(size - n, size) if side == "left" else slice(0, n)
         ids[row, where], mask[row, where] = tokens(1, n, seed=row)[0], 1
     return ids, mask
+
+
+def same_in_threads(calls, expected, times=5):
+    """Asserts that calls side by side, each made several times in its own thread, give what is expected of each."""
+    got = [[] for _ in calls]
+
+    def work(call, results):
+        with torch.no_grad():  # is set for each thread
+            results.extend(call() for _ in range(times))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(calls, got, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, first in zip(got, expected, strict=True):
+        assert len(results) == times
+        assert all(torch.equal(one, first) for one in results)

@@ -1,6 +1,6 @@
 /* test_entries.c: checks the functions of dhsa.h without Python: bad arguments are refused with an error that names
  * them, and nothing is changed; the first use of a tier does not undo the choice of another thread. Prints the number
- * of checks; exits with 1 at the first check that fails. Built and run by tests/test_entries.py. */
+ * of checks; exits with 1 at the first check that fails. Built and run by tests/core/test_programs.py. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>

@@ -1,6 +1,6 @@
 /* test_kernels.c: compares every kernel of every tier that this CPU supports with the scalar tier on the same rows.
  * Every buffer ends at a guard page, so that a read or write past it always crashes. Prints the number of comparisons;
- * exits with 1 if there is a difference. Built and run by tests/test_kernels.py, for this CPU and, if a cross compiler
+ * exits with 1 if there is a difference. Built and run by tests/core/test_programs.py, for this CPU and, if a cross compiler
  * and an emulator are installed, for 64-bit Arm. */
 #include <float.h>
 #include <math.h>

@@ -3,6 +3,7 @@
 Shapes are odd on purpose: lengths that fill no tile, head_dims that fill no vector, windows that cut tiles.
 """
 
+import functools
 import math
 import os
 import subprocess
@@ -10,11 +11,10 @@ import sys
 
 import numpy as np
 import pytest
+from tiers import TIERS, every_tier, exact_attention, once, random_lists
 
 import dhsa
 from dhsa import reference
-
-TIERS = dhsa.build_info()["isa_detected"]
 
 # b, h, hkv, lq, lk, d, options
 CASES = {
@@ -38,27 +38,18 @@ CASES = {
 }
 
 
-def reference_of(q, k, v, options):
-    """reference.attention, which wants lengths to agree, also for more queries than keys where nothing is causal."""
-    if options.get("causal", True) or q.shape[2] <= k.shape[2]:
-        return reference.attention(q, k, v, return_lse=True, **options)
-    parts = [reference.attention(q[:, :, i : i + 1], k, v, return_lse=True, **options) for i in range(q.shape[2])]
-    return tuple(np.concatenate([p[n] for p in parts], axis=2) for n in range(2))
-
-
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("name", CASES)
 def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
     *shape, options = CASES[name]
     q, k, v = make_qkv(*shape)
-    dhsa.set_isa(tier)
     out, lse = dhsa.attention(q, k, v, return_lse=True, **options)
-    want, want_lse = reference_of(q, k, v, options)
+    want, want_lse = once(exact_attention, q, k, v, options)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "config", [None, dhsa.Config(budget=64, sink=8, local=24, query_block=32)], ids=["exact", "sparse"]
@@ -66,7 +57,6 @@ def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
 def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, tier, dtype, config):
     """Converted while packing: the same as converting whole tensors first and rounding the output at the end. With
     products of its own the probabilities are rounded too, as in PyTorch."""
-    dhsa.set_isa(tier)
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 4, 2, 190, 190, 72)]
     out = dhsa.attention(*halves, config, softcap=30.0)
     assert out.dtype == getattr(torch, dtype)
@@ -78,7 +68,9 @@ def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, tier, d
         assert torch.equal(out, want)
 
 
-def float64_attention(torch, q, k, v):
+def float64_attention(q, k, v):
+    import torch
+
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = q.double() @ k.mT / math.sqrt(q.shape[3])
     hidden = torch.ones(s.shape[2:], dtype=torch.bool).triu(1)
@@ -96,7 +88,7 @@ def test_fp32_rounds_no_worse_than_torch(torch, dim, kind):
         k = k[:, :, :1] + 1e-3 * k
     elif kind == "long flat tail":
         q = q * 1e-3
-    want = float64_attention(torch, q, k, v)
+    want = float64_attention(q, k, v)
     ours = dhsa.attention(q, k, v).double() - want
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double() - want
     assert ours.square().mean() <= theirs.square().mean()
@@ -104,13 +96,13 @@ def test_fp32_rounds_no_worse_than_torch(torch, dim, kind):
     assert ours.abs().max() <= 1.5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
-def test_half_precision_rounds_no_worse_than_torch(torch, dtype, kind, tier):
+@functools.lru_cache(maxsize=1)  # for all tiers
+def rounded_by_torch(dtype, kind):
+    """A problem: q, k, v, float64 attention, and torch's error."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     dtype = getattr(torch, dtype)
-    dhsa.set_isa(tier)
     q, k, v = (torch.randn(1, h, 700, 128, generator=generator) for h in (4, 2, 2))
     if kind == "large logits":
         q = q * 8
@@ -119,35 +111,41 @@ def test_half_precision_rounds_no_worse_than_torch(torch, dtype, kind, tier):
     elif kind == "long flat tail":
         q = q * 1e-3
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    want = float64_attention(torch, q, k, v)
+    want = float64_attention(q, k, v)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return q, k, v, want, sdpa.double() - want
+
+
+@every_tier
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
+def test_half_precision_rounds_no_worse_than_torch(torch, dtype, kind, tier):
+    q, k, v, want, theirs = rounded_by_torch(dtype, kind)
     ours = dhsa.attention(q, k, v).double() - want
-    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).double() - want
     assert ours.square().mean() <= 1.1 * theirs.square().mean()
     assert ours.abs().max() <= 1.1 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_of_every_shape(torch, make_qkv, name, dtype, tier):
     """The fp32 cases again, against float64 attention of the rounded inputs: tails, clipped tiles, windows."""
     *shape, options = CASES[name]
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(*shape)]
-    dhsa.set_isa(tier)
     out, lse = dhsa.attention(*halves, return_lse=True, **options)
-    want, want_lse = reference_of(*[x.float().numpy() for x in halves], options)
+    want, want_lse = once(exact_attention, *[x.float().numpy() for x in halves], options)
     np.testing.assert_allclose(out.float().numpy(), want, atol=2e-2, rtol=1e-2)
     np.testing.assert_allclose(lse.numpy(), want_lse, atol=2e-5, rtol=2e-6)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_bad_numbers_in_half_precision(torch, make_qkv, tier, which, bad, window, dtype):
     """As for fp32 below: values past the end of a clipped tile are read in pairs, but must not be seen."""
-    dhsa.set_isa(tier)
     rows = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 4, 2, 200, 200, 24)]
     tensors = dict(zip("qkv", rows, strict=True))
     clean = dhsa.attention(*tensors.values(), window=window).float().numpy()
@@ -163,24 +161,22 @@ def test_bad_numbers_in_half_precision(torch, make_qkv, tier, which, bad, window
     assert (bad == math.inf and which == "k") or not np.isfinite(out[0][sees]).all(axis=-1).any()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_panels_that_see_nothing_between_panels_that_do(torch, make_qkv, dtype, tier):
     """Values of a panel are added during the next one that sees something, wherever that lies."""
-    dhsa.set_isa(tier)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(1, 1, 1, 1024, 1024, 64))
     ranges = np.tile(np.int32([0, 1024]), (1, 1024, 1))
     ranges[:, np.arange(1024) // 48 % 3 == 1] = 0
     ranges[:, 512:][:, np.arange(512) // 32 % 2 == 1] = 0
     out = dhsa.attention(q, k, v, key_ranges=ranges).float().numpy()
-    want = reference.attention(*[x.float().numpy() for x in (q, k, v)], key_ranges=ranges)
+    want = once(reference.attention, *[x.float().numpy() for x in (q, k, v)], key_ranges=ranges)
     np.testing.assert_allclose(out, want, atol=1e-5 if dtype == "float32" else 4e-3)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("power", [2, 7, 8, 9, 12, 20, 36])
 def test_logits_of_any_size(make_qkv, tier, power):
-    dhsa.set_isa(tier)
     q, k, v = make_qkv(1, 2, 1, 90, 90, 16, seed=power)
     q[0, :, 0], k[0, :, ::7] = q[0, :, 1], k[0, :, :1]  # exact ties share the weight
     q, k = (x * np.float32(10.0 ** (power / 2)) for x in (q, k))
@@ -198,21 +194,15 @@ def test_logits_of_any_size(make_qkv, tier, power):
     np.testing.assert_allclose(scores, want, atol=3e-4)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("window", [None, 90])
 def test_lists_agree_with_the_reference(make_qkv, tier, heads, window):
     """Random lists, some empty, some with gaps, some runs; a short last block; a window on top."""
-    dhsa.set_isa(tier)
     b, h, hkv, lq, lk, block = 2, 4, 2, 150, 210, 64
     q, k, v = make_qkv(b, h, hkv, lq, lk, 40)
     sets, nq = {"all": 1, "group": hkv, "head": h}[heads], math.ceil(lq / block)
-    rng = np.random.default_rng(3)
-    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.05, 0.5, 1], b * sets * nq)]
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(
-        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block
-    )
+    selection = random_lists((b, sets, nq), lk, [0, 0.05, 0.5, 1], query_block=block)
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     want, want_lse = reference.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     assert np.isneginf(want_lse).any()
@@ -221,12 +211,11 @@ def test_lists_agree_with_the_reference(make_qkv, tier, heads, window):
     assert (out[np.isneginf(lse)] == 0).all()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("window", [None, 50])
 def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(make_qkv, tier, which, bad, window):
-    dhsa.set_isa(tier)
     tensors = dict(zip("qkv", make_qkv(1, 4, 2, 200, 200, 24), strict=True))
     tensors[which][0, 1, 77, 5] = bad
     clean = dhsa.attention(*make_qkv(1, 4, 2, 200, 200, 24), window=window)
@@ -239,17 +228,16 @@ def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(make_qkv, tier, w
     # Not bit for bit: a tile that holds a value that is no number is added by other instructions.
     np.testing.assert_allclose(out[0][~sees], clean[0][~sees], atol=1e-6)
     with np.errstate(all="ignore"):
-        want = reference.attention(*tensors.values(), window=window)
+        want = once(reference.attention, *tensors.values(), window=window)
     np.testing.assert_array_equal(np.isnan(out), np.isnan(want))
     np.testing.assert_array_equal(np.isinf(out), np.isinf(want))
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize(
     "config", [None, dhsa.Config(budget=96, sink=16, local=40, query_block=48)], ids=["exact", "sparse"]
 )
 def test_same_bits_for_any_number_of_threads(make_qkv, tier, config):
-    dhsa.set_isa(tier)
     q, k, v = make_qkv(2, 6, 2, 333, 401, 56)
     results = []
     for threads in (1, 2, 3, 5):

@@ -4,17 +4,18 @@ against PyTorch's in the same dtype.
 Decoding steps and short runs of queries: lengths around the parts that keys are cut into, odd head_dims.
 """
 
+import functools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import TIERS, every_tier, exact_attention, once, random_lists
 
 import dhsa
 from dhsa import _core, reference
 
-TIERS = dhsa.build_info()["isa_detected"]
 DTYPES = ["float32", "float16", "bfloat16"]
 
 # b, h, hkv, lq, lk, d, options
@@ -49,37 +50,27 @@ CASES = {
 }
 
 
-def reference_of(q, k, v, options):
-    """reference.attention, which wants lengths to agree, also for more queries than keys where nothing is causal."""
-    if options.get("causal", True) or q.shape[2] <= k.shape[2]:
-        return reference.attention(q, k, v, return_lse=True, **options)
-    parts = [reference.attention(q[:, :, i : i + 1], k, v, return_lse=True, **options) for i in range(q.shape[2])]
-    return tuple(np.concatenate([p[n] for p in parts], axis=2) for n in range(2))
-
-
 def check(q, k, v, **options):
     out, lse = dhsa.attention(q, k, v, return_lse=True, **options)
-    want, want_lse = reference_of(q, k, v, options)
+    want, want_lse = once(exact_attention, q, k, v, options)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("name", CASES)
 def test_every_tier_agrees_with_the_reference(make_qkv, name, tier):
     *shape, options = CASES[name]
     assert shape[1] // shape[2] * shape[3] <= _core.DECODE_ROWS
-    dhsa.set_isa(tier)
     check(*make_qkv(*shape), **options)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_is_the_fp32_result_rounded_once(torch, make_qkv, name, dtype, tier):
     """Products are fp32 on every tier: the only rounding is the last, but sums may be in another order."""
     *shape, options = CASES[name]
-    dhsa.set_isa(tier)
     halves = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(*shape)]
     out, lse = dhsa.attention(*halves, return_lse=True, **options)
     whole, want_lse = dhsa.attention(*[x.float() for x in halves], return_lse=True, **options)
@@ -102,11 +93,10 @@ def test_any_shape(data):
     check(*(rng.standard_normal(s, dtype=np.float32) for s in shapes), window=window)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("group", [1, 4])
 def test_key_ranges(make_qkv, group, tier):
     """Ranges that are empty, whole, overlapping, apart, and within one part; another set for each batch item."""
-    dhsa.set_isa(tier)
     q, k, v = make_qkv(2, 2 * group, 2, 4, 1300, 40)
     ranges = [[[0, 1300], [5, 5], [511, 1024], [1299, 1300]], [[0, 3], [600, 900], [200, 700], [1300, 1300]]]
     ranges = np.array(ranges, np.int32)
@@ -116,21 +106,15 @@ def test_key_ranges(make_qkv, group, tier):
     assert np.isneginf(nothing[1]).all()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("window", [None, 400])
 def test_lists(make_qkv, tier, heads, window):
     """One block's lists: with gaps, runs, an empty one; a window on top."""
-    dhsa.set_isa(tier)
     b, h, hkv, lq, lk = 2, 8, 4, 3, 1500
     q, k, v = make_qkv(b, h, hkv, lq, lk, 40)
     sets = {"all": 1, "group": hkv, "head": h}[heads]
-    rng = np.random.default_rng(3)
-    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.05, 0.6, 1], b * sets)]
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(
-        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, 1), query_block=64
-    )
+    selection = random_lists((b, sets, 1), lk, [0, 0.05, 0.6, 1], query_block=64)
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     want, want_lse = reference.sparse_attention(q, k, v, selection, window=window, softcap=5.0, return_lse=True)
     np.testing.assert_allclose(out, want, atol=2e-6, rtol=1e-5)
@@ -162,20 +146,18 @@ def test_strided_caches(torch, make_qkv, dtype, layout):
         np.testing.assert_array_equal(dhsa.attention(q.numpy(), *back), want.numpy())
 
 
-def float64_attention(torch, q, k, v):
+def float64_attention(q, k, v):
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return (q.double() @ k.mT / math.sqrt(q.shape[3])).softmax(-1) @ v
 
 
-# The scalar tier sums one number after the other, which rounds more in fp32; of halves only the last rounding shows.
-@pytest.mark.parametrize(
-    ("dtype", "tier"), [(dtype, tier) for dtype in DTYPES for tier in TIERS if (dtype, tier) != ("float32", "scalar")]
-)
-@pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
-def test_rounds_no_worse_than_torch(torch, dtype, kind, tier):
+@functools.lru_cache(maxsize=1)  # for all tiers
+def rounded_by_torch(dtype, kind):
+    """Four problems of a kind: (q, k, v, float64 attention); and torch's errors."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
-    dhsa.set_isa(tier)
-    ours, theirs = [], []
+    problems, errors = [], []
     for _ in range(4):
         q, k, v = (torch.randn(4, h, n, 128, generator=generator) for h, n in ((8, 1), (2, 2000), (2, 2000)))
         if kind == "large logits":
@@ -185,21 +167,32 @@ def test_rounds_no_worse_than_torch(torch, dtype, kind, tier):
         elif kind == "long flat tail":
             q = q * 1e-3
         q, k, v = (x.to(getattr(torch, dtype)) for x in (q, k, v))
-        want = float64_attention(torch, q, k, v)
-        ours.append(dhsa.attention(q, k, v).double() - want)
+        want = float64_attention(q, k, v)
         sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        theirs.append(sdpa.double() - want)
-    ours, theirs = torch.stack(ours), torch.stack(theirs)
+        problems.append((q, k, v, want))
+        errors.append(sdpa.double() - want)
+    return problems, torch.stack(errors)
+
+
+# The scalar tier sums one number after the other, which rounds more in fp32; of halves only the last rounding shows.
+@pytest.mark.parametrize(
+    ("dtype", "tier"),
+    [(dtype, tier) for dtype in DTYPES for tier in TIERS if (dtype, tier) != ("float32", "scalar")],
+    indirect=["tier"],
+)
+@pytest.mark.parametrize("kind", ["random", "large logits", "near ties", "long flat tail"])
+def test_rounds_no_worse_than_torch(torch, dtype, kind, tier):
+    problems, theirs = rounded_by_torch(dtype, kind)
+    ours = torch.stack([dhsa.attention(q, k, v).double() - want for q, k, v, want in problems])
     assert ours.square().mean() <= 1.1**2 * theirs.square().mean()
     # The largest of a few thousand errors is a matter of luck; it may not be out of line.
     assert ours.abs().max() <= 1.5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("power", [2, 7, 8, 9, 12, 20, 36])
 def test_logits_of_any_size(make_qkv, tier, power):
     """Also where parts differ so much that only one counts, and exact ties across parts share the weight."""
-    dhsa.set_isa(tier)
     q, k, v = make_qkv(1, 2, 1, 2, 1400, 16, seed=power)
     k[0, :, ::70] = k[0, :, :1]
     q, k = (x * np.float32(10.0 ** (power / 2)) for x in (q, k))
@@ -209,13 +202,12 @@ def test_logits_of_any_size(make_qkv, tier, power):
     np.testing.assert_allclose(lse, want_lse, rtol=3e-6)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(torch, make_qkv, tier, dtype, which, bad):
     """Four queries under a window: key 0 is seen by none, 702 by some (window), 1097 and 1099 by some (causality)."""
-    dhsa.set_isa(tier)
     tensors = {n: torch.from_numpy(x) for n, x in zip("qkv", make_qkv(1, 4, 2, 4, 1100, 24), strict=True)}
     tensors = {n: x.to(getattr(torch, dtype)) for n, x in tensors.items()}
     clean = dhsa.attention(*tensors.values(), window=396)
@@ -225,7 +217,7 @@ def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(torch, make_qkv, 
         spoilt[which][0, 1, at, 5] = bad
         out = dhsa.attention(*spoilt.values(), window=396)
         with np.errstate(all="ignore"):
-            want = reference.attention(*(x.float().numpy() for x in spoilt.values()), window=396)
+            want = once(reference.attention, *(x.float().numpy() for x in spoilt.values()), window=396)
         np.testing.assert_array_equal(torch.isnan(out).numpy(), np.isnan(want))
         np.testing.assert_array_equal(torch.isinf(out).numpy(), np.isinf(want))
         sees = torch.zeros((4, 4), dtype=torch.bool)
@@ -236,10 +228,9 @@ def test_bad_numbers_reach_the_rows_that_see_them_and_no_other(torch, make_qkv, 
         assert torch.equal(out[0][~sees], clean[0][~sees])
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(torch, make_qkv, tier, dtype):
-    dhsa.set_isa(tier)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make_qkv(2, 6, 2, 2, 3333, 56))
     results = []
     for threads in (1, 2, 3, 5, 2, 3):

@@ -3,49 +3,14 @@ than threads, empty dimensions, names that are no names, numbers beyond what a l
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dhsa
 from dhsa import _threads
-from dhsa.methods import registry as METHODS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_in_c(name, folder, *flags):
-    """What tests/c/NAME.c prints, built with the core and without Python."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    sources = [path for path in sorted((ROOT / "csrc").rglob("*.c")) if path.parent.name != "python"]
-    program = folder / name
-    common = ["-std=c11", "-D_GNU_SOURCE", "-O1", "-fno-math-errno", "-ffp-contract=off", "-w", "-pthread"]
-    places = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
-    command = [compiler, *common, *places, *sources, ROOT / "tests/c" / f"{name}.c", "-o", program, "-lm", *flags]
-    subprocess.run(command, check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, f"exit {done.returncode}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def test_what_the_header_promises(tmp_path):
-    """tests/c/test_entries.c, in C, where nothing is checked before the entries do."""
-    assert run_in_c("test_entries", tmp_path).endswith("checks\n")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the linker may not know --wrap")
-def test_any_allocation_of_a_selection_may_fail(tmp_path):
-    """tests/c/test_memory.c: one after the other, for every method; at least the list lengths and a workspace."""
-    told = run_in_c("test_memory", tmp_path, "-Wl,--wrap=posix_memalign,--wrap=free")
-    counts = [int(word) for word in told.split() if word.isdigit()]
-    assert len(counts) >= len(METHODS)
-    assert min(counts) >= 2
 
 
 def test_exporters_without_strides(make_qkv):

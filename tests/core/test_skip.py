@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from tiers import every_tier, once, random_lists
 
 import dhsa
 from dhsa import functional, reference
 
-TIERS = dhsa.build_info()["isa_detected"]
 LANES = {"scalar": 8, "avx2": 16, "neon": 16, "avx512": 48, "avx512bf16": 48, "amx": 48}
 
 # b, h, hkv, lq, lk, d, options, skip
@@ -54,62 +54,53 @@ def grouping(tier, dtype, batch, sets, heads, q_len, block=None, window=None):
     return reference.Grouping(256 if pair else 128, lanes, min(block or q_len, run))
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_tier_leaves_out_what_the_reference_does(make, name, dtype, tier):
     *shape, options, skip = CASES[name]
     b, h, hkv, lq = shape[:4]
-    dhsa.set_isa(tier)
     q, k, v = make(*shape, dtype, options.get("scale"))
     config = dhsa.Config(budget=None, skip=skip)
     out, lse, stats = functional.run(q, k, v, config, return_lse=True, **options)
     q, k, v = exactly((q, k, v))
-    mask, share = reference.skip_mask(
-        q, k, skip, grouping(tier, dtype, b, hkv, h // hkv, lq, window=options.get("window")), **options
-    )
+    groups = grouping(tier, dtype, b, hkv, h // hkv, lq, window=options.get("window"))
+    mask, share = once(reference.skip_mask, q, k, skip, groups, **options)
     scaling = {name: options[name] for name in ("scale", "softcap") if name in options}
-    want, want_lse = reference.masked_attention(q, k, v, mask, return_lse=True, **scaling)
+    want, want_lse = once(reference.masked_attention, q, k, v, mask, return_lse=True, **scaling)
     assert stats.skipped == pytest.approx(share, abs=1e-12)
     assert 0.01 < share < 0.9 or name == "zero scale"
     np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
     np.testing.assert_allclose(out.float(), want, atol=1e-5 if dtype == "float32" else 2e-2)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("window", [None, 700])
 def test_lists_agree_with_the_reference(make, tier, dtype, heads, window):
     """Random lists, some empty, some short, one complete; a short last block; a window on top."""
-    dhsa.set_isa(tier)
     b, h, hkv, lq, lk, block = 2, 4, 2, 150, 1200, 64
     q, k, v = make(b, h, hkv, lq, lk, 40, dtype)
     sets, nq = {"all": 1, "group": hkv, "head": h}[heads], math.ceil(lq / block)
-    rng = np.random.default_rng(3)
-    rows = [np.flatnonzero(rng.random(lk) < density) for density in rng.choice([0, 0.5, 0.8, 1], b * sets * nq)]
-    indptr = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    selection = dhsa.Selection.from_indices(
-        indptr, np.concatenate(rows).astype(np.int32), shape=(b, sets, nq), query_block=block
-    )
+    selection = random_lists((b, sets, nq), lk, [0, 0.5, 0.8, 1], query_block=block)
     out, lse = dhsa.sparse_attention(q, k, v, selection, window=window, skip=0.2, return_lse=True)
     q, k, v = exactly((q, k, v))
     alone = heads == "head"
     groups = grouping(tier, dtype, b, h if alone else hkv, 1 if alone else h // hkv, lq, block, window)
     mask, share = reference.skip_mask(q, k, 0.2, groups, selection=selection, window=window)
-    want, want_lse = reference.masked_attention(q, k, v, mask, return_lse=True)
+    want, want_lse = once(reference.masked_attention, q, k, v, mask, return_lse=True)
     assert share > 0.02
     assert np.isneginf(want_lse).any()
     np.testing.assert_allclose(lse, want_lse, atol=1e-5, rtol=2e-6)
     np.testing.assert_allclose(out.float(), want, atol=1e-5 if dtype == "float32" else 2e-2)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("skip", [0.5, 0.05, 0.005])
 def test_what_is_left_out_stays_below_the_bound(make, tier, skip):
     """Each probability left out is less than `skip` times the row's largest, so their sum is less than that for each
     key; and what it changes of the output, no more than twice that sum of the largest value."""
-    dhsa.set_isa(tier)
     q, k, v = make(1, 4, 2, 400, 1500, 64)
     out, lse, stats = functional.run(q, k, v, dhsa.Config(budget=None, skip=skip), return_lse=True)
     want, want_lse = dhsa.attention(q, k, v, return_lse=True)
@@ -126,12 +117,11 @@ def test_what_is_left_out_stays_below_the_bound(make, tier, skip):
     assert (change <= 2 * np.maximum(lost, 0) * v.abs().max().item() + 1e-5).all()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 200])
 def test_where_nothing_is_negligible_no_bit_changes(make, tier, dtype, window):
     """Rows are grouped in another order then, and values packed later; a row's sums are the same."""
-    dhsa.set_isa(tier)
     q, k, v = make(1, 4, 2, 500, 700, 48, dtype)
     sparse = dhsa.Config(budget=256, query_block=64, sink=16, local=64)
     for config in (dhsa.Config(budget=None), sparse):
@@ -142,11 +132,10 @@ def test_where_nothing_is_negligible_no_bit_changes(make, tier, dtype, window):
         assert on[1].equal(off[1])
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("budget", [None, 600])
 def test_same_bits_for_any_number_of_threads(make, tier, dtype, budget):
-    dhsa.set_isa(tier)
     q, k, v = make(1, 6, 2, 333, 800, 56, dtype)
     config = dhsa.Config(budget=budget, skip=0.1, query_block=48)
     results = []
@@ -158,26 +147,24 @@ def test_same_bits_for_any_number_of_threads(make, tier, dtype, budget):
     assert results[0][2].skipped > 0.02
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("which", ["q", "k"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_no_numbers_are_never_left_out(make, tier, dtype, which, bad):
-    dhsa.set_isa(tier)
     tensors = dict(zip("qkv", make(1, 4, 2, 200, 900, 24, dtype), strict=True))
     tensors[which][0, 1, 177, 5] = bad
     config = dhsa.Config(budget=None, skip=0.3)
     out, _, stats = functional.run(*tensors.values(), config)
     with np.errstate(all="ignore"):
-        want = reference.attention(*exactly(tensors.values()))
+        want = once(reference.attention, *exactly(tensors.values()))
     assert stats.skipped > 0.02
     np.testing.assert_array_equal(out.isnan().numpy(), np.isnan(want))
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_that_are_no_numbers_reach_no_row_that_does_not_see_them(make, tier, dtype):
-    dhsa.set_isa(tier)
     q, k, v = make(1, 4, 2, 200, 900, 24, dtype)
     k[0, 1, 800] = k[0, 1, 600]  # a key that none leaves out
     config = dhsa.Config(budget=None, skip=0.3)

@@ -1,14 +1,13 @@
 """Switching models to "dhsa" and back: patch, unpatch, patched, last_run; in any order, several models at once."""
 
 import copy
-import threading
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 
-from tiny import EXACT, SIZES, SPARSE, build, tokens  # noqa: E402
+from tiny import EXACT, SIZES, SPARSE, build, same_in_threads, tokens  # noqa: E402
 
 import dhsa  # noqa: E402
 
@@ -97,20 +96,7 @@ def test_two_models_with_two_configs_in_two_threads(models):
     ids = tokens(1, 500)
     expected = [dhsa.patch(model, config)(ids).logits for model, config in pairs]
     assert {r.path for model, _ in pairs for r in dhsa.last_run(model) if r.kind == "full"} == {"sparse"}
-    got = [[], []]
-
-    def work(which):
-        with torch.no_grad():  # is set for each thread
-            got[which].extend(pairs[which][0](ids).logits for _ in range(4))
-
-    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for logits, first in zip(got, expected, strict=True):
-        assert len(logits) == 4
-        assert all(torch.equal(one, first) for one in logits)
+    same_in_threads([lambda model=model: model(ids).logits for model, _ in pairs], expected)
 
 
 def test_patched_model_can_be_copied(models):

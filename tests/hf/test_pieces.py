@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra")
 
-from tiny import FAMILIES, SIZES, build, tokens  # noqa: E402
+from tiny import FAMILIES, SIZES, tokens  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import dhsa  # noqa: E402
@@ -21,18 +21,6 @@ STEPS = dhsa.Config(budget=64, sink=4, local=16, query_block=16, dense_tail=0, d
 PIECES = STEPS.replace(decode="exact")
 EXACT = dhsa.Config(budget=None)
 PROMPT = 250
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(family):
-        if family not in made:
-            made[family] = build(family)
-        return made[family]
-
-    return get
 
 
 def feed(model, cache, ids, **options):

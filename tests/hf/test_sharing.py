@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 
-from tiny import FAMILIES, build, padded, qkv, tokens  # noqa: E402
+from tiny import FAMILIES, build, padded, qkv, same_in_threads, tokens  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
 
 import dhsa  # noqa: E402
@@ -319,20 +318,7 @@ def test_two_threads_and_one_model(model):
     prompts = [tokens(1, 400, seed=seed) for seed in range(2)]
     with dhsa.patched(model, LISTS):
         expected = [model(ids).logits for ids in prompts]
-        got = [[], []]
-
-        def work(which):
-            with torch.no_grad():
-                got[which].extend(model(prompts[which]).logits for _ in range(5))
-
-        threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for logits, first in zip(got, expected, strict=True):
-        assert len(logits) == 5
-        assert all(torch.equal(one, first) for one in logits)
+        same_in_threads([lambda ids=ids: model(ids).logits for ids in prompts], expected)
 
 
 def test_two_models_in_turn(model):

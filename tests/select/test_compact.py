@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiers import every_tier, once
 from weights import compact_weights, random_weights
 
 import dhsa
 from dhsa import reference
 from dhsa.predictor import ARCHITECTURES, SHIPPED
 
-ISAS = dhsa.build_info()["isa_detected"]
 WEIGHTS = Path(dhsa.__file__).parent / "weights" / SHIPPED
 
 
@@ -31,7 +31,7 @@ def compact(channels, window=4, **sizes):
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@every_tier
 @pytest.mark.parametrize(
     ("shape", "window", "sizes"),
     [
@@ -43,11 +43,10 @@ def compact(channels, window=4, **sizes):
         ((1, 2, 9, 8), 4, {}),
     ],
 )
-def test_logits(isa, shape, window, sizes):
+def test_logits(tier, shape, window, sizes):
     k = keys(*shape)
     weights = compact_weights(shape[1] * shape[3], **sizes)
-    want = reference.compact_logits(k, weights, window=window)
-    dhsa.set_isa(isa)
+    want = once(reference.compact_logits, k, weights, window=window)
     got = dhsa.BoundaryPredictor.from_state_dict(weights, window=window).logits(k)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -6,11 +6,13 @@ What is particular to chunks (boundaries, their scores) is tested in test_select
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import every_tier, once
 
 import dhsa
 from dhsa import _core, functional, reference
@@ -49,28 +51,52 @@ def row_of(selection, r):
     return selection.indices[selection.indptr[r] : selection.indptr[r + 1]]
 
 
-def check_row(got, here, found, config):
-    """One list against the twin's segments: equal, but for segments whose scores cannot be told apart in fp32."""
-    if found is None:
-        np.testing.assert_array_equal(got, np.arange(here.lo, here.end))
+class Expected(NamedTuple):
+    """What the twin gives for one list: its keys; the segments, if it ranks segments, and, under a share of mass, the
+    least and the greatest length."""
+
+    keys: np.ndarray
+    exact: bool
+    segments: reference.Segments | None = None
+    lengths: tuple[int, int] | None = None
+
+
+def expected(q, k, config, edges, layer):
+    """The twin's lists, in CSR order."""
+    options = twin_options(config, **layer)
+    if config.method == "dhsa":
+        options |= {"scale": 1.0, "softcap": None}
+    lists = []
+    for here, found in reference.method_blocks(config.method, q, k, boundaries=edges, **options):
+        if found is None:
+            lists.append(Expected(np.arange(here.lo, here.end), exact=True))
+        elif not isinstance(found, reference.Segments):
+            lists.append(Expected(found, exact=False))
+        else:
+            bounds, lengths = {"budget": here.room, "sink": config.sink, "local": config.local}, None
+            if config.mass is not None:
+                bounds |= {"mass": config.mass, "floor": config.floor}
+                lengths = tuple(
+                    len(reference.topk(found, here.lo, here.end, **bounds | {"mass": config.mass * factor}))
+                    for factor in (1 - TOLERANCE, min(1 + TOLERANCE, 1 / config.mass))
+                )
+            lists.append(Expected(reference.topk(found, here.lo, here.end, **bounds), False, found, lengths))
+    return lists
+
+
+def check_row(got, want, config):
+    """One list against the twin's: equal, but for segments whose scores cannot be told apart in fp32."""
+    if want.segments is None:
+        np.testing.assert_array_equal(got, want.keys)
         return
-    if not isinstance(found, reference.Segments):
-        np.testing.assert_array_equal(got, found)
-        return
-    bounds = {"budget": here.room, "sink": config.sink, "local": config.local}
     if config.mass is not None:
-        bounds |= {"mass": config.mass, "floor": config.floor}
-        least, most = (
-            len(reference.topk(found, here.lo, here.end, **bounds | {"mass": config.mass * factor}))
-            for factor in (1 - TOLERANCE, min(1 + TOLERANCE, 1 / config.mass))
-        )
+        least, most = want.lengths
         assert least <= len(got) <= most
-    want = reference.topk(found, here.lo, here.end, **bounds)
-    other = np.setxor1d(got, want)
-    if other.size == 0:
+    if np.array_equal(got, want.keys):
         return
     if config.mass is None:
-        assert len(got) == len(want)
+        assert len(got) == len(want.keys)
+    other, found = np.setxor1d(got, want.keys), want.segments
     segment = np.searchsorted(found.edges, other, side="right") - 1
     scores = found.score[segment]
     size = np.abs(found.score[np.isfinite(found.score)]).max() if config.method in NO_MASS else np.abs(scores).max()
@@ -83,32 +109,22 @@ def check(q, k, config, *, edges=None, **layer):
         edges = dhsa.boundaries(k, config)
     got = dhsa.select(q, k, config, boundaries=edges, **layer)
     assert (got.boundaries is None) == (not config.options.has_chunks)
-    options = twin_options(config, **layer)
-    if config.method == "dhsa":
-        options |= {"scale": 1.0, "softcap": None}
-    chosen = rows = 0
-    for here, found in reference.method_blocks(config.method, q, k, boundaries=edges, **options):
-        check_row(row_of(got, rows), here, found, config)
-        rows += 1
-        chosen += found is not None
-    assert rows == len(got.indptr) - 1
+    lists = once(expected, q, k, config, edges, layer)
+    assert len(lists) == len(got.indptr) - 1
     assert len(got.indices) == got.indptr[-1]
-    return got, chosen
-
-
-@pytest.fixture(params=dhsa.build_info()["isa_detected"])
-def isa(request):
-    dhsa.set_isa(request.param)  # put back by conftest.py
-    return request.param
+    for row, want in enumerate(lists):
+        check_row(row_of(got, row), want, config)
+    return got, sum(not want.exact for want in lists)
 
 
 # ---- against the twins -----------------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 30, 50, 90])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("method", TWINS)
-def test_method(isa, method, heads, window):
+def test_method(tier, method, heads, window):
     q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
     got, chosen = check(q, k, small(method=method, heads=heads), window=window, scale=0.5, softcap=3.0)
     assert got.shape == (2, {"all": 1, "group": 2, "head": 4}[heads], 10)
@@ -150,17 +166,19 @@ def test_method_of_any_size(method, q_len, more, block, budget, data, window, ke
     check(q, k, small(**options, method=method, dense_tail=data.draw(st.integers(0, 70))), window=window)
 
 
+@every_tier
 @pytest.mark.parametrize("dim", [1, 7, 33, 256])
 @pytest.mark.parametrize("method", TWINS)
-def test_method_of_any_head_dim_and_group(isa, method, dim):
+def test_method_of_any_head_dim_and_group(tier, method, dim):
     q, k = normal(1, 5, 70, dim), normal(1, 1, 70, dim, seed=1)
     check(q, k, small(method=method, dense_tail=0, budget=24))
     check(q, np.repeat(k, 5, 1), small(method=method, dense_tail=0, budget=24, heads="all"))
 
 
+@every_tier
 @pytest.mark.parametrize("method", [method for method in TWINS if registry[method].reads_keys])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-def test_not_finite_keys_are_always_selected(isa, method, heads):
+def test_not_finite_keys_are_always_selected(tier, method, heads):
     q, k = normal(1, 4, 128, 8), normal(1, 2, 128, 8, seed=1)
     k[0, 1, 37, 2] = np.nan
     q[0, 1, 70, 3] = np.inf
@@ -191,9 +209,10 @@ def long_prompt(**options):
     return small(**{"budget": 70, "shortlist": 130, "rows": 9, "dense_tail": 0, **options})
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 100, 300])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-def test_shortlist(isa, heads, window):
+def test_shortlist(tier, heads, window):
     q, k = normal(2, 4, 450, 8), normal(2, 2, 500, 8, seed=1)
     for options in ({}, {"sink": 0, "local": 0}, {"boundaries": "fixed", "chunk_size": 3}):
         config = long_prompt(heads=heads, **options)
@@ -214,8 +233,9 @@ def test_shortlist_of_rows_of_boundaries_with_padding_and_chunks_of_any_length()
     check(q, k, long_prompt(), edges=np.tile(np.append(np.arange(0, 33), 400).astype(np.int32), (2, 1)))
 
 
+@every_tier
 @pytest.mark.parametrize("chunks", [1, 129, 257])
-def test_shortlist_of_all_of_128_j_plus_1_chunks(isa, chunks):
+def test_shortlist_of_all_of_128_j_plus_1_chunks(tier, chunks):
     """The last group holds one chunk: its products need the room of a whole group."""
     size = 2 if chunks > 1 else 10**6
     length = size * chunks if chunks > 1 else 200
@@ -225,8 +245,9 @@ def test_shortlist_of_all_of_128_j_plus_1_chunks(isa, chunks):
     assert chosen > 0
 
 
+@every_tier
 @pytest.mark.parametrize("empties", [50, 300, 1000])
-def test_shortlist_of_few_keys_in_many_chunks(isa, empties):
+def test_shortlist_of_few_keys_in_many_chunks(tier, empties):
     """Empty chunks have no keys, so that a shortlist of a number of keys may meet any number of them."""
     q, k = normal(1, 8, 300, 32), normal(1, 1, 300, 32, seed=1)
     once = np.concatenate([[0], np.full(empties + 1, 5), np.arange(10, 301, 10)])
@@ -236,7 +257,8 @@ def test_shortlist_of_few_keys_in_many_chunks(isa, empties):
         assert chosen > 0
 
 
-def test_shortlist_never_loses_keys_that_are_not_finite(isa):
+@every_tier
+def test_shortlist_never_loses_keys_that_are_not_finite(tier):
     q, k = normal(1, 4, 480, 8), normal(1, 2, 480, 8, seed=1)
     k[0, 1, [37, 201], 2] = np.nan
     q[0, 1, 333, 3] = np.inf
@@ -297,11 +319,12 @@ def test_blocks_longer_than_any_prompt(method):
 # ---- shares of mass --------------------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("share", [0.05, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize("method", MASSY)
-def test_mass(isa, method, share, heads, window):
+def test_mass(tier, method, share, heads, window):
     q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
     edges = dhsa.boundaries(k, dhsa.Config()) if method == "rows" else None
     lengths = []

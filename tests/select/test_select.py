@@ -15,6 +15,7 @@ import pytest
 import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import every_tier, once
 from weights import random_weights
 
 import dhsa
@@ -23,7 +24,6 @@ from dhsa import _core, functional, reference
 SCORE_OF = {"rows": "rows", "dhsa": "block"}
 
 few = settings(max_examples=40, deadline=None)
-ISAS = dhsa.build_info()["isa_detected"]
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -49,19 +49,14 @@ def similarity(k, window):
     return scores
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    dhsa.set_isa(request.param)  # put back by conftest.py
-    return request.param
-
-
 # ---- boundaries ------------------------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 65, 200])
 @pytest.mark.parametrize("window", [1, 4, 70])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_similarity_scores(isa, length, window, dtype):
+def test_similarity_scores(tier, length, window, dtype):
     k = normal(2, 3, length, 5, dtype=dtype)
     if length > 8:
         k[0, :, 4:7] = 0  # a zero mean on a side has no direction
@@ -140,16 +135,17 @@ def test_similarity_boundaries_are_picked_from_the_scores(length, options):
 # ---- predictor and label ---------------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize(
     ("kv_heads", "dim", "heads", "window", "length", "gated"),
     [(2, 8, 4, 4, 300, True), (1, 32, 4, 4, 140, False), (3, 5, 3, 3, 50, True), (1, 12, 2, 1, 20, False),
      (2, 8, 8, 9, 200, True), (1, 6, 1, 20, 60, False), (2, 8, 4, 4, 8, True)],
 )  # fmt: skip
-def test_predictor_logits(isa, kv_heads, dim, heads, window, length, gated):
+def test_predictor_logits(tier, kv_heads, dim, heads, window, length, gated):
     weights = random_weights(kv_heads * dim, 24, gated, seed=window)
     k = normal(2, kv_heads, length, dim, seed=length)
     predictor = dhsa.BoundaryPredictor.from_state_dict(weights, heads=heads, window=window)
-    want = reference.predictor_logits(k, weights, heads=heads, window=window)
+    want = once(reference.predictor_logits, k, weights, heads=heads, window=window)
     np.testing.assert_allclose(predictor.logits(k), want, rtol=2e-5, atol=2e-5)
     assert np.ptp(want[:, window - 1 : length - window]) > 0 or length - 2 * window < 1
 
@@ -198,7 +194,7 @@ def test_boundary_ratios(length, window, sliding):
 
 def check_scores(q, k, edges, **options):
     got = dhsa.chunk_scores(q, k, edges, **options)
-    want = reference.chunk_scores(q, k, edges, **options)
+    want = once(reference.chunk_scores, q, k, edges, **options)
     assert got.shape == want.shape
     assert got.dtype == np.float32
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
@@ -206,10 +202,11 @@ def check_scores(q, k, edges, **options):
     return got
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("score", ["rows", "block"])
-def test_chunk_scores(isa, score, heads, window):
+def test_chunk_scores(tier, score, heads, window):
     q, k = normal(2, 6, 83, 16), normal(2, 3, 110, 16, seed=1)
     edges = some_boundaries(2, 110)
     got = check_scores(q, k, edges, query_block=16, score=score, heads=heads, window=window)
@@ -217,6 +214,7 @@ def test_chunk_scores(isa, score, heads, window):
     assert np.isfinite(got).any()
 
 
+@every_tier
 @pytest.mark.parametrize(
     ("options", "heads", "kv_heads", "dim"),
     [
@@ -232,7 +230,7 @@ def test_chunk_scores(isa, score, heads, window):
     ],
 )
 @pytest.mark.parametrize("sharing", ["all", "group", "head"])
-def test_chunk_score_options(isa, options, heads, kv_heads, dim, sharing):
+def test_chunk_score_options(tier, options, heads, kv_heads, dim, sharing):
     q, k = normal(1, heads, 60, dim), normal(1, kv_heads, 60, dim, seed=1)
     check_scores(q, k, some_boundaries(1, 60), query_block=16, heads=sharing, **{"score": "rows", **options})
 
@@ -272,9 +270,10 @@ def test_long_chunks_round_little(chunk):
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-4)
 
 
+@every_tier
 @pytest.mark.parametrize(("score", "softcap"), [("rows", None), ("rows", 2.0), ("block", None), ("block", 1.5)])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-def test_not_finite_keys_and_queries(isa, score, softcap, heads):
+def test_not_finite_keys_and_queries(tier, score, softcap, heads):
     q, k = normal(1, 4, 64, 8), normal(1, 2, 64, 8, seed=1)
     edges = some_boundaries(1, 64)
     k[0, 1, 20, 3] = np.nan
@@ -318,8 +317,9 @@ def small(**options):
     return dhsa.Config(**values)
 
 
+@every_tier
 @pytest.mark.parametrize("case", vectors.params("select"))
-def test_selection_agrees_with_vectors(isa, case):
+def test_selection_agrees_with_vectors(tier, case):
     i = case.inputs
     config = dhsa.Config(
         method="dhsa", heads="all", sink=0, dense_tail=0, pooling=i["pooling"], query_block=i["query_block"],
@@ -329,10 +329,11 @@ def test_selection_agrees_with_vectors(isa, case):
     vectors.check_indices(case, selection.indptr, selection.indices)
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 30, 50, 90])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("score", ["rows", "dhsa"])
-def test_selection(isa, score, heads, window):
+def test_selection(tier, score, heads, window):
     q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
     got = check_select(q, k, small(method=score, heads=heads), window=window, scale=0.5, softcap=3.0)
     assert got.shape == (2, {"all": 1, "group": 2, "head": 4}[heads], 10)
@@ -418,12 +419,13 @@ def test_half_dtypes_are_read_as_their_float32(torch, dtype, score):
     np.testing.assert_array_equal(got.indices, want.indices)
 
 
+@every_tier
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize(
     ("dim", "options"),
     [(16, {}), (45, {"rows": 4, "softcap": 3.0}), (256, {"window": 40}), (64, {"rows": 16, "scale": -0.2})],
 )
-def test_bf16_row_scores_are_of_means_rounded_to_bf16(torch, isa, dim, options, heads):
+def test_bf16_row_scores_are_of_means_rounded_to_bf16(torch, tier, dim, options, heads):
     """No looser than fp32 once the means are rounded: sums, softmax and squares stay fp32."""
     q, k = (torch.from_numpy(normal(1, 4, 83, dim)).bfloat16(), torch.from_numpy(normal(1, 2, 110, dim)).bfloat16())
     k[0, 1, 20, 3] = float("nan")
@@ -432,13 +434,15 @@ def test_bf16_row_scores_are_of_means_rounded_to_bf16(torch, isa, dim, options, 
     edges = some_boundaries(1, 110)
     got = dhsa.chunk_scores(q, k, edges, **kwargs).numpy()
     q, k = q.float().numpy(), k.float().numpy()
-    np.testing.assert_allclose(got, reference.chunk_scores(q, k, edges, bf16=True, **kwargs), rtol=1e-4, atol=1e-7)
+    want = once(reference.chunk_scores, q, k, edges, bf16=True, **kwargs)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
     finite = np.isfinite(got)
-    apart = np.abs(got[finite] - reference.chunk_scores(q, k, edges, **kwargs)[finite])
+    apart = np.abs(got[finite] - once(reference.chunk_scores, q, k, edges, **kwargs)[finite])
     assert (apart / got[finite]).max() > 1e-3
 
 
-def test_long_prompts_take_many_tiles_of_chunks(isa):
+@every_tier
+def test_long_prompts_take_many_tiles_of_chunks(tier):
     """More chunks than a tile, more rows than a panel, means that are not finite here and there."""
     q, k = normal(1, 6, 40, 8) * 2, normal(1, 2, 1500, 8, seed=1)
     k[0, 0, [3, 700, 1499], 1] = np.nan
@@ -591,8 +595,9 @@ def test_memory_beside_inputs_and_output(torch, dtype):
     assert int(done.stdout) < 5 * 1024
 
 
+@every_tier
 @pytest.mark.parametrize("score", ["rows", "dhsa"])
-def test_prefill_against_the_reference(isa, score):
+def test_prefill_against_the_reference(tier, score):
     q, k, v = normal(1, 4, 120, 8), normal(1, 2, 120, 8, seed=1), normal(1, 2, 120, 8, seed=2)
     # Small integers: means and products are exact enough for both sides to rank alike.
     q, k = np.round(q * 2), np.round(k * 2)
@@ -615,7 +620,8 @@ def reference_case():
     return q, k, edges, reference.chunk_scores(q, k, edges, query_block=16, score="rows", heads="group")
 
 
-def test_selection_follows_the_reference_scores(isa):
+@every_tier
+def test_selection_follows_the_reference_scores(tier):
     q, k, edges, scores = reference_case()
     selection = dhsa.select(q, k, small(dense_tail=0), boundaries=edges)
     vectors.check_follows_scores(selection, scores, edges, end_of=lambda i: 16 * (i + 1), sink=4, local=10, tol=1e-5)

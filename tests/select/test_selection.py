@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import vectors
+from tiers import every_tier
 
 import dhsa
 from dhsa import reference
@@ -102,9 +103,8 @@ def test_from_mask_is_what_sdpa_does(torch, make_qkv):
 
 
 @pytest.mark.parametrize("case", vectors.params("attend"))
-@pytest.mark.parametrize("isa", dhsa.build_info()["isa_detected"])
-def test_attend_vectors(case, isa):
-    dhsa.set_isa(isa)
+@every_tier
+def test_attend_vectors(case, tier):
     inputs = dict(case.inputs)
     options = {name: inputs.pop(name) for name in ("indptr", "indices", "shape", "query_block")}
     selection = dhsa.Selection.from_indices(**options)

