@@ -25,7 +25,7 @@ from dhsa.config import Config
 
 from .compat import GRAPHS, cache_in
 
-__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "Memory", "recall", "unwatch", "watch"]
+__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "Memory", "recall", "restore", "stored", "unwatch", "watch"]
 
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
@@ -51,6 +51,8 @@ class Kept:
 
     def __init__(self) -> None:
         self.pasts: dict[tuple[int, int], Any] = {}  # by batch row and first key
+        self.stored: dict[tuple[int, int], memoryview] = {}  # the same in a file, of which none was needed yet
+        self.file = ""
         self.batch = 0
         self.tensor: weakref.ref | None = None
         self.version: int | None = None
@@ -59,10 +61,21 @@ class Kept:
         twin = Kept()  # with no tensor of its own, so that it looks at the first keys it sees
         twin.batch = self.batch
         twin.pasts = {at: copy.deepcopy(past, memo) for at, past in self.pasts.items()}
+        twin.stored, twin.file = dict(self.stored), self.file
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (dict, ())  # pickled caches do not need this package; what is missing is made anew
+
+    def at(self, at: tuple[int, int]) -> Any:
+        """What is kept of a stretch of keys, if anything is, else None."""
+        if at in self.stored:
+            try:
+                self.pasts[at] = _core.Past.from_bytes(self.stored[at])
+            except ValueError as error:
+                raise ValueError(f"{self.file}: damaged in what it keeps of a layer's chunks: {error}") from None
+            del self.stored[at]
+        return self.pasts.get(at)
 
     def unchanged(self, layer: Any) -> int:
         """How many keys of `layer` are those of the last call for certain."""
@@ -130,15 +143,15 @@ class Memory:
     def of(self, row: int | None, k_start: int) -> dict[str, Any]:
         """For queries of batch row `row` (None: of all) that attend to the keys from `k_start` on."""
         rows = range(self._kept.batch) if row is None else (row,)
-        pasts = self._kept.pasts
-        found = {at: self._used.get(at) or pasts.get(at) or _core.Past() for at in ((r, k_start) for r in rows)}
+        found = {at: self._used.get(at) or self._kept.at(at) or _core.Past() for at in ((r, k_start) for r in rows)}
         self._used |= found
         return {"pasts": tuple(found.values()), "same": max(0, self._same - k_start), "keep": self._keep}
 
     def done(self, sparse: bool) -> None:
         """The call is over; `sparse`: no part of it was exact, so that every Past has seen its keys."""
         kept = self._kept
-        kept.pasts = self._used or kept.pasts  # those that met another first key are of no use any more
+        if self._used:  # those that met another first key are of no use any more
+            kept.pasts, kept.stored = self._used, {}
         kept.tensor = weakref.ref(self._key) if sparse and self._held else None
         kept.version = _version(self._key)
 
@@ -190,3 +203,23 @@ def _fresh(key: torch.Tensor) -> Memory:
     kept = Kept()
     kept.batch = key.shape[0]
     return Memory(kept, key, 0, False, False)
+
+
+# ---- in files --------------------------------------------------------------------------------------------------------
+
+
+def stored(layer: Any) -> dict[tuple[int, int], bytes]:
+    """What is kept beside a cache's layer, as bytes, by batch row and first key."""
+    kept = getattr(layer, _KEPT, None)
+    if not isinstance(kept, Kept):
+        return {}
+    written = {at: past.to_bytes() for at, past in kept.pasts.items()}
+    return written | {at: bytes(part) for at, part in kept.stored.items()}
+
+
+def restore(layer: Any, batch: int, parts: dict[tuple[int, int], memoryview], file: str) -> None:
+    """Puts beside a layer what `stored` returned of one with the same keys. It is read from `parts` when needed."""
+    kept = Kept()
+    kept.batch, kept.stored, kept.file = batch, parts, file
+    kept.tensor, kept.version = weakref.ref(layer.keys), _version(layer.keys)
+    setattr(layer, _KEPT, kept)
