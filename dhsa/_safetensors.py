@@ -93,7 +93,7 @@ def read_header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, E
         raise ValueError("has metadata that are not strings, expected a safetensors file")
     found = {name: _entry(name, value, 8 + length) for name, value in header.items()}
     at = 8 + length
-    for name, entry in sorted(found.items(), key=lambda item: item[1].start):
+    for name, entry in sorted(found.items(), key=lambda item: item[1][2:]):
         if entry.start != at:
             raise ValueError(
                 f"has tensor {name[:80]!r} at byte {entry.start}, expected it at {at}, beside the one before it"

@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dhsa._safetensors import Entry, read_header, write
+from dhsa._safetensors import WIDTHS, Entry, read_header, write
 from dhsa.config import Config
 
 from .caches import restore, stored
@@ -199,7 +199,9 @@ def write_cache(
         "attention": _attention_of(model),
         "tokens": _digest(ids),
     }
-    write(path, tensors, {"dhsa": json.dumps(about), **{f"note.{key}": value for key, value in (notes or {}).items()}})
+    text = json.dumps(about)
+    noted = {f"note.{key}": value for key, value in (notes or {}).items()}
+    write(path, tensors, {"dhsa": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), **noted})
 
 
 def _refuse_big_endian() -> None:
@@ -247,9 +249,9 @@ def _describe(i: int, layer: Any, shape: torch.Size) -> dict[str, Any]:
             raise NotImplementedError(
                 f"cache: {which} of layer {i} are {tensor.dtype}, expected one of {_listed(DTYPES)}"
             )
-    length = keys.shape[2]
-    if window is not None and window > 1:
-        length = min(length, window - 1)  # more are there while steps may still be taken back
+    length = seen if window is None else min(seen, max(window - 1, 1))  # more are there while steps may be taken back
+    if keys.shape[2] < length or values.shape[2] != keys.shape[2]:
+        raise ValueError(f"cache: layer {i} holds {keys.shape[2]} keys and {values.shape[2]} values, expected {length}")
     return {"kind": kind, "window": window, "size": [keys.shape[1], length, keys.shape[3], values.shape[3]]}
 
 
@@ -385,7 +387,7 @@ def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, *, prompt: 
         about, entries, mapped = _open(path)
         _refuse_other_model(about, model)
         shape = (about["batch"], about["length"])
-        tokens = _tensor(mapped, entries["tokens"], torch.int64).clone()
+        tokens = _copy(mapped, entries["tokens"], torch.int64)
         if _digest(tokens) != about["tokens"]:
             raise ValueError("has token ids that were changed, expected those of its metadata")
         if asked is not None:
@@ -441,6 +443,8 @@ def _open(path: str) -> tuple[dict[str, Any], dict[str, Entry], mmap.mmap]:
                     f"has tensor {name!r} of {found.dtype} {list(found.shape)}, expected {dtype} "
                     f"{'of one dimension' if shape is None else list(shape)} by its metadata"
                 )
+            if dtype in ("F32", "F16", "BF16") and found.start % WIDTHS[dtype]:
+                raise ValueError(f"has tensor {name!r} at byte {found.start}, expected a multiple of {WIDTHS[dtype]}")
         if others := sorted(entries.keys() - expected.keys()):
             raise ValueError(f"has tensor {others[0][:80]!r}, of which its metadata say nothing")
         return about, entries, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
@@ -460,6 +464,8 @@ def _about(metadata: dict[str, str]) -> dict[str, Any]:
             f"is of format {about['format']}, expected {FORMAT}, which this version of dhsa reads"
             + ("; a newer version has written it" if about["format"] > FORMAT else "")
         )
+    if metadata.get("sha256") != hashlib.sha256(metadata["dhsa"].encode()).hexdigest():
+        raise ValueError("has metadata that were changed, expected those of its checksum")
     try:
         _check(about)
     except (TypeError, KeyError, AttributeError):
@@ -493,14 +499,15 @@ def _check(about: dict[str, Any]) -> None:
         kind, size = layer["kind"], layer["size"]
         if kind not in ("full", "sliding", "none") or (kind == "none" and size is not None):
             raise ValueError(f"has a layer of kind {str(kind)[:40]!r}, which is not known")
-        if kind == "sliding":
-            number(layer["window"], "window", MAX_LENGTH)
+        window = number(layer["window"], "window", MAX_LENGTH) if kind == "sliding" else length + 1
         if size is None:
             continue
         heads, held, *widths = size
         number(heads, "heads")
-        if number(held, "length of a layer", length) < length and kind == "full":
-            raise ValueError(f"has a layer of {held} keys, expected {length}, as many as tokens")
+        if number(held, "length of a layer", length) != min(length, max(window - 1, 1)):
+            raise ValueError(
+                f"has a layer of {held} keys, expected {min(length, max(window - 1, 1))} of {length} tokens"
+            )
         if len(widths) != 2:
             raise TypeError
         for width in widths:
@@ -529,6 +536,10 @@ def _expected(about: dict[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int
 
 def _tensor(mapped: mmap.mmap, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(mapped, dtype=dtype, count=math.prod(entry.shape), offset=entry.start).view(entry.shape)
+
+
+def _copy(mapped: mmap.mmap, entry: Entry, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(mapped[entry.start : entry.stop]), dtype=dtype).view(entry.shape)
 
 
 def _refuse_other_prompt(tokens: torch.Tensor, prompt: torch.Tensor) -> None:
@@ -578,7 +589,7 @@ def _layer(
 
 def _decoded(mapped: mmap.mmap, entries: dict[str, Entry], name: str, dtype: torch.dtype, room: int) -> torch.Tensor:
     """[B, Hkv, L + room, D] of numbers that were rounded to 8 bits."""
-    whole, scale = _tensor(mapped, entries[name], torch.int8), _tensor(mapped, entries[f"{name}.scale"], torch.float32)
+    whole, scale = _tensor(mapped, entries[name], torch.int8), _copy(mapped, entries[f"{name}.scale"], torch.float32)
     batch, heads, length, width = whole.shape
     out = torch.empty((batch, heads, length + room, width), dtype=dtype)
     for row in range(batch):

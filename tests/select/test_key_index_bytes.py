@@ -53,7 +53,7 @@ def test_means_are_part_of_it():
     config, index = CONFIGS["rows"], _core.Past()
     call(index, 0, 900, config)
     with_means = len(index.to_bytes())
-    out, _, _ = functional.run(Q, K, V, config, pasts=(index,), same=900, keep=False)
+    functional.run(Q, K, V, config, pasts=(index,), same=900, keep=False)
     assert len(index.to_bytes()) < 0.6 * with_means
 
 
