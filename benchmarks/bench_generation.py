@@ -276,10 +276,10 @@ def main() -> None:
         take(crossing(8 * args.repeats))
     if set(args.only) <= {"steps", "crossing"}:
         return
-    from dhsa import loading
+    from dhsa import commands
 
-    tokenizer, model = loading.load(loading.find_model("gemma3"))
-    ids = loading.tokenize(tokenizer, loading.read_text(args.text), CONTEXT + 1024)
+    tokenizer, model = commands.load(commands.find_model("gemma3"))
+    ids = commands.tokenize(tokenizer, commands.read_text(args.text), CONTEXT + 1024)
     if "in_model" in args.only:
         take(in_model(model, ids, args.repeats))
     if "pieces" in args.only:

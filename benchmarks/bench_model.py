@@ -28,7 +28,7 @@ from harness import RESULTS, Job, check, machine, peak, row, run_jobs
 from peers import tokens
 
 import dhsa
-from dhsa import demo, loading
+from dhsa import commands, demo
 
 CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config(break_even=0)}
 LLAMA = "llama.cpp"
@@ -259,16 +259,16 @@ def main() -> None:
         args.lengths = [4096]
     args.json = args.json or RESULTS / f"model{'-quick' if args.quick else ''}.json"
     torch.set_num_threads(args.threads)
-    source = args.model or loading.packaged_model()
+    source = args.model or commands.packaged_model()
     with tempfile.TemporaryDirectory(prefix="dhsa-bench-") as folder:
         # Read and dequantised once: the children then load it in a second, where a GGUF file takes a quarter minute.
-        tokenizer, model = loading.load(source)
+        tokenizer, model = commands.load(source)
         # Its weights are plain float32 by now, but it would refuse to be saved as what it was read from.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(folder)
         del model
-        ids = loading.tokenize(tokenizer, loading.read_text(args.text), max(args.lengths))[0].tolist()
+        ids = commands.tokenize(tokenizer, commands.read_text(args.text), max(args.lengths))[0].tolist()
         if len(ids) < max(args.lengths):
             parser.error(f"--text: only {len(ids)} tokens, --lengths asks for {max(args.lengths)}")
         files = {"model": folder, "ids": str(Path(folder, "ids.json")), "gguf": str(source)}

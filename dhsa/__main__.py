@@ -1,4 +1,4 @@
-"""The command line, `python -m dhsa COMMAND`. Parses and dispatches, nothing more."""
+"""The command line, `python -m dhsa COMMAND`: parses arguments and calls the command."""
 
 import argparse
 import json
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import dhsa
 from dhsa import demo
+from dhsa.commands import UserError
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
-from dhsa.loading import UserError
 from dhsa.training import command as training
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=training.DESCRIPTION,
         )
     )
-    commands.add_parser("info", help="how the core was built and what of it runs here")
+    commands.add_parser("info", help="how the core was built and which instruction sets this CPU has")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(json.dumps(dhsa.build_info(), indent=2))

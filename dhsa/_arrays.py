@@ -1,6 +1,7 @@
-"""Which kind of array came in (NumPy, torch, other DLPack libraries) and how results of the same kind are made.
+"""Kinds of arrays (NumPy, torch, other libraries with DLPack): how arguments are read and results are made.
 
-Checks here are the ones the C core cannot make: device, autograd, mixed kinds. Shapes and dtypes are checked in C.
+The checks here are those that the C core cannot make: device, autograd, mixed kinds. Shapes and dtypes are checked in
+C.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
 
 
 def torch_obstacle(x: Any) -> str | None:
-    """Why the memory of torch tensor `x` cannot be read, and new memory written, in place of operators of torch: a
-    transform or a recorder, which sees nothing but operators, or a class of tensor that gives them another meaning.
-    None for a tensor that is what it seems."""
+    """The reason why the memory of torch tensor `x` must not be read directly, without operators of torch; None for a
+    plain tensor. A transform or a recorder would not see the access, and a subclass of Tensor may give its memory
+    another meaning."""
     torch = sys.modules["torch"]
-    if torch.compiler.is_dynamo_compiling():  # this is not run then, and the call itself never becomes part of a graph
+    if torch.compiler.is_dynamo_compiling():  # the call itself never becomes part of a graph
         return None
-    if torch._C._is_tracing():  # torch.jit.is_tracing, without its detours
-        return "torch.jit.trace cannot record this package's functions; its graph would hold memory that nobody writes"
-    if torch._C._len_torch_dispatch_stack() > 0:  # modes that only watch, such as FlopCounterMode, do no harm
+    if torch._C._is_tracing():  # torch.jit.is_tracing, but faster
+        return "torch.jit.trace cannot record this package's functions; its graph would hold memory that is not written"
+    if torch._C._len_torch_dispatch_stack() > 0:  # modes that only observe, such as FlopCounterMode, are allowed
         if torch.compiler.is_compiling():
             return "torch.export cannot record this package's functions, which are no operators of torch"
         keys = torch._C._TorchDispatchModeKey
@@ -66,7 +67,7 @@ def torch_obstacle(x: Any) -> str | None:
             return "FakeTensorMode cannot run this package's functions, which need data"
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is not None and (transform := _transform(functorch, x)):
-        return f"torch.{transform} does not reach into this package's functions, which are no operators of torch"
+        return f"torch.{transform} cannot transform this package's functions, which are no operators of torch"
     if tangent := torch_tangent(x):
         return tangent
     if x.is_nested:
@@ -84,7 +85,7 @@ def torch_obstacle(x: Any) -> str | None:
 
 
 def torch_tangent(x: Any) -> str | None:
-    """Why torch tensor `x` cannot be read, if it carries a derivative of forward mode; else None."""
+    """The reason why torch tensor `x` cannot be read, if it has a tangent of forward-mode autograd; else None."""
     forward_ad = sys.modules["torch"].autograd.forward_ad
     if forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None:
         return None
@@ -95,12 +96,12 @@ def torch_tangent(x: Any) -> str | None:
 
 
 def _transform(functorch: Any, x: Any) -> str | None:
-    """The transform of torch.func, one being under way, that `x` or whatever is made now is wrapped by."""
+    """The active transform of torch.func that wraps `x`, or that wraps every tensor made now."""
     if functorch.is_batchedtensor(x):
         return "vmap"
     kinds = functorch.TransformType
     names = {kinds.Grad: "func.grad", kinds.Jvp: "func.jvp", kinds.Functionalize: "func.functionalize"}
-    now = names.get(functorch.peek_interpreter_stack().key())  # vmap does nothing to what is not batched
+    now = names.get(functorch.peek_interpreter_stack().key())  # vmap does not change tensors that are not batched
     return now or ("func" if functorch.is_functorch_wrapped_tensor(x) else None)
 
 
@@ -154,7 +155,7 @@ class NumpyKind:
 
 
 class TorchKind:
-    """torch CPU tensors in and out. Only ever used with torch imported by the caller."""
+    """torch CPU tensors in and out. Only used if the caller has imported torch."""
 
     name = "a torch tensor"
 
@@ -176,9 +177,9 @@ class TorchKind:
                     f"{name}: requires grad, but there is no backward pass (prefill only); use torch.no_grad()"
                 )
             x = x.detach()
-        if x.is_neg():  # a lazy minus sign that the memory does not show
+        if x.is_neg():  # a lazy negation, which the memory does not show
             x = x.resolve_neg()
-        if x._is_zerotensor():  # zeros that take no memory
+        if x._is_zerotensor():  # zeros without memory
             x = x.clone()
         return x
 
@@ -198,7 +199,8 @@ class TorchKind:
 
 
 class DlpackKind:
-    """Arrays of any other library that follows the array API standard: read by DLPack, results by its from_dlpack."""
+    """Arrays of any other library that follows the array API standard, such as JAX: arguments are read through DLPack,
+    results are made by the library's from_dlpack."""
 
     def __init__(self, namespace: Any):
         self.namespace = namespace
@@ -220,18 +222,18 @@ class DlpackKind:
         return _core.Buffer(tuple(x.shape[:-1]), "float32")
 
     def result(self, x: np.ndarray | _core.Buffer) -> Any:
-        # Both numpy arrays and Buffers speak DLPack; a user's own `out` never comes here.
+        # NumPy arrays and Buffers both have DLPack; an `out` of the caller is not passed here.
         return self.namespace.from_dlpack(x)
 
 
 def kind_of(x: Any, name: str) -> Kind:
-    """The kind that results take, from the first array argument."""
+    """The kind of array argument `name`, which results have as well."""
     if isinstance(x, np.ndarray):
         return NumpyKind
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, getattr(torch, "Tensor", ())):
         return TorchKind
-    methods = type(x)  # objects that record what is done to them, such as torch.fx.Proxy, have every attribute
+    methods = type(x)  # recorders such as torch.fx.Proxy have every attribute
     if hasattr(methods, "__dlpack__") and hasattr(methods, "__array_namespace__"):
         return DlpackKind(x.__array_namespace__())
     if hasattr(methods, "__dlpack__"):
@@ -242,8 +244,8 @@ def kind_of(x: Any, name: str) -> Kind:
 
 
 def allocate(make: Callable[[Any], Any], like: Any) -> Any:
-    """make(like), with a failed allocation told as what it is."""
-    if len(like.shape) != 4:  # before a library's own word about it
+    """make(like); a failed allocation raises MemoryError with the shape."""
+    if len(like.shape) != 4:  # before the library raises its own error
         raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
     if 0 in like.shape:
         raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")
@@ -256,7 +258,7 @@ def allocate(make: Callable[[Any], Any], like: Any) -> Any:
 
 
 def empty(shape: tuple[int, ...], dtype: Any, name: str) -> np.ndarray:
-    """np.empty, with a failed allocation blamed on the argument whose size asked for it."""
+    """np.empty; a failed allocation raises MemoryError with the name of the argument that determines the size."""
     try:
         return np.empty(shape, dtype)
     except (MemoryError, ValueError) as error:
@@ -280,7 +282,7 @@ def to_numpy(x: ArrayLike, name: str) -> np.ndarray:
         raise TypeError(f"{name}: cannot be read as an array: {error}") from None
     try:
         return np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists among them
+    except (TypeError, ValueError, RuntimeError) as error:  # for example a ragged list
         raise type(error)(f"{name}: cannot be read as an array: {error}") from None
 
 

@@ -1,9 +1,9 @@
-"""Makes attention implementation "dhsa" known to transformers once both packages are imported, in either order.
+"""Registers attention implementation "dhsa" with transformers once both packages are imported, in either order.
 
-`import dhsa` must not import transformers, and a harness that loads models by `attn_implementation="dhsa"` imports no
-more than `dhsa`. So the import of transformers' module of models is waited for, and `dhsa.hf`, which registers, is
-imported right after it. Nothing else about imports changes: the module is found and loaded by whoever would have done
-it, and a transformers that `dhsa.hf` cannot work with stays as usable as without this package.
+`import dhsa` must not import transformers, and a program that loads models by `attn_implementation="dhsa"` imports only
+`dhsa`. So a finder on `sys.meta_path` notices when transformers' module of models has been imported, and then imports
+`dhsa.hf`, which registers. Nothing else about imports changes: the module is found and loaded by the usual finders and
+loaders, and a release of transformers that `dhsa.hf` does not support stays as usable as without this package.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from typing import Any
 
 __all__ = ["register_when_imported"]
 
-_AWAITED = "transformers.modeling_utils"  # what has the register of attention functions, and needs torch anyway
+_AWAITED = "transformers.modeling_utils"  # has the registry of attention functions, and needs torch anyway
 
 
 def register_when_imported() -> None:
-    """Registers now if transformers is imported already, else as soon as it has been. Calling it again does nothing."""
+    """Registers now if transformers is already imported, else once it has been. Further calls do nothing."""
     if _AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, _Awaiting) for finder in sys.meta_path):
@@ -28,18 +28,18 @@ def register_when_imported() -> None:
 
 
 def _register() -> None:
-    if "dhsa.hf" in sys.modules:  # or another thread is at it, and would wait for this one
+    if "dhsa.hf" in sys.modules:  # or another thread is importing it, and waits for this one
         return
-    # A transformers of another version, or half imported: an `import dhsa.hf` of the user's own says what is wrong.
+    # A release that is not supported, or is partly imported: an explicit `import dhsa.hf` raises the error.
     with contextlib.suppress(Exception):
         importlib.import_module("dhsa.hf")
 
 
 class _Awaiting:
-    """A finder that finds nothing itself: it lets the others find the awaited module, and is told when it has run."""
+    """A finder that delegates to the other finders, and registers once the awaited module has been executed."""
 
     def __init__(self) -> None:
-        self._asking = threading.local()  # finders like this one, of other packages, ask all others too: no circles
+        self._asking = threading.local()  # against recursion: finders of other packages may delegate as well
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _AWAITED or getattr(self._asking, "now", False):
@@ -57,12 +57,12 @@ class _Awaiting:
         return spec
 
     def _follow(self, loader: Any) -> None:
-        # On the loader that this module got, not around it: its type, and all else that is asked of it, stay.
+        # Sets an attribute of the module's loader instead of wrapping it, so its type and other attributes stay.
         run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            # If it fails, this finder is still there for the next attempt. A frame of its own cannot be left out of a
-            # traceback, so the line that is quoted there says whose error it is.
+            # If this fails, the finder stays for the next attempt. This frame appears in the traceback, so the comment
+            # of the line that is quoted there says where the error comes from.
             run(module)  # transformers.modeling_utils is imported here: an error below is not of dhsa
             if module.__name__ != _AWAITED:
                 return
@@ -71,5 +71,5 @@ class _Awaiting:
                 sys.meta_path.remove(self)
             _register()
 
-        with contextlib.suppress(AttributeError):  # of a loader that takes no attributes: `import dhsa.hf` is left
+        with contextlib.suppress(AttributeError):  # a loader without attributes: users must import dhsa.hf
             loader.exec_module = exec_module

@@ -36,6 +36,6 @@ def get_num_threads() -> int:
     if torch is not None:
         try:
             return min(int(torch.get_num_threads()), MAX_THREADS)
-        except AttributeError:  # being imported right now
+        except AttributeError:  # torch is being imported
             pass
     return min(_cpus, MAX_THREADS)

@@ -26,7 +26,7 @@ class DLPackArray(SupportsDLPack, Protocol):
     def dtype(self) -> Any: ...
 
 
-# NumPy's arrays are named beside the protocol: only those of numbers have __dlpack__ in NumPy's own annotations.
+# NumPy arrays are listed beside the protocol: in NumPy's annotations, only those of numbers have __dlpack__.
 Array: TypeAlias = npt.NDArray[Any] | DLPackArray
 ArrayLike: TypeAlias = npt.ArrayLike | SupportsDLPack  # nested sequences too
 ArrayT = TypeVar("ArrayT", bound=npt.NDArray[Any] | DLPackArray)  # results are of the type of an argument

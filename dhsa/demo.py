@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dhsa import loading
-from dhsa.loading import UserError
+from dhsa import commands
+from dhsa.commands import UserError
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,7 +48,7 @@ class Result:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: Python's language reference)")
     parser.add_argument(
-        "--tokens", type=loading.at_least(64), default=8192, metavar="N", help="prompt length (default: 8192)"
+        "--tokens", type=commands.at_least(64), default=8192, metavar="N", help="prompt length (default: 8192)"
     )
     parser.add_argument(
         "--model",
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=loading.at_least(4),
+        type=commands.at_least(4),
         default=2048,
         metavar="N",
         help="keys a block of queries may see (default: 2048)",
@@ -68,13 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo-output"),
         metavar="DIR",
-        help="where the picture goes (default: demo-output)",
+        help="the folder to write the picture to (default: demo-output)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo for parsed arguments (see `add_arguments`) and return the exit status."""
-    loading.prepare(_NEEDED, "the demo")
+    commands.prepare(_NEEDED, "the demo")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 132)
@@ -82,18 +82,18 @@ def run(args: argparse.Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {error}") from error
-    text = loading.read_text(args.text)
+    text = commands.read_text(args.text)
 
     started = time.perf_counter()
-    with loading.progress(console) as step, ExitStack() as held:
+    with commands.progress(console) as step, ExitStack() as held:
         with step(
             "assembling the packaged weights (the first time only)" if args.model is None else "finding the model"
         ):
-            source = loading.find_model(args.model)
+            source = commands.find_model(args.model)
         with step(f"loading {source.name} into float32"):
-            tokenizer, model = loading.load(source)
+            tokenizer, model = commands.load(source)
         with step("tokenizing"):
-            ids = loading.tokenize(tokenizer, text, args.tokens)
+            ids = commands.tokenize(tokenizer, text, args.tokens)
         if args.model is None and int(ids[0, 0]) != tokenizer.bos_token_id:  # seen with transformers 5.5 to 5.17
             console.print(
                 "This release of transformers omits the first token of a text for this file, so all perplexities are "
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         results = []
         for result, config in _contestants(args.budget, model.config._attn_implementation):
             captures = captured if result.name == "dhsa, default" else None
-            with step(f"{result.name}: prefill of {length:,} tokens", total=loading.model_layers(model)) as advance:
+            with step(f"{result.name}: prefill of {length:,} tokens", total=commands.model_layers(model)) as advance:
                 cache, hidden = _measure(result, config, model, ids, advance, layer, captures)
             with step(f"{result.name}: perplexity of the second half"):
                 result.perplexity = _perplexity(model, hidden, ids)
@@ -268,9 +268,9 @@ def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
     """
     length = ids.shape[1]
     total, first = 0.0, length // 2
-    for start in range(first, length, loading.LOGIT_ROWS):
-        stop = min(start + loading.LOGIT_ROWS, length)
-        logits = loading.logits(model, hidden[0, start - 1 : stop - 1])
+    for start in range(first, length, commands.LOGIT_ROWS):
+        stop = min(start + commands.LOGIT_ROWS, length)
+        logits = commands.logits(model, hidden[0, start - 1 : stop - 1])
         chosen = logits.gather(1, ids[0, start:stop, None])[:, 0]
         total += float((logits.logsumexp(-1) - chosen).double().sum())
     return math.exp(total / (length - first))
@@ -286,7 +286,7 @@ def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) 
         chosen = []
         last = hidden[:, -1:]
         for count in range(NEW_TOKENS):
-            token = loading.logits(model, last).argmax(-1)
+            token = commands.logits(model, last).argmax(-1)
             chosen.append(int(token))
             if chosen[-1] == tokenizer.eos_token_id or count + 1 == NEW_TOKENS:
                 break

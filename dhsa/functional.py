@@ -101,9 +101,9 @@ def run(
     return_lse: bool = False,
     out: ArrayT | None = None,
     boundaries: ArrayLike | None = None,
-    pasts: tuple[_core.Past, ...] | None = None,
+    key_indexes: tuple[_core.KeyIndex, ...] | None = None,
     same: int = 0,
-    keep: bool = True,
+    keep_means: bool = True,
 ) -> tuple[ArrayT, ArrayT | None, RunStats]:
     """Compute `attention` and report what was done: (out, lse or None, RunStats).
 
@@ -124,13 +124,13 @@ def run(
         out: as in `attention`.
         boundaries: int32 [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer. Only
             for methods that cut keys into chunks.
-        pasts: a `_core.Past` for each batch item, for methods that cut keys into chunks. Boundaries and chunk means
-            that an earlier call computed for the same keys are reused. A single query is then a decoding step (arXiv
-            2510.24606): keys are selected for this query alone, and the tokens that earlier decoding steps added form
-            one chunk.
-        same: how many of the keys the caller states to be those of the last call. Of many such keys, a Past compares
-            only some in each call; it compares all other keys.
-        keep: whether to keep the means of chunks, which take most of the memory of a Past.
+        key_indexes: a `_core.KeyIndex` for each batch item, for methods that cut keys into chunks. Boundaries and chunk
+            means that an earlier call computed for the same keys are reused. A single query is then a decoding step
+            (arXiv 2510.24606): keys are selected for this query alone, and the tokens that earlier decoding steps
+            added form one chunk.
+        same: how many of the keys the caller states to be those of the last call. Of many such keys, a KeyIndex
+            compares only some in each call; it compares all other keys.
+        keep_means: whether to keep the means of chunks, which take most of the memory of a KeyIndex.
     """
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
@@ -158,7 +158,7 @@ def run(
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
         if len(k.shape) != 4:
             raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
-        done, *report = _core.prefill(*args, _cutting(config), boundaries, pasts, same, int(keep))
+        done, *report = _core.prefill(*args, _cutting(config), boundaries, key_indexes, same, int(keep_means))
         stats = RunStats(PATHS[done], *report)
     if type(kind) is DlpackKind:  # results are still Buffers
         target = target if given else kind.result(target)

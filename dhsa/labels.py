@@ -15,6 +15,8 @@ from dhsa._typing import Array, ArrayT
 
 __all__ = ["attention_ratios", "boundary_ratios"]
 
+GAPS = 128  # of a tile in boundary_ratios
+
 
 @overload
 def boundary_ratios(
@@ -47,16 +49,42 @@ def boundary_ratios(attn: Any, *, window: int, sliding_window: int | None = None
         raise TypeError(f"attn: expected floating point numbers, got {array.dtype}")
     if array.ndim != 2 or array.shape[0] != array.shape[1] or array.size == 0:
         raise ValueError(f"attn: expected one square matrix [L, L], got shape {list(array.shape)}")
-    if array.dtype != np.float32 or (array.shape[1] > 1 and array.strides[1] != array.itemsize):
-        try:
-            array = np.ascontiguousarray(array, np.float32)
-        except (MemoryError, ValueError) as error:
-            raise MemoryError(f"attn: cannot be copied, its shape is {list(array.shape)}: {error}") from None
     check_int(array.shape[0], "attn: its length", 1, _core.MAX_LENGTH)
-    result = empty((array.shape[0],), np.float64, "attn")
-    _core.boundary_ratios(array, window, sliding_window, result, get_num_threads())
+    window = check_int(window, "window", 1)
+    sliding_window = None if sliding_window is None else check_int(sliding_window, "sliding_window", 1)
+    try:
+        with np.errstate(all="ignore"):
+            result = _ratios(array.astype(np.float32, copy=False), min(window, len(array)), sliding_window)
+    except MemoryError as error:
+        raise MemoryError(f"attn: no memory for the sums of its shape {list(array.shape)}: {error}") from None
     kind = kind_of(attn, "attn") if hasattr(type(attn), "__dlpack__") else NumpyKind
     return kind.result(result)
+
+
+def _ratios(attn: npt.NDArray[np.float32], window: int, sliding_window: int | None) -> npt.NDArray[np.float64]:
+    """The ratios of `boundary_ratios`. One running sum of each column serves all gaps of a tile, so that the matrix is
+    read once for each tile, not once for each gap."""
+    length = len(attn)
+    ratios = np.zeros(length)
+    for first in range(2 * window - 1, length - 2 * window, GAPS):
+        last = min(first + GAPS, length - 2 * window)
+        stop = length if sliding_window is None else min(length, last - 1 + window + sliding_window)
+        # From the last row up: after row j + w, a column holds the sum of the rows that gap j uses.
+        terms = attn[first + window : stop, first - window + 1 : last + window][::-1].astype(np.float64)
+        if sliding_window is not None and sliding_window < len(terms):
+            # After each row is added, the row that is no longer within the sliding window is subtracted.
+            added, terms = terms, np.zeros((2 * len(terms), terms.shape[1]))
+            terms[::2] = added
+            terms[2 * sliding_window + 1 :: 2] = -added[:-sliding_window]
+            sums = np.add.accumulate(terms)[1::2]
+        else:
+            sums = np.add.accumulate(terms)
+        gap = np.arange(last - first)[:, None]
+        columns = sums[::-1][gap, gap + np.arange(2 * window)]
+        past, future = (np.add.accumulate(part, axis=1)[:, -1] for part in np.split(columns, 2, axis=1))
+        larger, smaller = np.where(past > future, past, future), np.where(past < future, past, future)
+        ratios[first:last] = (larger + 1e-6) / (smaller + 1e-6)
+    return ratios
 
 
 # fmt: off

@@ -1,5 +1,6 @@
-/* attend.c: the one executor. Dense, sliding window and every sparse method are the same loop over tiles of a list of
- * keys; only the list differs. It plans tiles and masks; the arithmetic is the kernels'. Which keys matter is not its concern. */
+/* attend.c: the attention executor. Dense attention, sliding windows and every sparse method are the same loop over
+ * tiles of a list of keys; only the list differs. This file plans tiles and masks, and the kernels do the
+ * arithmetic. Which keys matter is decided elsewhere. */
 #include <assert.h>
 #include <math.h>
 #include <stdatomic.h>
@@ -13,39 +14,39 @@
 
 enum {
     TILE = 128,         /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
-    TILE_PAIRS = 256,   /* 16-bit products are done so soon that loading and storing the sums counts: longer tiles */
+    TILE_PAIRS = 256,   /* the same for 16-bit products, which are so fast that loading and storing the sums counts */
     MAX_ROWS = 512,     /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
-    MIN_ITEMS = 16,     /* small problems are cut finer than MAX_ROWS, so that there is something to share out; */
-    MIN_ITEMS_PAIRS = 8 /* but every item packs its keys, which counts for more where products are fast */
+    MIN_ITEMS = 16,     /* a small problem is divided into about this many items, so that threads can share it */
+    MIN_ITEMS_PAIRS = 8 /* the same for 16-bit products: every item packs its keys, which counts for more there */
 };
 
 typedef struct {
     const dhsa_problem *p;
     const dhsa_selection *list; /* NULL: every key */
     const dhsa_kernels *kernels;
-    int64_t heads;       /* query heads that an item covers: G, or 1 where every head has its own list */
+    int64_t heads;       /* query heads of an item: G, or 1 if every head has its own list */
     int64_t head_sets;   /* items per batch item and run of queries: H / heads */
-    int64_t run;         /* queries of an item at most */
-    int64_t block, runs; /* queries of a block; runs that a block is cut into */
+    int64_t run;         /* largest number of queries of an item */
+    int64_t block, runs; /* queries of a block; runs that a block is divided into */
     int64_t blocks;
     int panels, tile;
     const dhsa_pair_kernels *pair; /* NULL: products are fp32, whatever the dtype */
-    int64_t dim, padded;           /* head_dim; rounded up to what the kernels pack */
-    int64_t v_stride;              /* numbers of a strip of values (pairs: see kernels.h) */
+    int64_t dim, padded;           /* head_dim; the same rounded up to what the kernels pack */
+    int64_t v_stride;              /* elements of a strip of values (for pairs see kernels.h) */
     float factor, sign;
-    float least;                  /* log2 of skip, 0: none; a tile that stays this far below the maximum is left out */
-    _Atomic int64_t *done, *left; /* products of tiles and panels; those left out */
+    float least;                  /* log2 of skip, 0: none; a tile that is this far below the maximum is left out */
+    _Atomic int64_t *done, *left; /* number of products of a tile and a panel; number of those left out */
     char *arenas;
     int64_t arena_size;
 } attend_plan;
 
-/* What one thread works in; offsets of one arena. Sizes are those of a full item. */
+/* The working memory of one thread: pointers into its arena. Sizes are those of a full item. */
 typedef struct {
     float *o, *s, *m, *l, *alpha, *top;
-    void *q, *k, *v;   /* fp32 or 16-bit numbers, as the kernels pack them */
-    uint16_t *p;       /* the probabilities in bf16 */
-    int32_t *lo, *hi;  /* [panels * lanes]: the entries of the key list that a row sees */
-    const void **rows; /* of the tile: keys, then values; of the next tile likewise, after these */
+    void *q, *k, *v;   /* fp32 or 16 bits, as the kernels pack them */
+    uint16_t *p;       /* probabilities in 16 bits */
+    int32_t *lo, *hi;  /* [panels * lanes]: a row sees the entries [lo, hi) of the key list */
+    const void **rows; /* keys of the tile, then its values; after these, the same for the next tile */
     dhsa_ahead ahead;
     dhsa_exp_job job;
     struct {
@@ -53,13 +54,13 @@ typedef struct {
         const uint16_t *p, *v;
         const float *alpha;
         float *o;
-    } due;              /* the panel whose values are still to be added; pairs only */
-    int turn;           /* which halves of alpha and p the next panel fills: not those of the one that is due */
-    int packed, poison; /* whether the tile's values are packed, and one of them is not finite */
+    } due;              /* pairs only: the panel whose values are not added yet */
+    int turn;           /* half of alpha and p that the next panel uses; the other belongs to `due` */
+    int packed, poison; /* whether the values of the tile are packed; whether one of them is not finite */
     int64_t done, left;
 } attend_scratch;
 
-/* Lays the scratch out in an arena; with base NULL only its size is of use. */
+/* Lays the scratch out in an arena and returns its size. With base NULL it only computes the size. */
 static int64_t attend_lay_out(const attend_plan *pl, char *base, attend_scratch *w)
 {
     const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->pair ? 2 : 4;
@@ -86,8 +87,9 @@ static float narrow_value(const attend_plan *pl, uint16_t x)
     return pl->p->v.dtype == DHSA_F16 ? dhsa_from_f16(x) : dhsa_from_bf16(x);
 }
 
-/* Adds a tile whose values hold an inf or NaN: 0 times those is NaN, so rows that do not see such a key must not touch it. */
-static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int skip, int n, int count, int base, const int32_t *lo,
+/* Adds the values of a tile in which some are inf or NaN. 0 times these is NaN, so a row must not read the values of
+ * keys that it does not see. */
+static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offset, int n, int count, int base, const int32_t *lo,
                        const int32_t *hi, float *o)
 {
     const int lanes = pl->kernels->lanes, step = pl->kernels->value_step;
@@ -97,10 +99,10 @@ static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int skip,
             for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
                 const float p = w->s[(ptrdiff_t)j * lanes + r];
                 if (pl->pair)
-                    sum +=
-                        p * narrow_value(pl, ((const uint16_t *)w->v)[dhsa_square(d, skip + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
+                    sum += p *
+                           narrow_value(pl, ((const uint16_t *)w->v)[dhsa_square(d, offset + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
                 else
-                    sum += p * ((const float *)w->v)[d / step * pl->v_stride + (skip + j) * step + d % step];
+                    sum += p * ((const float *)w->v)[d / step * pl->v_stride + (offset + j) * step + d % step];
             }
             o[(ptrdiff_t)d * lanes + r] = o[(ptrdiff_t)d * lanes + r] * w->alpha[r] + sum;
         }
@@ -108,8 +110,8 @@ static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int skip,
 
 /* A run of queries of one head set and the list of keys they attend to. */
 typedef struct {
-    int64_t b, head, kv_head; /* batch item, first query head, their KV head */
-    int64_t first, queries;   /* query positions */
+    int64_t b, head, kv_head; /* batch item, first query head, its KV head */
+    int64_t first, queries;   /* index of the first query, number of queries */
     key_list list;
     int rows, panels;
 } item;
@@ -118,7 +120,7 @@ static void find_item(const attend_plan *pl, int64_t index, item *it)
 {
     const dhsa_problem *p = pl->p;
     const int64_t G = p->q.shape[1] / p->k.shape[1], per_run = p->q.shape[0] * pl->head_sets;
-    /* Late queries see most keys: the heaviest first. */
+    /* Late queries see the most keys, so their items come first. */
     const int64_t at = pl->blocks * pl->runs - 1 - index / per_run, block = at / pl->runs;
     it->b = index % per_run / pl->head_sets;
     it->head = index % pl->head_sets * pl->heads;
@@ -130,8 +132,9 @@ static void find_item(const attend_plan *pl, int64_t index, item *it)
     it->panels = (int)dhsa_ceil_div(it->rows, pl->kernels->lanes);
 }
 
-/* Row r of an item is query r / heads of head r % heads: neighbours in a panel see almost the same keys. Where tiles may be left
- * out, it is query r % queries of head r / queries: one head's neighbours agree ten times as often that a tile is negligible. */
+/* Row r of an item is query r / heads of head r % heads, so that neighbours in a panel see almost the same keys. If
+ * tiles may be left out, it is query r % queries of head r / queries: neighbouring queries of one head agree ten
+ * times as often that a tile is negligible. */
 static int64_t item_query(const attend_plan *pl, const item *it, int64_t r) { return pl->least ? r % it->queries : r / pl->heads; }
 
 static int64_t item_head(const attend_plan *pl, const item *it, int64_t r)
@@ -144,7 +147,7 @@ static void *item_row(const attend_plan *pl, const item *it, const dhsa_tensor *
     return dhsa_row(t, it->b, item_head(pl, it, r), it->first + item_query(pl, it, r));
 }
 
-/* Which entries of the list each row sees. Returns the span [*begin, *end) that any row sees. */
+/* Finds the entries of the list that each row sees, and the span [*begin, *end) that contains all of them. */
 static void find_ranges(const attend_plan *pl, const item *it, attend_scratch *w, int64_t *begin, int64_t *end)
 {
     const int64_t padded = (int64_t)it->panels * pl->kernels->lanes;
@@ -163,7 +166,7 @@ static void find_ranges(const attend_plan *pl, const item *it, attend_scratch *w
             w->hi[r] = (int32_t)stop;
         }
     }
-    /* Padding rows look like the last one: they must not make a tile look masked. */
+    /* Padding rows get the range of the last row, so that they do not cause a mask. */
     for (int64_t r = it->rows; r < padded; r++) {
         w->lo[r] = w->lo[it->rows - 1];
         w->hi[r] = w->hi[it->rows - 1];
@@ -184,7 +187,7 @@ static void pack_queries(const attend_plan *pl, const item *it, attend_scratch *
     }
 }
 
-/* Where list entries [at, at + n) lie: n keys, then n values. */
+/* The rows of list entries [at, at + n): n keys, then n values. */
 static void find_rows(const attend_plan *pl, const item *it, int64_t at, int n, const void **rows)
 {
     const dhsa_tensor *const tensors[2] = {&pl->p->k, &pl->p->v};
@@ -196,7 +199,7 @@ static void find_rows(const attend_plan *pl, const item *it, int64_t at, int n, 
     }
 }
 
-/* Gathers the keys of a tile, the first n of its rows. */
+/* Packs the keys of a tile, the first n of `rows`. */
 static void pack_keys(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n)
 {
     if (pl->pair)
@@ -206,7 +209,7 @@ static void pack_keys(const attend_plan *pl, attend_scratch *w, const void *cons
     w->packed = 0;
 }
 
-/* Gathers its values, the n rows after its keys, once. */
+/* Packs the values of a tile, the n rows after its keys, unless they are packed already. */
 static void pack_values(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n)
 {
     if (w->packed) return;
@@ -215,7 +218,8 @@ static void pack_values(const attend_plan *pl, attend_scratch *w, const void *co
                          : pl->kernels->pack_values(rows + n, pl->p->k.dtype, n, (int)pl->dim, pl->v_stride, w->v);
 }
 
-/* The products of this tile, of n keys, are to ask for the rows of the next, of `next` keys. */
+/* Prepares w->ahead, so that the products of this tile, of n keys, prefetch the rows of the next one, of `next`
+ * keys. */
 static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scratch *w, const void *const *rows, int n, int next)
 {
     const int64_t bytes = pl->dim * dhsa_dtype_size(pl->p->q.dtype), lines = 2 * next * dhsa_ceil_div(bytes, 64);
@@ -224,7 +228,7 @@ static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scra
     w->ahead.rate = dhsa_ceil_div(lines << 20, products);
 }
 
-/* Adds the values of the panel before this one, while this one's exponentials are computed on the side. */
+/* Adds the values of the panel before this one. Meanwhile the exponentials of this one may be computed. */
 static void add_due(const attend_plan *pl, attend_scratch *w, int n, dhsa_exp_job *meanwhile)
 {
     if (w->due.count)
@@ -233,7 +237,8 @@ static void add_due(const attend_plan *pl, attend_scratch *w, int n, dhsa_exp_jo
     w->due.count = 0;
 }
 
-/* Whether all rows that see something (their largest product is not -inf) stay far below the maximum they have met. */
+/* Whether, in every row that sees a key (its largest product is not -inf), all probabilities are less than skip
+ * times the largest one that the row has met before. */
 static int far_below(const attend_plan *pl, const float *top, const float *m, int used)
 {
     const float log2e = 1.44269504088896340736f, softcap = (float)pl->p->softcap, factor = pl->factor;
@@ -245,13 +250,14 @@ static int far_below(const attend_plan *pl, const float *top, const float *m, in
     return 1;
 }
 
-/* Whether the products of a panel and `count` keys may be left out. A product that is not finite never is: it is to show. */
+/* Whether the products of a panel and `count` keys may be left out. A product that is not finite is never left out,
+ * so that it reaches the output. */
 static int negligible(const attend_plan *pl, attend_scratch *w, int used, int count, int from, const int32_t *lo, const int32_t *hi,
                       const float *m)
 {
     if (!pl->least) return 0;
     w->done++;
-    /* What 16-bit products know already says no to most. */
+    /* For 16-bit products the maxima are known already, and they rule out most tiles. */
     if (pl->pair && !lo && !far_below(pl, w->top, m, used)) return 0;
     float top[DHSA_MAX_LANES];
     pl->kernels->tops(w->s, count, used, from, lo, hi, top);
@@ -260,32 +266,33 @@ static int negligible(const attend_plan *pl, attend_scratch *w, int used, int co
     return 1;
 }
 
-/* One panel, `used` rows of it, against the packed tile of list entries [at, at + n), which lie at `rows`. */
+/* One panel, of which `used` rows exist, against the packed tile of list entries [at, at + n), whose rows are
+ * `rows`. */
 static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, int used, int64_t at, int n, const void *const *rows)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int lanes = kn->lanes, dim = (int)pl->dim;
     const int32_t *lo = w->lo + panel * lanes, *hi = w->hi + panel * lanes;
     const dhsa_bounds seen = dhsa_bounds_of(lo, hi, lanes);
-    /* Ranges are clipped rather than masked: only where rows of one panel differ is there a mask at all. */
+    /* Keys that no row of the panel sees are clipped. A mask is needed only if the rows of the panel differ. */
     int64_t from = DHSA_MAX(at, seen.lo_min);
     const int64_t to = DHSA_MIN(at + n, seen.hi_max);
     if (from >= to) return;
-    if (pl->pair) from -= (from - at) % DHSA_PAIR_STEP; /* whole squares */
-    const int skip = (int)(from - at), count = (int)(to - from), masked = seen.lo_max > from || seen.hi_min < to;
+    if (pl->pair) from -= (from - at) % DHSA_PAIR_STEP; /* begins at a square */
+    const int offset = (int)(from - at), count = (int)(to - from), masked = seen.lo_max > from || seen.hi_min < to;
     const ptrdiff_t first = (ptrdiff_t)panel * lanes;
     float *o = w->o + first * pl->padded;
     const float factor = pl->factor, softcap = (float)pl->p->softcap;
     float *m = w->m + first, *l = w->l + first;
     if (!masked) lo = NULL;
     if (pl->pair)
-        pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)skip * pl->padded, count, dim, w->s,
+        pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)offset * pl->padded, count, dim, w->s,
                      w->top, &w->ahead);
     else
-        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)skip * dim, dim, count, dim, used, w->s, &w->ahead);
+        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)offset * dim, dim, count, dim, used, w->s, &w->ahead);
     if (negligible(pl, w, used, count, (int)from, lo, hi, m)) return;
     pack_values(pl, w, rows, n);
-    /* The pairs of a clipped tile reach past its end, where probabilities are 0 but values may be anything. */
+    /* Products of pairs read past the end of a clipped tile, where probabilities are 0 but values may be inf or NaN. */
     const int guarded = w->poison && (masked || (pl->pair && count < n));
     if (pl->pair) {
         if (!guarded) {
@@ -296,19 +303,19 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
             pl->pair->exp(&w->job);
             w->due.count = count;
             w->due.p = p;
-            w->due.v = (uint16_t *)w->v + dhsa_square(0, skip, dhsa_round_up(n, DHSA_PAIR_STEP));
+            w->due.v = (uint16_t *)w->v + dhsa_square(0, offset, dhsa_round_up(n, DHSA_PAIR_STEP));
             w->due.alpha = alpha;
             w->due.o = o;
-            w->turn = !w->turn; /* panels that see nothing of a tile lie between: their number says nothing */
+            w->turn = !w->turn; /* not panel % 2: panels that see no key of the tile are skipped */
             return;
         }
-        add_due(pl, w, n, NULL); /* its alpha may be in the way */
+        add_due(pl, w, n, NULL); /* its alpha may lie where the softmax below writes */
     }
     kn->softmax(w->s, count, used, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
     if (guarded)
-        pv_guarded(pl, w, skip, n, count, (int)from, w->lo + panel * lanes, hi, o);
+        pv_guarded(pl, w, offset, n, count, (int)from, w->lo + panel * lanes, hi, o);
     else
-        kn->pv(w->s, (float *)w->v + (ptrdiff_t)skip * kn->value_step, pl->v_stride, count, dim, used, w->alpha, o, &w->ahead);
+        kn->pv(w->s, (float *)w->v + (ptrdiff_t)offset * kn->value_step, pl->v_stride, count, dim, used, w->alpha, o, &w->ahead);
 }
 
 static void store(const attend_plan *pl, const item *it, attend_scratch *w)
@@ -318,10 +325,11 @@ static void store(const attend_plan *pl, const item *it, attend_scratch *w)
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
     for (int r = 0; p->lse && r < it->rows; r++) {
         const int64_t head = item_head(pl, it, r), i = it->first + item_query(pl, it, r);
-        /* m is in units of log2. No key seen: l is 0, the logarithm -inf. */
+        /* m is in units of log2. If no key was seen, l is 0 and lse is -inf. */
         p->lse[(it->b * H + head) * q_len + i] = w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
     }
-    for (int r = 0; r < it->panels * lanes; r++) w->l[r] = w->l[r] == 0 ? 0 : 1 / w->l[r]; /* no key seen: zeros */
+    /* Factors of the output. If no key was seen, the output is zeros. */
+    for (int r = 0; r < it->panels * lanes; r++) w->l[r] = w->l[r] == 0 ? 0 : 1 / w->l[r];
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &p->out, at * lanes + r);
@@ -388,8 +396,9 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
     pl.blocks = dhsa_ceil_div(q_len, pl.block);
     pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
-    /* The cut depends on the shape and the tier only, never on the number of threads; under a window, where an item's tiles begin
-     * at its first query's, not on the batch either, so that a row has the bits it has alone. */
+    /* The division into items depends on the shape and the tier only, never on the number of threads. Under a
+     * window, the tiles of an item begin at the first key of its first query. There the division does not depend on
+     * the batch either, so that a row has the same bits as alone. */
     const int64_t fair = dhsa_ceil_div(q_len * pl.head_sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
                   most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
     const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
@@ -399,9 +408,9 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.dim = dim;
     pl.tile = pl.pair ? TILE_PAIRS : TILE;
     pl.padded = dhsa_round_up(dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
-    /* Not a power of two, or what a row writes to all strips would share a few lines of the cache. */
+    /* Not a power of two; else the writes of a row to all strips would share a few cache lines. */
     pl.v_stride = (pl.tile + 2) * pl.kernels->value_step;
-    /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
+    /* The sign of the scale is applied to the queries, so that the largest product gives the largest logit. */
     pl.factor = (float)fabs(p->scale);
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;
     const int64_t items = pl.blocks * pl.runs * B * pl.head_sets;
@@ -434,7 +443,7 @@ dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection
     int64_t rows;
     if (!s) return dhsa_check_pointer(s, "selection", error);
     if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows) || rows == INT64_MAX) rows = -1;
-    /* As many indices as indptr ends with, which is read once the shape is known to be right. */
+    /* The number of indices is the last entry of indptr, which is read after the shape has been checked. */
     status = dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);
     return status ? status : dhsa_attend_checked(problem, s, error);
 }

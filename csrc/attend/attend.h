@@ -1,11 +1,12 @@
-/* attend.h: attention of arguments that have been checked: for those above, which check a call once. */
+/* attend.h: attention on arguments that have been checked, for callers in the folders above, which check them once
+ * in a call. */
 #ifndef DHSA_ATTEND_H
 #define DHSA_ATTEND_H
 
 #include "core/internal.h"
 
-/* Attention of a problem for which dhsa_problem_check says yes, over a selection for which dhsa_selection_check does, or with
- * selection NULL over every visible key. */
+/* Attention for a problem that dhsa_problem_check accepts, over a selection that dhsa_selection_check accepts or,
+ * with selection NULL, over every visible key. */
 dhsa_status dhsa_attend_checked(const dhsa_problem *problem, const dhsa_selection *selection, dhsa_error *error);
 
 #endif

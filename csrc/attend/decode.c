@@ -1,6 +1,6 @@
-/* decode.c: attention of a few query rows, as in a decoding step. Reading keys and values once is all the time it takes, so
- * the keys are cut into parts that threads share, and nothing is packed. A part leaves its sums and its maximum; whoever
- * ends the last part of a head adds all of them up, in order. */
+/* decode.c: attention of a few query rows, as in a decoding step. Its time is that of reading keys and values once.
+ * Nothing is therefore packed, and the keys are divided into parts that threads share. A part stores its sums and
+ * its maximum. The thread that finishes the last part of a head set combines all parts, in order. */
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
@@ -10,20 +10,20 @@
 #include "core/threads.h"
 
 enum {
-    PART = 512,         /* keys of a part at most */
-    ALONE = 512 * 1024, /* bytes of keys and values that one thread reads before another wakes up */
+    PART = 512,         /* largest number of keys of a part */
+    ALONE = 512 * 1024, /* with fewer bytes of keys and values, one thread works alone */
 };
 
 typedef struct {
     const dhsa_problem *p;
     const dhsa_selection *list; /* NULL: every key */
     const dhsa_kernels *kernels;
-    int64_t heads, head_sets; /* query heads that share keys; how many such sets a batch item has */
-    int64_t parts, padded;    /* parts that a set's keys are cut into at most; numbers from one row of q or o to the next */
-    int rows, stride;         /* query rows of a set; numbers from one row of scores to the next */
+    int64_t heads, head_sets; /* query heads that share keys, a head set; head sets of a batch item */
+    int64_t parts, padded;    /* largest number of parts of a set; elements from one row of q or o to the next */
+    int rows, stride;         /* query rows of a set; elements from one row of scores to the next */
     float factor, sign;
-    float *o, *m, *l;      /* what parts leave: o [set][part][row][padded], m and l [set][row][part] */
-    _Atomic int32_t *done; /* [set]: parts that are */
+    float *o, *m, *l;      /* results of parts: o [set][part][row][padded], m and l [set][row][part] */
+    _Atomic int32_t *done; /* [set]: number of parts that are done */
     char *arenas;
     int64_t arena_size;
 } decode_plan;
@@ -33,7 +33,7 @@ typedef struct {
     const void **rows;
 } decode_scratch;
 
-/* The keys of a set: lo[i], hi[i] are the entries that query i sees, all of them within [begin, end). */
+/* The keys of a head set. Query i sees the entries [lo[i], hi[i]) of the list, all of them within [begin, end). */
 typedef struct {
     int64_t b, head, kv_head, begin, end, parts, step;
     int64_t lo[DHSA_DECODE_ROWS], hi[DHSA_DECODE_ROWS];
@@ -61,7 +61,8 @@ static void decode_find_span(const decode_plan *pl, int64_t set, decode_span *at
         at->end = DHSA_MAX(at->end, at->hi[i]);
     }
     if (at->begin > at->end) at->begin = at->end;
-    /* The cut depends on the shape only, never on the number of threads. No keys: one part, to write zeros. */
+    /* The division depends on the shape only, never on the number of threads. Without keys there is one part, which
+     * writes zeros. */
     at->parts = DHSA_MAX(1, dhsa_ceil_div(at->end - at->begin, PART));
     at->step = dhsa_round_up(dhsa_ceil_div(at->end - at->begin, at->parts), DHSA_DECODE_STEP);
 }
@@ -73,7 +74,7 @@ static void point(const decode_span *at, const dhsa_tensor *t, int64_t from, int
     for (int j = 0; j < n; j++) rows[j] = base + (at->list.keys ? at->list.keys[from + j] : at->list.start + from + j) * step;
 }
 
-/* Row r of a set is query r / heads of head r % heads. */
+/* Row r of a head set is query r / heads of head r % heads. */
 static void *row_of(const decode_plan *pl, const decode_span *at, const dhsa_tensor *t, int r)
 {
     return dhsa_row(t, at->b, at->head + r % pl->heads, r / pl->heads);
@@ -94,7 +95,7 @@ static void decode_merge(const decode_plan *pl, int64_t set, const decode_span *
         }
         pl->kernels->decode_merge(pl->o + (set * pl->parts * pl->rows + r) * pl->padded, pl->rows * pl->padded, m, (int)at->parts,
                                   sum == 0 ? 1.0f : (float)sum, (int)p->q.shape[3], p->out.dtype, row_of(pl, at, &p->out, r));
-        /* m is in units of log2. No key seen: the sum is 0, the logarithm -inf. */
+        /* m is in units of log2. If no key was seen, the sum is 0 and lse is -inf. */
         if (p->lse)
             p->lse[(at->b * H + at->head + r % pl->heads) * q_len + r / pl->heads] =
                 sum == 0 ? -INFINITY : (float)(top * 0.693147180559945309 + log(sum));
@@ -136,12 +137,12 @@ static void decode_task(void *context, int64_t index, int thread)
     memset(o, 0, (size_t)(pl->rows * pl->padded) * sizeof *o);
     for (int r = 0; r < pl->rows; r++)
         pl->kernels->decode_load(row_of(pl, &at, &p->q, r), p->q.dtype, (int)dim, pl->sign, w.q + r * pl->padded);
-    /* Values follow the keys, so that the first of them are on their way when the last keys are read. */
+    /* The values follow the keys, so that the first values are prefetched while the last keys are read. */
     point(&at, &p->k, from, n, w.rows);
     point(&at, &p->v, from, n, w.rows + n);
     for (int i = 0; i < DHSA_DECODE_AHEAD; i++) w.rows[2 * n + i] = w.rows[DHSA_MAX(2 * n - 1, 0)];
     pl->kernels->decode_qk(w.q, pl->padded, pl->rows, w.rows, p->k.dtype, n, (int)dim, w.s, pl->stride);
-    int64_t start = 0, stop = n; /* what all queries see */
+    int64_t start = 0, stop = n; /* entries that all queries see */
     for (int64_t i = 0; i < queries; i++) {
         at.lo[i] = DHSA_MIN(DHSA_MAX(at.lo[i] - from, 0), n);
         at.hi[i] = DHSA_MAX(DHSA_MIN(at.hi[i] - from, n), at.lo[i]);
@@ -156,7 +157,8 @@ static void decode_task(void *context, int64_t index, int thread)
     if (start >= stop) start = stop = n;
     w.rows += n;
     add_values(pl, &w, 0, queries, start, stop, o);
-    /* A row never touches a value that it does not see, which might be no number: what is not common is added by query. */
+    /* A row must not read a value that it does not see, which may be NaN. Entries that not all queries see are
+     * therefore added query by query. */
     for (int64_t i = 0; i < queries; i++) {
         add_values(pl, &w, i, 1, at.lo[i], DHSA_MIN(at.hi[i], start), o);
         add_values(pl, &w, i, 1, DHSA_MAX(at.lo[i], stop), at.hi[i], o);
@@ -173,7 +175,7 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
     pl.rows = (int)(p->q.shape[2] * pl.heads);
     pl.padded = dhsa_round_up(p->q.shape[3], DHSA_DECODE_STEP);
     pl.stride = PART + DHSA_DECODE_STEP;
-    /* A negative scale goes into the queries, so that the largest product stays the largest logit. */
+    /* The sign of the scale is applied to the queries, so that the largest product gives the largest logit. */
     pl.factor = (float)fabs(p->scale);
     pl.sign = p->scale < 0 ? -1.0f : 1.0f;
     const int64_t n_sets = p->q.shape[0] * pl.head_sets;
@@ -188,7 +190,7 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
     pl.arena_size = decode_lay_out(&pl, NULL, &w);
     char *memory = NULL;
     int64_t total;
-    for (int laid = 0; laid < 2; laid++) { /* first only to learn the size */
+    for (int laid = 0; laid < 2; laid++) { /* the first pass only computes the size */
         total = 0;
         pl.o = dhsa_part(memory, &total, items * pl.rows * pl.padded * 4);
         pl.m = dhsa_part(memory, &total, items * pl.rows * 4);

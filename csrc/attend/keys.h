@@ -1,4 +1,5 @@
-/* keys.h: which keys a query sees: a problem's visible range, cut to a selection's list. Shared by the two ways of attending. */
+/* keys.h: the keys that a query sees: the visible range of a problem, restricted to the list of a selection. Used by
+ * attend.c and decode.c. */
 #ifndef DHSA_ATTEND_KEYS_H
 #define DHSA_ATTEND_KEYS_H
 
@@ -20,8 +21,8 @@ static inline key_list list_of(const dhsa_problem *p, const dhsa_selection *s, i
         const int64_t set = s->heads == 1 ? 0 : s->heads == Hkv ? head / (H / Hkv) : head;
         const int64_t *row = s->indptr + (b * s->heads + set) * s->nq + block;
         list.n = row[1] - row[0];
-        if (list.n > 0) list.keys = s->indices + row[0];                        /* else there need be none */
-        if (list.n > 0 && list.keys[list.n - 1] - list.keys[0] == list.n - 1) { /* ascending and unique: no gaps */
+        if (list.n > 0) list.keys = s->indices + row[0];                        /* there may be no indices at all */
+        if (list.n > 0 && list.keys[list.n - 1] - list.keys[0] == list.n - 1) { /* ascending, unique and without gaps */
             list.start = list.keys[0];
             list.keys = NULL;
         }
@@ -29,15 +30,15 @@ static inline key_list list_of(const dhsa_problem *p, const dhsa_selection *s, i
     return list;
 }
 
-/* Query heads that are worked on together: a group, which shares its keys; but a list for each head leaves nothing to share.
- * (With Hkv == H a group is one head anyway.) */
+/* The number of query heads that are processed together: those of a KV group, which share keys, or 1 if each head
+ * has its own list. (With Hkv == H a group is one head.) */
 static inline int64_t heads_of(const dhsa_problem *p, const dhsa_selection *list)
 {
     const int64_t H = p->q.shape[1], Hkv = p->k.shape[1];
     return list && list->heads == H && list->heads != Hkv && list->heads != 1 ? 1 : H / Hkv;
 }
 
-/* The keys [*start, *stop) that query i sees, as positions. */
+/* The positions [*start, *stop) of the keys that query i sees. */
 static inline void visible(const dhsa_problem *p, int64_t b, int64_t i, int64_t *start, int64_t *stop)
 {
     const int64_t q_len = p->q.shape[2], k_len = p->k.shape[2];
@@ -84,7 +85,7 @@ static inline void seen(const dhsa_problem *p, const key_list *list, int64_t b, 
     }
 }
 
-/* decode.c: attention of few query rows. Serves problems for which dhsa_decodes() says 1. */
+/* In decode.c: attention of a few query rows, for problems for which dhsa_decodes() returns 1. */
 int dhsa_decodes(const dhsa_problem *p, const dhsa_selection *list);
 dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error);
 

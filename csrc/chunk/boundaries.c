@@ -1,5 +1,7 @@
-/* boundaries.c: where keys are cut into chunks: fixed sizes, similarity scores, greedy picking with non-maximum suppression.
- * The networks are predictor.c's and compact.c's, their training label ratios.c's and labels.c's. */
+/* boundaries.c: cuts keys into chunks, either of a fixed size or at the gaps with the best scores, which are picked
+ * greedily with non-maximum suppression. Gap j lies between keys j and j + 1. Its score is the negative similarity of
+ * the keys on its two sides (computed here) or the logit of a network (predictor.c, compact.c). The label that the
+ * networks are trained on is in label/labels.c. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -8,27 +10,27 @@
 #include "core/threads.h"
 #include "chunk/chunk.h"
 
-enum { GAPS = 64 /* gaps of a task */ };
+enum { GAPS = 64 /* gaps of one task */ };
 
 /* ---- similarity -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const dhsa_kernels *kernels;
     const dhsa_tensor *k;
-    int64_t window, channels, tasks; /* channels: of all KV heads; tasks: of a batch item */
+    int64_t window, channels, tasks; /* channels: of all KV heads; tasks: of one batch item */
     float *scores;
     char *arenas;
     int64_t arena_size;
 } similarity_job;
 
-/* A window of keys, KV heads concatenated. */
+/* The sum of a window of keys, KV heads concatenated. */
 typedef struct {
     float *sum;
     float square; /* dot product of the sum with itself */
     int64_t n;
 } window_sum;
 
-/* Keys [from, to). */
+/* Sums keys [from, to) into w. */
 static void sum_keys(const similarity_job *job, int64_t b, int64_t from, int64_t to, window_sum *w)
 {
     const int64_t heads = job->k->shape[1], dim = job->k->shape[3];
@@ -39,11 +41,11 @@ static void sum_keys(const similarity_job *job, int64_t b, int64_t from, int64_t
     w->n = to - from;
 }
 
-/* Cosine of the means; 0 where one of them is 0. */
+/* Cosine similarity of two means; 0 if one of them is 0. */
 static float cosine(const dhsa_kernels *kernels, const window_sum *a, const window_sum *b, int64_t n)
 {
     double ab = kernels->dot(a->sum, b->sum, n), aa = a->square, bb = b->square;
-    /* Squares of very large or small keys leave the range of float. */
+    /* Squares of very large or very small keys leave the range of float. */
     if (!(aa > 1e-25 && aa < 1e30 && bb > 1e-25 && bb < 1e30)) {
         ab = aa = bb = 0;
         for (int64_t i = 0; i < n; i++) {
@@ -56,7 +58,7 @@ static float cosine(const dhsa_kernels *kernels, const window_sum *a, const wind
     return (float)(ab / (na * nb) / fmax(sqrt(aa) / na * (sqrt(bb) / nb), 1e-12));
 }
 
-/* A window that reaches past a task is never met again in it. */
+/* The number of sums in the ring. If a window is as long as a task or longer, no sum is used twice in the task. */
 static int64_t ring_size(const similarity_job *job) { return job->window < GAPS ? job->window : 1; }
 
 static void similarity_task(void *context, int64_t index, int thread)
@@ -64,7 +66,7 @@ static void similarity_task(void *context, int64_t index, int thread)
     const similarity_job *job = context;
     const int64_t length = job->k->shape[2], b = index / job->tasks, first = index % job->tasks * GAPS, window = job->window;
     float *scores = job->scores + b * length;
-    /* The window right of a gap is the one left of the gap `window` keys on: a ring of the sums still to come. */
+    /* The window right of gap j is the window left of gap j + window. The ring keeps its sum until then. */
     const int64_t ring = ring_size(job);
     char *arena = job->arenas + thread * job->arena_size;
     int64_t used = 0;
@@ -118,8 +120,8 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
 
 /* ---- picking ------------------------------------------------------------------------------------------------------ */
 
-/* Sorts by the high 32 bits, rising, equal ones left in order: least significant digit first, 8 bits a pass. Even passes,
- * so the result is in `items`. */
+/* A stable sort by the high 32 bits, ascending: least significant digit first, 8 bits a pass. The number of passes is
+ * even, so the result is in `items`. */
 static void radix_sort(uint64_t *items, uint64_t *other, int64_t n)
 {
     for (int shift = 32; shift < 64; shift += 8) {
@@ -133,11 +135,11 @@ static void radix_sort(uint64_t *items, uint64_t *other, int64_t n)
     }
 }
 
-/* Accepts a gap: those nearer than nms are out from now on. state: 0 open, 1 out, 2 accepted. */
+/* Accepts a gap and excludes all gaps at most nms away from it. state: 0 open, 1 excluded, 2 accepted. */
 static void accept(unsigned char *state, int64_t length, int64_t gap, int64_t nms)
 {
     const int64_t from = DHSA_MAX(gap - nms, 0), to = DHSA_MIN(gap + nms + 1, length);
-    /* Accepted gaps lie more than nms apart, so none is overwritten, and all these runs together are O(length). */
+    /* Accepted gaps are more than nms apart, so none is overwritten, and all calls together write O(length) bytes. */
     memset(state + from, 1, (size_t)(to - from));
     state[gap] = 2;
 }
@@ -161,11 +163,11 @@ static dhsa_status pick(const float *scores, int64_t length, int64_t n, double t
         accepted = 1;
     }
     for (int64_t j = 0; j < last; j++) {
-        const float score = scores[j] + 0.0f; /* one zero */
+        const float score = scores[j] + 0.0f; /* -0 becomes +0 */
         uint32_t u;
-        if (!((double)score > theta)) continue; /* NaN is not above anything */
+        if (!((double)score > theta)) continue; /* excludes NaN too */
         memcpy(&u, &score, sizeof u);
-        u = u & 0x80000000u ? u : ~u & 0x7fffffffu; /* the best first */
+        u = u & 0x80000000u ? u : ~u & 0x7fffffffu; /* u ascends as the score descends */
         items[eligible++] = (uint64_t)u << 32 | (uint64_t)j;
     }
     radix_sort(items, other, eligible);
@@ -217,7 +219,7 @@ int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t len
 {
     if (!config || length < 1 || length > DHSA_MAX_LENGTH) return 0;
     if (config->kind == DHSA_BOUNDARIES_FIXED) return dhsa_ceil_div(length, DHSA_MIN(DHSA_MAX(config->chunk_size, 1), length)) + 1;
-    /* Accepted gaps are more than nms apart, among length - 1. */
+    /* Accepted gaps are more than nms apart, and there are length - 1 gaps. */
     const int64_t apart = DHSA_MIN(DHSA_MAX(config->nms, 0), length) + 1;
     return DHSA_MIN(DHSA_MAX(config->num_chunks, 0), dhsa_ceil_div(length - 1, apart)) + 2;
 }
@@ -235,7 +237,8 @@ int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int pa
     enum { PAPER_GAPS = 8, MOST_SHORT_CHUNKS = 8192 };
     if (!config || length < 1 || length > INT32_MAX / 2) return 0;
     if (paper) return length / DHSA_MAX(config->score.query_block, 1) * PAPER_GAPS;
-    /* Means of chunks of 4 keys are an eighth of K's bytes in fp32, a quarter in bf16: past 32K keys that is enough. */
+    /* The bf16 means of chunks of 4 keys take an eighth of the bytes of fp32 keys, a quarter of those of bf16 keys.
+     * So no more chunks of this length are made than 32K keys need. */
     return DHSA_MAX(length / 8, config->method == DHSA_METHOD_ROWS ? DHSA_MIN(length / 4, MOST_SHORT_CHUNKS) : 0);
 }
 
@@ -269,14 +272,14 @@ dhsa_status dhsa_boundary_config_fits(const dhsa_boundary_config *config, const 
     return dhsa_predictor_width(config->compact ? config->compact->channels : config->predictor->channels, k, error);
 }
 
-/* Tokens on one side of a gap that its score looks at. */
+/* The number of tokens on each side of a gap that its score depends on. */
 static int64_t window_of(const dhsa_boundary_config *c)
 {
     if (c->kind == DHSA_BOUNDARIES_PREDICTOR) return c->compact ? c->compact->window : c->predictor->window;
     return c->kind == DHSA_BOUNDARIES_SIMILARITY ? c->window : 0;
 }
 
-/* Scores [B, Lk]; a network's gaps without a full window never win, whatever theta is. */
+/* Writes scores [B, Lk]. Gaps without a full window, which a network cannot score, get -inf: they are never picked. */
 static dhsa_status score_gaps(const dhsa_tensor *k, const dhsa_boundary_config *c, float *scores, int num_threads,
                               dhsa_error *error)
 {
@@ -350,7 +353,7 @@ cleanup:
     return status;
 }
 
-/* ---- keys that come after others ---------------------------------------------------------------------------------- */
+/* ---- keys that follow keys already cut ---------------------------------------------------------------------------- */
 
 int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to)
 {
@@ -366,14 +369,14 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
     if (config->kind == DHSA_BOUNDARIES_FIXED) {
         fixed_row(DHSA_MIN(config->chunk_size, length), length, boundaries, count);
     } else {
-        /* Scores of these gaps are what they would be among all keys: what a gap looks at is there. */
+        /* The part includes a full window before `from`, so the gaps get the scores that they have among all keys. */
         dhsa_tensor part = *k;
         part.data = dhsa_row(k, 0, 0, from - before);
         part.shape[2] = seen;
         float *scores = dhsa_alloc(seen, sizeof *scores);
         if (!scores) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", seen);
         if (!(status = score_gaps(&part, config, scores, num_threads, error))) {
-            /* The gap before the first of these keys is a boundary already. */
+            /* The gap before the first of these keys is a boundary already, which excludes the next nms gaps. */
             for (int64_t j = 0; from > 0 && j < DHSA_MIN(config->nms, length); j++) scores[before + j] = -INFINITY;
             status = pick(scores + before, length, dhsa_boundaries_share(config, from, to), config->theta, config->nms, 0,
                           boundaries, count, error);

@@ -1,11 +1,13 @@
-/* compact.c: our own boundary network, small enough to cost next to nothing: keys are projected once per token to a narrow
- * width, mixed there, pooled over the w tokens up to a gap and the w after it, and the two halves compared by a small MLP.
+/* compact.c: this project's own boundary network, which costs very little. The keys of each token are projected once to
+ * a narrow width, mixed there, and pooled over the w tokens up to a gap and the w tokens after it. A small MLP compares
+ * the two halves.
  *
- *   z = P k + p;  t = Q [z, max(z, 0)] + q;  u = maximum (first half of its channels) or mean (second half) of t over w tokens;
- *   logit = b . max(A [|l - r|, l, r] + a, 0) + c   with l and r the u of the two sides.
+ *   z = P k + p;  t = Q [z, max(z, 0)] + q;  u = maximum (first half of its channels) or mean (second half) of t over w
+ * tokens;   logit = b . max(A [|l - r|, l, r] + a, 0) + c   with l and r the u of the two sides.
  *
- * Why these: the label compares attention that two groups of keys receive, so a few numbers that tell how a key is attended
- * to are all that need be known of it, and pooled ones are shared by the gaps before and after. The paper's is predictor.c. */
+ * Reasons for this form: the label compares the attention that two groups of keys receive, so a few features that tell
+ * how a key is attended to are enough. The pooled features of a run of tokens are shared by the gap before it and the
+ * gap after it. The network of the paper is in predictor.c. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -20,22 +22,22 @@ typedef struct {
     const dhsa_compact *net;
     const dhsa_tensor *k;
     const dhsa_kernels *kernels;
-    int64_t tokens, gaps, tiles; /* of a tile; tiles of a batch item */
-    int64_t pitch;               /* numbers of a channel of a tile */
-    float *weights;              /* the projection as panels: [R / lanes] of [C, lanes] */
+    int64_t tokens, gaps, tiles; /* tokens and gaps of a tile; tiles of a batch item */
+    int64_t pitch;               /* floats from one channel of a tile to the next */
+    float *weights;              /* the weights of the projection as panels: [R / lanes] of [C, lanes] */
     int64_t arena_size;
     float *logits, *arenas;
 } compact_plan;
 
-/* What one thread works in. */
+/* Scratch memory of one thread. */
 typedef struct {
     float *rows;     /* [lanes, C]: keys in fp32, KV heads side by side */
     float *panel;    /* [max(2R, 3M), lanes] */
     float *wide;     /* [max(lanes, M, N), lanes] */
     float *token;    /* [M, pitch]: t */
-    float *pooled;   /* [M, pitch]: u of tokens j .. j + w - 1 */
+    float *pooled;   /* [M, pitch]: entry j is u of tokens j .. j + w - 1 */
     float *poison;   /* [pitch]: 0, or NaN where t is not finite */
-    float *poisoned; /* [pitch]: the same of tokens j .. j + w - 1 */
+    float *poisoned; /* [pitch]: entry j is NaN if poison is NaN for any of tokens j .. j + w - 1, otherwise 0 */
 } compact_scratch;
 
 static int64_t compact_lay_out(const compact_plan *pl, float *base, compact_scratch *s)
@@ -55,7 +57,7 @@ static int64_t compact_lay_out(const compact_plan *pl, float *base, compact_scra
     return at / 4;
 }
 
-/* Tokens as rows of fp32 numbers, *stride apart: where they lie, if that is what they are. */
+/* Returns n tokens as rows of fp32 values, *stride apart: in k itself if it holds such rows, otherwise in s->rows. */
 static const float *compact_gather(const compact_plan *pl, compact_scratch *s, int64_t b, int64_t token, int n, ptrdiff_t *stride)
 {
     const int64_t C = pl->net->channels, heads = pl->k->shape[1], dim = pl->k->shape[3];
@@ -70,7 +72,7 @@ static const float *compact_gather(const compact_plan *pl, compact_scratch *s, i
     return s->rows;
 }
 
-/* t of tokens [at, at + n) of the tile, n <= lanes. */
+/* Computes t of tokens [at, at + n) of the tile, n <= lanes. */
 static void compact_project(const compact_plan *pl, compact_scratch *s, int64_t b, int64_t token, int64_t at, int n)
 {
     const dhsa_kernels *kn = pl->kernels;
@@ -79,7 +81,8 @@ static void compact_project(const compact_plan *pl, compact_scratch *s, int64_t 
     ptrdiff_t stride;
     const float *rows = compact_gather(pl, s, b, token + at, n, &stride);
     memset(s->panel, 0, (size_t)(2 * R * lanes) * sizeof *s->panel);
-    /* Here the weights are the panel and the tokens what passes by: C numbers of each token need no transposing, R do. */
+    /* Here the panel holds the weights, and the tokens take the place of keys. So the C inputs of a token need no
+     * transposing, only its R outputs. */
     for (int64_t first = 0; first < R; first += lanes) {
         const int used = (int)DHSA_MIN(lanes, R - first);
         kn->qk(pl->weights + first * C, rows, stride, n, (int)C, used, s->wide, NULL);
@@ -100,7 +103,7 @@ static void compact_project(const compact_plan *pl, compact_scratch *s, int64_t 
         }
 }
 
-/* u of every run of w tokens. */
+/* Computes u of every run of w tokens. */
 static void compact_pool(const compact_plan *pl, compact_scratch *s, int64_t tokens)
 {
     const int64_t w = pl->net->window, runs = tokens - w + 1, M = pl->net->pooled;
@@ -119,7 +122,7 @@ static void compact_pool(const compact_plan *pl, compact_scratch *s, int64_t tok
     }
 }
 
-/* The MLP on gaps [at, at + n) of the tile. */
+/* Applies the MLP to gaps [at, at + n) of the tile. */
 static void compact_classify(const compact_plan *pl, compact_scratch *s, int64_t at, int n, float *logits)
 {
     const dhsa_compact *net = pl->net;
@@ -179,7 +182,7 @@ dhsa_status dhsa_compact_check(const dhsa_compact *n, dhsa_error *error)
     const int64_t sizes[] = {n->channels, n->width, n->pooled, n->hidden};
     for (int i = 0; i < 4; i++)
         if (sizes[i] < 1 || sizes[i] > 1 << 20)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: a layer of %" PRId64 " numbers, expected 1 to %d", sizes[i],
+            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: a layer has %" PRId64 " units, expected 1 to %d", sizes[i],
                              1 << 20);
     if (n->window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", n->window);
     return DHSA_OK;
@@ -221,7 +224,7 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
         compact_pack_weights(&pl);
         dhsa_parallel(tasks, threads, compact_tile_task, &pl);
     } else {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " numbers", threads,
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " floats", threads,
                            pl.arena_size);
     }
     dhsa_free(pl.weights);

@@ -1,7 +1,7 @@
-/* key_index.c: keys that were there in an earlier call: knows them again, and keeps their cuts and the means of their chunks, so
- * that a prompt in pieces and a decoding step do that work once a key. How keys are cut is boundaries.c's, what means are for
- * scores.c's. Decoding after arXiv 2510.24606: the prompt's chunks are kept, generated tokens are one chunk more, the current one
- * its own. */
+/* key_index.c: recognises the keys of earlier calls and keeps their cuts and the means of their chunks, so that a
+ * prompt in pieces and decoding steps do this work once per key. Keys are cut in boundaries.c; the means are used in
+ * select/scorer.c. Decoding follows arXiv 2510.24606: the chunks of the prompt are kept, the generated tokens are one
+ * more chunk, and the current token is a chunk of its own. */
 #include "chunk/key_index.h"
 
 #include <inttypes.h>
@@ -12,17 +12,16 @@
 #include "core/threads.h"
 
 enum {
-    RUN = 256, /* keys that are looked at in one task, */
-    FEW = 512, /* and so many without the help of other threads */
-    /* Of keys that are said to be the same, so many of the last and so many all over are looked at, */
+    RUN = 256, /* keys of one task */
+    FEW = 512, /* up to this many keys are handled by one thread */
+    /* Of the keys that the caller says are the same, these are checked: the last SAMPLE, SAMPLE spread over the others,
+     * and a stretch that moves on from call to call, so that each key is checked within TURNS calls. */
     SAMPLE = 16,
-    /* and a stretch that moves on from call to call, so that each key's turn comes within TURNS calls. Where all are no more than
-     * LOOK bytes, all are looked at. */
     TURNS = 512,
-    LOOK = 1 << 15
+    CHECKED_BYTES = 1 << 15 /* keys that take no more bytes than this are all checked */
 };
 
-/* ---- knowing keys again ------------------------------------------------------------------------------------------ */
+/* ---- recognising keys -------------------------------------------------------------------------------------------- */
 
 static uint64_t word(const char *at, int64_t bytes)
 {
@@ -37,8 +36,9 @@ static uint64_t stir(uint64_t h, uint64_t w)
     return (h << 29 | h >> 35) * UINT64_C(0x9E3779B97F4A7C15);
 }
 
-/* A number made of all bytes of a key in all heads. A step of one of the four chains takes different words to different numbers,
- * so keys that differ in one word always have different fingerprints, others but for one pair in about 2^64. */
+/* A 64-bit hash of all bytes of a key in all KV heads. A step of one of the four chains maps different words to
+ * different values, so keys that differ in one word always have different fingerprints. Keys that differ in more words
+ * have the same one with a probability of about 2^-64. */
 static uint64_t fingerprint_of(const dhsa_tensor *k, int64_t b, int64_t i)
 {
     const int64_t bytes = k->shape[3] * dhsa_dtype_size(k->dtype);
@@ -54,18 +54,18 @@ static uint64_t fingerprint_of(const dhsa_tensor *k, int64_t b, int64_t i)
     return h[0] ^ h[0] >> 32;
 }
 
-/* Looks at keys [from, to): notes their fingerprints, or with `first` finds the first one whose fingerprint is another than that
- * noted. */
+/* Computes the fingerprints of keys [from, to). With `first` NULL they are stored; otherwise *first is lowered to the
+ * first key whose fingerprint differs from the stored one. */
 typedef struct {
     uint64_t *fingerprints;
     const dhsa_tensor *k;
     int64_t b, from, to;
     _Atomic int64_t *first;
-} key_index_look_job;
+} fingerprint_job;
 
-static void key_index_look_task(void *context, int64_t index, int thread)
+static void fingerprint_task(void *context, int64_t index, int thread)
 {
-    const key_index_look_job *job = context;
+    const fingerprint_job *job = context;
     const int64_t from = job->from + index * RUN, to = DHSA_MIN(from + RUN, job->to);
     (void)thread;
     for (int64_t i = from; i < to; i++) {
@@ -82,13 +82,13 @@ static void key_index_look_task(void *context, int64_t index, int thread)
     }
 }
 
-static void key_index_look(key_index_look_job *job, int num_threads)
+static void fingerprint_keys(fingerprint_job *job, int num_threads)
 {
     const int64_t n = job->to - job->from;
-    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, key_index_look_task, job);
+    if (n > 0) dhsa_parallel(dhsa_ceil_div(n, RUN), n > FEW ? num_threads : 1, fingerprint_task, job);
 }
 
-/* Forgets how the keys were cut from chunk number `chunks` on. */
+/* Drops the cuts and means from chunk number `chunks` on. */
 static void forget_chunks(dhsa_key_index *p, int64_t chunks)
 {
     if (chunks >= p->chunks) return;
@@ -98,7 +98,7 @@ static void forget_chunks(dhsa_key_index *p, int64_t chunks)
         p->levels[i].done = DHSA_MIN(p->levels[i].done, i == DHSA_LEVEL_FINE ? chunks : chunks / DHSA_CHUNK_SUBGROUP);
 }
 
-/* Forgets everything about the keys from n on. */
+/* Drops everything about the keys from n on. */
 static void forget(dhsa_key_index *p, int64_t n)
 {
     int64_t chunks = p->chunks;
@@ -126,7 +126,7 @@ static dhsa_status no_memory(dhsa_error *error, int64_t keys)
     return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "key_indexes: no memory for the chunks of %" PRId64 " keys", keys);
 }
 
-/* The edges have room for what a step adds, also where nothing was cut yet. */
+/* Makes room for the edges of `chunks` chunks and of those that a decoding step adds, also if nothing is cut yet. */
 static dhsa_status make_room(dhsa_key_index *p, int64_t chunks, int64_t keys, dhsa_error *error)
 {
     void *edges = p->edges;
@@ -137,25 +137,25 @@ static dhsa_status make_room(dhsa_key_index *p, int64_t chunks, int64_t keys, dh
     return DHSA_OK;
 }
 
-/* Takes note of the keys that are new; what it knew is as it was. */
-static dhsa_status take_note(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int num_threads, dhsa_error *error)
+/* Stores the fingerprints of the keys that are new; those of known keys stay unchanged. */
+static dhsa_status store_fingerprints(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
     void *fingerprints = p->fingerprints;
     if (!key_index_grow(&fingerprints, &p->fingerprints_room, length, p->known, sizeof *p->fingerprints))
         return no_memory(error, length);
     p->fingerprints = fingerprints;
-    key_index_look_job job = {p->fingerprints, k, b, p->known, length, NULL};
-    key_index_look(&job, num_threads);
+    fingerprint_job job = {p->fingerprints, k, b, p->known, length, NULL};
+    fingerprint_keys(&job, num_threads);
     p->known = length;
     return DHSA_OK;
 }
 
 /* ---- cutting ----------------------------------------------------------------------------------------------------- */
 
-/* There are `chunks` chunks now, at least as many as there were. Means of a group of chunks that was not whole are those of a
- * longer one, and what was padding in a step is none any more. */
-static void extended(dhsa_key_index *p, int64_t chunks)
+/* Sets the number of chunks, which is not less than before. Some means are no longer valid: a coarse chunk that was not
+ * whole has become longer, and the empty chunks that padded a decoding step are replaced. */
+static void set_chunk_count(dhsa_key_index *p, int64_t chunks)
 {
     p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
     p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / DHSA_CHUNK_SUBGROUP);
@@ -163,7 +163,7 @@ static void extended(dhsa_key_index *p, int64_t chunks)
     p->summed = -1;
 }
 
-/* Cuts the keys up to `end`, from where they are not cut yet. */
+/* Cuts the keys below `end` that are not cut yet. */
 static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t end, const dhsa_boundary_config *config,
                        int num_threads, dhsa_error *error)
 {
@@ -175,23 +175,24 @@ static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64
     row.data = dhsa_row(k, b, 0, 0);
     row.shape[0] = 1;
     const dhsa_status status = dhsa_boundaries_after(&row, from, end, config, p->edges + p->chunks, &count, num_threads, error);
-    if (status) { /* its first entry is the last one that was there */
+    if (status) { /* restores the edge where the new ones begin */
         p->edges[p->chunks] = (int32_t)from;
         return status;
     }
-    extended(p, p->chunks + count - 1);
+    set_chunk_count(p, p->chunks + count - 1);
     return DHSA_OK;
 }
 
-/* Whether every step-th key of [from, to) has the fingerprint that was noted. */
-static int alike(const dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to, int64_t step)
+/* Whether every step-th key of [from, to) has the fingerprint that is stored. */
+static int fingerprints_match(const dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to, int64_t step)
 {
     while (from < to && fingerprint_of(k, b, from) == p->fingerprints[from]) from += step;
     return from >= to;
 }
 
-/* Begins anew if these keys cannot be those that it knows; else finds how many it knows again. The first `same` are said to be
- * those of the last call. That is trusted as long as those agree that are looked at all the same. */
+/* Returns how many of the first keys are recognised by their fingerprints. If dtype or shape differ from those of the
+ * last call, the index is emptied. The caller says that the first `same` keys are those of the last call. If the sample
+ * of them that is checked agrees, the others are not compared. */
 static int64_t recognise(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t same, int num_threads)
 {
     const int64_t known = DHSA_MIN(p->known, k->shape[2]);
@@ -204,20 +205,20 @@ static int64_t recognise(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int
     }
     same = DHSA_MAX(DHSA_MIN(same, known), 0);
     const int64_t bytes = k->shape[1] * k->shape[3] * dhsa_dtype_size(k->dtype), old = same - SAMPLE;
-    const int64_t stretch = DHSA_MAX(dhsa_ceil_div(same, TURNS), LOOK / bytes);
+    const int64_t stretch = DHSA_MAX(dhsa_ceil_div(same, TURNS), CHECKED_BYTES / bytes);
     int trusted = old > stretch;
     if (trusted) {
         const int64_t from = p->turn < old ? p->turn : 0, apart = dhsa_ceil_div(old, SAMPLE);
         p->turn = DHSA_MIN(from + stretch, old);
-        trusted = alike(p, k, b, from, p->turn, 1) && alike(p, k, b, from % apart, old, apart);
+        trusted = fingerprints_match(p, k, b, from, p->turn, 1) && fingerprints_match(p, k, b, from % apart, old, apart);
     }
     _Atomic int64_t first;
     atomic_init(&first, known);
-    key_index_look_job job = {p->fingerprints, k, b, trusted ? old : 0, known, &first};
-    key_index_look(&job, num_threads);
-    if (trusted && atomic_load(&first) < same) { /* what was said is not so: look at all */
+    fingerprint_job job = {p->fingerprints, k, b, trusted ? old : 0, known, &first};
+    fingerprint_keys(&job, num_threads);
+    if (trusted && atomic_load(&first) < same) { /* the caller was wrong: compare all keys */
         job.from = 0;
-        key_index_look(&job, num_threads);
+        fingerprint_keys(&job, num_threads);
     }
     return atomic_load(&first);
 }
@@ -225,20 +226,20 @@ static int64_t recognise(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int
 dhsa_status dhsa_key_index_update(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
                                   int64_t same, int num_threads, dhsa_error *error)
 {
-    const int64_t length = k->shape[2], end = length - (step != 0), again = recognise(p, k, b, same, num_threads);
+    const int64_t length = k->shape[2], end = length - (step != 0), recognised = recognise(p, k, b, same, num_threads);
     const int64_t before = p->known, chunks = p->chunks;
     dhsa_status status;
-    forget(p, DHSA_MIN(again, end));
+    forget(p, DHSA_MIN(recognised, end));
     if ((status = make_room(p, p->chunks + 1, length, error))) return status;
-    /* In a step, keys that came with others in a call that was not seen here are cut as a prompt's are; those that came alone,
-     * and those that took the place of such, are not. */
+    /* In a decoding step, keys that came together in a call that did not use this index are cut like those of a prompt.
+     * Keys that came one at a time, and keys that replaced such keys, are not. */
     const int generated = step && p->chunks > 0 && p->chunks == chunks && end <= before;
     if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end && (status = cut(p, k, b, end, config, num_threads, error)))
         return status;
-    if ((status = take_note(p, k, b, num_threads, error))) return status;
+    if ((status = store_fingerprints(p, k, b, num_threads, error))) return status;
     p->total = p->chunks;
     if (!step) return DHSA_OK;
-    /* The rest begins a group of its own, after empty chunks, so that the others' means stay as they are. */
+    /* The other keys begin a group of their own, after empty chunks, so that the means of earlier groups stay valid. */
     const int32_t from = p->edges[p->chunks];
     while (p->total % DHSA_CHUNK_GROUP != 0) p->edges[++p->total] = from;
     p->edges[++p->total] = (int32_t)end;
@@ -258,15 +259,15 @@ dhsa_status dhsa_key_index_assign(dhsa_key_index *p, const dhsa_tensor *k, int64
     forget_chunks(p, stay);
     if ((status = make_room(p, n, length, error))) return status;
     memcpy(p->edges, boundaries, (size_t)n * sizeof *boundaries);
-    extended(p, n - 1);
-    status = take_note(p, k, b, num_threads, error);
+    set_chunk_count(p, n - 1);
+    status = store_fingerprints(p, k, b, num_threads, error);
     p->total = p->chunks;
     return status;
 }
 
 /* ---- means ------------------------------------------------------------------------------------------------------- */
 
-/* The mean of n keys out of their sum, as number `at` of a head. */
+/* Writes the mean of n keys, given their sum, as mean number `at` of a KV head. */
 static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64_t at, const float *sum, int64_t n, int64_t dim,
                 float *mean)
 {
@@ -280,8 +281,9 @@ static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64
     dhsa_mean_put(kernels, c, mean, dim, c->means, head * c->pitch + at);
 }
 
-/* A step's last chunks: of the fine level the generated keys and the current one, of the coarse level both as one. The sum of what
- * was generated is carried on, or a long answer would be read again for each of its tokens. */
+/* Writes the means of the last chunks of a decoding step: at the fine level the generated keys and the current key, at
+ * the coarse level both as one chunk. The sum of the generated keys is kept between steps; otherwise each step would
+ * read all of them again. */
 static void put_last(dhsa_key_index *p, int level, const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t at,
                      dhsa_chunks *c, float *scratch)
 {
@@ -329,11 +331,11 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
         return no_memory(error, k->shape[2]);
     }
     if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, p->dim * (int64_t)sizeof *p->sum))) return no_memory(error, k->shape[2]);
-    const int64_t last = p->total == p->chunks ? 0 : level == DHSA_LEVEL_FINE ? 2 : 1; /* chunks that are a step's */
+    const int64_t last = p->total == p->chunks ? 0 : level == DHSA_LEVEL_FINE ? 2 : 1; /* chunks of a decoding step */
     l->chunks.edges = edges;
     l->chunks.chunks = count - last;
     dhsa_chunks_fill(kernels, k, b, &l->chunks, l->done, arenas, stride, num_threads);
-    /* Of a coarse chunk that is not whole, more may come. */
+    /* A coarse chunk that is not whole may grow, so its mean is not final. */
     l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_SUBGROUP;
     if (last > 0) dhsa_whole(arenas, 2 * p->dim * (int64_t)sizeof(float));
     if (last > 0) put_last(p, level, kernels, k, b, count - last, &l->chunks, (float *)arenas);
@@ -343,7 +345,7 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
     return DHSA_OK;
 }
 
-/* ---- its life ---------------------------------------------------------------------------------------------------- */
+/* ---- creation, copies, release ----------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_key_index_new(dhsa_key_index **index, dhsa_error *error)
 {
@@ -387,7 +389,7 @@ dhsa_status dhsa_key_index_copy(const dhsa_key_index *p, dhsa_key_index **twin, 
     if ((status = dhsa_check_pointer(p, "key_index", error)) || (status = dhsa_key_index_new(twin, error))) return status;
     dhsa_key_index *t = *twin;
     *t = *p;
-    /* The sum is made again from the keys. */
+    /* The sum is not copied: it is computed again from the keys. */
     t->sum = NULL;
     t->summed = -1;
     t->fingerprints = copy_of(p->fingerprints, p->fingerprints_room, p->known, sizeof *p->fingerprints);

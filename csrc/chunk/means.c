@@ -1,4 +1,4 @@
-/* means.c: mean keys of chunks, per KV head, and which of them are finite. What they are compared with is in select/scorer.c. */
+/* means.c: the mean keys of chunks for each KV head, and whether they are finite. They are used in select/scorer.c. */
 #include <math.h>
 #include <string.h>
 
@@ -7,13 +7,13 @@
 #include "chunk/chunk.h"
 
 enum {
-    RUN = 128, /* keys summed on their own before they join the total: long chunks round less */
-    GROUP = 64 /* chunks of a task */
+    RUN = 128, /* keys of a partial sum, which reduces the rounding error of long chunks */
+    GROUP = 64 /* chunks of one task */
 };
 
 int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n)
 {
-    /* The square overflows long before the number does: only then look at each. */
+    /* The sum of squares may overflow although all elements are finite. Only then is each element checked. */
     if (isfinite(kernels->dot(x, x, n))) return 1;
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(x[i])) return 0;
@@ -30,7 +30,7 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
         kernels->sum_rows(dhsa_row(k, b, kv_head, at), stride, k->dtype, DHSA_MIN(RUN, to - at), dim, at == from ? mean : sum);
         if (at > from) kernels->add(sum, DHSA_F32, dim, mean);
     }
-    for (int64_t d = 0; d < dim; d++) mean[d] /= n; /* exact where it can be: see dhsa_mean_query */
+    for (int64_t d = 0; d < dim; d++) mean[d] /= n; /* divided, not multiplied: see dhsa_mean_query */
     if (dhsa_all_finite(kernels, mean, dim)) return 1;
     memset(mean, 0, (size_t)dim * sizeof *mean);
     return 0;
@@ -42,7 +42,7 @@ void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t 
     const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
     const float n = sign < 0 ? -(float)(to - from) : (float)(to - from);
     kernels->sum_rows(dhsa_row(q, b, h, from), (ptrdiff_t)stride, q->dtype, to - from, dim, mean);
-    /* Divided, not times 1 / n: a mean that lies on a tie of bf16 must stay there. */
+    /* Divided, not multiplied by 1 / n: a mean half way between two bf16 values must be exact. */
     for (int64_t d = 0; d < dim; d++) mean[d] /= n;
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
@@ -79,7 +79,7 @@ void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, in
 
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim)
 {
-    const int64_t half = kind != DHSA_MEANS_F32, spare = half ? DHSA_PAIR_STEP : 0; /* rows that bf16 products read past the end */
+    const int64_t half = kind != DHSA_MEANS_F32, spare = half ? DHSA_PAIR_STEP : 0; /* read past the end by bf16 products */
     int64_t cells;
     dhsa_chunks_plan(chunks, kind, squares, capacity, dim);
     if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
@@ -106,7 +106,7 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
         *chunks = old;
         return 0;
     }
-    used = dhsa_round_up(used, 16); /* squares hold sixteen */
+    used = dhsa_round_up(used, 16); /* a square holds 16 means */
     for (int64_t h = 0; h < kv_heads; h++) {
         memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row, (size_t)(used * row));
         memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)used);

@@ -1,9 +1,11 @@
-/* predictor.c: the paper's boundary network on the keys of one layer (window attention, LayerNorm, pooling, MLP).
- * Picking gaps from its logits is boundaries.c's. Source: arXiv 2510.24606 (dynamic chunking); layouts are torch's.
+/* predictor.c: the boundary network of the paper on the keys of one layer (window attention, LayerNorm, pooling, MLP).
+ * Gaps are picked by its logits in boundaries.c. Source: arXiv 2510.24606 (dynamic chunking). Weights have torch's
+ * layouts.
  *
- * What depends on one token only is computed once a token, not once a window: the in-projection, and the values times the
- * out-projection, head by head (sum_t p_ht W_h v_t = W_h sum_t p_ht v_t). A window then costs 2w * heads weighted sums.
- * Works on tiles of tokens; memory is O(threads * tile). Windows are never padded: gaps without a full one are -100. */
+ * What depends on one token only is computed once per token, not once per window: the in-projection, and the values
+ * times the out-projection, head by head (sum_t p_ht W_h v_t = W_h sum_t p_ht v_t). A window then costs 2w * heads
+ * weighted sums. The work is done in tiles of tokens; memory is O(threads * tile). Windows are never padded: the logit
+ * of a gap without a full window is -100. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -22,12 +24,12 @@ typedef struct {
     int64_t tokens, gaps;       /* of a tile */
     int64_t group;              /* gaps whose windows share a panel */
     int64_t tiles;              /* of a batch item */
-    int64_t strip;              /* length of a packed strip of values */
+    int64_t strip;              /* floats of a packed strip of values */
     int64_t arena_size;
     float *logits, *arenas;
 } predictor_plan;
 
-/* What one thread works in. */
+/* Scratch memory of one thread. */
 typedef struct {
     float *panel;    /* [C, lanes]: tokens */
     float *wide;     /* [3C, lanes]: their in-projection; later [hidden, lanes] */
@@ -36,12 +38,12 @@ typedef struct {
     float *key;      /* [tokens, C] */
     float *value;    /* packed for pv: entry token * heads + h is W_h v_t */
     float *band;     /* [tokens, 4w - 1, heads]: logits of a token against its neighbours */
-    float *weight;   /* [(width + group - 1) * heads, lanes] */
-    float *window;   /* [width * group, C]: a group's tokens after LayerNorm */
+    float *weight;   /* [(width + group - 1) * heads, lanes]: attention weights */
+    float *window;   /* [width * group, C]: the tokens of a group after LayerNorm */
     float *rows;     /* [lanes, 4C + 1]: features of gaps */
-    float *features; /* [4C + 1, lanes]: the same as a panel */
+    float *features; /* [4C + 1, lanes]: the rows as a panel */
     float *line;     /* [max(width, lanes)] */
-    float *poison;   /* [tokens]: 0, or NaN where a token's projection is not finite */
+    float *poison;   /* [tokens]: 0, or NaN where the projection of a token is not finite */
 } predictor_scratch;
 
 static int64_t predictor_lay_out(const predictor_plan *pl, float *base, predictor_scratch *s)
@@ -67,7 +69,7 @@ static int64_t predictor_lay_out(const predictor_plan *pl, float *base, predicto
     return at / 4;
 }
 
-/* Query, key and out-projected values of tokens [at, at + n) of the tile, n <= lanes. */
+/* Computes query, key and out-projected values of tokens [at, at + n) of the tile, n <= lanes. */
 static void predictor_project(const predictor_plan *pl, predictor_scratch *s, int64_t b, int64_t token, int64_t at, int n)
 {
     const dhsa_kernels *kn = pl->kernels;
@@ -99,7 +101,7 @@ static void predictor_project(const predictor_plan *pl, predictor_scratch *s, in
     }
 }
 
-/* Attention logits of every token of the tile against those less than a window away. */
+/* Computes the attention logits of every token of the tile against the tokens less than `width` away from it. */
 static void fill_band(const predictor_plan *pl, predictor_scratch *s, int64_t tokens)
 {
     const int64_t C = pl->C, per_head = C / pl->heads, reach = pl->width - 1;
@@ -110,7 +112,8 @@ static void fill_band(const predictor_plan *pl, predictor_scratch *s, int64_t to
                     pl->kernels->dot(s->query + a * C + h * per_head, s->key + t * C + h * per_head, per_head);
 }
 
-/* Attention weights of token a in the window that begins at token x, into lane r; the group's union begins at `base`. */
+/* Writes the attention weights of token a, in the window that begins at token x, to lane r. The first window of the
+ * group begins at token `base`. */
 static void window_weights(const predictor_plan *pl, predictor_scratch *s, int64_t a, int64_t x, int64_t base, int64_t r)
 {
     const int64_t heads = pl->heads, lanes = pl->kernels->lanes;
@@ -123,7 +126,7 @@ static void window_weights(const predictor_plan *pl, predictor_scratch *s, int64
     }
 }
 
-/* LayerNorm over the channels of each of n lanes of s->out, written as rows. */
+/* Applies LayerNorm over the channels to each of n lanes of s->out and writes the results as rows [n, C]. */
 static void predictor_normalise(const predictor_plan *pl, predictor_scratch *s, int n, float *rows)
 {
     const int64_t C = pl->C, lanes = pl->kernels->lanes;
@@ -147,7 +150,8 @@ static void predictor_normalise(const predictor_plan *pl, predictor_scratch *s, 
     pl->kernels->store_panel(s->out, ones, n, (int)C, DHSA_F32, to);
 }
 
-/* Tokens of the windows of gaps [x, x + gaps) of the tile (their first tokens are x, x + 1, ...) into s->window. */
+/* Encodes the tokens of the windows of gaps [x, x + gaps) of the tile into s->window. The windows begin at tokens x,
+ * x + 1, ... */
 static void predictor_encode(const predictor_plan *pl, predictor_scratch *s, int64_t x, int64_t gaps)
 {
     const dhsa_kernels *kn = pl->kernels;
@@ -169,7 +173,7 @@ static void predictor_encode(const predictor_plan *pl, predictor_scratch *s, int
     }
 }
 
-/* One half of a window, [w, C], to its mean or gated sum. */
+/* Pools one half of a window, [w, C], to its mean or gated sum. */
 static void predictor_pool(const predictor_plan *pl, predictor_scratch *s, const float *half, float *sum)
 {
     const int64_t C = pl->C;
@@ -185,7 +189,7 @@ static void predictor_pool(const predictor_plan *pl, predictor_scratch *s, const
     }
 }
 
-/* Features of one gap, row r. */
+/* Writes the features of one gap to row r of s->rows. */
 static void fill_features(const predictor_plan *pl, predictor_scratch *s, const float *window, int64_t r)
 {
     const int64_t C = pl->C;
@@ -201,7 +205,7 @@ static void fill_features(const predictor_plan *pl, predictor_scratch *s, const 
     to[4 * C] = pl->kernels->dot(left, right, C) / norms;
 }
 
-/* The MLP on the n gaps whose features are in rows. */
+/* Applies the MLP to the n gaps whose features are in s->rows. */
 static void predictor_classify(const predictor_plan *pl, predictor_scratch *s, int n, float *logits)
 {
     const int64_t lanes = pl->kernels->lanes, hidden = pl->net->hidden, inputs = 4 * pl->C + 1;
@@ -226,7 +230,7 @@ static void predictor_tile_task(void *context, int64_t index, int thread)
     float *logits = pl->logits + b * length + first;
     predictor_scratch s;
     predictor_lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
-    /* Columns beyond C of the last strip are computed with: they must be numbers. */
+    /* The products read the columns beyond C of the last strip, so these must be finite. */
     if (pl->C % pl->kernels->value_step)
         memset(s.value, 0, (size_t)(dhsa_ceil_div(pl->C, pl->kernels->value_step) * pl->strip) * sizeof *s.value);
     for (int64_t at = 0; at < tokens; at += lanes)
@@ -235,7 +239,8 @@ static void predictor_tile_task(void *context, int64_t index, int thread)
     int64_t lane = 0, done = 0;
     for (int64_t x = 0, count; x < gaps; x += count) {
         count = DHSA_MIN(pl->group, gaps - x);
-        /* A weight of 0 times NaN is NaN: such tokens must not meet windows that do not hold them. */
+        /* A weight of 0 times NaN is NaN. Next to a token that is not finite, windows are therefore computed one by
+         * one. */
         for (int64_t t = x; t < x + count + pl->width - 1; t++)
             if (s.poison[t] != 0) count = 1;
         predictor_encode(pl, &s, x, count);
@@ -310,7 +315,8 @@ dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_
     pl.strip = pl.tokens * pl.heads * pl.kernels->value_step;
     pl.logits = logits;
     int64_t most;
-    /* Far above any network's need, and low enough for the products in lay_out and the kernels' int arguments. */
+    /* The limits are far above what networks need, and low enough for the products in predictor_lay_out and for the int
+     * arguments of kernels. */
     if (!dhsa_mul(pl.tokens * pl.heads, DHSA_MAX(pl.C, 4 * pl.w), &most) || most > (int64_t)1 << 36 ||
         (pl.width + pl.group) * pl.heads > 1 << 30)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: a window of %" PRId64 " tokens on each side is too large", pl.w);
@@ -319,7 +325,7 @@ dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_
     const int threads = (int)DHSA_MIN(tasks, num_threads);
     pl.arenas = dhsa_alloc(pl.arena_size, threads * (int64_t)sizeof *pl.arenas);
     if (!pl.arenas)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " numbers", threads,
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " floats", threads,
                          pl.arena_size);
     dhsa_parallel(tasks, threads, predictor_tile_task, &pl);
     dhsa_free(pl.arenas);

@@ -1,6 +1,6 @@
-/* arena.h: how several parts are laid out in one piece of memory, an arena. With DHSA_RED_ZONE, a number of bytes that is a
- * multiple of DHSA_ALIGN, as in `make test-debug`, such a zone follows every part, and address sanitizer reports whoever touches
- * it: without zones an overrun stays inside the arena, where no sanitizer sees it. */
+/* arena.h: lays out several parts in one piece of memory, an arena. If DHSA_RED_ZONE is defined, as in `make
+ * test-debug`, a zone of that many bytes (a multiple of DHSA_ALIGN) follows every part, and the address sanitizer
+ * reports any access to it. Without zones an overrun that stays inside the arena is not detected. */
 #ifndef DHSA_ARENA_H
 #define DHSA_ARENA_H
 
@@ -12,22 +12,23 @@
 #define DHSA_RED_ZONE 0
 #endif
 
-/* The next part of an arena, of `bytes` bytes, which is aligned to DHSA_ALIGN; *used, the bytes of the parts before it, grows by
- * it. With arena NULL, which only asks for the sizes, NULL. */
+/* Returns the next part of an arena: `bytes` bytes, aligned to DHSA_ALIGN. *used is the size of the parts before it
+ * and is increased by its size. With arena NULL, only *used is updated and NULL is returned. */
 static inline void *dhsa_part(void *arena, int64_t *used, int64_t bytes)
 {
     const int64_t at = *used, room = dhsa_round_up(bytes, DHSA_ALIGN);
     *used = at + room + DHSA_RED_ZONE;
     if (!arena) return NULL;
 #if DHSA_RED_ZONE
-    /* Another layout of the same arena may have had its zones elsewhere. What alignment adds to a part belongs to its zone. */
+    /* Another layout of the same arena may have placed its zones elsewhere. The padding of a part belongs to its
+     * zone. */
     __asan_poison_memory_region((char *)arena + at, (size_t)(room + DHSA_RED_ZONE));
     __asan_unpoison_memory_region((char *)arena + at, (size_t)bytes);
 #endif
     return (char *)arena + at;
 }
 
-/* [at, at + bytes) of an arena is about to be used as one piece, whatever was laid out there before. */
+/* Makes [at, at + bytes) of an arena usable as one piece, whatever parts and zones were laid out there before. */
 static inline void dhsa_whole(void *at, int64_t bytes)
 {
 #if DHSA_RED_ZONE

@@ -1,4 +1,4 @@
-/* error.c: errors, aligned memory, the clock: what every other file may lean on. No arithmetic of attention here. */
+/* error.c: errors, aligned memory and the clock, which all other files may use. Nothing here computes attention. */
 #include "core/internal.h"
 
 #include <stdarg.h>
@@ -23,7 +23,7 @@ void *dhsa_alloc(int64_t count, int64_t size)
     int64_t bytes;
     if (!dhsa_mul(count, size, &bytes) || bytes > INT64_MAX - DHSA_ALIGN || (uint64_t)bytes > SIZE_MAX - DHSA_ALIGN) return NULL;
     void *p = NULL;
-    /* At least one line, so that an empty array is still a valid, distinct pointer. */
+    /* At least one cache line, so that an empty array also has a valid, distinct address. */
     return posix_memalign(&p, DHSA_ALIGN, (size_t)dhsa_round_up(DHSA_MAX(bytes, 1), DHSA_ALIGN)) == 0 ? p : NULL;
 }
 

@@ -1,4 +1,4 @@
-/* internal.h: small helpers that every room uses: errors, overflow-checked sizes, memory, dtypes, checks of tensors. */
+/* internal.h: small helpers that all folders use: errors, overflow-checked sizes, memory, dtypes, checks of tensors. */
 #ifndef DHSA_INTERNAL_H
 #define DHSA_INTERNAL_H
 
@@ -7,17 +7,17 @@
 
 #include "dhsa.h"
 
-#define DHSA_ALIGN 64 /* bytes: a cache line, and the widest vector */
+#define DHSA_ALIGN 64 /* bytes: the size of a cache line and of the widest vector */
 #define DHSA_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define DHSA_MAX(a, b) ((a) > (b) ? (a) : (b))
 
-/* Fills *error (may be NULL) printf-style and returns the status. */
+/* Fills *error, unless it is NULL, with a message formatted as by printf, and returns the status. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
 dhsa_status dhsa_fail(dhsa_error *error, dhsa_status status, const char *format, ...);
 
-/* Product of two non-negative sizes; returns 0 and leaves *out alone on overflow. */
+/* *out = a * b for two sizes. Returns 0 and does not change *out if one is negative or the product overflows. */
 static inline int dhsa_mul(int64_t a, int64_t b, int64_t *out)
 {
     if (a < 0 || b < 0 || (b != 0 && a > INT64_MAX / b)) return 0;
@@ -25,9 +25,10 @@ static inline int dhsa_mul(int64_t a, int64_t b, int64_t *out)
     return 1;
 }
 
-/* DHSA_ALIGN-aligned memory of count * size bytes, not cleared; NULL when out of memory or on overflow. Freed by dhsa_free. */
+/* Allocates count * size bytes, aligned to DHSA_ALIGN and not initialised. Returns NULL if there is no memory or the
+ * product overflows. The memory is freed by dhsa_free. */
 void *dhsa_alloc(int64_t count, int64_t size);
-/* The same, all bytes 0. */
+/* The same with all bytes 0. */
 void *dhsa_alloc_zeroed(int64_t count, int64_t size);
 void dhsa_free(void *p);
 
@@ -35,27 +36,28 @@ static inline int64_t dhsa_dtype_size(dhsa_dtype t) { return t == DHSA_F32 ? 4 :
 static inline int64_t dhsa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t dhsa_round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-/* Address of row [b, h, i, :] of a tensor. */
+/* The address of row [b, h, i, :] of a tensor. */
 static inline void *dhsa_row(const dhsa_tensor *t, int64_t b, int64_t h, int64_t i)
 {
     return (char *)t->data + (b * t->stride[0] + h * t->stride[1] + i * t->stride[2]) * dhsa_dtype_size(t->dtype);
 }
 
-/* An error that names the argument if a pointer that an entry needs is NULL. problem.c */
+/* Returns an error that names the argument if a required pointer is NULL. In problem.c. */
 dhsa_status dhsa_check_pointer(const void *pointer, const char *name, dhsa_error *error);
-/* Checks one input tensor on its own: rank-4 sizes >= 1, strides, dtype; `name` goes into the message. problem.c */
+/* Checks one tensor by itself: its sizes (at least 1), strides and dtype. Messages begin with `name`. In problem.c. */
 dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error *error);
-/* Checks q and k against each other (batch, head counts, lengths, head_dim, dtype). problem.c */
+/* Checks q and k against each other: batch, head counts, head_dim and dtype. In problem.c. */
 dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error *error);
-/* scale and softcap (0: none) within what fp32 arithmetic can use. problem.c */
+/* Checks that scale and softcap (0: none) are in the range that fp32 arithmetic can use. In problem.c. */
 dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error);
-/* num_threads in 1 .. DHSA_MAX_THREADS. problem.c */
+/* Checks that num_threads is 1 to DHSA_MAX_THREADS. In problem.c. */
 dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
-/* (query, key) pairs visible to `heads` head sets under causality and window, queries and keys ending together, and those of
- * them that a selection keeps. Their quotient is the density. selection.c */
+/* The number of (query, key) pairs that causality and the window leave visible to `heads` head sets, where the last
+ * query has the position of the last key, and the number of them that a selection keeps. The density is the second
+ * number divided by the first. In selection.c. */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads);
 double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s);
-/* Seconds on a monotonic clock. error.c */
+/* Seconds of a monotonic clock. In error.c. */
 double dhsa_now(void);
 
 #endif

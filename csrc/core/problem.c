@@ -1,5 +1,5 @@
-/* problem.c: checks of tensors and of attention problems, which public entries make once a call; what lies below them relies on it.
- * A message names the argument, says what came and what was expected. */
+/* problem.c: checks of tensors and of attention problems. Public functions make them once in a call, and the code
+ * that they call relies on them. A message names the argument, what was passed and what was expected. */
 #include <inttypes.h>
 #include <math.h>
 
@@ -8,7 +8,8 @@
 
 static const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
 
-/* Lowest and one-past-highest byte that a tensor touches, relative to data; 0 if the strides overflow. */
+/* The lowest byte that a tensor uses and the one after the highest, relative to data. Returns 0 if the strides
+ * overflow. */
 static int extent(const dhsa_tensor *t, int64_t *low, int64_t *high)
 {
     *low = *high = 0;
@@ -56,7 +57,7 @@ dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error
     return DHSA_OK;
 }
 
-/* Arrays are never converted on the way: the caller knows best which of two dtypes is meant. */
+/* Arrays are never converted here, since only the caller knows which of two dtypes is meant. */
 static dhsa_status dtype_check(const dhsa_tensor *t, const char *name, const dhsa_tensor *q, dhsa_error *error)
 {
     if (t->dtype == q->dtype) return DHSA_OK;
@@ -74,7 +75,7 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
     if (q->shape[1] % k->shape[1] != 0)
         return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " heads do not divide the %" PRId64 " heads of q", k->shape[1],
                          q->shape[1]);
-    /* Rows of an item, which has all heads of a group, are counted in int. */
+    /* The executor counts the rows of an item, which has all heads of a group, in int. */
     if (q->shape[1] > INT32_MAX / 2)
         return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " heads are more than the supported %d", q->shape[1], INT32_MAX / 2);
     if (k->shape[3] != q->shape[3])
@@ -94,7 +95,7 @@ dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error)
 
 dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error)
 {
-    /* Kernels compute in fp32, with both times log2(e) and with their quotient. */
+    /* Kernels compute in fp32, with scale and softcap times log2(e), and with scale / softcap. */
     if (!(fabs(scale) <= 1e38))
         return dhsa_fail(error, DHSA_ERR_VALUE, "scale: got %g, expected a finite number of at most 1e38", scale);
     if (softcap == 0) return DHSA_OK;
@@ -104,7 +105,8 @@ dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error)
     return DHSA_OK;
 }
 
-/* No two elements of a tensor at one address: sorted by stride, each dimension steps over all inner ones. */
+/* Whether two elements may have the same address. They do not if each dimension, in ascending order of the strides,
+ * steps over all dimensions before it. */
 static int overlaps_itself(const dhsa_tensor *t)
 {
     int order[4], n = 0;

@@ -1,9 +1,11 @@
-/* selection.c: checks a selection from outside in full, before any of it becomes an address; counts the pairs it keeps. */
+/* selection.c: validates selections that come from outside, before any index becomes an address, and counts the
+ * pairs that a selection keeps. */
 #include <inttypes.h>
 
 #include "core/internal.h"
 
-/* Whether a row of n indices is ascending, unique and within [0, k_len). Its loop has no exits, so that it vectorises. */
+/* Whether a row of n indices is ascending, unique and within [0, k_len). The loop has no early exit, so that
+ * compilers can vectorise it. */
 static int row_is_valid(const int32_t *row, int64_t n, int64_t k_len)
 {
     int bad = 0;
@@ -66,7 +68,7 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
-/* Pairs that causality and the window leave visible, in `heads` head sets of every batch item. */
+/* The number of pairs that causality and the window leave visible to `heads` head sets, over all batch items. */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
 {
     const int64_t k_len = p->k.shape[2], first = k_len - p->q.shape[2];
@@ -81,8 +83,8 @@ double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
     return pairs * (double)(p->q.shape[0] * heads);
 }
 
-/* Pairs visible to queries at positions [first, last], of the keys on an ascending list. All but a block's worth at either end are
- * seen by every query. */
+/* The number of pairs of a query at the positions [first, last] and a key of an ascending list that it sees. Only
+ * keys near the two ends of the list are invisible to some of the queries; all others are counted at once. */
 static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64_t last, int64_t window)
 {
     int64_t pairs = 0, at = 0;
@@ -95,11 +97,12 @@ static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64
     return pairs + (n - at) * (last - first + 1);
 }
 
-/* Pairs that a selection keeps of a problem whose queries and keys end together. */
+/* The number of pairs that a selection keeps. The last query has the position of the last key. */
 double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s)
 {
     const int64_t q_len = p->q.shape[2], offset = p->k.shape[2] - q_len;
-    const int64_t window = p->window < p->k.shape[2] ? p->window : 0; /* a wider one cuts nothing, and could overflow */
+    const int64_t window =
+        p->window < p->k.shape[2] ? p->window : 0; /* a wider window hides no key, and sums with it could overflow */
     double pairs = 0;
     for (int64_t r = 0; r < s->batch * s->heads * s->nq; r++) {
         const int64_t from = r % s->nq * s->query_block, to = DHSA_MIN(from + s->query_block, q_len) - 1;

@@ -1,6 +1,6 @@
-/* threads.c: the thread pool. Workers are made once, sleep each on a condition variable of its own between jobs, so that a job
- * wakes those that it takes and no others, and are forgotten by a
- * forked child, which makes its own when it needs them. It schedules; it knows nothing of the work. */
+/* threads.c: the thread pool. Workers are created when they are first needed, and kept. Between jobs each worker
+ * waits on its own condition variable, so that a job wakes only the workers that it uses. A forked child starts
+ * without workers and creates its own when it needs them. The pool only schedules tasks, whatever they compute. */
 #include "core/threads.h"
 
 #include <pthread.h>
@@ -11,13 +11,13 @@
 #include "core/internal.h"
 
 static struct {
-    pthread_mutex_t owner;                          /* held by the caller whose job runs; others find it taken and work alone */
-    pthread_mutex_t lock;                           /* guards the rest but `next` */
-    pthread_cond_t start[DHSA_MAX_THREADS], finish; /* start[t]: of worker t, made with it */
-    uint64_t job;                                   /* number of the job last posted */
-    int wanted;                                     /* workers the job takes, threads 1..wanted */
-    int active;                                     /* of those, not yet done */
-    int alive;                                      /* workers made so far */
+    pthread_mutex_t owner; /* held by the caller whose job runs; another caller does not wait for it and works alone */
+    pthread_mutex_t lock;  /* guards all members below except `next` */
+    pthread_cond_t start[DHSA_MAX_THREADS], finish; /* start[t]: wakes worker t, and is created with it */
+    uint64_t job;                                   /* number of the job posted last */
+    int wanted;                                     /* workers that the job uses: threads 1..wanted */
+    int active;                                     /* those of them that are not done yet */
+    int alive;                                      /* workers created so far */
     dhsa_task task;
     void *context;
     int64_t count;
@@ -26,8 +26,8 @@ static struct {
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-/* fork() copies only the calling thread: the child's pool has no workers and its locks may be held by threads that
- * do not exist there. Start it afresh. */
+/* fork() copies only the calling thread. The pool of the child has no workers, and its locks may be held by threads
+ * that do not exist there, so everything is initialised again. */
 static void forked(void)
 {
     pthread_mutex_init(&pool.owner, NULL);
@@ -76,7 +76,8 @@ static void *work(void *arg)
     return NULL;
 }
 
-/* Makes workers up to `wanted`; called with both locks held. Signals stay with the threads that Python made. */
+/* Creates workers until there are `wanted`. Both locks must be held. Workers block all signals, so that signals go
+ * to the threads of Python. */
 static void pool_grow(int wanted)
 {
     sigset_t all, old;

@@ -1,7 +1,8 @@
-/* dhsa.h: the public C interface of the DHSA core: tensors, problems, selections, the prefill pipeline.
- * Usable without Python. Every entry validates its arguments, returns a status and, on failure, fills a
- * dhsa_error whose message names the argument, what came and what was expected. Nothing is printed, nothing aborts.
- * Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv; query i sits at key position i + (Lk - Lq). */
+/* dhsa.h: the public C interface of the DHSA core: tensors, attention problems, selections and the prefill pipeline.
+ * It can be used without Python. A function that can fail validates its arguments and returns a status; on failure
+ * it fills a dhsa_error, whose message names the argument, what was passed and what was expected. No function prints
+ * or aborts.
+ * Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv. The position of query i is i + (Lk - Lq). */
 #ifndef DHSA_H
 #define DHSA_H
 
@@ -12,22 +13,22 @@
 extern "C" {
 #endif
 
-/* Limits. dhsa._core gives the same numbers to Python. */
-#define DHSA_MAX_LENGTH                                                                                                            \
-    (INT32_MAX / 2) /* queries or keys: indices are 32 bits wide, and a few sums of lengths must fit as well                       \
-                     */
+/* Limits. dhsa._core exports the same values to Python. */
+/* Queries or keys: an index has 32 bits, and sums of a few lengths must fit as well. */
+#define DHSA_MAX_LENGTH (INT32_MAX / 2)
 #define DHSA_MAX_HEAD_DIM 256
 #define DHSA_MAX_THREADS 1024
-#define DHSA_MAX_STRIDE 1024 /* dhsa_select_config.stride: a row of xattention holds so many queries */
-/* Attention of at most so many query rows (queries times the heads that share a list) goes another way, with other bits. */
+#define DHSA_MAX_STRIDE 1024 /* dhsa_select_config.stride, the number of queries in a row of method xattention */
+/* Attention of at most this many query rows (queries times the heads that share a list) takes the path of a decoding
+ * step, whose results differ from those of the other path by rounding. */
 #define DHSA_DECODE_ROWS 16
 
 typedef enum {
     DHSA_OK = 0,
-    DHSA_ERR_VALUE, /* a bad argument value       -> ValueError */
-    DHSA_ERR_TYPE,  /* a bad dtype                -> TypeError */
-    DHSA_ERR_NOT_IMPLEMENTED /* not there (yet)            -> NotImplementedError */,
-    DHSA_ERR_NO_MEMORY /* an allocation failed       -> MemoryError */
+    DHSA_ERR_VALUE,           /* a bad argument value       -> ValueError */
+    DHSA_ERR_TYPE,            /* a bad dtype                -> TypeError */
+    DHSA_ERR_NOT_IMPLEMENTED, /* not supported (yet)        -> NotImplementedError */
+    DHSA_ERR_NO_MEMORY        /* an allocation failed       -> MemoryError */
 } dhsa_status;
 
 typedef struct {
@@ -37,7 +38,8 @@ typedef struct {
 
 typedef enum { DHSA_F32 = 0, DHSA_F16 = 1, DHSA_BF16 = 2 } dhsa_dtype;
 
-/* A borrowed 4-D view. Strides are in elements, any sign, stride[3] must be 1 (ignored when shape[3] is 1). */
+/* A 4-D view of memory that the caller owns. Strides are in elements and may have any sign. stride[3] must be 1, but
+ * is ignored when shape[3] is 1. */
 typedef struct {
     void *data;
     dhsa_dtype dtype;
@@ -48,23 +50,28 @@ typedef struct {
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    dhsa_tensor q, k, v, out; /* one dtype for all four; out [B, H, Lq, D] must overlap none of the inputs */
-    float *lse;     /* NULL, or contiguous [B, H, Lq]: log-sum-exp of the logits, natural log, -inf where no key is seen */
-    double scale;   /* at most 1e38, of either sign */
-    double softcap; /* 0: none; else s = softcap * tanh(s / softcap) after scaling; 1e-30 to 1e38 */
+    dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, D] must not overlap an input */
+    /* NULL, or contiguous [B, H, Lq]: the natural log of the sum of exp(logit), -inf for a query that sees no key */
+    float *lse;
+    double scale;   /* of either sign, at most 1e38 in magnitude */
+    double softcap; /* 0: none; else 1e-30 to 1e38: s = softcap * tanh(s / softcap) after scaling */
     int64_t window; /* 0: none; else key j is visible to position p only if j > p - window */
-    int causal;     /* 0: every key is visible (window must then be 0) */
-    const int32_t *key_ranges; /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop), in place of causal and window */
-    int num_threads;           /* >= 1 */
-    /* 0: none; else 0 < skip < 1: tiles of keys are left out in which every probability is less than skip times the largest that
-     * the row has met before (BLASST, arXiv 2512.12087). By tile and group of rows, see docs/ARCHITECTURE.md; not for few rows. */
+    int causal;     /* 0: every key is visible, and window must be 0 */
+    /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop). causal is then ignored, and window must be 0. */
+    const int32_t *key_ranges;
+    int num_threads; /* >= 1 */
+    /* 0: none; else 0 < skip < 1: a tile of keys is left out for a group of query rows if every probability in it is
+     * less than skip times the largest one that its row has met before (BLASST, arXiv 2512.12087). See
+     * docs/architecture/attend.md. The path for at most DHSA_DECODE_ROWS query rows ignores it. */
     double skip;
-    int64_t *skip_counts; /* NULL, or [2], added to where skip is not 0: products of a tile and a group of rows; those left out */
+    /* NULL, or [2]. If skip is not 0, the number of products of a tile and a group of rows is added to the first entry,
+     * and the number of those left out to the second. */
+    int64_t *skip_counts;
 } dhsa_problem;
 
-/* Which keys each block of `query_block` queries may attend to: CSR over (b, s, i), b-major, s < heads, i < nq.
- * heads is 1 (one list for all heads), Hkv (one a KV group) or H (one a head). Indices ascending and unique in a row.
- * Causality, window and softcap still apply per token inside a list. */
+/* The keys that each block of `query_block` queries may attend to, in CSR form. The rows are (b, s, i) with b
+ * slowest, s < heads and i < nq. heads is 1 (one list for all heads), Hkv (one for each KV group) or H (one for each
+ * head). The indices of a row are ascending and unique. Causality, window and softcap apply to each token of a list. */
 typedef struct {
     int64_t batch, heads, nq, query_block;
     const int64_t *indptr;  /* [batch * heads * nq + 1] */
@@ -73,21 +80,22 @@ typedef struct {
 
 /* Exact attention: dense, causal or sliding window. */
 dhsa_status dhsa_attend_dense(const dhsa_problem *problem, dhsa_error *error);
-/* Attention over a selection. The selection is validated in full (see dhsa_selection_check) before any of it is used. */
+/* Attention over a selection, which is validated completely (see dhsa_selection_check) before any of it is used. */
 dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection *selection, dhsa_error *error);
 
-/* Checks everything a kernel relies on; every function that takes a problem or a selection calls these first, once. n_indices is
- * the length of `indices`; -1: as many as indptr ends with. */
+/* Check everything that the kernels rely on. A function that takes a problem or a selection calls these first, once.
+ * n_indptr is the length of `indptr`. n_indices is the length of `indices`; -1: it is the last entry of `indptr`. */
 dhsa_status dhsa_problem_check(const dhsa_problem *problem, dhsa_error *error);
 dhsa_status dhsa_selection_check(const dhsa_selection *selection, int64_t n_indptr, int64_t n_indices, int64_t batch,
                                  int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error);
 
 /* ---- boundaries --------------------------------------------------------------------------------------------- */
 
-/* The paper's boundary network (BoundarySimilarityAttn), weights borrowed, fp32, contiguous, torch layouts. */
+/* The boundary network of the paper (BoundarySimilarityAttn). The caller owns the weights, which are fp32 and
+ * contiguous, in the layouts of torch. */
 typedef struct {
     int64_t channels, heads, hidden;      /* C = Hkv * D */
-    int64_t window;                       /* w: a gap sees 2w tokens */
+    int64_t window;                       /* w: the 2w tokens around a gap are read */
     const float *in_proj_weight;          /* [3C, C] */
     const float *in_proj_bias;            /* [3C] */
     const float *out_proj_weight;         /* [C, C] */
@@ -100,7 +108,7 @@ typedef struct {
     float mlp2_bias;
 } dhsa_predictor;
 
-/* The compact boundary network, this project's: see chunk/compact.c. Weights alike. */
+/* The compact boundary network of this project; see chunk/compact.c. The weights are stored as in dhsa_predictor. */
 typedef struct {
     int64_t channels, width, pooled, hidden; /* C, R, M, N */
     int64_t window;
@@ -121,40 +129,39 @@ typedef enum { DHSA_HEADS_GROUP = 0, DHSA_HEADS_ALL, DHSA_HEADS_HEAD } dhsa_head
 
 typedef struct {
     dhsa_boundary_kind kind;
-    int64_t chunk_size;              /* fixed */
-    int64_t num_chunks;              /* similarity, predictor: n, the most gaps to pick */
-    int64_t window;                  /* w of the similarity score */
-    double theta;                    /* a gap's score must exceed it; -INFINITY: any */
-    int64_t nms;                     /* an accepted gap lies more than this away from all accepted so far */
-    const dhsa_predictor *predictor; /* predictor: one of the two, the other NULL */
+    int64_t chunk_size;              /* fixed: keys of a chunk */
+    int64_t num_chunks;              /* similarity, predictor: n, the largest number of gaps to pick */
+    int64_t window;                  /* similarity: w, the number of keys on each side of a gap */
+    double theta;                    /* a gap is picked only if its score exceeds this; -INFINITY: any score */
+    int64_t nms;                     /* a gap is picked only if it is more than this far from those picked before it */
+    const dhsa_predictor *predictor; /* predictor: one of the two networks; the other is NULL */
     const dhsa_compact *compact;
 } dhsa_boundary_config;
 
-/* Scores of gap j (between keys j and j + 1) of one batch item: minus the cosine of the mean key of the w tokens up to j
- * and of the w after it (fewer at the ends), KV heads concatenated. scores [B, Lk]; the last one, no gap, is -inf. */
+/* The similarity score of each gap. Gap j is between keys j and j + 1. Its score is minus the cosine of the mean of
+ * the w keys up to j and the mean of the w keys after it (fewer at the ends), with the KV heads concatenated. scores
+ * [B, Lk]; the last entry, which is no gap, is -inf. */
 dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error);
-/* logits [B, Lk] of the predictor; the first w - 1 and last w gaps are -100. */
+/* The logits [B, Lk] of the predictor. The first w - 1 and the last w entries are -100. */
 dhsa_status dhsa_predictor_logits(const dhsa_predictor *predictor, const dhsa_tensor *k, float *logits, int num_threads,
                                   dhsa_error *error);
-/* The same of the compact network; a gap whose window holds a key that makes it infinite or NaN is NaN. */
+/* The same for the compact network. A logit is NaN if a key in the window of its gap makes it infinite or NaN. */
 dhsa_status dhsa_compact_logits(const dhsa_compact *compact, const dhsa_tensor *k, float *logits, int num_threads,
                                 dhsa_error *error);
-/* Greedy picking: score > theta, best first (ties: lower index first), more than nms apart, at most n.
- * instruction > 0: gap L - instruction is taken first and gaps at or after it are skipped. boundaries has room for
- * min(n, L) + 3 entries; *count receives how many were written: 0, ..., L. */
+/* Picks at most n gaps greedily: those with score > theta, from the highest score down (ties: lower index first),
+ * each more than nms away from those picked before it. instruction > 0: gap L - instruction is picked first, and
+ * gaps at or after it are skipped. boundaries has room for min(n, L) + 3 entries and is set to 0, ..., L; *count
+ * receives the number of entries. */
 dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
                                  int32_t *boundaries, int64_t *count, dhsa_error *error);
-/* The most entries a row of dhsa_boundaries can have; 0 where config is NULL or there is no such length. */
+/* The largest number of entries in a row of dhsa_boundaries; 0 if config is NULL or the length is not supported. */
 int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length);
-/* boundaries [B, capacity], rows padded with Lk; counts [B] (entries that are not padding). */
+/* boundaries [B, capacity], rows padded with Lk; counts [B]: the number of entries without padding. */
 dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
                             int64_t *counts, int num_threads, dhsa_error *error);
-/* The training label: ratios [L] of one head-mean attention matrix attn [L, L] (row stride in elements).
- * sliding_window 0: none. */
-dhsa_status dhsa_boundary_ratios(const float *attn, int64_t row_stride, int64_t length, int64_t window, int64_t sliding_window,
-                                 double *ratios, int num_threads, dhsa_error *error);
-/* The same, ratios [B, L], straight from q and k in memory linear in L: of the head-mean of softmax(softcap(scale * q.k)),
- * causal, within the sliding window. Lq = Lk; window (w) at most 64; logits that are not finite are an error. */
+/* The training label: ratios [B, L], computed from q and k in memory linear in L. The attention matrix is the mean over
+ * heads of softmax(softcap(scale * q.k)), causal and within the sliding window (0: none). Lq = Lk; window (w) is at most
+ * 64. A logit that is not finite is an error. */
 dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window, double scale,
                                   double softcap, double *ratios, int num_threads, dhsa_error *error);
 
@@ -165,63 +172,70 @@ typedef struct {
     dhsa_pooling pooling; /* block score only */
     dhsa_heads heads;
     int64_t query_block;
-    int64_t mean_queries; /* rows score: mean queries a full block is reduced to, 1..query_block */
-    int rounded;          /* rows score: mean queries and mean keys are rounded to bf16, as in selection by the method of rows */
-    double scale;         /* rows: of the logits; block: of the products (1: the paper's) */
-    double softcap;       /* of the logits, or of the block's products; 0: none */
+    int64_t mean_queries; /* rows score: number of mean queries of a full block, 1..query_block */
+    int rounded;          /* rows score: mean queries and mean keys are rounded to bf16, as method rows does */
+    double scale;         /* factor of the logits (rows) or of the products (block; the paper: 1) */
+    double softcap;       /* softcap of the logits (rows) or of the products (block); 0: none */
     int64_t window;       /* 0: none */
 } dhsa_score_config;
 
-/* scores [B, S, nq, C], S = 1, Hkv or H by config->heads; boundaries [B, n_boundaries] int32 padded with Lk, C = n_boundaries - 1.
- * A chunk with no candidate key (above the block's end, under the window, or empty padding) scores -inf.
- * block: the mean query of the head set's heads against the mean key of its KV heads. rows: sums squared probabilities over rows
- * and heads of it: a chunk counts as often as it has keys, and its score is that of one of them. */
+/* scores [B, S, nq, C], where config->heads determines S = 1, Hkv or H; boundaries [B, n_boundaries] int32, padded
+ * with Lk, and C = n_boundaries - 1. The score is -inf for a chunk without a candidate key: one after the block, one
+ * before its window, or padding. The block score is the product of the mean query over the heads of a head set and
+ * the mean key over its KV heads. The rows score sums squared probabilities over the rows and heads of a head set. A
+ * chunk counts in the softmax once for each of its keys, and its score is that of one of its keys. */
 dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
                               const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
 
-/* How keys are found. All of them share what follows: forced keys, budget, exact blocks. */
+/* How keys are selected. Forced keys, the budget and exact blocks are common to all methods. */
 typedef enum {
-    DHSA_METHOD_ROWS = 0,       /* chunks, row scores: this project's */
-    DHSA_METHOD_DHSA,           /* chunks, the paper's block score */
+    DHSA_METHOD_ROWS = 0,       /* chunks and row scores: the method of this project */
+    DHSA_METHOD_DHSA,           /* chunks and the block score of the paper */
     DHSA_METHOD_WINDOW,         /* sinks and the most recent keys: StreamingLLM */
     DHSA_METHOD_BLOCK,          /* means of fixed blocks */
     DHSA_METHOD_VERTICAL_SLASH, /* columns and diagonals: MInference */
     DHSA_METHOD_XATTENTION,     /* sums along antidiagonals: XAttention */
     DHSA_METHOD_PROXY,          /* proxy heads: ProxyAttn */
-    DHSA_METHOD_HISA,           /* blocks, then keys inside */
+    DHSA_METHOD_HISA,           /* blocks, then keys inside these: HISA */
     DHSA_METHOD_POWER,          /* blocks at distances of powers of two: PowerAttention */
-    DHSA_METHOD_ORACLE          /* from the exact scores, for study */
+    DHSA_METHOD_ORACLE          /* by the exact attention probabilities, for study */
 } dhsa_method_kind;
 
 typedef struct {
     dhsa_method_kind method;
-    int64_t budget; /* keys a block may see, forced ones counted; with a mass: at most */
-    double mass;    /* 0: none; else the share of a block's estimated attention mass that its keys are to hold */
-    int64_t floor;  /* with a mass: the least keys, sink + local to budget */
-    int64_t sink, local;
-    int64_t dense_tail;      /* blocks that hold one of the last dense_tail queries see every candidate */
-    int64_t shortlist;       /* rows: keys that a coarse look leaves to be scored, at least the budget; 0: no coarse look */
-    int64_t key_block;       /* keys of a block, for methods of fixed blocks; at least 1 */
-    int64_t stride;          /* xattention, proxy */
-    dhsa_score_config score; /* score: block goes with method dhsa and only with it; rows for methods without chunks: ignored */
+    int64_t budget;      /* largest number of keys that a block sees, forced ones included */
+    double mass;         /* 0: none; else the share of a block's estimated attention mass that its keys must hold */
+    int64_t floor;       /* with a mass: smallest number of keys, sink + local to budget */
+    int64_t sink, local; /* forced keys: the first ones and the most recent ones */
+    int64_t dense_tail;  /* blocks that hold one of the last dense_tail queries see every candidate */
+    int64_t shortlist;   /* rows: keys left to be scored after a coarse scoring, at least the budget; 0: all */
+    int64_t key_block;   /* keys of a block, for methods of fixed blocks; at least 1 */
+    int64_t stride;      /* xattention, proxy */
+    /* score.score is block for method dhsa and rows for all others. Methods without mean queries ignore
+     * score.mean_queries. */
+    dhsa_score_config score;
 } dhsa_select_config;
 
-/* The name of a method, "rows" for DHSA_METHOD_ROWS; NULL for a number that has none. */
+/* The name of a method, "rows" for DHSA_METHOD_ROWS; NULL if `kind` is not a method. */
 const char *dhsa_method_name(dhsa_method_kind kind);
-/* Whether a method cuts keys into chunks: others take no boundaries. */
+/* Whether a method cuts keys into chunks. Other methods take no boundaries. */
 int dhsa_method_has_chunks(dhsa_method_kind kind);
-/* The number of gaps to pick among `length` keys that measured best, or with paper not 0 the paper's: a num_chunks for those who
- * give none. It depends on the method or on query_block; 0 where config is NULL or there is no such length. */
+/* The default of num_chunks, the number of gaps to pick, for `length` keys: the number that measured best or, if
+ * paper is not 0, that of the paper. The first depends on the method, the second on query_block. 0 if config is NULL
+ * or the length is not supported. */
 int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int paper);
-/* All that a config has to fulfil whatever the arrays of a call are; boundaries NULL: nothing is cut. Every function that takes a
- * config calls it first. (scale, softcap, window and whether a network fits the keys belong to the call.) */
+/* Checks a config as far as it does not depend on the arrays of a call. boundary_config NULL: keys are not cut. A
+ * function that takes a config calls this first. scale, softcap, window and whether a network fits the keys are
+ * checked in a call. */
 dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundary_config, dhsa_error *error);
-/* Whether causal attention of the last q_len of k_len positions leaves a visible key out in some block, under this window (0: none)
- * in place of the config's: the rule that dhsa_prefill follows, in constant time. config must have been checked. */
+/* Whether causal attention of the last q_len of k_len positions leaves out a visible key in some block. window (0:
+ * none) is used in place of that of config. This is the rule that dhsa_prefill follows, and takes constant time.
+ * config must have been checked. */
 int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window);
-/* indptr [B * S * nq + 1], the room that lists need, depends on shapes only; call plan first, allocate indptr[last] indices, then
- * select, which writes to indptr where the lists really lie: shorter ones if a mass is given, else the same. boundaries may be NULL
- * for methods without chunks. */
+/* Selection takes two calls. dhsa_select_plan writes to indptr [B * S * nq + 1] the room that the lists need, which
+ * depends on shapes only. The caller then allocates indptr[last] indices and calls dhsa_select, which writes the
+ * lists and updates indptr: with a mass, lists may be shorter than planned; else indptr does not change. boundaries
+ * may be NULL for methods without chunks. */
 dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
                              dhsa_error *error);
 dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
@@ -229,22 +243,23 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
 
 /* ---- keys from call to call --------------------------------------------------------------------------------------- */
 
-/* What is kept of the keys of one sequence in one layer: how they were cut, the means of their chunks, and a fingerprint of each by
- * which a later call knows it again. Keys that changed are noticed and forgotten with all that follow. Not for two calls at once.
- * Where functions below return nothing or a number, an index of NULL is an empty one. */
+/* What is kept from call to call about the keys of one sequence in one layer: how they were cut, the means of their
+ * chunks, and a fingerprint of each key, by which a later call recognises it. If a key has changed, everything about
+ * it and all later keys is discarded. Two calls must not use one index at the same time. For the functions below
+ * that do not return a status, an index of NULL is an empty one. */
 typedef struct dhsa_key_index dhsa_key_index;
 
 dhsa_status dhsa_key_index_new(dhsa_key_index **index, dhsa_error *error);
 void dhsa_key_index_free(dhsa_key_index *index);
 void dhsa_key_index_reset(dhsa_key_index *index);
-/* A twin that goes its own way from here. */
+/* Creates an independent copy. */
 dhsa_status dhsa_key_index_copy(const dhsa_key_index *index, dhsa_key_index **twin, dhsa_error *error);
-/* Lets go of the means, the bulk of it; the next call that wants them makes them again. */
+/* Frees the means, which take most of the memory. The next call that needs them computes them again. */
 void dhsa_key_index_drop_means(dhsa_key_index *index);
-/* The cuts after the last call, empty chunks of a decoding step included, into boundaries (NULL: none); returns how many entries.
- */
+/* Writes the boundaries of the last call to `boundaries`, unless it is NULL, and returns the number of entries. They
+ * include the empty chunks of a decoding step. */
 int64_t dhsa_key_index_boundaries(const dhsa_key_index *index, int32_t *boundaries);
-/* Memory held, in bytes. */
+/* The memory of an index, in bytes. */
 int64_t dhsa_key_index_bytes(const dhsa_key_index *index);
 /* Writes it into bytes (NULL: nothing), for a file; returns how many there are. */
 int64_t dhsa_key_index_write(const dhsa_key_index *index, char *bytes);
@@ -256,25 +271,26 @@ dhsa_status dhsa_key_index_read(const char *bytes, int64_t n, dhsa_key_index **i
 typedef enum { DHSA_PATH_DENSE = 0, DHSA_PATH_WINDOW, DHSA_PATH_SPARSE } dhsa_path;
 
 typedef struct {
-    dhsa_path path;        /* what really ran */
-    double select_seconds; /* boundaries, scores and lists */
+    dhsa_path path;        /* the path that was taken */
+    double select_seconds; /* time of boundaries, scores and lists */
     double attend_seconds;
-    double density; /* (query, key) pairs attended / pairs visible under causality and window; 1 for exact paths */
+    double density; /* (query, key) pairs attended / pairs visible under causality and window; 1 if exact */
 } dhsa_stats;
 
-/* boundaries -> scores -> selection -> attention. Runs exact when no block's visible span exceeds the budget.
- * problem must be causal, without key_ranges. The score config's scale, softcap and window are taken from the problem
- * (a block score is not scaled: the order is the same). boundaries: NULL, or [B, n_boundaries] as dhsa_boundaries writes them,
- * which are used in place of cutting, for methods of chunks. */
+/* Computes boundaries, scores, selection and attention. Attention is exact if no block sees more keys than the
+ * budget. problem must be causal and without key_ranges. scale, softcap and window of the score config are taken
+ * from the problem, but a block score is not scaled, which does not change the order. boundaries: NULL, or
+ * [B, n_boundaries] as dhsa_boundaries writes them, by which methods with chunks then cut the keys. */
 dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
                          int64_t n_boundaries, const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 
-/* The same with a key index for each batch item, key_indexes [B], all distinct, for a method with chunks: keys that they know are
- * not cut and averaged again, whatever number of queries comes with new ones. The first `same` keys are said to be those of the
- * last call: where they are many, some of them are looked at, others in each call, and all that come after. keep_means 0: the means
- * are freed again. With a single query it is a decoding step: its keys are chosen for it alone (dense_tail is ignored), keys that
- * came by such steps are one chunk and its own another. A call that is exact in any case, or whose arguments are refused, leaves
- * the key indexes as they were; one that fails later empties them. */
+/* The same for a method with chunks, with a key index for each batch item: key_indexes [B], all distinct. Keys that
+ * an index knows are not cut and averaged again, however many queries there are. The caller asserts that the first
+ * `same` keys are those of the last call. If these are many, only some of them are compared with the index, others
+ * in each call; all keys after them are compared. keep_means 0: the means are freed at the end. A call with a single
+ * query is a decoding step: keys are selected for it alone and dense_tail is ignored; the keys of earlier steps form
+ * one chunk and the key of this step another. A call that leaves no key out, or whose arguments are refused, does
+ * not change the indexes. A call that fails later empties them. */
 dhsa_status dhsa_prefill_indexed(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config,
                                  const int32_t *boundaries, int64_t n_boundaries, const dhsa_select_config *select,
                                  dhsa_key_index *const *key_indexes, int64_t same, int keep_means, dhsa_stats *stats,
@@ -282,21 +298,23 @@ dhsa_status dhsa_prefill_indexed(const dhsa_problem *problem, const dhsa_boundar
 
 /* ---- machine ------------------------------------------------------------------------------------------------ */
 
-/* CPUs this process may run on. */
+/* The number of CPUs that this process may run on. */
 int dhsa_cpu_count(void);
-/* Instruction set tiers, lowest first: compiled in, and usable on this CPU under this OS. NULL past the end. */
+/* Names of instruction set tiers, lowest first: those compiled in, and those that this CPU under this operating
+ * system can run. NULL past the end. dhsa_isa_current: the tier in use. */
 const char *dhsa_isa_compiled(int i);
 const char *dhsa_isa_detected(int i);
 const char *dhsa_isa_current(void);
-/* dtypes that the tier in use multiplies as they are (1 << dhsa_dtype each): fp32, and what it does not convert to it. */
+/* The dtypes that the tier in use multiplies without conversion to fp32, as a sum of 1 << dhsa_dtype. fp32 is always
+ * one of them. */
 int dhsa_isa_products(void);
-/* Lowers (or raises back) the tier for the whole process; fails if the name is unknown or this CPU cannot run it.
- * name "auto": the best detected, or what DHSA_ISA says. */
+/* Sets the tier for the whole process. Fails if the name is unknown or this CPU cannot run the tier. name "auto":
+ * the tier that DHSA_ISA names, else the best one. */
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error);
-/* Measured fp32 FMA peak of the current tier, GFLOP/s summed over num_threads; for benchmarks. */
+/* Measures the fp32 FMA peak of the tier in use, in GFLOP/s, summed over num_threads threads. For benchmarks. */
 double dhsa_fma_peak(int num_threads);
-/* GB/s at which num_threads threads read `bytes` bytes (aligned to 4) once from end to end; for benchmarks. 0 where there are
- * none. */
+/* Measures the rate in GB/s at which num_threads threads read `bytes` bytes (aligned to 4) once. For benchmarks. 0
+ * if data is NULL or there are fewer than 4 bytes. */
 double dhsa_read_bandwidth(const void *data, int64_t bytes, int num_threads);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-/* amx.c: bf16 products by tile registers. */
+/* amx.c: bf16 products by tile registers (AMX). */
 #include "kernels/tiers.h"
 #if DHSA_X86 && DHSA_HAVE_AMX
 #define PAIR_FP16 0

@@ -1,15 +1,17 @@
-/* amx_tpl.h: products by tile registers: 16 x 16 fp32 sums of 16 x 32 by 32 x 16 numbers of 16 bits in one instruction. Four sums
- * at a time: two tiles of keys (or of value columns) by the two halves of a panel. Shared by amx.c and amxfp16.c, which say what
- * MULTIPLY(sum, rows, panel) is and the name of the table. */
+/* amx_tpl.h: products by tile registers (AMX). One instruction multiplies 16 x 32 by 32 x 16 elements of 16 bits and
+ * adds the products to 16 x 16 fp32 sums. Four such squares of sums are computed at a time: two tiles of keys (or of
+ * value columns) by the two halves of a panel. amx.c and amxfp16.c include this file. They define MULTIPLY(sum,
+ * rows, panel) and PAIR_TABLE, the name of the table. */
 #define DHSA_TARGET DHSA_TARGET_AMX
 #include "kernels/target_begin.h"
 
 #include "kernels/pairs_tpl.h"
 
-/* GCC's tile intrinsics are assembly that does not say which memory it reads and writes: nothing may move across. */
+/* A compiler barrier. The tile intrinsics of GCC are inline assembly that does not declare which memory it reads and
+ * writes, so memory accesses must not move across them. */
 static inline void settle(void) { __asm__ volatile("" ::: "memory"); }
 
-/* All eight tiles are 16 rows of 64 bytes. */
+/* All eight tile registers have 16 rows of 64 bytes. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];
@@ -20,19 +22,23 @@ static void begin(void) { _tile_loadconfig(&shape); }
 
 static void end(void) { _tile_release(); }
 
-enum { SQUARE = 16 * STEP, ROW = LANES * 4 }; /* bytes from one row of s, o, or of word pairs of q and p, to the next */
+enum {
+    SQUARE = 16 * STEP, /* elements of a square */
+    ROW = LANES * 4     /* bytes from one row of s or o, or of 32-bit words of q or p, to the next */
+};
 
-/* Vector work on the side: what needs no tile register and costs next to nothing while these compute. A few rows each step. */
+/* Vector work that is done between tile instructions, a few rows in each step. It uses no tile register, so that it
+ * takes almost no additional time. */
 typedef struct {
-    /* qk: the largest product so far of rows already stored */
+    /* qk: the largest products so far, of the rows of s that are stored */
     const float *done;
     int stored;
     __m512 top0, top1;
-    /* pv: old sums to be brought to a new maximum before they are loaded */
+    /* pv: old sums that must be rescaled to the new maximum before they are loaded */
     float *old;
     int stale, stale_step;
     __m512 alpha0, alpha1;
-    /* pv: another panel's exponentials */
+    /* pv: the exponentials of another panel */
     dhsa_exp_job *job;
     int pairs_step;
 } side;
@@ -53,7 +59,8 @@ static inline __attribute__((always_inline)) void rescale(side *w, int rows)
     }
 }
 
-/* Sums 0 1 / 2 3 += [32 rows of low and high] x [panel halves of x], over `squares` squares. */
+/* Adds to the sums in tiles 0 1 / 2 3 the products of the 16 rows of low / the 16 rows of high and the two halves of
+ * panel x, over `squares` squares. */
 static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *low, const uint16_t *high,
                                                            int squares, dhsa_ahead *ahead, side *w, const int values)
 {

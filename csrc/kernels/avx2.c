@@ -28,8 +28,9 @@ static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 
-/* 2^x = 2^n * p(x - n), n = round(x), the power added into the exponent; p is the degree-6 fit of least relative error
- * (2e-9) on [-1/2, 1/2]. Below 2^-126 the result is 0; max() with x second lets a NaN through. */
+/* 2^x = 2^n * p(x - n) with n = round(x). The power is added to the exponent bits of p, which is the polynomial of
+ * degree 6 with the least relative error (2e-9) on [-1/2, 1/2]. Below 2^-126 the result is 0. v_max returns its
+ * second argument if either is NaN, so x is the second. */
 static inline vf v_exp2(vf x)
 {
     const vf c = v_max(v_set1(-127.0f), x), n = _mm256_round_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = v_sub(c, n);
@@ -44,7 +45,7 @@ static inline vf v_exp2(vf x)
     return _mm256_andnot_ps(_mm256_cmp_ps(x, v_set1(-126.0f), _CMP_LT_OQ), p);
 }
 
-/* An estimate of 12 bits needs two Newton steps; the division is no dearer. */
+/* The 12-bit estimate would need two Newton steps, and a division takes no longer than these. */
 static inline vf v_rcp(vf x) { return _mm256_div_ps(v_set1(1.0f), x); }
 
 static inline float v_sum(vf x)
@@ -88,7 +89,7 @@ static inline vf v_sums(const vf *x)
     const vf b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     return v_add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
-/* Interleave neighbours, then pairs, then the two halves. */
+/* Interleaves neighbouring vectors, then pairs of them, then the two halves. */
 static inline void v_transpose(vf *x)
 {
     vf a[8], b[8];

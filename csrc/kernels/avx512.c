@@ -1,5 +1,5 @@
-/* avx512.c: the AVX-512 tier: panels of 48 rows, which with 8 keys makes 24 sums, and the fewest instructions beside the
- * multiplications. */
+/* avx512.c: the AVX-512 tier. Its panels have 48 rows: with 8 keys this makes 24 sums in registers, and the fewest
+ * other instructions for each multiplication. */
 #include "kernels/tiers.h"
 #if DHSA_X86
 #define K_ISA avx512

@@ -1,5 +1,5 @@
-/* avx512_tpl.h: the AVX-512 kernels (F, BW, DQ, VL): vectors of 16. avx512.c and avx512narrow.c say how many of them a panel's row
- * has (V_PER) and what their table is called (K_ISA). */
+/* avx512_tpl.h: the AVX-512 kernels (F, BW, DQ, VL) with vectors of 16 elements. avx512.c and avx512narrow.c define
+ * V_PER, the number of vectors in a row of a panel, and K_ISA, the name of the table. */
 #define DHSA_TARGET DHSA_TARGET_AVX512
 #include "kernels/target_begin.h"
 

@@ -1,4 +1,5 @@
-/* avx512bf16.c: bf16 products by vdpbf16ps: 16 lanes, two neighbours of each multiplied and added to an fp32 sum. */
+/* avx512bf16.c: bf16 products by vdpbf16ps. In each of 16 lanes, it multiplies two neighbouring elements of both
+ * inputs and adds the products to an fp32 sum. */
 #include "kernels/tiers.h"
 #if DHSA_X86 && DHSA_HAVE_AVX512BF16
 #define DHSA_TARGET DHSA_TARGET_AVX512BF16
@@ -8,7 +9,7 @@
 
 enum { ROWS = 8 };
 
-/* One word, two numbers, to all lanes. */
+/* Broadcasts one 32-bit word, which holds two elements, to all lanes. */
 static inline __m512bh pair(const uint16_t *at)
 {
     int word;
@@ -18,8 +19,9 @@ static inline __m512bh pair(const uint16_t *at)
 
 static inline __m512bh words(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
-/* acc[i][u] = sum over `squares` squares, one after another, of row i (of 16) of y by x[pair][16 u ..]: keys by a panel, or
- * value columns by probabilities. */
+/* acc[i][u] = the products of row i of y and lanes 16 u .. 16 u + 15 of x, summed over `squares` consecutive
+ * squares, of whose 16 rows y points to the first of 8. y holds keys and x a panel, or y holds value columns and x
+ * probabilities. */
 static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, int squares, __m512 acc[ROWS][2])
 {
 #pragma GCC unroll 8
@@ -61,7 +63,7 @@ static void qk(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, f
 static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
                dhsa_ahead *ahead, dhsa_exp_job *meanwhile)
 {
-    (void)meanwhile; /* products and exponentials would share the same units */
+    (void)meanwhile; /* not used: products and exponentials need the same execution units */
     const __m512 a0 = _mm512_loadu_ps(alpha), a1 = _mm512_loadu_ps(alpha + 16);
     for (int d = 0; d < dim; d += ROWS) {
         __m512 acc[ROWS][2];

@@ -1,5 +1,5 @@
-/* avx512narrow.c: the AVX-512 kernels with panels of 32 rows, which is how the products of 16-bit pairs take them. Not a tier of
- * its own: the table under those of avx512bf16.c and amx.c. */
+/* avx512narrow.c: the AVX-512 kernels with panels of 32 rows, the size that products of 16-bit pairs use. It is not
+ * a tier: the tiers of avx512bf16.c and amx.c take their other kernels from this table. */
 #include "kernels/tiers.h"
 #if DHSA_X86
 #define K_ISA avx512narrow

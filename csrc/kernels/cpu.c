@@ -1,5 +1,5 @@
-/* cpu.c: asks the CPU what it has (cpuid) and the operating system what it saves (xgetbv): a register that is not saved
- * on a context switch must not be used, whatever the CPU says. */
+/* cpu.c: detects what the CPU supports (cpuid) and which registers the operating system saves (xgetbv). A register
+ * that is not saved on a context switch must not be used, even if the CPU has it. */
 #include "kernels/cpu.h"
 
 #include <string.h>
@@ -19,7 +19,8 @@ static uint64_t saved_by_os(void)
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Linux keeps the tile registers from a process until it asks: a larger area to save on every context switch. */
+/* On Linux a process must request the tile registers, since they enlarge the state that is saved on a context
+ * switch. */
 static int tiles_granted(void)
 {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };

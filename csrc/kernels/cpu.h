@@ -1,10 +1,11 @@
-/* cpu.h: which tiers this CPU, under this operating system, can run. */
+/* cpu.h: which tiers this CPU can run under this operating system. */
 #ifndef DHSA_CPU_H
 #define DHSA_CPU_H
 
-/* 1 if the tier of that name may be used here. */
+/* 1 if the tier of this name can run. */
 int dhsa_cpu_runs(const char *isa);
-/* Beside what a tier needs. AMX_FP16: tile registers multiply fp16. AMX: they exist, whether the system grants them or not. */
+/* Features that are not needed for a tier. amx_fp16: tile registers can multiply fp16. amx: the CPU has tile
+ * registers, whether or not the operating system permits their use. */
 int dhsa_cpu_has_amx_fp16(void);
 int dhsa_cpu_has_amx(void);
 

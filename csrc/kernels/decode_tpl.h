@@ -1,13 +1,14 @@
-/* decode_tpl.h: the part of tile_tpl.h's body that serves a decoding step: a few query rows against many keys. A panel would
- * be mostly padding there and packing would double the traffic of what memory alone bounds. So keys and values are read once,
- * straight from the caller's rows, and vectors run along head_dim (products) or along the keys (softmax). */
+/* decode_tpl.h: the part of tile_tpl.h for a decoding step: a few query rows against many keys. A panel would be
+ * mostly padding, and packing would double the memory traffic, which alone limits the speed. Keys and values are
+ * therefore read once, directly from the rows of the caller. Vectors run along head_dim (products) or along the keys
+ * (softmax). */
 
-/* Sums held in registers. */
+/* Vectors of sums that are held in registers. */
 #define D_SUMS (V_LEN == 8 || V_LEN == 1 ? 8 : 16)
 #define D_UNIT (2 * V_LEN)       /* columns of a row that are read at a time */
 #define D_COLS (D_SUMS / 8)      /* units of value columns whose sums, for four rows, are held in registers */
-#define D_KEYS 16                /* keys of a block: they stay in L1 while the rows pass by, four at a time */
-#define D_AHEAD_BYTES (8 * 1024) /* rows are asked for this long before they are read, more than a memory latency */
+#define D_KEYS 16                /* keys of a block: they stay in L1 while the rows are processed, four at a time */
+#define D_AHEAD_BYTES (8 * 1024) /* rows are prefetched this far ahead, which takes longer than a memory access */
 
 K_INLINE int decode_ahead(int dim, const int dtype)
 {
@@ -15,9 +16,10 @@ K_INLINE int decode_ahead(int dim, const int dtype)
     return rows < 1 ? 1 : rows > DHSA_DECODE_AHEAD ? DHSA_DECODE_AHEAD : rows;
 }
 
-/* One unit of a row, columns d and up, in two vectors; with `tail` some lie past its end: zeros. bf16 numbers come as the even
- * and the odd columns, which costs two instructions less than in order; queries and outputs are laid out alike. */
-K_INLINE void stream(const void *row, int d, int dim, vf *x, const int tail, const int dtype)
+/* Loads one unit of a row, the columns from d on, into two vectors. With `tail`, the unit reaches past the end of
+ * the row and is filled up with zeros. bf16 is loaded as the even and the odd columns, which takes two instructions
+ * less than loading it in order; queries and outputs have the same order. */
+K_INLINE void load_unit(const void *row, int d, int dim, vf *x, const int tail, const int dtype)
 {
     const float *whole = (const float *)row + d;
     const uint16_t *half = (const uint16_t *)row + d;
@@ -38,8 +40,9 @@ K_INLINE void stream(const void *row, int d, int dim, vf *x, const int tail, con
     }
 }
 
-/* Asks for that unit: each line of memory once, into L2, where there is room for all that is under way. */
-K_INLINE void ask(const void *row, int d, const int dtype)
+/* Prefetches one unit of a row, each cache line once, into L2, which has room for all lines that are requested
+ * ahead. */
+K_INLINE void prefetch_unit(const void *row, int d, const int dtype)
 {
     const int size = dtype == DHSA_F32 ? 4 : 2;
     for (int at = 0; at < D_UNIT * size; at += 64)
@@ -50,20 +53,20 @@ static void K_NAME(decode_load)(const void *row, int dtype, int dim, float facto
 {
     for (int d = 0; d < dim; d += D_UNIT) {
         vf x[2];
-        K_BY_DTYPE(dtype, stream, row, d, dim, x, d + D_UNIT > dim);
+        K_BY_DTYPE(dtype, load_unit, row, d, dim, x, d + D_UNIT > dim);
         v_store(dst + d, v_mul(x[0], v_set1(factor)));
         v_store(dst + d + V_LEN, v_mul(x[1], v_set1(factor)));
     }
 }
 
-/* acc[r * keys + i] += one unit of row r times that of key i. */
+/* acc[r * keys + i] += the product of one unit of row r and that unit of key i. */
 K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const *k, int d, int dim, vf *acc, const int dtype,
                           const int rows, const int keys, const int tail)
 {
 #pragma GCC unroll 16
     for (int i = 0; i < keys; i++) {
         vf y[2];
-        stream(k[i], d, dim, y, tail, dtype);
+        load_unit(k[i], d, dim, y, tail, dtype);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             acc[r * keys + i] = v_fma(v_load(q + r * q_stride + d), y[0], acc[r * keys + i]);
@@ -72,7 +75,8 @@ K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const 
     }
 }
 
-/* `rows` rows against n <= D_SUMS / rows keys; rows is a constant after inlining. */
+/* The products of `rows` query rows and the first D_SUMS / rows of n keys, or all n if there are fewer. rows is a
+ * constant after inlining. */
 K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const *k, int n, int dim, float *s, ptrdiff_t s_stride,
                           const int dtype, const int rows)
 {
@@ -81,7 +85,7 @@ K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const 
     vf acc[D_SUMS];
     float line[D_SUMS];
     int d = 0;
-    /* Too few keys: the last one again. */
+    /* If there are too few keys, the last one is repeated. */
 #pragma GCC unroll 16
     for (int i = 0; i < keys; i++) {
         at[i] = k[i < n ? i : n - 1];
@@ -91,7 +95,7 @@ K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const 
     for (int i = 0; i < D_SUMS; i++) acc[i] = v_set1(0.0f);
     for (; d + D_UNIT <= dim; d += D_UNIT) {
 #pragma GCC unroll 16
-        for (int i = 0; i < keys; i++) ask(next[i], d, dtype);
+        for (int i = 0; i < keys; i++) prefetch_unit(next[i], d, dtype);
         decode_step(q, q_stride, at, d, dim, acc, dtype, rows, keys, 0);
     }
     if (d < dim) decode_step(q, q_stride, at, d, dim, acc, dtype, rows, keys, 1);
@@ -144,7 +148,8 @@ static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, 
     }
     v_store(line, top);
     for (int i = 0; i < V_LEN; i++) most = line[i] > most ? line[i] : most;
-    /* As in softmax_tile: no key seen stays so under a zero scale, and a NaN is left to the sum. */
+    /* As in softmax_begin: if no key was seen, the maximum stays -inf, also with a zero scale. A NaN that the
+     * maximum has lost still reaches the sum. */
     const float now = most * factor > -INFINITY ? most * factor : -INFINITY, use = now == -INFINITY ? 0.0f : now;
     const int rounded = v_sum(is_far(v_set1(use))) > 0;
     for (int j = 0; j < n; j += V_LEN) {
@@ -157,7 +162,8 @@ static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, 
     *l = v_sum(sum);
 }
 
-/* One block of keys: `cols` units of columns from d on. Summed from zero and added at the end: short sums round less. */
+/* Adds the values of one block of keys, `cols` units of columns from d on. The sums start from zero and are added to
+ * o at the end, since short sums round less. */
 K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *const *v, int n, int d, int dim, float *o,
                              ptrdiff_t o_stride, const int dtype, const int rows, const int cols, const int tail)
 {
@@ -171,8 +177,8 @@ K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *con
         vf y[2 * D_COLS];
 #pragma GCC unroll 4
         for (int c = 0; c < cols; c++) {
-            stream(v[j], d + c * D_UNIT, dim, y + 2 * c, tail, dtype);
-            if (!tail) ask(v[j + ahead], d + c * D_UNIT, dtype);
+            load_unit(v[j], d + c * D_UNIT, dim, y + 2 * c, tail, dtype);
+            if (!tail) prefetch_unit(v[j + ahead], d + c * D_UNIT, dtype);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {

@@ -1,5 +1,5 @@
-/* half.h: fp16 and bf16 to fp32 and back, in plain C, round to nearest even: what tiers without instructions for it use,
- * and what the others are compared with. */
+/* half.h: conversion of fp16 and bf16 to fp32 and back in plain C, with rounding to nearest even. Tiers without
+ * instructions for it use these functions, and the tests compare the other tiers with them. */
 #ifndef DHSA_HALF_H
 #define DHSA_HALF_H
 
@@ -25,7 +25,7 @@ static inline float dhsa_from_bf16(uint16_t h) { return dhsa_float((uint32_t)h <
 static inline uint16_t dhsa_to_bf16(float x)
 {
     const uint32_t u = dhsa_bits(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40); /* NaN stays NaN */
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(u >> 16 | 0x40); /* a NaN stays a NaN */
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
@@ -44,7 +44,7 @@ static inline uint16_t dhsa_to_f16(float x)
     if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
     if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00); /* 65520 and above round to infinity */
     if (a >= 0x38800000u) return (uint16_t)(sign | ((a + 0xfff + (a >> 13 & 1)) - (112u << 23)) >> 13);
-    /* Below 2^-14: adding 0.5 leaves the subnormal's integer, rounded, in the low bits. */
+    /* Below 2^-14: after adding 0.5, the low bits are the integer of the subnormal, rounded. */
     return (uint16_t)(sign | (dhsa_bits(dhsa_float(a) + 0.5f) - 0x3f000000u));
 }
 

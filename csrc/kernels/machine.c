@@ -1,5 +1,5 @@
-/* machine.c: what the machine offers: how many CPUs this process may use, and the peaks of arithmetic and of reading that
- * benchmarks are held against. */
+/* machine.c: properties of the machine: the number of CPUs that this process may use, and the peak rates of
+ * arithmetic and of memory reads, with which benchmarks compare. */
 #include <errno.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -12,7 +12,7 @@
 int dhsa_cpu_count(void)
 {
 #ifdef __linux__
-    /* The kernel refuses a set that is smaller than its own; cpu_set_t has 1,024 CPUs, a large machine more. */
+    /* The Linux kernel refuses a CPU set smaller than its own. cpu_set_t has 1,024 CPUs; a large machine has more. */
     for (int cpus = CPU_SETSIZE; cpus <= 1 << 20; cpus *= 2) {
         const size_t size = CPU_ALLOC_SIZE(cpus);
         cpu_set_t *set = dhsa_alloc(1, (int64_t)size);
@@ -41,8 +41,8 @@ static void peak_task(void *context, int64_t index, int thread)
 {
     peak_job *p = context;
     (void)thread;
-    /* All at once, or a core could serve one thread after the other and count twice. Not for ever: where another call has the
-     * pool, this thread does everything by itself. */
+    /* All threads start at the same time; otherwise a core could run one after another and be counted twice. The
+     * wait is limited, since this thread runs all tasks alone if another call uses the pool. */
     const double patience = dhsa_now() + 50e-3;
     atomic_fetch_add(&p->arrived, 1);
     while (atomic_load(&p->arrived) < p->threads && dhsa_now() < patience) continue;
@@ -56,7 +56,7 @@ double dhsa_fma_peak(int num_threads)
     const int n = DHSA_MIN(DHSA_MAX(num_threads, 1), DHSA_MAX_THREADS);
     const dhsa_kernels *kernels = dhsa_kernels_current();
     double best = 0;
-    /* Whatever interrupts a round makes it slower, never faster. */
+    /* The best round counts: an interruption makes a round slower, never faster. */
     for (int round = 0; round < PEAK_ROUNDS; round++) {
         peak_job p = {.kernels = kernels->plain ? kernels->plain : kernels, .threads = n};
         dhsa_parallel(n, n, peak_task, &p);
@@ -72,8 +72,8 @@ double dhsa_fma_peak(int num_threads)
 }
 
 enum {
-    READ_PIECE = 1 << 16, /* numbers that a thread reads at a time: 256 KiB */
-    READ_LINE = 1 << 10   /* that it copies to one place, which stays in L1 */
+    READ_PIECE = 1 << 16, /* elements that a thread reads at a time: 256 KiB */
+    READ_LINE = 1 << 10   /* elements copied at a time, to a buffer that stays in L1 */
 };
 
 typedef struct {

@@ -24,11 +24,11 @@ static inline vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
 static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
 static inline vf v_div(vf a, vf b) { return vdivq_f32(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
-/* Not vmaxq: where one is NaN the second must win, as on the other tiers. */
+/* Not vmaxq: if either argument is NaN, the result must be the second one, as on the other tiers. */
 static inline vf v_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline vf v_min(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 
-/* As in avx2.c: 2^x = 2^n * p(x - n), n = round(x), least relative error 2e-9; below 2^-126 the result is 0. */
+/* As in avx2.c: 2^x = 2^n * p(x - n) with n = round(x), least relative error 2e-9. Below 2^-126 the result is 0. */
 static inline vf v_exp2(vf x)
 {
     const vf c = v_max(v_set1(-127.0f), x), n = vrndnq_f32(c), f = v_sub(c, n);

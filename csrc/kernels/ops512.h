@@ -1,5 +1,4 @@
-/* ops512.h: the vector operations of tile_tpl.h and softmax_tpl.h in AVX-512 (F, BW, DQ, VL), for the files that are compiled for
- * it. */
+/* ops512.h: the vector operations that tile_tpl.h and softmax_tpl.h need, in AVX-512 (F, BW, DQ, VL). */
 #ifndef DHSA_OPS512_H
 #define DHSA_OPS512_H
 
@@ -22,8 +21,9 @@ static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 
-/* 2^x = 2^floor(x) * p(x - floor(x)); p is the degree-6 fit of least relative error (2e-9) on [0, 1). vreduceps gives 0 for
- * an infinite x and vscalefps takes the power from it, so that 2^-inf is 0 without a clamp. */
+/* 2^x = 2^floor(x) * p(x - floor(x)), where p is the polynomial of degree 6 with the least relative error (2e-9) on
+ * [0, 1). vreduceps returns 0 for an infinite x, and vscalefps multiplies by 2^floor(x), so that 2^-inf is 0 without
+ * a clamp. */
 static inline vf v_exp2(vf x)
 {
     const vf f = _mm512_reduce_ps(x, 0x09);
@@ -71,7 +71,7 @@ static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
 }
-/* Halves of two vectors side by side and added: first within quarters, then quarters. */
+/* Interleaves pairs of vectors and adds the halves, first within 128-bit quarters, then across quarters. */
 static inline vf v_sums(const vf *x)
 {
     vf a[8], b[4];
@@ -85,7 +85,8 @@ static inline vf v_sums(const vf *x)
     b[2] = v_add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
     return v_add(_mm512_shuffle_f32x4(b[0], b[2], 0x88), _mm512_shuffle_f32x4(b[0], b[2], 0xdd));
 }
-/* Interleave neighbours, then pairs; then quarters of vectors four and eight apart. */
+/* Interleaves neighbouring vectors, then pairs of them, then 128-bit quarters of vectors that are four and eight
+ * apart. */
 static inline void v_transpose(vf *x)
 {
     __m512 a[16], b[16];

@@ -1,5 +1,5 @@
-/* pairs_tpl.h: packing and softmax for the tiers that multiply pairs of bf16 or (PAIR_FP16) fp16 numbers: avx512bf16.c, amx.c and
- * amxfp16.c. All have AVX-512 and its BF16 instructions. */
+/* pairs_tpl.h: packing and softmax for the tiers that multiply pairs of bf16 or (PAIR_FP16) fp16: avx512bf16.c,
+ * amx.c and amxfp16.c. All of these have AVX-512 and its BF16 instructions. */
 #include <string.h>
 
 #include "kernels/kernels.h"
@@ -7,7 +7,7 @@
 #include "kernels/ops512.h"
 #include "kernels/softmax_tpl.h"
 
-/* Two keys' probabilities of the same rows. */
+/* Rounds the probabilities of two keys and the same rows to 16 bits and stores them as pairs. */
 static inline void v_pairs(vf a, vf b, uint16_t *to)
 {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
@@ -21,7 +21,8 @@ static inline void v_pairs(vf a, vf b, uint16_t *to)
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }
 
-/* v_exp2 with a fit of degree 4, off by 3e-6 at most: bf16 rounds by up to 2e-3, fp16 by 5e-4. */
+/* v_exp2 by a polynomial of degree 4, with a relative error of at most 3e-6. bf16 rounds by up to 2e-3, fp16 by
+ * 5e-4. */
 static inline vf v_exp2_half(vf x)
 {
     const vf f = _mm512_reduce_ps(x, 0x09);
@@ -36,7 +37,7 @@ enum { LANES = K_LANES, STEP = DHSA_PAIR_STEP };
 
 static inline int round_step(int n) { return (n + STEP - 1) / STEP * STEP; }
 
-/* 32 numbers of a row from column d on, zeros past its end. */
+/* 32 elements of a row from column d on, with zeros past its end. */
 static inline __m512i row_words(const void *row, int d, int dim)
 {
     const uint16_t *at = (const uint16_t *)row + d;
@@ -65,14 +66,14 @@ static void pack_keys(const void *const *rows, int n, int dim, uint16_t *dst)
         for (int d = 0; d < padded; d += STEP) _mm512_storeu_si512(dst + dhsa_square(j, d, padded), row_words(rows[j], d, dim));
 }
 
-/* The rows of two keys are woven first, so that turning 32-bit words does the rest. */
+/* The rows of two keys are interleaved first, so that a transposition of 32-bit words completes the layout. */
 static int pack_values(const void *const *rows, int n, int dim, uint16_t *dst)
 {
     const int padded = round_step(n);
     __m512i largest = _mm512_setzero_si512();
     for (int j = 0; j < n; j += STEP)
         for (int d = 0; d < dim; d += STEP) {
-            __m512 even[16], odd[16]; /* columns */
+            __m512 even[16], odd[16]; /* of 16 pairs of keys: the even and the odd columns */
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 const int key = j + 2 * i;
@@ -136,7 +137,7 @@ static void softmax(float *s, const float *top, int n, int base, const int32_t *
                           : begin_softmax(s, top, n, base, lo, hi, m, alpha, job, 0, 0);
 }
 
-/* At most `pairs` pairs of keys of a job; one key is left if n is odd. */
+/* Computes the exponentials of at most `pairs` pairs of keys of a job. If n is odd, the last key is not among them. */
 static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked, const int rounded,
                                                             const int capped)
 {
@@ -166,7 +167,8 @@ static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, i
     job->at = j;
 }
 
-/* The same, only where nothing is in the way: what products of another panel may do on the side. */
+/* The same, but only for a job without a mask and without `rounded`. The products of another panel call it between
+ * tile instructions. */
 static inline __attribute__((always_inline)) void exp_some(dhsa_exp_job *job, int pairs)
 {
     if (!job || job->lo || job->rounded) return;
@@ -176,7 +178,7 @@ static inline __attribute__((always_inline)) void exp_some(dhsa_exp_job *job, in
         exp_pairs(job, pairs, 0, 0, 0);
 }
 
-/* The rest of a job: the pairs, a last key, the zeros up to a whole step, and the sum. */
+/* Completes a job: the remaining pairs, the last key if n is odd, zeros up to a whole step, and the sum. */
 static void finish_exp(dhsa_exp_job *job)
 {
     const int capped = job->outer > 0;

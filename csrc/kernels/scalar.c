@@ -1,4 +1,5 @@
-/* scalar.c: the tier every CPU has and every other tier is compared with: plain C, one number at a time. */
+/* scalar.c: the tier that runs on every CPU, in plain C, one element at a time. Tests compare all other tiers with
+ * it. */
 #include <math.h>
 #include <stdint.h>
 
@@ -21,7 +22,7 @@ static inline vf v_add(vf a, vf b) { return a + b; }
 static inline vf v_sub(vf a, vf b) { return a - b; }
 static inline vf v_mul(vf a, vf b) { return a * b; }
 static inline vf v_div(vf a, vf b) { return a / b; }
-/* Not fmaf(): without the instruction it is a slow library call. */
+/* Not fmaf(): on a CPU without the instruction it is a slow library call. */
 static inline vf v_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf v_max(vf a, vf b) { return a > b ? a : b; }
 static inline vf v_min(vf a, vf b) { return a < b ? a : b; }

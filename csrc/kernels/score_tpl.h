@@ -1,7 +1,7 @@
-/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of neighbouring rows, rounding numbers to bf16, and sums of
- * the probabilities of row scores, squared or as they are. */
+/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of rows, rounding to bf16, and sums of the
+ * probabilities of row scores or of their squares. */
 
-/* n numbers of a row from column d on, of type dtype. */
+/* V_LEN elements of a row of type dtype, from column d on. */
 K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
 {
     return dtype == DHSA_F32   ? v_load((const float *)row + d)
@@ -9,7 +9,7 @@ K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
                                : v_from_bf16((const uint16_t *)row + d);
 }
 
-/* `vectors` of columns from d on, down all rows: the sums stay in registers. */
+/* Sums all rows over `vectors` vectors of columns from d on. The sums stay in registers. */
 K_INLINE void sum_strip(const char *row, ptrdiff_t stride, int64_t n, int64_t d, float *dst, const int dtype, const int vectors)
 {
     vf sum[8];
@@ -54,7 +54,7 @@ static void K_NAME(round_bf16)(const float *x, int64_t n, uint16_t *dst)
     }
 }
 
-/* One key's weighted probabilities or their squares, added up but for what lies side by side. */
+/* The weighted probabilities of one key, or their squares, summed over the vectors of a row but not across a vector. */
 K_INLINE vf add_rows(const float *p, const vf *weight, const vm *none, const int square)
 {
     vf sum = v_set1(0.0f);
@@ -75,7 +75,7 @@ K_INLINE void add_keys(const float *p, int n, const float *weight, float *score,
         by[u] = v_load(weight + u * V_LEN);
         none[u] = v_eq(by[u], v_set1(0.0f));
     }
-    /* A square of sums at a time: once it is transposed, sums across vectors are sums of vectors. */
+    /* V_LEN keys at a time: after a transposition, the sums across vectors are sums of vectors. */
     for (; j + V_LEN <= n; j += V_LEN) {
         vf x[V_LEN];
 #pragma GCC unroll 16
@@ -94,7 +94,7 @@ static void K_NAME(add_squares)(const float *p, int n, const float *weight, floa
 
 static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *mass) { add_keys(p, n, weight, mass, 0); }
 
-/* Adding by key, all rows at once: the sums stay in registers. */
+/* Adds key by key, for all rows at once, so that the sums stay in registers. */
 static void K_NAME(weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum)
 {
     vf x[V_PER];

@@ -1,5 +1,5 @@
-/* softmax_tpl.h: one online-softmax step of a panel and its parts, for the fp32 kernels (tile_tpl.h) and those of bf16 pairs
- * (pairs_tpl.h). Needs the vector type and operations that tile_tpl.h lists. */
+/* softmax_tpl.h: one online-softmax step of a panel and its parts, for the fp32 kernels (tile_tpl.h) and those of
+ * 16-bit pairs (pairs_tpl.h). The including file defines the vector type and operations that tile_tpl.h lists. */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -11,8 +11,8 @@
 #define K_GLUE(a, b) K_GLUE2(a, b)
 #define K_NAME(op) K_GLUE(op, K_ISA)
 #define K_LANES (V_LEN * V_PER)
-/* A panel need not be full: f(..., per) works on as many vectors of a row as hold `rows` lanes; per is a constant after inlining.
- */
+/* A panel need not be full. Calls f(..., per), where per is the number of vectors that hold `rows` lanes and is a
+ * constant after inlining. */
 #define K_FOR_ROWS(rows, f, ...)                                                                                                   \
     do {                                                                                                                           \
         const int per_ = ((rows) + V_LEN - 1) / V_LEN;                                                                             \
@@ -23,7 +23,7 @@
         else                                                                                                                       \
             f(__VA_ARGS__, V_PER);                                                                                                 \
     } while (0)
-/* f(..., dtype) with a dtype that is a constant after inlining; an `if` of three for functions that return nothing. */
+/* Calls f(..., dtype) with a dtype that is a constant after inlining. f must return nothing. */
 #define K_BY_DTYPE(dtype, f, ...)                                                                                                  \
     do {                                                                                                                           \
         if ((dtype) == DHSA_F32)                                                                                                   \
@@ -36,7 +36,7 @@
 #define K_INLINE static inline __attribute__((always_inline))
 #define K_LOG2E 1.44269504088896340736f
 
-/* tanh as an odd rational, fitted for least relative error (2e-8) on |x| <= 9, where fp32 tanh has become 1. */
+/* tanh as an odd rational function of least relative error (2e-8) on |x| <= 9. Beyond that, tanh is 1 in fp32. */
 K_INLINE vf tanh_vf(vf x)
 {
     x = v_max(v_set1(-9.0f), v_min(v_set1(9.0f), x));
@@ -52,7 +52,8 @@ K_INLINE vf tanh_vf(vf x)
     return v_mul(v_mul(x, p), v_rcp(q));
 }
 
-/* The largest product. -inf: no key seen; with a softcap, which makes a number of every product, only then. */
+/* The largest product of each row; -inf if the row sees no key. A softcap makes a product of -inf a finite logit, so
+ * with a mask and a softcap such a product counts as -FLT_MAX. */
 K_INLINE void softmax_max(const float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, vf *top, const int masked,
                           const int capped, const int per)
 {
@@ -68,7 +69,7 @@ K_INLINE void softmax_max(const float *s, int64_t n, int base, const int32_t *lo
         }
 }
 
-/* How products become exponents of 2: x * factor, or outer * tanh(x * inner). */
+/* How a product x becomes an exponent of 2: x * factor, or outer * tanh(x * inner) with a softcap. */
 typedef struct {
     vf factor, inner, outer;
 } exponents;
@@ -81,22 +82,24 @@ K_INLINE exponents exponents_of(float scale, float softcap)
 
 K_INLINE vf cap_vf(vf x, exponents e) { return v_mul(e.outer, tanh_vf(v_mul(x, e.inner))); }
 
-/* 1 where a maximum is so large that its rounding, which a fused product does not share, is no longer small. */
+/* 1 where a maximum is so large that its rounding error is not small any more. A fused product does not have that
+ * error. */
 K_INLINE vf is_far(vf top)
 {
     const vf near = v_max(v_set1(-0x1p26f), v_min(v_set1(0x1p26f), top));
     return v_pick(v_eq(near, top), v_set1(0.0f), v_set1(1.0f));
 }
 
-/* The exponent of a product, less the largest: -shift, rounded. Fused it is exact but for that; rounded twice it is 0 for the
- * largest whatever its size. */
+/* The exponent of a product minus the largest exponent, where -shift is the largest exponent, rounded. The fused
+ * form has no other rounding error. The form with two roundings is exactly 0 for the largest product, whatever its
+ * size. */
 K_INLINE vf exponent(vf x, exponents e, vf shift, const int rounded, const int capped)
 {
     if (capped) return v_add(cap_vf(x, e), shift);
     return rounded ? v_add(v_mul(x, e.factor), shift) : v_fma(x, e.factor, shift);
 }
 
-/* Pass 2: probabilities into s; their sum is added to `sum`. */
+/* Pass 2: writes probabilities to s and adds them to `sum`. */
 K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const int32_t *hi, exponents e, const vf *shift,
                           int rounded, vf *sum, const int masked, const int capped, const int per)
 {
@@ -111,8 +114,8 @@ K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const in
         }
 }
 
-/* Pass 1: the new maximum into m, alpha, and the shift of pass 2. known: the largest products, if there is no mask; else NULL.
- * Returns `rounded` of exponent(). */
+/* Pass 1: computes the new maximum m, alpha, and the shift of pass 2. known: the largest products, which may be
+ * given if there is no mask, else NULL. Returns the argument `rounded` of exponent(). */
 K_INLINE int softmax_begin(const float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi, exponents e,
                            float *m, float *alpha, vf *shift, const int masked, const int capped, const int per)
 {
@@ -124,7 +127,8 @@ K_INLINE int softmax_begin(const float *s, const float *known, int n, int base, 
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) {
         const vf none = v_set1(-INFINITY), old = v_load(m + u * V_LEN);
-        /* -inf times a zero scale would be NaN, and has a cap: no key seen stays no key seen. */
+        /* If no key was seen, the maximum must stay -inf. A zero scale would make it NaN, and a softcap would make
+         * it finite. */
         const vf most = capped ? cap_vf(top[u], e) : v_mul(top[u], e.factor);
         const vf now = v_max(capped && !masked ? most : v_pick(v_eq(top[u], none), none, most), old);
         const vf use = v_pick(v_eq(now, none), v_set1(0.0f), now);
@@ -136,7 +140,7 @@ K_INLINE int softmax_begin(const float *s, const float *known, int n, int base, 
     return v_sum(far) > 0;
 }
 
-/* What a row has seen so far, brought to the new maximum, and what it has seen now. */
+/* Rescales the sum of earlier keys to the new maximum and adds the sum of the current keys. */
 K_INLINE void softmax_end(float *l, const float *alpha, const vf *sum, const int per)
 {
 #pragma GCC unroll 8

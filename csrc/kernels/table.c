@@ -14,10 +14,10 @@
 #include "kernels/kernels.inc"
 #undef DHSA_TIER
 #undef DHSA_BF16_TIER
-extern const dhsa_kernels dhsa_kernels_avx512narrow; /* nor are these tiers */
-extern const dhsa_pair_kernels dhsa_f16_amx;         /* not a tier: part of amx where the CPU has it */
+extern const dhsa_kernels dhsa_kernels_avx512narrow; /* not a tier: the base of avx512bf16 and amx */
+extern const dhsa_pair_kernels dhsa_f16_amx;         /* not a tier: added to amx if the CPU has AMX-FP16 */
 
-/* A tier is a table, or that of another tier with something put in its place. */
+/* A tier is a table of its own, or the table of `base` with other bf16 products. */
 static const struct {
     const char *name;
     const dhsa_kernels *base;
@@ -58,14 +58,15 @@ const dhsa_kernels *dhsa_kernels_find(const char *isa)
     return NULL;
 }
 
-/* The tier that DHSA_ISA names, else the best. NULL if it names one that is not to be had. */
+/* The tier that DHSA_ISA names or, if it is not set, the best one. NULL if the named tier is not available. */
 static const dhsa_kernels *choose(void)
 {
     const char *wish = getenv("DHSA_ISA");
     const dhsa_kernels *best = NULL;
     if (wish && *wish) return dhsa_kernels_find(wish);
     for (int i = TIERS - 1; !best && i >= 0; i--) {
-        /* CPUs with tile registers do vdpbf16ps at half the rate of fp32: where the system keeps the tiles, fp32 is better. */
+        /* CPUs with tile registers execute vdpbf16ps at half the rate of fp32. If the operating system does not
+         * permit the tile registers, fp32 is therefore faster. */
         if (strcmp(tiers[i].name, "avx512bf16") == 0 && dhsa_cpu_has_amx()) continue;
         best = dhsa_kernels_find(tiers[i].name);
     }
@@ -76,10 +77,11 @@ const dhsa_kernels *dhsa_kernels_current(void)
 {
     const dhsa_kernels *table = atomic_load_explicit(&current, memory_order_acquire);
     if (!table) {
-        /* A bad DHSA_ISA is an error of dhsa_isa_set("auto"), which Python's import calls; here there is nobody to tell. */
+        /* A bad DHSA_ISA is reported by dhsa_isa_set("auto"), which the import of the Python module calls. This
+         * function cannot report an error. */
         table = choose();
         if (!table) table = dhsa_kernels_find("scalar");
-        /* Another thread may have chosen meanwhile, or a caller of dhsa_isa_set, whose choice stays. */
+        /* Another thread may have set a table in the meantime, here or by dhsa_isa_set. Its choice stays. */
         const dhsa_kernels *none = NULL;
         if (!atomic_compare_exchange_strong(&current, &none, table)) table = none;
     }
@@ -103,7 +105,7 @@ int dhsa_isa_products(void)
 
 const char *dhsa_isa_current(void) { return dhsa_kernels_current()->isa; }
 
-/* Bytes of a name that an error shows: at most 40, none of a character that would be cut. */
+/* The number of bytes of a name that an error shows: at most 40, without parts of a character. */
 static int shown(const char *name)
 {
     int n = 0;

@@ -1,5 +1,6 @@
-/* target_begin.h: from here to target_end.h functions are compiled for the instruction set that DHSA_TARGET names, one of the
- * strings of tiers.h, whatever the flags of the build. No include guard: each file of a tier includes both once. */
+/* target_begin.h: functions from here to target_end.h are compiled for the instruction set that DHSA_TARGET names,
+ * one of the strings in tiers.h, whatever the flags of the build are. It has no include guard, since each file of a
+ * tier includes both files once. */
 #define DHSA_TARGET_PRAGMA_(text) _Pragma(#text)
 #define DHSA_TARGET_PRAGMA(text) DHSA_TARGET_PRAGMA_(text)
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-/* target_end.h: ends what target_begin.h began. */
+/* target_end.h: ends the functions that target_begin.h begins. */
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

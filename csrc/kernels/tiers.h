@@ -13,7 +13,8 @@
 #define DHSA_ARM64 0
 #endif
 
-/* GCC 10 and Clang 9 know AVX512-BF16, GCC 11 and Clang 12 the tile registers; only Linux hands those out on request. */
+/* GCC 10 and Clang 9 support AVX512-BF16, GCC 11 and Clang 12 the tile registers. Only Linux grants those to a
+ * process that requests them. */
 #if defined(__clang__)
 #define DHSA_HAVE_AVX512BF16 (__clang_major__ >= 9)
 #define DHSA_HAVE_AMX_COMPILER (__clang_major__ >= 12)
@@ -30,7 +31,7 @@
 #define DHSA_HAVE_AMX 0
 #endif
 
-/* What a tier's files are compiled for, see target_begin.h. */
+/* The instruction sets that the files of a tier are compiled for; see target_begin.h. */
 #define DHSA_TARGET_AVX2 "avx2,fma,f16c"
 #define DHSA_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define DHSA_TARGET_AVX512BF16 "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"

@@ -1,13 +1,17 @@
-/* tile_tpl.h: the kernels' shared body. An ISA file defines the vector type and operations below, includes this file, and
- * gets one complete table. Nothing here knows which ISA it is; sizes come from the macros.
+/* tile_tpl.h: the body that all tiers share. The file of a tier defines the vector type and operations below and
+ * includes this file, which defines one complete table. Nothing here depends on the instruction set; sizes come from
+ * macros.
  *
  * Required before inclusion:
- *   K_ISA (name token), V_LEN, V_PER (vectors a panel row), QK_ROWS, PV_ROWS (register tile heights)
- *   vf, vm (mask): v_load v_store (aligned or not) v_set1 v_add v_sub v_mul v_fma(a,b,c)=a*b+c v_max (NaN of 2nd wins) v_min
- *   v_exp2 (2^x for x <= about 0; -inf -> 0, NaN -> NaN)  v_rcp (to fp32 rounding) v_sum (horizontal) v_div
- *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b) mask
- *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16; v_transpose(vf[V_LEN]): a square of numbers
- *   v_pairs_bf16(const uint16_t *, vf *even, vf *odd): 2 * V_LEN numbers; v_sums(const vf[V_LEN]): the sum across each */
+ *   K_ISA and K_TEXT (name as token and as string), V_LEN, V_PER (vectors in a row of a panel)
+ *   QK_ROWS, PV_ROWS (keys and value columns of a register tile)
+ *   vf, vm (mask): v_load, v_store (aligned or not), v_set1, v_add, v_sub, v_mul, v_div, v_min,
+ *       v_fma(a, b, c) = a * b + c, v_max (the second argument if either is NaN)
+ *   v_exp2 (2^x for x <= about 0; -inf -> 0, NaN -> NaN), v_rcp (to fp32 rounding), v_sum (the sum across a vector)
+ *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b): mask
+ *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16
+ *   v_pairs_bf16(const uint16_t *, vf *even, vf *odd): the even and the odd ones of 2 * V_LEN elements
+ *   v_transpose(vf[V_LEN]): transposes V_LEN x V_LEN elements; v_sums(const vf[V_LEN]): the sum across each vector */
 
 #include <float.h>
 #include <math.h>
@@ -19,7 +23,8 @@
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
-/* `rows` keys against one panel, set or added; rows is a constant after inlining, so that the sums stay in registers. */
+/* The products of `rows` keys and one panel, stored or, with `adding`, added. rows is a constant after inlining, so
+ * that the sums stay in registers. */
 K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int dim, float *s, int adding, const int rows,
                       const int per)
 {
@@ -52,8 +57,8 @@ K_INLINE void qk_tile(const float *q, const float *k, ptrdiff_t k_stride, int di
 K_INLINE void qk_panel(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, float *s, dhsa_ahead *ahead,
                        const int per)
 {
-    /* Half the columns at a time, 128 at most: short sums round less, and that part of the panel stays in L1 while all keys
-     * pass by. */
+    /* Half of the columns at a time, at most 128: short sums round less, and that part of the panel stays in L1 for
+     * all keys. */
     const int step = dim < 32 ? dim : dim < 256 ? (dim + 1) / 2 : 128;
     for (int d = 0; d < dim; d += step, q += step * K_LANES, k += step) {
         const int part = dim - d < step ? dim - d : step, adding = d > 0;
@@ -76,7 +81,8 @@ static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n
     K_FOR_ROWS(rows, qk_panel, q, k, k_stride, n, dim, s, ahead);
 }
 
-/* One strip of value columns, `cols` of which exist. Summed from zero and added to o at the end: short sums round less. */
+/* One strip of value columns, `cols` of which exist. The sums start from zero and are added to o at the end, since
+ * short sums round less. */
 K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha, float *o, const int cols, const int per)
 {
     vf acc[PV_ROWS][V_PER];
@@ -168,7 +174,7 @@ K_INLINE void tops_of(const float *s, int n, int base, const int32_t *lo, const 
                 x = v_pick(sees, x, zero);
             }
             most[u] = v_max(most[u], seen);
-            /* x * 0 is 0 unless x is inf or NaN, which a maximum may lose. */
+            /* x * 0 is 0 unless x is inf or NaN, which a maximum alone may not show. */
             poison[u] = v_fma(x, zero, poison[u]);
         }
 #pragma GCC unroll 8
@@ -236,7 +242,7 @@ static float K_NAME(dot)(const float *a, const float *b, int64_t n)
     return sum;
 }
 
-/* Gathered rows lie anywhere in memory: fetch the next while this one is copied. */
+/* Gathered rows lie anywhere in memory, so later rows are prefetched while one is copied. */
 K_INLINE void prefetch_row(const void *row, int dim, int dtype)
 {
     for (int at = 0; at < dim * (dtype == DHSA_F32 ? 4 : 2); at += 64) __builtin_prefetch((const char *)row + at);
@@ -250,7 +256,7 @@ static void K_NAME(pack_rows)(const void *const *rows, int dtype, int n, int dim
     }
 }
 
-/* V_LEN numbers of a row from column d on, zeros past its end. */
+/* V_LEN elements of a row from column d on, with zeros past its end. */
 K_INLINE vf row_part(const void *row, int dtype, int d, int dim)
 {
     if (d + V_LEN <= dim)
@@ -264,7 +270,7 @@ K_INLINE vf row_part(const void *row, int dtype, int d, int dim)
 
 static int K_NAME(pack_values)(const void *const *rows, int dtype, int n, int dim, ptrdiff_t v_stride, float *dst)
 {
-    enum { PART = V_LEN > PV_ROWS ? V_LEN : PV_ROWS }; /* whole vectors and whole strips */
+    enum { PART = V_LEN > PV_ROWS ? V_LEN : PV_ROWS }; /* a whole number of vectors and of strips */
     vf poison = v_set1(0.0f);
     for (int j = 0; j < n; j++) {
         if (j + 4 < n) prefetch_row(rows[j + 4], dim, dtype);
@@ -338,7 +344,8 @@ static void K_NAME(store_panel)(const float *o, const float *factor, int n, int 
 
 static double K_NAME(fma_work)(int64_t loops)
 {
-    /* Twelve independent chains cover the latency of two FMA units. Values stay near 1: no denormals, no infinities. */
+    /* Twelve independent chains cover the latency of two FMA units. Values stay near 1, so that there are no
+     * denormals and no infinities. */
     vf a[12];
     const vf x = v_set1(0.5f), y = v_set1(0.5f);
     for (int i = 0; i < 12; i++) a[i] = v_set1(1.0f + (float)i * 0.125f);

@@ -1,9 +1,11 @@
-/* labels.c: the label that a boundary predictor is trained on, straight from queries and keys: what ratios.c makes of the dense
- * attention matrix, without the matrix. Nothing here is used when a model runs. Source: arXiv 2510.24606.
+/* labels.c: the label that a boundary predictor is trained on, computed from queries and keys. The
+ * result is that of `boundary_ratios` in dhsa/labels.py for their dense attention matrix, which is never formed. Nothing
+ * here is used when a model runs. Source: arXiv 2510.24606.
  *
- * Gap j asks what rows from j + w on give to 2w columns. In column c these are the rows from c + d on for some d < 2w, so of a
- * column its first 2w - 1 rows are kept one by one and only the sum of all others: 2w numbers a key, and sums of positive
- * numbers throughout. Rows of a window layer need no upper limit: columns end by themselves. */
+ * Gap j needs the attention that rows from j + w on give to 2w columns. In column c these are the rows from c + d on
+ * for some d < 2w. So the first 2w - 1 rows of a column are kept one by one, and of all later rows only the sum: 2w
+ * values per key, all of them sums of positive values. In a window layer the rows need no upper limit, since a column
+ * ends where its key leaves the window. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -12,9 +14,9 @@
 #include "select/probe.h"
 
 enum {
-    QUERIES = 128,   /* a block of queries, whose heads share the keys */
-    STRIPES = 16,    /* blocks s, s + STRIPES, ... are added up by one task: as many sums of each column whatever the length */
-    MOST_WINDOW = 64 /* bounds what is kept of a key */
+    QUERIES = 128,   /* queries of a block, whose heads share the keys */
+    STRIPES = 16,    /* one task sums blocks s, s + STRIPES, ...: the number of partial sums is fixed */
+    MOST_WINDOW = 64 /* bounds the memory for each key */
 };
 
 typedef struct {
@@ -23,8 +25,8 @@ typedef struct {
     int64_t window, sliding;
     dhsa_probe probe;
     double *near;   /* [batch, L, 2w - 1]: rows c .. c + 2w - 2 of column c, summed over the heads */
-    double *far;    /* [batch, STRIPES, L]: the rows after them */
-    int64_t *bad;   /* [batch, STRIPES]: the first query with a logit that is no number, or -1 */
+    double *far;    /* [batch, STRIPES, L]: the sums of the rows after them */
+    int64_t *bad;   /* [batch, STRIPES]: the first query with a logit that is NaN or inf, or -1 */
     double *ratios; /* [batch, L] */
     char *arenas;
 } label_job;
@@ -45,7 +47,7 @@ static void label_visit(void *of, int64_t row, int64_t first, int n, const float
     const label_job *job = w->job;
     const int64_t lanes = job->probe.kernels->lanes, kept = 2 * job->window - 1;
     const int64_t rows = DHSA_MIN(DHSA_MIN(QUERIES, job->q->shape[2] - w->rows.query) * w->rows.heads - row, lanes);
-    for (int64_t r = 0; r < rows; r++) /* every query sees itself: a weight of 0 is no number's */
+    for (int64_t r = 0; r < rows; r++) /* every query sees itself: a weight of 0 means a NaN or inf */
         if (weight[r] == 0 && *w->bad < 0) *w->bad = label_query_of(w, row + r);
     if (first + n - 1 + kept <= label_query_of(w, row)) {
         float sums[DHSA_PROBE_TILE] = {0};
@@ -74,7 +76,7 @@ static void label_stripe_task(void *context, int64_t index, int thread)
     w.bad = job->bad + index;
     memset(w.far, 0, (size_t)length * sizeof *w.far);
     *w.bad = -1;
-    /* A block writes near rows of its own queries only, so that stripes do not meet there. */
+    /* A block writes only the near rows of its own queries, so no two stripes write the same entry. */
     for (w.rows.query = index % STRIPES * QUERIES; w.rows.query < length; w.rows.query += STRIPES * QUERIES) {
         const int64_t query = w.rows.query, last = DHSA_MIN(query + QUERIES, length);
         const dhsa_probe_run run = {.rows = (last - query) * w.rows.heads,
@@ -91,7 +93,7 @@ static void label_stripe_task(void *context, int64_t index, int thread)
     }
 }
 
-/* What column c gives from row c + d on. The stripes have been added up in the first of them. */
+/* The attention that column c receives from rows c + d on. The first stripe holds the sum of all stripes. */
 static double column(const label_job *job, int64_t b, int64_t c, int64_t d)
 {
     const int64_t length = job->q->shape[2], kept = 2 * job->window - 1;

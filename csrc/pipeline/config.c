@@ -1,5 +1,5 @@
-/* config.c: what a config may ask for, whatever the arrays of the call are; asked once when a config is made, or by a public entry
- * that is handed one. */
+/* config.c: checks of a config that do not depend on the arrays of a call. They are done once when a config is made, or
+ * by a public entry that is given one. */
 #include <inttypes.h>
 
 #include "chunk/chunk.h"

@@ -1,10 +1,10 @@
-/* pipeline.h: what the files of pipeline/ share. Private to the core; the public entries are in dhsa.h. */
+/* pipeline.h: declarations shared by the files of pipeline/. Private to the core; the public entries are in dhsa.h. */
 #ifndef DHSA_PIPELINE_H
 #define DHSA_PIPELINE_H
 
 #include "select/selector.h"
 
-/* What dhsa_config_check asks of the score. config.c */
+/* Checks a score config by itself, as dhsa_config_check does. In config.c. */
 dhsa_status dhsa_score_config_check(const dhsa_score_config *config, dhsa_error *error);
 
 #endif

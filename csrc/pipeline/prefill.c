@@ -1,6 +1,6 @@
-/* prefill.c: the pipeline: boundaries where the method has chunks, then scores and lists and attention over them, a wave of blocks
- * at a time; or attention alone where nothing is left out. It strings the steps together and says what it did; how each is done
- * lies in select/ and attend/. */
+/* prefill.c: the pipeline: boundaries if the method has chunks, then scores, lists and attention over the lists, one
+ * wave of query blocks at a time; or attention alone where no keys are left out. This file calls the steps and reports
+ * what was done; the steps themselves are in chunk/, select/ and attend/. */
 #include <assert.h>
 #include <inttypes.h>
 #include <string.h>
@@ -20,11 +20,11 @@ static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_erro
 
 /* ---- waves ------------------------------------------------------------------------------------------------------ */
 
-/* Lists are made and used a wave at a time: blocks [first, first + blocks) of batch items [b, b + batch). The whole of a
- * small call is one wave, else a wave is a part of one batch item. Waves depend on the shape only. */
+/* Lists are made and used one wave at a time: query blocks [first, first + blocks) of batch items [b, b + batch). A
+ * small call is a single wave; otherwise a wave is a part of one batch item. Waves depend on the shape only. */
 enum {
-    WAVE_KEYS = 1 << 18, /* keys on the lists of a wave */
-    WAVE_LISTS = 32      /* but as many lists as this, so that threads have work to share out */
+    WAVE_KEYS = 1 << 18, /* keys on the lists of a wave, at most */
+    WAVE_LISTS = 32      /* but there are at least this many lists, if the call has them, for threads to share */
 };
 
 typedef struct {
@@ -32,9 +32,9 @@ typedef struct {
     const dhsa_select_config *config;
     dhsa_selector selector;
     int64_t head_sets, blocks;
-    int64_t capacity; /* entries of a row of boundaries; all 0 where the method has no chunks */
-    const int32_t *boundaries;
-    int32_t *own; /* the memory of boundaries that were made here */
+    int64_t capacity;          /* entries of a row of boundaries; 0 if the method has no chunks */
+    const int32_t *boundaries; /* NULL if the method has no chunks */
+    int32_t *own;              /* the memory of boundaries that were allocated here */
     int64_t *indptr;
     int32_t *indices;
     float *lse;
@@ -42,10 +42,10 @@ typedef struct {
 } pipeline;
 
 typedef struct {
-    int64_t b, batch, first, blocks, keys; /* keys: on all lists */
+    int64_t b, batch, first, blocks, keys; /* keys: the sum over all lists */
 } wave;
 
-/* The wave that ends before block `end`; the latest blocks are the heaviest and come first. */
+/* Returns the wave that ends before block `end`. The last blocks take the longest, so they come first. */
 static wave next_wave(const pipeline *l, int64_t b, int64_t batch, int64_t end)
 {
     const int64_t q_len = l->p->q.shape[2], k_len = l->p->k.shape[2], lists = batch * l->head_sets;
@@ -74,18 +74,18 @@ static dhsa_status select_wave(pipeline *l, const wave *w, dhsa_error *error)
     dhsa_status status = dhsa_selector_alloc_arenas(&l->selector, error);
     l->indptr[0] = 0;
     for (int64_t i = 0; i < w->batch && !status; i++) {
-        /* What the blocks of a batch item share serves all its waves. */
+        /* The work that the blocks of a batch item share is done once, before its first wave. */
         if (w->first + w->blocks == l->blocks) status = dhsa_selector_begin(&l->selector, w->b + i, error);
         if (!status)
             status =
                 dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * l->head_sets * w->blocks, l->indices, error);
     }
-    /* Scoring and attention need their workspaces one after the other. */
+    /* Scoring and attention do not need their workspaces at the same time. */
     dhsa_selector_free_arenas(&l->selector);
     return status;
 }
 
-/* A wave is a problem of its own: its queries, and the keys up to the last of them. */
+/* Attends the queries of a wave to the keys up to the last of them, as a problem of its own. */
 static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
 {
     const int64_t H = l->p->q.shape[1], q_len = l->p->q.shape[2], block = l->config->score.query_block;
@@ -109,7 +109,7 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     return status;
 }
 
-/* Runs all waves, or with stats NULL only sizes their memory. */
+/* Runs all waves. With stats NULL it only finds the largest number of lists and of keys of a wave. */
 static dhsa_status run_waves(pipeline *l, dhsa_stats *stats, int64_t *lists, int64_t *keys, dhsa_error *error)
 {
     const int64_t batch = l->p->q.shape[0];
@@ -148,7 +148,7 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
     return status;
 }
 
-/* Keys that the key indexes hold are cut already. */
+/* Updates the key indexes, which cut only the keys that are new to them, and takes the boundaries from them. */
 static dhsa_status cut_indexed(pipeline *l, const dhsa_boundary_config *config, dhsa_key_index *const *key_indexes, int64_t same,
                                dhsa_error *error)
 {
@@ -204,7 +204,7 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     stats->density = l.pairs / dhsa_pairs_visible(p, l.head_sets);
     dhsa_selector_close(&l.selector);
 cleanup:
-    /* What a call that failed midway has left is nothing to build on. */
+    /* A call that failed midway leaves key indexes that cannot be used, so they are emptied. */
     for (int64_t b = 0; key_indexes && status && b < p->k.shape[0]; b++) dhsa_key_index_reset(key_indexes[b]);
     for (int64_t b = 0; key_indexes && !keep_means && b < p->k.shape[0]; b++) dhsa_key_index_drop_means(key_indexes[b]);
     dhsa_free(l.own);
@@ -236,7 +236,7 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
                              "key_indexes: batch items %" PRId64 " and %" PRId64 " share one, expected one for each item", b,
                              key_indexes[b]->item);
     if (!p->causal || p->key_ranges)
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "%s: sparse attention is causal, without ranges of its own",
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "%s: sparse attention must be causal and takes no key_ranges",
                          p->key_ranges ? "key_ranges" : "causal");
     const int of_rows = select.score.score == DHSA_SCORE_ROWS;
     select.score.scale = of_rows ? p->scale : 1.0;
@@ -248,7 +248,7 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     if (key_indexes && p->q.shape[2] == 1) { /* a decoding step */
         select.score.query_block = select.score.mean_queries = 1;
         select.dense_tail = 0;
-        /* A query alone needs no list that is long enough for the differing wishes of a block. */
+        /* A single query needs a shorter shortlist than a block, whose queries differ in the keys that they need. */
         select.shortlist = DHSA_MAX(select.shortlist / 2, DHSA_MIN(select.shortlist, select.budget));
     }
     if (boundaries && !dhsa_method_has_chunks(select.method))

@@ -1,4 +1,4 @@
-/* select.c: the public entries of scores and of selection. */
+/* select.c: the public entries that compute scores and selections. */
 #include <inttypes.h>
 #include <math.h>
 
@@ -6,7 +6,7 @@
 #include "pipeline/pipeline.h"
 #include "select/scorer.h"
 
-/* Of a call whose config has been checked: its arrays, and what of the config comes from the layer. */
+/* Checks the arrays of a call, and the fields of its config that come from the layer. The rest has been checked. */
 static dhsa_status call_check(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *c, dhsa_error *error)
 {
     dhsa_status status;
@@ -41,7 +41,7 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
     return DHSA_OK;
 }
 
-/* indptr must be what dhsa_select_plan gives. *sparse receives whether any block has to be scored. */
+/* Checks that indptr is as dhsa_select_plan writes it. *sparse receives whether any block has to be scored. */
 static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, const int64_t *indptr,
                                 int *sparse, dhsa_error *error)
 {

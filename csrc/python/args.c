@@ -1,5 +1,5 @@
-/* args.c: Python numbers, tuples and arrays to the structs of dhsa.h, and dhsa_error to Python exceptions.
- * Ranges are checked in the core; here only what conversion would lose. */
+/* args.c: converts Python numbers, tuples and arrays to the structs of dhsa.h, and dhsa_error to Python exceptions.
+ * The core checks ranges; only what a conversion would lose is checked here. */
 #include "python/args.h"
 
 #include <math.h>
@@ -83,7 +83,7 @@ int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_
                     int64_t *window_out)
 {
     if (scale == Py_None) {
-        *scale_out = head_dim > 0 ? 1.0 / sqrt((double)head_dim) : 1.0; /* an empty head_dim is refused later, by name */
+        *scale_out = head_dim > 0 ? 1.0 / sqrt((double)head_dim) : 1.0; /* an empty head_dim is refused later */
     } else if (dhsa_py_double(scale, "scale", 0, scale_out) != 0) {
         return -1;
     }
@@ -169,7 +169,8 @@ void dhsa_py_problem_release(dhsa_py_problem *p)
     }
 }
 
-/* A tuple of exactly `size` items. These tuples come from our own Python files, so the message is for their authors. */
+/* Checks that an object is a tuple of `size` items. Only Python files of this package make such tuples, so the
+ * message is for their authors. */
 static int check_tuple(PyObject *tuple, const char *name, Py_ssize_t size)
 {
     if (!PyTuple_Check(tuple)) {
@@ -182,7 +183,8 @@ static int check_tuple(PyObject *tuple, const char *name, Py_ssize_t size)
     return 0;
 }
 
-/* Sizes are known after the weights that have them: rows and columns of the first, rows of the third and fifth. */
+/* Sizes are taken from the weights: width and channels from the rows and columns of the first, pooled and hidden
+ * from the rows of the third and the fifth. */
 static int compact_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *p)
 {
     static const char *const names[] = {"project.weight", "project.bias", "token.weight",  "token.bias",
@@ -232,8 +234,9 @@ int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_
         dhsa_py_int(PyTuple_GetItem(tuple, 1), "window", 1, INT32_MAX, &w->window) != 0) {
         return -1;
     }
-    /* in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, norm_weight, norm_bias, gate_weight | None, mlp0_weight,
-     * mlp0_bias, mlp2_weight, mlp2_bias: channels are known after the first, hidden after the eighth, by the -1 below. */
+    /* in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, norm_weight, norm_bias, gate_weight | None,
+     * mlp0_weight, mlp0_bias, mlp2_weight, mlp2_bias. channels is taken from the first and hidden from the eighth,
+     * whose sizes are -1 (any) below. */
     static const char *const names[DHSA_PY_PREDICTOR_ARRAYS] = {"enc.mha.in_proj_weight",
                                                                 "enc.mha.in_proj_bias",
                                                                 "enc.mha.out_proj.weight",
@@ -299,7 +302,7 @@ void dhsa_py_predictor_release(dhsa_py_predictor *p)
 
 PyObject *dhsa_py_raise_as(PyObject *type, const dhsa_error *error)
 {
-    /* A name from the environment may hold any bytes. */
+    /* The message may contain a value from the environment, which may hold any bytes. */
     PyObject *message = PyUnicode_DecodeUTF8(error->message, (Py_ssize_t)strlen(error->message), "backslashreplace");
     if (message != NULL) {
         PyErr_SetObject(type, message);
@@ -335,7 +338,7 @@ PyObject *dhsa_py_result(dhsa_status status, const dhsa_error *error)
     if (status != DHSA_OK) {
         return dhsa_py_raise(error);
     }
-    /* The core does not stop midway; a Ctrl-C that came meanwhile is honoured here. */
+    /* The core does not stop midway. A Ctrl-C that arrived during the call raises its exception here. */
     if (PyErr_CheckSignals() != 0) {
         return NULL;
     }

@@ -1,5 +1,5 @@
-/* boundaries.c: the functions of dhsa._core that cut keys into chunks, and the labels of boundary predictors. The others are in
- * entries.c. */
+/* boundaries.c: the functions of dhsa._core that cut keys into chunks, and those that compute labels for boundary
+ * predictors. All others are in entries.c. */
 #include <string.h>
 
 #include "python/config.h"
@@ -65,7 +65,7 @@ PyObject *dhsa_py_predictor_logits(PyObject *module, PyObject *const *args, Py_s
     return result;
 }
 
-/* -> how many entries of `boundaries` were written */
+/* Returns the number of entries written to `boundaries`. */
 PyObject *dhsa_py_pick_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
@@ -147,39 +147,6 @@ PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t
     dhsa_py_view_release(&k);
     dhsa_py_view_release(&boundaries);
     dhsa_py_view_release(&counts);
-    return result;
-}
-
-PyObject *dhsa_py_boundary_ratios(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
-{
-    const dhsa_py_state *state = PyModule_GetState(module);
-    dhsa_py_view attn, ratios;
-    int64_t window = 0, sliding = 0;
-    int threads = 0;
-    PyObject *result = NULL;
-    memset(&attn, 0, sizeof attn);
-    memset(&ratios, 0, sizeof ratios);
-    if (dhsa_py_count("boundary_ratios", nargs, 5) != 0 || dhsa_py_int(args[1], "window", 1, INT64_MAX, &window) != 0 ||
-        dhsa_py_optional_int(args[2], "sliding_window", 1, INT64_MAX, 0, &sliding) != 0 ||
-        dhsa_py_threads(args[4], &threads) != 0 || dhsa_py_view_open(state, args[0], "attn", &attn) != 0) {
-        return NULL;
-    }
-    if (attn.dtype.code != DL_FLOAT || attn.dtype.bits != 32) {
-        PyErr_SetString(PyExc_TypeError, "attn: expected float32");
-    } else if (attn.ndim != 2 || attn.shape[0] != attn.shape[1] || attn.shape[0] < 1) {
-        PyErr_SetString(PyExc_ValueError, "attn: expected one square matrix [L, L]");
-    } else if (attn.shape[1] > 1 && attn.stride[1] != 1) {
-        PyErr_SetString(PyExc_ValueError, "attn: the last dimension must be contiguous (stride 1)");
-    } else if (dhsa_py_array_open(state, args[3], "ratios", DL_FLOAT, 64, 1, attn.shape, 1, &ratios) == 0) {
-        dhsa_error error = {DHSA_OK, ""};
-        dhsa_status status;
-        Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_boundary_ratios(attn.data, attn.stride[0], attn.shape[0], window, sliding, ratios.data, threads, &error);
-        Py_END_ALLOW_THREADS;
-        result = dhsa_py_result(status, &error);
-    }
-    dhsa_py_view_release(&attn);
-    dhsa_py_view_release(&ratios);
     return result;
 }
 

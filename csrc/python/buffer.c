@@ -1,16 +1,17 @@
-/* buffer.c: the type _core.Buffer, plain memory with a shape and a dtype that hands itself out through DLPack. It carries results
- * to array libraries whose own arrays cannot be written into, and dtypes (bfloat16) that the buffer protocol cannot name. */
+/* buffer.c: the type _core.Buffer, plain memory with a shape and a dtype that is exported through DLPack. It carries
+ * results to array libraries whose own arrays cannot be written to, and dtypes (bfloat16) that the buffer protocol
+ * cannot name. */
 #include <stdatomic.h>
 #include <string.h>
 
 #include "core/internal.h"
 #include "python/args.h"
 
-/* Memory shared by a Buffer and its exports, counted here and not by Python: a consumer may let go on any thread, in any
- * interpreter, without the GIL. */
+/* Memory shared by a Buffer and its exports. References are counted here and not by Python, since a consumer may
+ * release its tensor on any thread, in any interpreter, without the GIL. */
 typedef struct {
     atomic_int references;
-    void *data; /* dhsa_alloc */
+    void *data; /* from dhsa_alloc */
 } block;
 
 static void block_release(block *b)
@@ -28,7 +29,7 @@ typedef struct {
     int64_t shape[DHSA_PY_MAX_NDIM], stride[DHSA_PY_MAX_NDIM];
 } buffer_object;
 
-/* One exported tensor, in either struct of DLPack; it owns a reference to the block. */
+/* One exported tensor, in either struct of DLPack. It owns a reference to the block. */
 typedef struct {
     union {
         dl_managed plain;
@@ -119,7 +120,7 @@ static void delete_versioned(dl_managed_versioned *managed)
     dhsa_free(managed);
 }
 
-/* Runs when a capsule dies; a consumer that took the tensor has renamed the capsule. */
+/* Runs when a capsule is destroyed. A consumer that took the tensor has renamed the capsule. */
 static void capsule_destructor(PyObject *capsule)
 {
     if (PyCapsule_IsValid(capsule, "dltensor")) {
@@ -139,7 +140,7 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
         return NULL;
     }
     if (stream != Py_None || copy == Py_True) {
-        PyErr_SetString(PyExc_BufferError, "__dlpack__: neither streams nor copies are offered");
+        PyErr_SetString(PyExc_BufferError, "__dlpack__: neither streams nor copies are supported");
         return NULL;
     }
     if (device != Py_None) {
@@ -178,7 +179,7 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
         dhsa_free(e);
         return NULL;
     }
-    atomic_fetch_add(&self->memory->references, 1); /* dropped by the deleter */
+    atomic_fetch_add(&self->memory->references, 1); /* released by the deleter */
     return capsule;
 }
 

@@ -1,5 +1,5 @@
-/* config.c: the type _core.Config: the fields of a configuration, parsed by name and checked once, where it is made. What values
- * may be is for dhsa_config_check to say; here only what conversion would lose. */
+/* config.c: the type _core.Config: the fields of a configuration, parsed by name and checked once, when it is
+ * created. dhsa_config_check decides which values are valid; only what a conversion would lose is checked here. */
 #include "python/config.h"
 
 #include <math.h>
@@ -10,7 +10,7 @@ typedef enum {
     FIELD_INT,
     FIELD_OPTIONAL_INT, /* None is stored as `none` */
     FIELD_NUMBER,
-    FIELD_SHARE,  /* above 0, or None, stored as 0 */
+    FIELD_SHARE,  /* a number above 0, or None, which is stored as 0 */
     FIELD_METHOD, /* a method by its name */
     FIELD_CHOICE, /* one of `names` */
     FIELD_FLAG,
@@ -18,12 +18,13 @@ typedef enum {
     FIELD_WEIGHTS
 } field_kind;
 
-/* In the order of the enums of dhsa.h. */
+/* In the order of the enums in dhsa.h. */
 static const char *const heads_names[] = {"group", "all", "head", NULL};
 static const char *const boundaries_names[] = {"similarity", "fixed", "predictor", NULL};
 static const char *const pooling_names[] = {"mean", "mean_sqrt", NULL};
 
-/* X(name, kind, where it is stored, least int, None, names). A floor of None is sink + local, once they are known. */
+/* X(name, kind, member of dhsa_py_config, smallest int, value of None, names of choices). A floor of None becomes
+ * sink + local once these are known. */
 #define CONFIG_FIELDS(X)                                                                                                           \
     X(method, METHOD, select.method, 0, 0, NULL)                                                                                   \
     X(budget, OPTIONAL_INT, select.budget, 1, INT64_MAX, NULL)                                                                     \
@@ -111,7 +112,7 @@ static int parse_field(const field *f, PyObject *value, dhsa_py_config *self)
         if (dhsa_py_double(value, f->name, 0, to) != 0) {
             return -1;
         }
-        if (*(double *)to <= 0) { /* the core knows 0 as none */
+        if (*(double *)to <= 0) { /* in the core 0 means none */
             PyErr_Format(PyExc_ValueError, "%s: expected None or a number above 0, at most 1, got %S", f->name, value);
             return -1;
         }
@@ -300,7 +301,7 @@ static PyObject *config_reduce(PyObject *object, PyObject *unused)
 {
     (void)object;
     (void)unused;
-    PyErr_SetString(PyExc_TypeError, "Config: cannot be pickled by itself; a dhsa.Config can, and makes it again");
+    PyErr_SetString(PyExc_TypeError, "Config: cannot be pickled by itself; pickle the dhsa.Config, which creates it again");
     return NULL;
 }
 
@@ -308,20 +309,20 @@ PyObject *dhsa_py_config_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
         {"leaves_out", (PyCFunction)(void (*)(void))config_leaves_out, METH_FASTCALL,
-         "leaves_out($self, q_len, k_len, window, /)\n--\n\nWhether causal attention of the last q_len of k_len positions, within "
-         "a "
-         "window or None, leaves a visible key out."},
+         "leaves_out($self, q_len, k_len, window, /)\n--\n\nWhether causal attention of the last q_len of k_len positions "
+         "leaves out a visible key. window: None for no sliding window."},
         {"num_gaps", config_num_gaps, METH_O,
-         "num_gaps($self, length, /)\n--\n\nThe most gaps between `length` keys to cut at, where boundaries are not fixed."},
+         "num_gaps($self, length, /)\n--\n\nThe largest number of gaps at which `length` keys are cut, if boundaries are not "
+         "fixed."},
         {"__reduce__", config_reduce, METH_NOARGS, "Raises TypeError."},
         {NULL, NULL, 0, NULL},
     };
 #define CONFIG_GETTER(name, ...) {#name, get_field, NULL, "As in dhsa.Config.", (void *)&fields[PLACE_##name]},
     static PyGetSetDef getters[] = {
-        CONFIG_FIELDS(CONFIG_GETTER){"exact", get_exact, NULL, "Whether no key is ever left out: neither a budget nor a mass.",
-                                     NULL},
+        CONFIG_FIELDS(CONFIG_GETTER){"exact", get_exact, NULL,
+                                     "Whether no key is ever left out: there is neither a budget nor a mass.", NULL},
         {"exact_up_to", get_exact_up_to, NULL,
-         "Keys up to which a block sees all that are visible to it: the budget, or the floor where a mass decides.", NULL},
+         "A block with at most this many visible keys sees all of them: the budget or, with a mass, the floor.", NULL},
         {NULL, NULL, NULL, NULL, NULL},
     };
     static PyType_Slot slots[] = {

@@ -1,5 +1,6 @@
-/* dlpack.h: the part of the DLPack 1.x binary interface (dmlc.github.io/dlpack) that reading tensors and handing out
- * results needs: struct layouts and constants only. Field order and widths are fixed by that interface; names are ours. */
+/* dlpack.h: the part of the DLPack 1.x binary interface (dmlc.github.io/dlpack) that is needed to read tensors and
+ * to export results: struct layouts and constants only. The interface determines the order and width of members; the
+ * names are those of this project. */
 #ifndef DHSA_PYTHON_DLPACK_H
 #define DHSA_PYTHON_DLPACK_H
 
@@ -28,7 +29,7 @@ typedef struct {
     int32_t ndim;
     dl_dtype dtype;
     int64_t *shape;
-    int64_t *strides; /* in elements; NULL before 1.2: contiguous */
+    int64_t *strides; /* in elements; before version 1.2 NULL means contiguous */
     uint64_t byte_offset;
 } dl_tensor;
 
@@ -48,8 +49,9 @@ typedef struct dl_managed_versioned {
     dl_tensor tensor;
 } dl_managed_versioned;
 
-/* What the capsule type.__dlpack_c_exchange_api__, named "dlpack_exchange_api", points to: the same exchange as __dlpack__ as
- * plain C calls, a tenth of its cost. All members but `from_object` are unused here and typed loosely. */
+/* What the capsule type.__dlpack_c_exchange_api__, named "dlpack_exchange_api", points to: the exchange of
+ * __dlpack__ in plain C calls, which cost a tenth. Of the functions only `from_object` is used; the others are
+ * declared without their arguments. */
 typedef struct dl_exchange {
     dl_version version;
     struct dl_exchange *previous; /* an older interface of the same library, or NULL */

@@ -1,5 +1,5 @@
-/* entries.c: the functions of dhsa._core but those of boundaries.c: open the arguments, release the GIL, call dhsa.h, hand back the
- * result. Output arrays are made by the caller (functional.py). */
+/* entries.c: the functions of dhsa._core except those in boundaries.c. They open the arguments, release the GIL,
+ * call a function of dhsa.h and return the result. The caller (functional.py) allocates output arrays. */
 #include "python/entries.h"
 
 #include <string.h>
@@ -12,13 +12,13 @@
 
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
-/* The share of products that skip left out. */
+/* The share of products that were left out because of the option skip. */
 static double skipped(const dhsa_py_problem *p)
 {
     return p->skip_counts[0] > 0 ? (double)p->skip_counts[1] / (double)p->skip_counts[0] : 0.0;
 }
 
-/* -> the share of products left out */
+/* Returns the share of products left out. */
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
@@ -39,7 +39,7 @@ PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize
     return result;
 }
 
-/* Arrays of a selection; lengths are checked here, since C sees pointers only, and contents by the core. */
+/* Opens and checks the arrays of a selection. The core gets their lengths from here, since C sees only pointers. */
 static int open_selection(const dhsa_py_state *state, PyObject *const *args, const dhsa_problem *problem, dhsa_py_view *indptr,
                           dhsa_py_view *indices, dhsa_selection *selection)
 {
@@ -74,7 +74,7 @@ static int open_selection(const dhsa_py_state *state, PyObject *const *args, con
     return 0;
 }
 
-/* -> (density, the share of products left out) */
+/* Returns (density, share of products left out). */
 PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
@@ -89,13 +89,13 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     double density = 1.0;
     dhsa_error error = {DHSA_OK, ""};
     PyObject *result = NULL;
-    /* The problem first: a selection is measured against its shapes. */
+    /* The problem is checked first, since a selection is checked against its shapes. */
     dhsa_status status = dhsa_problem_check(&p.problem, &error);
     if (status != DHSA_OK) {
         dhsa_py_raise(&error);
     } else if (open_selection(state, args + 12, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_attend_checked(&p.problem, &selection, &error); /* both have been */
+        status = dhsa_attend_checked(&p.problem, &selection, &error); /* both are checked */
         if (status == DHSA_OK) density = dhsa_pairs_kept(&p.problem, &selection) / dhsa_pairs_visible(&p.problem, selection.heads);
         Py_END_ALLOW_THREADS;
         result = dhsa_py_result(status, &error);
@@ -110,7 +110,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     return result;
 }
 
-/* -> (path, density, select_seconds, attend_seconds, skipped); boundaries: int32 [B, n] to use, or None */
+/* Returns (path, density, select_seconds, attend_seconds, skipped). boundaries: int32 [B, n] to use, or None. */
 PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     const dhsa_py_state *state = PyModule_GetState(module);
@@ -127,7 +127,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
     if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
-        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep", 0, 1, &keep_means) == 0 &&
+        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep_means", 0, 1, &keep_means) == 0 &&
         dhsa_py_key_indexes_open(state, args[14], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
@@ -155,7 +155,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
 
 /* ---- scores and selection ----------------------------------------------------------------------------------- */
 
-/* What chunk_scores, select_plan and select share. */
+/* Arguments that chunk_scores, select_plan and select have in common. */
 typedef struct {
     dhsa_py_view q_view, k_view, boundaries, indptr, output;
     dhsa_tensor q, k;
@@ -170,7 +170,7 @@ static void select_args_release(select_args *a)
     dhsa_py_view_release(&a->output);
 }
 
-/* q, k (args[0], args[1]) and, if not NULL, the boundaries [B, n]. */
+/* Opens q and k (args[0], args[1]) and, unless it is NULL, boundaries [B, n]. */
 static int select_args_open(const dhsa_py_state *state, PyObject *const *args, PyObject *boundaries, select_args *a)
 {
     memset(a, 0, sizeof *a);
@@ -187,7 +187,7 @@ static int select_args_open(const dhsa_py_state *state, PyObject *const *args, P
 
 static int score_scaling(PyObject *const *args, const select_args *a, dhsa_score_config *config)
 {
-    /* The paper's block products are not scaled, so None means 1 there. */
+    /* The block products of the paper are not scaled, so there None means 1. */
     const int64_t head_dim = config->score == DHSA_SCORE_BLOCK ? 1 : a->q.shape[3];
     return dhsa_py_scaling(args[0], args[1], args[2], head_dim, &config->scale, &config->softcap, &config->window);
 }
@@ -231,7 +231,7 @@ static int open_indptr(const dhsa_py_state *state, PyObject *object, int writabl
     const int64_t length = a->q.shape[2], block = config->query_block;
     const int64_t nq = length / block + (length % block != 0);
     const int64_t factors[3] = {a->q.shape[0], dhsa_head_sets(config, &a->q, &a->k), nq};
-    int64_t rows = a->indptr.shape[0] - 1; /* divided down, so that no product can overflow */
+    int64_t rows = a->indptr.shape[0] - 1; /* divided by each factor, since a product of them could overflow */
     for (int i = 0; i < 3; i++) {
         if (factors[i] < 1 || rows % factors[i] != 0) {
             rows = -1;
@@ -315,7 +315,7 @@ PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t na
     if (name == NULL && !PyErr_ExceptionMatches(PyExc_UnicodeError)) {
         return NULL;
     }
-    /* The core reads up to a NUL, and half a surrogate pair has no UTF-8: no tier's name has either. */
+    /* The core reads up to a NUL, and a lone surrogate has no UTF-8 form. No tier has a name with either. */
     if (name == NULL || strlen(name) != (size_t)bytes) {
         PyErr_Clear();
         PyErr_Format(PyExc_ValueError, "isa: %R is not a tier that is compiled in and that this CPU runs", args[0]);
@@ -410,7 +410,7 @@ PyObject *dhsa_py_read_bandwidth(PyObject *module, PyObject *const *args, Py_ssi
         dhsa_py_view_open(PyModule_GetState(module), args[0], "array", &view) != 0) {
         return NULL;
     }
-    int64_t bytes = view.dtype.bits / 8; /* of as many dimensions as were found to be contiguous, whose memory exists */
+    int64_t bytes = view.dtype.bits / 8; /* of the inner dimensions found to be contiguous, whose memory exists */
     int contiguous = 1;
     for (int i = view.ndim - 1; i >= 0 && contiguous; i--) {
         contiguous = view.shape[i] == 1 || view.stride[i] == bytes / (view.dtype.bits / 8);

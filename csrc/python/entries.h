@@ -4,20 +4,20 @@
 
 #include <Python.h>
 
-/* X(name, signature): one function of the module, called with positional arguments only; the signature as inspect reads it. */
+/* X(name, signature): one function of the module, called with positional arguments only. inspect reads the
+ * signature. */
 #define DHSA_PY_ENTRIES(X)                                                                                                         \
     X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, /")                \
     X(attend_sparse,                                                                                                               \
       "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, indptr, indices, "               \
       "shape, query_block, /")                                                                                                     \
     X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, config, "               \
-               "boundaries, key_indexes, same, keep, /")                                                                           \
+               "boundaries, key_indexes, same, keep_means, /")                                                                     \
     X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
     X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
     X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
     X(boundaries_capacity, "$module, config, length, /")                                                                           \
     X(boundaries, "$module, k, config, boundaries, counts, num_threads, /")                                                        \
-    X(boundary_ratios, "$module, attn, window, sliding_window, ratios, num_threads, /")                                            \
     X(attention_ratios, "$module, q, k, window, sliding_window, scale, softcap, ratios, num_threads, /")                           \
     X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, scores, num_threads, /")                           \
     X(select_plan, "$module, q, k, config, scale, softcap, window, indptr, /")                                                     \

@@ -1,6 +1,5 @@
-/* key_index.c: the type _core.Past: what is kept of a sequence's keys from call to call, owned by Python. The work is done in
- * chunk/key_index.c.
- */
+/* key_index.c: the type _core.KeyIndex, a Python object that owns a dhsa_key_index: what is kept about the keys of a
+ * sequence from call to call. The work is done in chunk/key_index.c. */
 #include "python/key_index.h"
 
 #include <stdatomic.h>
@@ -10,13 +9,13 @@
 
 typedef struct {
     PyObject_HEAD dhsa_key_index *index;
-    atomic_int busy; /* a call works on it, without the GIL */
+    atomic_int busy; /* 1 while a call uses it without the GIL */
 } key_index_object;
 
 static PyObject *key_index_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     if (PyTuple_Size(args) != 0 || (kwargs != NULL && PyDict_Size(kwargs) != 0)) {
-        PyErr_SetString(PyExc_TypeError, "Past: takes no arguments");
+        PyErr_SetString(PyExc_TypeError, "KeyIndex: takes no arguments");
         return NULL;
     }
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -37,7 +36,7 @@ static PyObject *key_index_new(PyTypeObject *type, PyObject *args, PyObject *kwa
 static void key_index_dealloc(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
-    dhsa_key_index_free(((key_index_object *)object)->index); /* never busy: a call holds a reference */
+    dhsa_key_index_free(((key_index_object *)object)->index); /* never busy, since a call holds a reference */
     freefunc free_object = (freefunc)PyType_GetSlot(type, Py_tp_free);
     free_object(object);
     Py_DECREF(type);
@@ -110,7 +109,7 @@ static PyObject *key_index_to_bytes(PyObject *object, PyObject *unused)
     return bytes;
 }
 
-/* A new object that owns `index`; frees it and returns NULL if there is no memory. */
+/* A new object that owns `index`. Frees it and returns NULL if there is no memory. */
 static PyObject *key_index_wrap(PyTypeObject *type, dhsa_key_index *index)
 {
     allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
@@ -139,7 +138,7 @@ static PyObject *key_index_from_bytes(PyObject *type, PyObject *bytes)
     return status != DHSA_OK ? dhsa_py_raise(&error) : key_index_wrap((PyTypeObject *)type, index);
 }
 
-/* __copy__ and __deepcopy__: it holds nothing that two could share. */
+/* __copy__ and __deepcopy__ are the same, since the object holds nothing that two copies could share. */
 static PyObject *key_index_twin(PyObject *object, PyObject *unused)
 {
     (void)unused;
@@ -162,15 +161,15 @@ static PyObject *key_index_reduce(PyObject *object, PyObject *unused)
 {
     (void)object;
     (void)unused;
-    PyErr_SetString(PyExc_TypeError, "Past: cannot be pickled; a new one learns what it needs from the keys it is first given");
+    PyErr_SetString(PyExc_TypeError, "KeyIndex: cannot be pickled; a new one learns what it needs from the keys it is first given");
     return NULL;
 }
 
 PyObject *dhsa_py_key_index_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
-        {"__copy__", key_index_twin, METH_NOARGS, "A twin that goes its own way from here."},
-        {"__deepcopy__", key_index_twin, METH_O, "A twin that goes its own way from here."},
+        {"__copy__", key_index_twin, METH_NOARGS, "An independent copy."},
+        {"__deepcopy__", key_index_twin, METH_O, "An independent copy."},
         {"__reduce__", key_index_reduce, METH_NOARGS, "Raises TypeError."},
         {"to_bytes", key_index_to_bytes, METH_NOARGS, "What it holds, for a file."},
         {"from_bytes", key_index_from_bytes, METH_O | METH_CLASS, "The one that to_bytes wrote; ValueError for other bytes."},
@@ -178,7 +177,7 @@ PyObject *dhsa_py_key_index_type(PyObject *module)
     };
     static PyGetSetDef getters[] = {
         {"boundaries", key_index_boundaries, NULL,
-         "The cuts after the last call, as a list; empty chunks of a decoding step included.", NULL},
+         "The boundaries of the last call, as a list, with the empty chunks of a decoding step.", NULL},
         {"nbytes", key_index_nbytes, NULL, "Memory held, in bytes.", NULL},
         {NULL, NULL, NULL, NULL, NULL},
     };
@@ -187,11 +186,11 @@ PyObject *dhsa_py_key_index_type(PyObject *module)
         {Py_tp_dealloc, key_index_dealloc},
         {Py_tp_methods, methods},
         {Py_tp_getset, getters},
-        {Py_tp_doc, "Past(): what is kept of one sequence's keys in one layer from call to call."},
+        {Py_tp_doc, "KeyIndex(): what is kept from call to call about the keys of one sequence in one layer."},
         {0, NULL},
     };
     static PyType_Spec spec = {
-        .name = "dhsa._core.Past",
+        .name = "dhsa._core.KeyIndex",
         .basicsize = sizeof(key_index_object),
         .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
         .slots = slots,
@@ -218,8 +217,8 @@ int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64
     for (; p->count < want; p->count++) {
         PyObject *item = PyTuple_GetItem(object, p->count);
         if (!PyObject_TypeCheck(item, (PyTypeObject *)state->key_index_type)) {
-            PyErr_SetString(PyExc_TypeError, "key_indexes: expected objects of type Past");
-        } else if (key_index_acquire((key_index_object *)item) == 0) { /* an object that is there twice is busy the second time */
+            PyErr_SetString(PyExc_TypeError, "key_indexes: expected objects of type KeyIndex");
+        } else if (key_index_acquire((key_index_object *)item) == 0) { /* an object given twice is busy by then */
             p->items[p->count] = ((key_index_object *)item)->index;
             continue;
         }

@@ -1,4 +1,4 @@
-/* key_index.h: the type _core.Past. */
+/* key_index.h: the type _core.KeyIndex. */
 #ifndef DHSA_PYTHON_KEY_INDEX_H
 #define DHSA_PYTHON_KEY_INDEX_H
 
@@ -16,7 +16,7 @@ typedef struct {
     PyObject *tuple;
 } dhsa_py_key_indexes;
 
-/* A tuple of `want` Past objects, or None. Returns 0, or -1 with an exception. */
+/* Opens a tuple of `want` KeyIndex objects, or None. Returns 0, or -1 with an exception. */
 int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64_t want, dhsa_py_key_indexes *key_indexes);
 void dhsa_py_key_indexes_release(dhsa_py_key_indexes *key_indexes);
 

@@ -1,5 +1,6 @@
-/* module.c: the module dhsa._core: method table, state, multi-phase init in the limited API (3.11+). No global Python state,
- * so sub-interpreters and free threading are fine wherever the headers can say so. */
+/* module.c: the module dhsa._core: method table, state, and multi-phase initialisation in the limited API (3.11+).
+ * There is no global Python state, so that the module supports sub-interpreters and free threading, and declares
+ * this where the Python headers can express it. */
 #include <Python.h>
 
 #include "python/args.h"
@@ -39,7 +40,7 @@ static int module_exec(PyObject *module)
     if (!state->name_dlpack || !state->name_exchange || !state->no_args || !state->versioned_kwargs) {
         return -1;
     }
-    /* A DHSA_ISA that cannot be had is an error here and now, not another tier in silence. */
+    /* A DHSA_ISA that is not available makes the import fail; no other tier is used silently. */
     dhsa_error error;
     if (dhsa_isa_set("auto", &error) != DHSA_OK) {
         dhsa_py_raise_as(PyExc_ImportError, &error);
@@ -52,7 +53,7 @@ static int module_exec(PyObject *module)
     state->key_index_type = dhsa_py_key_index_type(module);
     state->config_type = dhsa_py_config_type(module);
     if (result != 0 || state->key_index_type == NULL || state->config_type == NULL ||
-        PyModule_AddObjectRef(module, "Past", state->key_index_type) != 0) {
+        PyModule_AddObjectRef(module, "KeyIndex", state->key_index_type) != 0) {
         return -1;
     }
     return PyModule_AddObjectRef(module, "Config", state->config_type);

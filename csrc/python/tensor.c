@@ -1,5 +1,6 @@
-/* tensor.c: the buffer protocol and DLPack in, dhsa_py_view and dhsa_tensor out. Refuses what this library cannot read
- * (device, dtype, lanes, rank, strides) with messages that name the argument. No arithmetic on elements. */
+/* tensor.c: converts objects with the buffer protocol or DLPack to dhsa_py_view and dhsa_tensor. What this library
+ * cannot read (device, dtype, lanes, rank, strides) is refused with a message that names the argument. Elements are
+ * not read here. */
 #include "python/tensor.h"
 
 #include <stdio.h>
@@ -30,7 +31,8 @@ static const char *dtype_name(dl_dtype dtype, char *buffer, size_t size)
     return buffer;
 }
 
-/* One struct-module format character, native byte order, to a dtype; 0 if there is no such dtype here. */
+/* Converts a format of the struct module, one character in native byte order, to a dtype. Returns 0 if the dtype is
+ * not supported. */
 static int parse_format(const char *format, Py_ssize_t itemsize, dl_dtype *dtype)
 {
     if (format == NULL) {
@@ -81,7 +83,7 @@ static int check_ndim(int ndim, const char *name)
     return 0;
 }
 
-/* Replaces the pending exception of a failed export by one that names the argument; interrupts pass through. */
+/* Replaces the pending exception of a failed export by one that names the argument. Interrupts are not replaced. */
 static void rename_export_error(const char *name, const char *how)
 {
     if (!PyErr_ExceptionMatches(PyExc_Exception)) {
@@ -118,16 +120,16 @@ static int open_buffer(PyObject *object, const char *name, dhsa_py_view *view)
     int64_t contiguous = 1;
     for (int i = b->ndim - 1; i >= 0; i--) {
         view->shape[i] = b->shape[i];
-        if (b->strides == NULL) { /* ctypes hands out none where the memory is C-contiguous */
+        if (b->strides == NULL) { /* ctypes gives no strides for C-contiguous memory */
             view->stride[i] = contiguous;
             if (b->shape[i] > 0) {
                 contiguous = contiguous > INT64_MAX / b->shape[i] ? INT64_MAX : contiguous * b->shape[i];
             }
             continue;
         }
-        /* A stride over at most one element is never used; NumPy leaves anything there. */
+        /* A stride of a dimension of size 0 or 1 is never used, and NumPy may have any value there. */
         if (b->shape[i] > 1 && b->strides[i] % b->itemsize != 0) {
-            PyErr_Format(PyExc_ValueError, "%s: stride %zd of dimension %d is no multiple of the element size %zd", name,
+            PyErr_Format(PyExc_ValueError, "%s: stride %zd of dimension %d is not a multiple of the element size %zd", name,
                          b->strides[i], i, b->itemsize);
             return -1;
         }
@@ -162,14 +164,15 @@ static int read_dl_tensor(const dl_tensor *t, const char *name, dhsa_py_view *vi
 static int read_versioned(const dl_managed_versioned *managed, const char *name, dhsa_py_view *view)
 {
     if (managed->version.major != 1) {
-        PyErr_Format(PyExc_ValueError, "%s: comes in DLPack version %u, expected 1", name, (unsigned)managed->version.major);
+        PyErr_Format(PyExc_ValueError, "%s: has DLPack version %u, expected 1", name, (unsigned)managed->version.major);
         return -1;
     }
     view->readonly = (managed->flags & DL_READ_ONLY) != 0;
     return read_dl_tensor(&managed->tensor, name, view);
 }
 
-/* The quick way, for types that offer it. 1: opened; 0: not offered; -1: error. */
+/* The faster way, through the C exchange interface. Returns 1 if opened, 0 if the type does not offer it, -1 on
+ * error. */
 static int open_exchange(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view)
 {
     PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), state->name_exchange);
@@ -184,7 +187,7 @@ static int open_exchange(const dhsa_py_state *state, PyObject *object, const cha
     if (PyCapsule_IsValid(capsule, "dlpack_exchange_api")) {
         api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     }
-    Py_DECREF(capsule); /* the interface itself lives as long as its library, by its definition */
+    Py_DECREF(capsule); /* by its definition the interface lives as long as its library */
     while (api != NULL && api->version.major > 1) {
         api = api->previous;
     }
@@ -206,7 +209,7 @@ static int open_dlpack(const dhsa_py_state *state, PyObject *method, const char 
 {
     PyObject *capsule = PyObject_Call(method, state->no_args, state->versioned_kwargs);
     if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-        PyErr_Clear(); /* an exporter from before DLPack 1.0 knows no max_version */
+        PyErr_Clear(); /* an exporter older than DLPack 1.0 does not accept max_version */
         capsule = PyObject_Call(method, state->no_args, NULL);
     }
     if (capsule == NULL) {
@@ -236,10 +239,10 @@ int dhsa_py_view_open(const dhsa_py_state *state, PyObject *object, const char *
             /* Some arrays have a buffer but cannot describe their dtype in it (bfloat16); DLPack can. */
             if (result != 0 && !view->has_buffer && PyErr_ExceptionMatches(PyExc_ValueError)) {
                 PyObject *type, *value, *traceback;
-                PyErr_Fetch(&type, &value, &traceback); /* attributes are not to be asked for while an exception is set */
+                PyErr_Fetch(&type, &value, &traceback); /* no attribute may be read while an exception is set */
                 method = PyObject_GetAttr(object, state->name_dlpack);
                 if (method == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
-                    PyErr_Restore(type, value, traceback); /* there is no other way; this says why */
+                    PyErr_Restore(type, value, traceback); /* it cannot be read in another way; this error says why */
                 } else {
                     Py_XDECREF(type);
                     Py_XDECREF(value);
@@ -297,7 +300,7 @@ int dhsa_py_view_open(const dhsa_py_state *state, PyObject *object, const char *
 
 void dhsa_py_view_release(dhsa_py_view *view)
 {
-    /* Deleters may run Python code, so a pending exception is put aside. */
+    /* Deleters may run Python code, so a pending exception is saved and restored. */
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
     if (view->has_buffer) {

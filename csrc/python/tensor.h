@@ -1,5 +1,6 @@
-/* tensor.h: arrays on their way in from Python. A view borrows memory from any object with the buffer protocol or DLPack,
- * without a copy, and keeps its owner alive until released. Not here: what shapes must be of each other (core/problem.c). */
+/* tensor.h: views of arrays that come from Python. A view borrows memory from an object with the buffer protocol or
+ * DLPack, without a copy, and keeps the owner of the memory alive until it is released. core/problem.c checks
+ * whether shapes agree with each other. */
 #ifndef DHSA_PYTHON_TENSOR_H
 #define DHSA_PYTHON_TENSOR_H
 
@@ -8,7 +9,7 @@
 #include "dhsa.h"
 #include "python/dlpack.h"
 
-/* Per-module state: the names looked up on every call, interned once. */
+/* The state of the module: names and arguments that every call needs, created once, and types. */
 typedef struct {
     PyObject *name_dlpack;      /* "__dlpack__" */
     PyObject *name_exchange;    /* "__dlpack_c_exchange_api__" */
@@ -21,7 +22,7 @@ typedef struct {
 #define DHSA_PY_MAX_NDIM 8
 
 typedef struct {
-    PyObject *capsule;             /* DLPack through __dlpack__: never consumed, so its own destructor frees it */
+    PyObject *capsule;             /* DLPack through __dlpack__: it stays unused, so that its own destructor frees it */
     dl_managed_versioned *managed; /* DLPack through the C exchange interface */
     int has_buffer;
     Py_buffer buffer;
@@ -33,20 +34,22 @@ typedef struct {
     int64_t shape[DHSA_PY_MAX_NDIM], stride[DHSA_PY_MAX_NDIM]; /* strides in elements */
 } dhsa_py_view;
 
-/* All int functions: 0, or -1 with a Python exception set whose message begins with `name`, the argument. */
+/* Functions that return int return 0, or -1 with a Python exception whose message begins with `name`, the argument. */
 
-/* Opens a view; on failure nothing is held. A zeroed view may be released. */
+/* Opens a view. On failure there is nothing to release. A zeroed view may be released. */
 int dhsa_py_view_open(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view);
 void dhsa_py_view_release(dhsa_py_view *view);
 
-/* The view as one of the tensors q, k, v, out: 4 dimensions (`axes` names them in messages), fp32 / fp16 / bf16, last stride 1. */
+/* Converts a view to one of the tensors q, k, v and out: 4 dimensions (`axes` names them in messages), fp32, fp16 or
+ * bf16, last stride 1. */
 int dhsa_py_view_tensor(const dhsa_py_view *view, const char *name, const char *axes, int writable, dhsa_tensor *tensor);
 
-/* Opens a view and demands a C-contiguous array of `ndim` dimensions and of one dtype; shape[i] < 0 allows any size. */
+/* Opens a view and checks that it is a C-contiguous array of `ndim` dimensions with the dtype of `code` and `bits`.
+ * shape[i] < 0 or shape NULL allows any size. */
 int dhsa_py_array_open(const dhsa_py_state *state, PyObject *object, const char *name, int code, int bits, int ndim,
                        const int64_t *shape, int writable, dhsa_py_view *view);
 
-/* The type _core.Buffer, made for this module; see buffer.c. */
+/* A new reference to the type _core.Buffer; see buffer.c. */
 PyObject *dhsa_py_buffer_type(PyObject *module);
 
 #endif

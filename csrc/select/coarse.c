@@ -1,4 +1,4 @@
-/* coarse.c: mean queries against mean keys of fixed blocks, see coarse.h. The float64 definition is block_rows in
+/* coarse.c: scores of key blocks from mean queries and mean keys, see coarse.h. The float64 definition is block_rows in
  * dhsa/_twin/blocks.py. */
 #include "select/coarse.h"
 
@@ -71,11 +71,11 @@ const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, 
 typedef struct {
     dhsa_mean_queries rows;
     const dhsa_coarse *coarse;
-    int64_t cut_end;   /* where the last key block ends for this block of queries */
-    float *mean, *sum; /* [dim]: the mean of a block that is cut; what it is summed in */
+    int64_t cut_end;   /* where the last key block ends for this query block */
+    float *mean, *sum; /* [dim]: the mean of a key block that is cut, and scratch for its sum */
 } coarse_job;
 
-/* What one thread works in, after the probe. */
+/* Scratch memory of one thread, after that of the probe. */
 static int64_t coarse_lay_out(const dhsa_coarse *c, int64_t dim, char *arena, coarse_job *w)
 {
     int64_t used = c->probe.arena_size;
@@ -107,7 +107,7 @@ static const float *coarse_keys(void *of, int64_t first, int n, float *tile, ptr
         int good;
         const float *mean = dhsa_block_mean(&w->coarse->means, s, kv_head, first + j, w->cut_end, w->mean, w->sum, &good);
         memcpy(tile + j * dim, mean, (size_t)dim * sizeof *tile);
-        if (!good) tile[j * dim] = NAN; /* rows that see it are to say nothing */
+        if (!good) tile[j * dim] = NAN; /* rows that see this block do not count */
     }
     *stride = dim;
     return tile;

@@ -1,19 +1,19 @@
-/* coarse.h: mean queries of a block's queries against the mean keys of fixed blocks: what hisa filters by and proxy asks for the
- * budget of a head. */
+/* coarse.h: scores of key blocks: the mean queries of a query block against the mean keys of fixed blocks. The method
+ * hisa filters key blocks by them. The method proxy decides by them how many keys each head takes. */
 #ifndef DHSA_COARSE_H
 #define DHSA_COARSE_H
 
 #include "chunk/chunk.h"
 #include "select/probe.h"
 
-/* Rows of a probe that are means of `run` neighbouring queries of a block: row r is mean r / heads of head head + r % heads. What
- * `of` points to begins with it where dhsa_mean_queries_pack serves a run. */
+/* Rows of a probe that are means of `run` neighbouring queries of a query block: row r is mean r / heads of head `head`
+ * + r % heads. In a run whose `pack` is dhsa_mean_queries_pack, `of` points to a struct that begins with this one. */
 typedef struct {
     const dhsa_selector *s;
-    const dhsa_kernels *kernels; /* the probe's */
+    const dhsa_kernels *kernels; /* of the probe */
     dhsa_span queries;
     int64_t run, head, heads;
-    float *rows; /* [DHSA_MAX_LANES, dim] to work in */
+    float *rows; /* [DHSA_MAX_LANES, dim]: scratch */
 } dhsa_mean_queries;
 
 static inline int64_t dhsa_mean_queries_count(const dhsa_mean_queries *m)
@@ -22,19 +22,19 @@ static inline int64_t dhsa_mean_queries_count(const dhsa_mean_queries *m)
 }
 void dhsa_mean_queries_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi);
 
-/* Mean keys of the fixed blocks of a selector. */
+/* Mean keys of the fixed key blocks of a selector. */
 typedef struct {
     dhsa_chunks chunks;
     int32_t *edges;
 } dhsa_block_means;
 
-/* Returns 0 if there is no memory. close in any case. */
+/* Returns 0 if there is no memory. close must be called in either case. */
 int dhsa_block_means_open(dhsa_block_means *m, const dhsa_selector *s);
 void dhsa_block_means_close(dhsa_block_means *m);
-/* Turns to the selector's batch item, in parallel. */
+/* Computes the means for the current batch item of the selector, in parallel. */
 void dhsa_block_means_begin(dhsa_block_means *m, const dhsa_selector *s);
-/* The mean of block u of a KV head, of its keys below `end` only; *good: whether it is finite. To `cut` [dim] where the block is
- * cut, with `sum` [dim] to work in. */
+/* Returns the mean of key block u of a KV head, over its keys below `end` only. *good says whether it is finite. If
+ * `end` cuts the block, the mean is computed in cut [dim], with sum [dim] as scratch. */
 const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, int64_t kv_head, int64_t u, int64_t end, float *cut,
                              float *sum, int *good);
 
@@ -42,16 +42,16 @@ typedef struct {
     dhsa_probe probe;
     dhsa_block_means means;
     int64_t run;        /* queries of a mean query */
-    int64_t arena_size; /* bytes: what scoring works in */
+    int64_t arena_size; /* bytes of scratch that scoring needs */
 } dhsa_coarse;
 
-/* Edges 0, key_block, ..., length; NULL if there is no memory. dhsa_free. */
+/* Returns the edges 0, key_block, ..., length, to be freed with dhsa_free; NULL if there is no memory. */
 int32_t *dhsa_block_edges(int64_t length, int64_t key_block);
-/* Returns 0 if there is no memory. close in any case. */
+/* Returns 0 if there is no memory. close must be called in either case. */
 int dhsa_coarse_open(dhsa_coarse *c, const dhsa_selector *s, int64_t run);
 void dhsa_coarse_close(dhsa_coarse *c);
-/* score[u] of each key block u with a candidate: probabilities of the mean queries over their mean keys, summed over rows and the
- * heads of the set. A block that straddles the end is cut there. */
+/* Writes score[u] of each key block u with a candidate: the probabilities of the mean queries over the mean keys,
+ * summed over the mean queries of all heads of the set. A key block that reaches past span.end is cut there. */
 void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, char *arena,
                        float *score);
 

@@ -1,4 +1,4 @@
-/* finite.c: finds keys that hold a NaN or inf, once for each batch item. finite.h says what becomes of them. */
+/* finite.c: finds the keys that hold a NaN or inf, once for each batch item. finite.h says how they are selected. */
 #include "select/finite.h"
 
 #include <math.h>
@@ -7,7 +7,7 @@
 #include "chunk/chunk.h"
 #include "core/threads.h"
 
-enum { KEYS = 1024 }; /* of a task */
+enum { KEYS = 1024 /* keys of one task */ };
 
 int dhsa_finite_open(dhsa_selector *s)
 {

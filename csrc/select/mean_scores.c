@@ -1,6 +1,6 @@
-/* mean_scores.c: the paper's score of chunks: the mean query of a block against the mean key of a chunk. Which chunks are
- * candidates, and what this score has in common with row scores, is in scorer.c. Source: Dynamic Hierarchical Sparse Attention,
- * arXiv 2510.24606. */
+/* mean_scores.c: the scores of the paper: the mean query of a query block against the mean key of a chunk. scorer.c
+ * finds the candidate chunks and holds what these scores have in common with row scores. Source: Dynamic Hierarchical
+ * Sparse Attention, arXiv 2510.24606. */
 #include <math.h>
 
 #include "core/arena.h"
@@ -13,7 +13,7 @@ int64_t dhsa_mean_plan(const dhsa_scorer *s)
     return size;
 }
 
-/* The mean query of the set's heads against the mean key of its KV heads: a dot product a chunk and KV head. */
+/* The mean query of the heads of a set against the mean keys of its KV heads: one dot product per chunk and KV head. */
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score)
 {
     const int64_t dim = s->q->shape[3], members = s->heads_per_kv * s->kv_per_set;
@@ -38,7 +38,7 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
         for (int64_t h = kv; h < kv + s->kv_per_set; h++) good &= s->chunks.state[h * s->chunks.pitch + at] == DHSA_CHUNK_GOOD;
         finite &= !good || isfinite(score[c]);
     }
-    /* A block of queries that are not finite has no opinion. */
+    /* If queries of the block are not finite, all chunks score 0. */
     const double cap = s->config->softcap;
     for (int64_t c = 0; c < job->n; c++) {
         if (!finite)

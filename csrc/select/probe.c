@@ -1,5 +1,6 @@
-/* probe.c: the loop that methods share which look at real logits: panels of rows, tiles of keys, an online softmax, and each
- * probability (or the sum or maximum of a key block's) handed on with the weight that brings it to the final maximum and sum. */
+/* probe.c: the loop shared by methods that compute logits of queries and keys: panels of rows, tiles of keys and an
+ * online softmax. Each probability (or the sum or maximum of those of a key block) is passed on with a weight that
+ * rescales it to the final maximum and sum. */
 #include "select/probe.h"
 
 #include <float.h>
@@ -9,20 +10,20 @@
 #include "core/arena.h"
 
 enum {
-    NUMBERS = 64 * 1024, /* a tile of long rows has fewer keys, so that it stays in L2 */
-    PANELS = 12,         /* panels that share a tile, */
-    PARTS = 1 << 20      /* if what they keep is no more than so many bytes */
+    TILE_FLOATS = 64 * 1024, /* elements of a tile: one of long keys has fewer keys, so that it stays in L2 */
+    PANELS = 12,             /* the most panels that share a tile */
+    PART_BYTES = 1 << 20     /* the most bytes that the parts of these panels take */
 };
 
-/* What one thread works in; pointers into its arena. */
+/* Scratch memory of one thread; pointers into its arena. */
 typedef struct {
     float *panel;          /* [panels] of [dim, lanes] */
-    int32_t *lo, *hi;      /* [panels, lanes]: the keys that rows see */
+    int32_t *lo, *hi;      /* [panels, lanes]: each row sees keys [lo, hi) */
     float *m, *l, *alpha;  /* [panels, lanes]; alpha [panels] of [tiles, lanes] */
     float *weight, *spare; /* [lanes] */
-    float *top;            /* [lanes]: largest products, which the softmax finds anew */
+    float *top;            /* [lanes]: largest products, which pair->qk writes and nothing reads */
     float *s, *tile;
-    float *part; /* [panels] of [part_rows, lanes] */
+    float *part; /* [panels] of [part_rows, lanes]: what is kept */
 } probe_scratch;
 
 static int64_t probe_lay_out(const dhsa_probe *b, char *base, probe_scratch *w)
@@ -31,7 +32,7 @@ static int64_t probe_lay_out(const dhsa_probe *b, char *base, probe_scratch *w)
     const int64_t dim = b->pair ? dhsa_round_up(b->dim, DHSA_PAIR_STEP) : b->dim;
     const struct {
         void *to;
-        int64_t numbers;
+        int64_t elements;
     } parts[] = {
         {&w->panel, b->panels * dim * lanes},
         {&w->lo, b->panels * lanes},
@@ -48,7 +49,7 @@ static int64_t probe_lay_out(const dhsa_probe *b, char *base, probe_scratch *w)
     };
     int64_t at = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        void *here = dhsa_part(base, &at, parts[i].numbers * 4);
+        void *here = dhsa_part(base, &at, parts[i].elements * 4);
         memcpy(parts[i].to, &here, sizeof here);
     }
     return at;
@@ -56,7 +57,7 @@ static int64_t probe_lay_out(const dhsa_probe *b, char *base, probe_scratch *w)
 
 static int probe_by_block(const dhsa_probe *b) { return b->way == DHSA_PROBE_SUMS || b->way == DHSA_PROBE_TOPS; }
 
-/* Tiles of a block; without blocks, one long block. */
+/* The number of tiles of a key block. */
 static int64_t probe_tiles_of_block(const dhsa_probe *b) { return dhsa_ceil_div(b->key_block, b->tile); }
 
 static int64_t probe_count_tiles(const dhsa_probe *b, int64_t from, int64_t to)
@@ -65,7 +66,7 @@ static int64_t probe_count_tiles(const dhsa_probe *b, int64_t from, int64_t to)
     return (dhsa_ceil_div(to, b->key_block) - from / b->key_block) * probe_tiles_of_block(b);
 }
 
-/* Keys [lo, end) of a tile; it may be empty. */
+/* Returns the keys [lo, end) of a tile, which may be empty. */
 static dhsa_span probe_find_tile(const dhsa_probe *b, int64_t from, int64_t to, int64_t index)
 {
     int64_t first = from + index * b->tile, last = to;
@@ -82,12 +83,12 @@ static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t 
     probe_scratch unused;
     b->way = way;
     b->dim = dim;
-    b->key_block = DHSA_MIN(key_block, keys); /* one block is no longer than all */
-    b->tile = DHSA_MAX(DHSA_MIN(DHSA_PROBE_TILE, NUMBERS / dim), 16);
+    b->key_block = DHSA_MIN(key_block, keys); /* a key block is no longer than all keys */
+    b->tile = DHSA_MAX(DHSA_MIN(DHSA_PROBE_TILE, TILE_FLOATS / dim), 16);
     if (probe_by_block(b)) b->tile = DHSA_MIN(b->tile, b->key_block);
     b->tiles = probe_count_tiles(b, 0, keys);
     b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
-    const int64_t lanes = b->kernels->lanes, fit = PARTS / DHSA_MAX(b->part_rows * lanes * 4, 1);
+    const int64_t lanes = b->kernels->lanes, fit = PART_BYTES / DHSA_MAX(b->part_rows * lanes * 4, 1);
     b->panels = DHSA_MIN(DHSA_MIN(PANELS, DHSA_MAX(fit, 1)), dhsa_ceil_div(rows, lanes));
     b->arena_size = probe_lay_out(b, NULL, &unused);
 }
@@ -106,17 +107,18 @@ void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t k
     probe_plan(b, DHSA_PROBE_TWICE, rows, keys, dim, 1);
 }
 
-/* The part of a tile that any row of a panel sees; *masked: whether not all rows see all of it. */
+/* Returns the part of a tile that at least one row of a panel sees. *masked: whether some row does not see all of
+ * it. */
 static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
 {
     const dhsa_bounds all = dhsa_bounds_of(lo, hi, used);
     dhsa_span seen = {DHSA_MAX(tile.lo, all.lo_min), DHSA_MIN(tile.end, all.hi_max)};
-    if (b->pair) seen.lo -= (seen.lo - tile.lo) % DHSA_PAIR_STEP; /* whole squares */
+    if (b->pair) seen.lo -= (seen.lo - tile.lo) % DHSA_PAIR_STEP; /* begins with a whole square */
     *masked = all.lo_max > seen.lo || all.hi_min < seen.end;
     return seen;
 }
 
-/* Probabilities of one panel and tile, relative to the maximum so far; returns the keys they are of. */
+/* Computes the probabilities of one panel and tile, relative to the maximum so far. Returns the keys they belong to. */
 static dhsa_span probe_multiply(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t p, int used,
                                 dhsa_span tile, const float *keys, ptrdiff_t stride, float *s, float *l, float *alpha)
 {
@@ -136,7 +138,7 @@ static dhsa_span probe_multiply(const dhsa_probe *b, const dhsa_probe_run *run, 
     return seen;
 }
 
-/* One number for each row in place of n. */
+/* Reduces the n values of each row to their sum, or with `tops` to their maximum. */
 static void probe_reduce(const float *s, int n, int lanes, int used, int tops, float *part)
 {
     memcpy(part, s, (size_t)lanes * sizeof *part);
@@ -151,11 +153,11 @@ static void probe_reduce(const float *s, int n, int lanes, int used, int tops, f
 
 static void probe_find_weights(const float *l, int64_t lanes, int used, float *weight)
 {
-    /* NaN and inf turn up in the sum. */
+    /* If a logit is NaN or +inf, the sum is not finite. */
     for (int r = 0; r < lanes; r++) weight[r] = r < used && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
 }
 
-/* One pass over the keys: what is kept goes on to w->part. */
+/* One pass over the keys; what is kept is written to w->part. */
 static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t panels)
 {
     const int64_t lanes = b->kernels->lanes, tiles = probe_count_tiles(b, run->from, run->to);
@@ -175,7 +177,7 @@ static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, con
     }
 }
 
-/* Hands probabilities on, or adds them up where a method has no use of its own for them. */
+/* Passes probabilities to the method, or adds them to run->score where the method has no visit function. */
 static void probe_visit(const dhsa_probe *b, const dhsa_probe_run *run, int64_t row, int64_t first, int n, const float *p,
                         const float *weight)
 {
@@ -190,7 +192,8 @@ static void probe_visit(const dhsa_probe *b, const dhsa_probe_run *run, int64_t 
     }
 }
 
-/* What was kept, backwards: earlier numbers are relative to the maximum of their time. */
+/* Passes on what was kept, from the last tile to the first. Values of earlier tiles are relative to the maximum up to
+ * that tile, so the weights are multiplied by alpha on the way. */
 static void probe_hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t p)
 {
     const int64_t lanes = b->kernels->lanes, row = at + p * lanes;
@@ -211,7 +214,7 @@ static void probe_hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const 
     }
 }
 
-/* The maxima stay what they are now, so that probabilities come out relative to them. */
+/* Computes the probabilities again. They are relative to the final maxima, which do not change any more. */
 static void probe_second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t panels)
 {
     const int64_t lanes = b->kernels->lanes, tiles = probe_count_tiles(b, run->from, run->to);
@@ -293,7 +296,7 @@ const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor
                                   int64_t step, int n, float *tile, ptrdiff_t *stride)
 {
     const int64_t dim = k->shape[3];
-    if (k->dtype == DHSA_F32) { /* read where they lie */
+    if (k->dtype == DHSA_F32) { /* no copy is needed */
         *stride = (ptrdiff_t)(k->stride[2] * step);
         return dhsa_row(k, b, kv_head, at);
     }

@@ -1,6 +1,7 @@
-/* row_scores.c: row scores: mean queries of a block's queries against chunk means, a softmax over the chunks for each row, and the
- * sum of its squares (and, where asked for, of the probabilities themselves: attention mass) over rows: ours. Which chunks are
- * candidates is decided in scorer.c, which groups of them are looked at at all in methods/rows.c. */
+/* row_scores.c: row scores, this project's scores of chunks. Each row is a mean query of a query block; it has a
+ * softmax over the chunk means. The score of a chunk is the sum over rows of its squared probabilities; its attention
+ * mass, where asked for, is the sum of the probabilities themselves. scorer.c finds the candidate chunks, and
+ * methods/rows.c decides which groups of them are scored at all. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -10,44 +11,44 @@
 
 enum {
     TILE = 128,             /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */
-    PANELS = 8,             /* panels that share a tile of means, */
-    PRODUCTS = 1024 * 1024, /* if this many bytes hold their probabilities, which then stay in L2 */
+    PANELS = 8,             /* the most panels that share a tile of means */
+    PRODUCTS = 1024 * 1024, /* the most bytes that their probabilities take, so that these stay in L2 */
 };
 
-/* A tile of a block's chunks: those among them that take part, which leaves out empty ones and those without a finite mean. */
+/* A tile of the chunks of a block. Empty chunks and chunks without a finite mean are left out. */
 typedef struct {
-    int64_t row; /* of the products */
+    int64_t row; /* its first row in the products */
     int n;
-    int cut;             /* it holds the cut chunk, whose mean is in scratch.mean, and no other */
-    int in_one_piece;    /* nothing is left out between its chunks */
-    const char *means;   /* [n], as the products take them */
-    int32_t chunk[TILE]; /* [n], of the block's */
+    int cut;             /* it holds only the cut chunk, whose mean is in row_scores_scratch.mean */
+    int in_one_piece;    /* its chunks are consecutive */
+    const char *means;   /* [n], in the layout of the products */
+    int32_t chunk[TILE]; /* [n]: chunk numbers, counted from the first chunk of the block */
 } tile;
 
-/* What one thread works in; pointers into its arena. */
+/* Scratch memory of one thread; pointers into its arena. */
 typedef struct {
-    tile *tiles;     /* of the KV head at hand */
+    tile *tiles;     /* of the current KV head */
     float *products; /* [panels at a time] of [product_rows, lanes] */
-    float *alpha;    /* [panels] of [tiles, lanes]: what the softmax of a tile did to those before it */
+    float *alpha;    /* [panels] of [tiles, lanes]: the factor by which a tile's softmax rescales earlier tiles */
     float *m, *l;    /* [panels, lanes] */
     float *weight;   /* [lanes] */
     float *score;    /* [TILE] */
-    float *top;      /* [lanes]: largest products, which the softmax finds anew */
+    float *top;      /* [lanes]: largest products, which bf16->qk writes and nothing reads */
     float *mean;     /* [2, dim] */
     char *panel;     /* [panels] of packed rows, in fp32 or bf16 */
     char *rows;      /* [lanes, dim]: the rows before they are packed */
-    char *tile;      /* [TILE] means that do not lie ready in chunks.means */
+    char *tile;      /* [TILE] means that cannot be used in place in chunks.means */
 } row_scores_scratch;
 
-/* Tiles begin at multiples of TILE, so the first may be short at either end; or they hold TILE / DHSA_CHUNK_GROUP of the groups
- * that are left. The cut chunk is a tile of its own. */
+/* The number of tiles of whole chunks; the cut chunk is a tile of its own. Tiles begin at multiples of TILE, so the
+ * first and the last may be short. With a shortlist, each holds TILE / DHSA_CHUNK_GROUP groups of it. */
 static int64_t whole_tiles(const dhsa_block_job *job, int64_t whole)
 {
     if (job->groups) return dhsa_ceil_div(job->n_groups, TILE / DHSA_CHUNK_GROUP);
     return whole ? dhsa_ceil_div(job->first % TILE + whole, TILE) : 0;
 }
 
-/* Chunks that may take part, but for the cut one. */
+/* The most chunks that take part, not counting the cut one. */
 static int64_t live(const dhsa_block_job *job) { return job->groups ? job->n_groups * DHSA_CHUNK_GROUP : job->n; }
 
 static int64_t product_rows(int64_t chunks) { return dhsa_round_up(chunks + TILE - 1, TILE) + DHSA_PAIR_STEP; }
@@ -56,7 +57,7 @@ static int64_t max_tiles(const dhsa_scorer *s) { return dhsa_ceil_div(s->most + 
 
 static int64_t panel_bytes(const dhsa_scorer *s) { return s->kernels->lanes * (s->bf16 ? s->chunks.row * 2 : s->q->shape[3] * 4); }
 
-/* Bytes of one mean as the products take it. */
+/* Bytes of one mean in the layout of the products. */
 static int64_t mean_bytes(const dhsa_scorer *s) { return s->chunks.row * (s->bf16 ? 2 : 4); }
 
 /* How many panels are worked on at a time against this many chunks. */
@@ -66,7 +67,7 @@ static int panels_at_once(const dhsa_scorer *s, int64_t chunks)
     return (int)DHSA_MIN(DHSA_MAX(fit, 1), s->panels);
 }
 
-/* Returns the bytes an arena needs; base may be NULL to only ask. */
+/* Returns the bytes that an arena needs; with base NULL it does nothing else. */
 static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_scratch *w)
 {
     const int64_t lanes = s->kernels->lanes, dim = s->q->shape[3], panels = s->panels;
@@ -75,7 +76,7 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
         void *to;
         int64_t bytes;
     } parts[] = {
-        {&w->mean, 2 * dim * 4}, /* first: where dhsa_chunks_fill works */
+        {&w->mean, 2 * dim * 4}, /* comes first: dhsa_chunks_fill uses this memory too */
         {&w->products, DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->most) * lanes * 4), panels * product_rows(s->most) * lanes * 4)},
         {&w->tiles, max_tiles(s) * (int64_t)sizeof *w->tiles},
         {&w->alpha, panels * max_tiles(s) * lanes * 4},
@@ -107,7 +108,8 @@ int64_t dhsa_row_scores_plan(dhsa_scorer *s)
     return row_scores_lay_out(s, NULL, &unused);
 }
 
-/* Asks for the queries of the mean query from `from` on: those of several heads take turns, which hardware does not foresee. */
+/* Prefetches the queries of the mean query that begins at `from`. Rows of several heads alternate, an order that the
+ * hardware does not prefetch by itself. */
 static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int64_t to)
 {
     const int64_t bytes = s->q->shape[3] * dhsa_dtype_size(s->q->dtype);
@@ -115,14 +117,14 @@ static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int6
         for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)dhsa_row(s->q, s->b, h, i) + byte);
 }
 
-/* Mean queries [at, at + n) of a KV head into a panel. */
+/* Packs mean queries [at, at + n) of a KV head into a panel. */
 static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n, row_scores_scratch *w,
                       int panel)
 {
     const dhsa_means_kind kind = s->chunks.kind;
     const int64_t dim = s->q->shape[3], head = s->config->heads == DHSA_HEADS_HEAD ? job->set : kv_head * s->heads_per_kv;
     const int64_t bytes = dim * (kind == DHSA_MEANS_F32 ? 4 : 2);
-    /* The sign of the scale goes into the rows: the largest product stays the largest logit. */
+    /* The rows are multiplied by the sign of the scale, so that the largest product is the largest logit. */
     const float sign = s->config->scale < 0 ? -1.0f : s->config->scale > 0 ? 1.0f : 0.0f;
     const void *rows[DHSA_MAX_LANES];
     for (int r = 0; r < n; r++) {
@@ -130,7 +132,8 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         prefetch_queries(s, head + (at + r) % s->heads_per_kv, from + s->step, job->to);
         dhsa_mean_query(s->kernels, s->q, s->b, head + (at + r) % s->heads_per_kv, from, DHSA_MIN(from + s->step, job->to), sign,
                         w->mean);
-        /* All products of such a row are infinite or NaN. A softcap would make numbers of them: it is to say nothing. */
+        /* All products of such a row are infinite or NaN, but a softcap would make infinite ones finite. With a NaN the
+         * row does not count. */
         if (!dhsa_all_finite(s->kernels, w->mean, dim)) w->mean[0] = NAN;
         rows[r] = w->rows + r * bytes;
         dhsa_mean_store(s->kernels, kind, w->mean, dim, dim, w->rows + r * bytes);
@@ -142,7 +145,7 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         s->kernels->pack_panel(rows, kind == DHSA_MEANS_F32 ? DHSA_F32 : DHSA_BF16, n, (int)dim, 1.0f, (float *)to);
 }
 
-/* cut: the state of the last chunk where it is cut. */
+/* Finds the chunks of tile `index`. cut: the state of the cut chunk, if there is one. */
 static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t index, unsigned char cut, tile *t)
 {
     const int64_t whole = job->n - (job->cut_end != 0), base = job->first % TILE, tiles = whole_tiles(job, whole);
@@ -167,7 +170,7 @@ static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     t->in_one_piece = t->n > 0 && t->chunk[t->n - 1] - t->chunk[0] == t->n - 1;
 }
 
-/* Copies the means of chunks that do not lie one after the other; whole squares at once. */
+/* Copies the means of a tile whose chunks are not consecutive; whole squares are copied at once. */
 static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *to)
 {
     const int64_t row = s->chunks.row;
@@ -192,7 +195,8 @@ static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *
     }
 }
 
-/* Brings the means of a tile together, as fp32 or bf16 numbers one after the other. */
+/* Sets t->means to the means of a tile in the layout of the products: in place in chunks.means, or copied to
+ * w->tile. */
 static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, row_scores_scratch *w, tile *t)
 {
     const int64_t dim = s->q->shape[3], row = s->chunks.row, at = kv_head * s->chunks.pitch + job->first;
@@ -226,7 +230,7 @@ static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, r
         s->kernels->qk(rows, (const float *)t->means, s->chunks.row, t->n, dim, used, products, ahead);
 }
 
-/* The products of tile t are to ask for the means that come next, where those lie in one piece. */
+/* Returns what the products of tile t prefetch: the means of the next tile, or nothing if they are not consecutive. */
 static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t, int panels,
                                         const char **next)
 {
@@ -238,15 +242,15 @@ static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_j
     return ahead;
 }
 
-/* How many keys a chunk has, as this block sees it. */
+/* The number of keys of a chunk, up to where the block cuts it. */
 static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t chunk)
 {
     const int32_t *edges = s->chunks.edges + job->first + chunk;
     return (float)((job->cut_end && chunk == job->n - 1 ? job->cut_end : edges[1]) - edges[0]);
 }
 
-/* What a panel's rows divide by: the sum of the probabilities, which are relative to the maximum of their time, of all keys:
- * a chunk counts as often as it has some. */
+/* Computes the denominators of the rows of a panel: the sum of the probabilities of all keys, where each key has that
+ * of its chunk. The probabilities of a tile are relative to the maximum up to that tile; alpha rescales them. */
 static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, row_scores_scratch *w)
 {
     const int lanes = s->kernels->lanes;
@@ -259,19 +263,20 @@ static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t ti
         for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
         s->kernels->weigh_keys(w->products + (panel * product_rows(live(job)) + t->row) * lanes, t->n, w->score, alpha, w->weight);
     }
-    /* A row whose plain sum is not a number has nothing to say: see add_panel. */
+    /* A row whose plain sum is not finite keeps it, so that add_panel leaves the row out. */
     for (int r = 0; r < lanes; r++)
         if (l[r] > 0 && l[r] <= FLT_MAX) l[r] = w->weight[r];
 }
 
-/* Adds the squared probabilities of a panel's rows [0, n), and to mass, if not NULL, the probabilities. */
+/* Adds the squared probabilities of rows [0, n) of a panel to score, and the probabilities to mass unless it is
+ * NULL. */
 static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, int n, row_scores_scratch *w,
                       float *score, float *mass)
 {
     const int lanes = s->kernels->lanes;
     const float *l = w->l + panel * lanes;
     sum_rows(s, job, tiles, panel, w);
-    /* A row counts if its sum is a number: NaN and inf turn up in the sum. */
+    /* A row counts if its sum is finite. If a logit is NaN or +inf, the sum is not. */
     for (int r = 0; r < lanes; r++) w->weight[r] = r < n && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
     for (int64_t index = tiles - 1; index >= 0; index--) {
         const tile *t = w->tiles + index;
@@ -289,13 +294,13 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t t
             add(products, t->n, w->weight, w->score);
             for (int i = 0; i < t->n; i++) to[t->chunk[i]] += w->score[i];
         }
-        /* Earlier tiles are relative to the maximum of their time. */
+        /* Probabilities of earlier tiles are relative to the maximum up to that tile. */
         for (int r = 0; r < lanes; r++) w->weight[r] = w->weight[r] == 0 ? 0 : w->weight[r] * alpha[r];
     }
 }
 
-/* Adds one KV head's squared probabilities to score [n], and plain ones to mass. Returns the state of its last chunk as this block
- * sees it. */
+/* Adds the squared probabilities of one KV head to score [n], and the probabilities to mass. Returns the state of its
+ * last chunk, up to where the block cuts it. */
 static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, row_scores_scratch *w,
                                    float *score, float *mass)
 {
@@ -343,7 +348,7 @@ unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, i
     unsigned char last = DHSA_CHUNK_GOOD;
     row_scores_scratch w;
     row_scores_lay_out(s, arena, &w);
-    /* Chunks of no group come after all others. */
+    /* Chunks outside the groups come after all others. */
     for (int64_t c = 0; c < job->n; c++) score[c] = job->groups ? -INFINITY : 0;
     for (int64_t g = 0; job->groups && g < job->n_groups; g++) {
         const int64_t from = job->groups[g] * DHSA_CHUNK_GROUP - job->first;

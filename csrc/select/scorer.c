@@ -1,5 +1,5 @@
-/* scorer.c: how much each block of queries wants each chunk: candidates, and what the two scores of chunks (row_scores.c,
- * mean_scores.c) have in common. Source: arXiv 2510.24606. */
+/* scorer.c: scores each chunk for each query block: finds the candidates, and holds what row scores (row_scores.c) and
+ * the scores of the paper (mean_scores.c) have in common. Source: arXiv 2510.24606. */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
@@ -8,7 +8,7 @@
 
 /* ---- one block -------------------------------------------------------------------------------------------------- */
 
-/* First entry of edges [0, n) that is at least x (above: more than x). */
+/* Returns the index of the first entry of edges [0, n) that is at least x (above: more than x), or n. */
 static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
 {
     int64_t low = 0;
@@ -36,7 +36,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
     job.to = DHSA_MIN(job.from + s->config->query_block, q_len);
     const int row_scores = s->config->score == DHSA_SCORE_ROWS;
     const int64_t kv = set * s->k->shape[1] / s->head_sets; /* the first KV head of the set */
-    /* Row scores may not look past the block's end; the paper's means are of whole chunks. */
+    /* Row scores use no keys past the end of the block. The scores of the paper use the means of whole chunks. */
     if (row_scores && edges[*last] > span.end) job.cut_end = span.end;
     score += *first;
     if (mass) mass += *first;
@@ -44,12 +44,12 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
         row_scores ? dhsa_row_scores(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
     for (int64_t c = 0; c < job.n; c++) {
         unsigned char state = DHSA_CHUNK_GOOD;
-        if (score[c] == -INFINITY && !s->chunks.bad) continue; /* on no shortlist */
+        if (score[c] == -INFINITY && !s->chunks.bad) continue; /* not on the shortlist */
         for (int64_t h = kv; h < kv + s->kv_per_set; h++)
             state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + job.first + c]);
         if (c == job.n - 1) state = last_state;
-        /* A NaN must reach the rows that see it, as in exact attention: such a chunk is always picked.
-         * Adding 0 makes one number of the two zeros, so that they tie. */
+        /* As in exact attention, a NaN must reach the queries that see it, so such a chunk is always picked.
+         * Adding 0 turns -0 into +0, so that the two zeros tie. */
         score[c] = state == DHSA_CHUNK_EMPTY ? -INFINITY : state == DHSA_CHUNK_BAD ? INFINITY : score[c] + 0.0f;
         if (mass && state != DHSA_CHUNK_GOOD) mass[c] = 0;
     }
@@ -70,8 +70,9 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->head_sets = dhsa_head_sets(config, q, k);
     s->blocks = dhsa_block_count(config, q->shape[2]);
     s->capacity = n_boundaries - 1;
-    /* Whole groups are laid out even where the last one is not full. A shortlist lowers nothing: it is of so many keys, and empty
-     * chunks, which have none, may be in any number between them. Memory that is not touched costs nothing. */
+    /* There is room for whole groups, even if the last one is not full. A shortlist does not lower this: it limits
+     * the number of keys, and any number of empty chunks may be among its chunks. Memory that is not touched costs
+     * nothing. */
     s->most = dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP);
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;

@@ -1,5 +1,5 @@
-/* scorer.h: the scores of chunks for one block of queries and one set of heads: row scores (row_scores.c) and the paper's scores of
- * mean queries (mean_scores.c). Private to the core. */
+/* scorer.h: the scores of chunks for one query block and one head set: row scores (row_scores.c) and the scores of the
+ * paper (mean_scores.c). Private to the core. */
 #ifndef DHSA_SCORER_H
 #define DHSA_SCORER_H
 
@@ -13,48 +13,50 @@ typedef struct {
     const dhsa_score_config *config;
     int64_t b, head_sets, blocks;
     dhsa_chunks chunks;
-    dhsa_key_index *const *key_indexes; /* [batch] that keep the means, at `level`; NULL: the scorer has means of its own */
+    dhsa_key_index *const *key_indexes; /* [batch]: they keep the means, at `level`. NULL: the scorer does */
     int level;
     int64_t capacity;     /* chunks, padding included */
-    int64_t most;         /* chunks that are scored for one block, at most: whole groups */
+    int64_t most;         /* chunks that are scored for one block, at most; whole groups */
     int64_t step;         /* queries of a mean query */
     int64_t heads_per_kv; /* query heads of a set that share a KV head */
     int64_t kv_per_set;
     int panels;         /* panels of rows worked on at a time, at most */
-    int64_t arena_size; /* bytes that a thread works in, which the caller lends: a multiple of DHSA_ALIGN */
+    int64_t arena_size; /* bytes of scratch that the caller provides for each thread; a multiple of DHSA_ALIGN */
 } dhsa_scorer;
 
-/* One block against chunks [first, first + n): what the two scores have in common. */
+/* One query block against chunks [first, first + n), for both kinds of scores. */
 typedef struct {
     int64_t set, from, to; /* queries [from, to) */
     int64_t first, n;
-    int64_t cut_end; /* rows: the last chunk is cut here; 0: it is not */
-    /* rows: only chunks of these groups take part, ascending; and the cut one. NULL: all. Group g: chunks from g *
-     * DHSA_CHUNK_GROUP on. */
+    int64_t cut_end; /* row scores: the last chunk is cut here; 0: it is not */
+    /* Row scores: only the chunks of these groups and the cut chunk take part; ascending. NULL: all. Group g begins at
+     * chunk g * DHSA_CHUNK_GROUP. */
     const int32_t *groups;
     int64_t n_groups;
 } dhsa_block_job;
 
-/* Allocates the means for boundaries rows of n_boundaries entries, unless key_indexes (may be NULL) keep them, at `level`. rounded:
- * row scores of means in bf16, whatever the input. Arguments have been checked. */
+/* Allocates the means of chunks for rows of n_boundaries boundaries, unless key_indexes (may be NULL) keep them, at
+ * `level`. rounded: row scores use bf16 means, whatever the dtype of q and k. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
                              int64_t n_boundaries, int rounded, dhsa_key_index *const *key_indexes, int level, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
-/* Turns to batch item b and its boundaries: chunk means, in parallel. Thread t works at arenas + t * stride. */
+/* Computes the chunk means of batch item b for its boundaries, in parallel. Thread t uses scratch at arenas + t *
+ * stride. */
 dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas,
                               int64_t stride, int num_threads, dhsa_error *error);
-/* Scores of the chunks [*first, *last) that hold candidates of one block, into score[*first .. *last). Never NaN;
- * empty chunks -inf, chunks without a finite mean +inf. groups: NULL, or [n_groups]: chunks of others score
- * -inf. mass: NULL, or alike the sums of probabilities (row scores only), 0 for chunks that are not finite scored. */
+/* Writes the scores of the chunks [*first, *last) that hold candidates of one query block to score[*first .. *last). A
+ * score is never NaN; empty chunks get -inf, and chunks without a finite mean +inf. groups: NULL, or [n_groups]: chunks
+ * outside these groups get -inf. mass: NULL, or (row scores only) it receives the attention mass of the same chunks, 0
+ * where the chunk is empty or its mean is not finite. */
 void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups, char *arena,
                      float *score, float *mass, int64_t *first, int64_t *last);
 
-/* Row scores, row_scores.c. Sizes s->panels and says what an arena must hold. */
+/* Row scores, in row_scores.c. Sets s->step and s->panels and returns the bytes of scratch that a thread needs. */
 int64_t dhsa_row_scores_plan(dhsa_scorer *s);
-/* Scores [n] of one block, kv the first KV head of its set, and if mass is not NULL the mass of each chunk; returns the state of
- * the last chunk as the block sees it. */
+/* Writes the scores [n] of one query block, and unless mass is NULL the mass of each chunk. kv is the first KV head of
+ * the set. Returns the state of the last chunk, up to where the block cuts it. */
 unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass);
-/* The paper's score, mean_scores.c, alike. */
+/* The same two functions for the scores of the paper, in mean_scores.c. */
 int64_t dhsa_mean_plan(const dhsa_scorer *s);
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);
 

@@ -1,5 +1,5 @@
-/* selector.c: the selector, which runs one method over all blocks: workspaces, threads, exact blocks, lists put one after the
- * other. How a method finds its keys is its own file's. */
+/* selector.c: the selector, which runs one method over all query blocks: workspaces, threads, exact blocks, and lists
+ * stored one after the other. How a method finds its keys is in its file in methods/. */
 #include "select/selector.h"
 
 #include <inttypes.h>
@@ -31,7 +31,7 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "%s: no memory for flags of %" PRId64 " keys", method->name, k->shape[2]);
     if (!status && method->open) status = method->open(s, error);
     s->arena_stride = s->arena_size;
-    for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->segments * 4); /* what dhsa_topk works in */
+    for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->segments * 4); /* scratch of dhsa_topk */
     if (!status) status = dhsa_selector_alloc_arenas(s, error);
     if (status) dhsa_selector_close(s);
     return status;
@@ -72,8 +72,8 @@ dhsa_status dhsa_selector_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 typedef struct {
     const dhsa_selector *selector;
     int64_t first, blocks;
-    const int64_t *indptr; /* the room of each list */
-    int64_t *counts;       /* how many keys it has */
+    const int64_t *indptr; /* where the room of each list begins */
+    int64_t *counts;       /* the number of keys of each list */
     int32_t *indices;
 } list_job;
 
@@ -81,7 +81,8 @@ static void selector_task(void *context, int64_t index, int thread)
 {
     const list_job *job = context;
     const dhsa_selector *s = job->selector;
-    /* Set by set, so that what belongs to it stays in cache; late blocks have most candidates: the heaviest first. */
+    /* Set by set, so that the data of a set stays in cache. Late blocks come first: they have the most candidates, and
+     * the longest tasks should not be the last to start. */
     const int64_t block = job->blocks - 1 - index % job->blocks, set = index / job->blocks;
     const int64_t at = set * job->blocks + block, room = job->indptr[at + 1] - job->indptr[at];
     int32_t *row = job->indices + job->indptr[at];
@@ -102,7 +103,7 @@ dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blo
     for (int64_t at = 0; at < lists; at++)
         indptr[at + 1] = indptr[at] + dhsa_block_keys(s->config, s->q->shape[2], s->k->shape[2], first + at % blocks);
     dhsa_parallel(lists, s->num_threads, selector_task, &job);
-    for (int64_t at = 0, from = indptr[0]; at < lists; at++) { /* shorter lists close up; `from` is where the room began */
+    for (int64_t at = 0, from = indptr[0]; at < lists; at++) { /* lists written at `from` close up */
         const int64_t next = indptr[at + 1];
         if (from != indptr[at]) memmove(indices + indptr[at], indices + from, (size_t)job.counts[at] * sizeof *indices);
         indptr[at + 1] = indptr[at] + job.counts[at];

@@ -1,4 +1,4 @@
-/* span.c: the keys that a block of queries may choose from, and whether it chooses at all. The same for every method. */
+/* span.c: the keys that a query block may choose from, and whether it chooses at all. The same for every method. */
 #include "select/span.h"
 
 dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, int64_t k_len, int64_t block)

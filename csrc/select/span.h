@@ -1,5 +1,5 @@
-/* span.h: which keys are candidates of a block of queries, which blocks see every visible key, and how many keys the lists of the
- * others have: the one place where "is this call exact?" is decided. Private to the core. */
+/* span.h: which keys are candidates of a query block, which blocks see every visible key, and how many keys the lists
+ * of the other blocks have. Only here is decided whether a call is exact. Private to the core. */
 #ifndef DHSA_SPAN_H
 #define DHSA_SPAN_H
 
@@ -10,15 +10,17 @@ typedef struct {
     int64_t lo, end;
 } dhsa_span;
 
-/* The candidates: up to the block's nominal end (capped by Lk), and in a window layer from the union of its queries'
- * windows on (rows) or from the nominal end minus the window (block), but never above the block's own first position. */
+/* The candidates of a block: the keys up to its nominal end (at most Lk). In a window layer they begin where the
+ * windows of its queries begin (row scores), or at the nominal end minus the window, but not above the first position
+ * of the block (scores of the paper). */
 dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, int64_t k_len, int64_t block);
-/* Whether a block sees every visible key: it ends within the budget (within the floor, where a share of mass decides), its
- * windows do, or it is part of the dense tail.
- * *span receives the keys it may see: the union of its queries' windows if exact, else the candidates. */
+/* Whether a block is exact, that is, sees every visible key: it ends within the budget (within the floor, where a share
+ * of mass decides), the window is no longer than that, or the block is part of the dense tail. *span receives the keys
+ * that it may see: the union of the windows of its queries if it is exact, otherwise the candidates. */
 int dhsa_span_exact(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block, dhsa_span *span);
-/* (Whether any block of a call is not: dhsa_leaves_out, in dhsa.h, which span.c holds too.) */
-/* The most keys the list of a block has: just as many, unless a share of mass decides. */
+/* dhsa_leaves_out, declared in dhsa.h and also in span.c, says whether any block of a call is not exact. */
+
+/* The number of keys on the list of a block; where a share of mass decides, the largest number possible. */
 int64_t dhsa_block_keys(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t block);
 
 /* Head sets: 1, Hkv or H. */

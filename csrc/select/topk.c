@@ -1,19 +1,21 @@
-/* topk.c: from scores to a list: forced keys, then the best segments until the list is full or a share of mass is held. The same
- * for every method, so that at one budget their lists have one length. A weighted radix select: O(segments). */
+/* topk.c: from scores to a list: forced keys, then the best segments until the list is full or holds a share of mass.
+ * The same for every method, so that their lists have the same length at the same budget. A weighted radix select:
+ * O(segments). */
 #include <math.h>
 #include <string.h>
 
 #include "select/selector.h"
 
-/* Digits of an order-preserving image of the score, highest first. */
+/* A score is mapped to an unsigned integer of the same order, its image. These are the digits of the image, highest
+ * first. */
 enum { PASSES = 3, MOST_DIGITS = 1 << 11 };
 static const int shifts[PASSES] = {21, 10, 0};
 static const uint32_t masks[PASSES] = {0x7ff, 0x7ff, 0x3ff};
 
-/* What one thread works in, [segments] each. */
+/* Scratch memory of one thread, [segments] each. */
 typedef struct {
     uint32_t *key;  /* the image of the score */
-    int32_t *alive; /* segments whose higher digits equal the threshold's */
+    int32_t *alive; /* segments whose higher digits equal those of the threshold */
 } topk_scratch;
 
 static topk_scratch topk_lay_out(const dhsa_selector *s, int thread)
@@ -34,7 +36,7 @@ typedef struct {
 
 static inline int64_t edge(const dhsa_segments *u, int64_t c) { return u->edges ? u->edges[c] : c; }
 
-/* How many keys of [from, to) are segment c's. */
+/* The number of keys of segment c in [from, to). */
 static inline int64_t keys_within(const dhsa_segments *u, int64_t c, int64_t from, int64_t to)
 {
     return DHSA_MAX(DHSA_MIN(edge(u, c + 1), to) - DHSA_MAX(edge(u, c), from), 0);
@@ -42,8 +44,8 @@ static inline int64_t keys_within(const dhsa_segments *u, int64_t c, int64_t fro
 
 static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_within(f->segments, c, f->from, f->to); }
 
-/* Fills w->key, and w->alive with the segments that have free keys, but for those that score -inf where the others have `enough`
- * keys: most segments of a long prompt are not on its shortlist. Returns how many. */
+/* Fills w->key, and fills w->alive with the segments that have free keys; returns how many. Segments that score -inf
+ * are left out if the others have `enough` keys: most segments of a long prompt are not on the shortlist. */
 static int64_t topk_order(const free_keys *f, const topk_scratch *w, int64_t enough)
 {
     enum { LOWEST = 0x007fffff /* the image of -inf */ };
@@ -67,7 +69,7 @@ static int64_t topk_order(const free_keys *f, const topk_scratch *w, int64_t eno
     return count;
 }
 
-/* Of the segments alive, keeps those with this digit. */
+/* Keeps the segments alive that have this digit; returns how many. */
 static int64_t filter_digit(const topk_scratch *w, int64_t count, int pass, uint32_t digit)
 {
     int64_t kept = 0;
@@ -76,8 +78,9 @@ static int64_t filter_digit(const topk_scratch *w, int64_t count, int pass, uint
     return kept;
 }
 
-/* The image that the segment of rank `need` has, keys counted, best first; *left receives how many keys of segments with just that
- * image are still wanted. `need` is at least 1 and at most the number of free keys. */
+/* Orders the free keys by the score of their segment, best first, and returns the image of the segment of key number
+ * `need`. *left receives how many keys are wanted from segments with exactly that image. `need` is at least 1 and at
+ * most the number of free keys. */
 static uint32_t topk_threshold(const free_keys *f, const topk_scratch *w, int64_t need, int64_t *left)
 {
     uint32_t prefix = 0;
@@ -95,8 +98,8 @@ static uint32_t topk_threshold(const free_keys *f, const topk_scratch *w, int64_
     return prefix;
 }
 
-/* How many free keys hold `need` of the mass, segments taken whole and best first. Sums are taken in the order of keys, by one
- * thread, so they are the same for any number of threads. */
+/* Returns how many free keys hold `need` of the mass, with segments taken whole and best first. One thread takes the
+ * sums in the order of keys, so they are the same for any number of threads. */
 static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *w, double need)
 {
     const dhsa_segments *u = f->segments;
@@ -114,11 +117,11 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *
         while (histogram[digit] < need) {
             need -= histogram[digit];
             keys += sizes[digit];
-            if (digit-- == 0) return keys; /* rounding: the digits of a digit may hold a hair less than it did */
+            if (digit-- == 0) return keys; /* rounding: this sum may be slightly less than in the pass before */
         }
         count = filter_digit(w, count, pass, digit);
     }
-    for (int64_t i = count - 1; i >= 0 && need > 0; i--) { /* equal scores: the recent ones first */
+    for (int64_t i = count - 1; i >= 0 && need > 0; i--) { /* equal scores: the most recent first */
         const int64_t c = w->alive[i], n = free_in(f, c);
         need -= (double)u->mass[c] * (double)n / (double)keys_within(u, c, span.lo, span.end);
         keys += n;
@@ -126,7 +129,7 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *
     return keys;
 }
 
-/* The length of a list that is to hold a share of mass. */
+/* Returns the length of a list that is to hold a share of mass. */
 static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, const free_keys *f, const topk_scratch *w,
                             int64_t room)
 {
@@ -141,7 +144,7 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
         held += (double)u->mass[c] * (double)(keys - n) / (double)keys;
         if (u->score[c] == INFINITY) sure += n;
     }
-    /* A block without an estimate, and one that is to hold everything, takes what it may. */
+    /* A block without an estimate, and one that is to hold all mass, fills its room. */
     if (!(total > 0) || config->mass >= 1) return room;
     const double need = config->mass * total - held;
     const int64_t size = forced + (need > 0 ? keys_for(f, span, w, need) : sure);
@@ -192,7 +195,7 @@ int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa
     const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;
     const int64_t need = size - sink - config->local;
     int64_t left = 0;
-    /* Backwards, so that of equal scores the more recent keys come first. */
+    /* Written backwards, so that of equal scores the most recent keys are taken. */
     int32_t *end = write_below(list + size, f.to, span.end);
     if (need > 0) {
         const uint32_t least = topk_threshold(&f, &w, need, &left);

@@ -1,22 +1,25 @@
-"""Reference: what a method of selection is given for one block of queries, and what the twins of several methods share.
+"""Reference: the input of a method of selection for one block of queries, and code that the twins of several methods
+share.
 
-Two rules hold for all that look at real logits. A row of logits says nothing (its probabilities are zeros) where one of
-those it sees is NaN or +inf, where all are -inf, or where it sees none. And keys with a NaN or inf are taken in any
-case, so that they reach the rows that see them, as in exact attention: their units score +inf and hold no mass.
+Two rules hold for all methods that compute logits. The probabilities of a row are zeros if one of its visible logits is
+NaN or +inf, if all are -inf, or if there is none. And keys with a NaN or inf are always selected, so that they reach
+the rows that see them, as in exact attention: their segments score +inf and have no mass.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 
 
-class Block(NamedTuple):
-    """What a method may look at to score units for one query block and the heads of one set, all float64."""
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a method may use to score segments for one query block and the heads of one set, all float64."""
 
     q: np.ndarray  # [Hs, Lq, D]: all queries of the set's heads
     k: np.ndarray  # [Hkvs, Lk, D]: all keys of their KV heads; head h reads k[h * Hkvs // Hs]
@@ -47,7 +50,7 @@ def logits(rows, keys, options, factor=1.0):
 
 
 def probabilities(s, seen: np.ndarray | bool = True):
-    """Softmax of each row of s over the keys it sees, zeros elsewhere and in rows that say nothing."""
+    """Softmax of each row of s over the keys it sees, zeros elsewhere and in rows whose logits are not finite."""
     seen = np.broadcast_to(seen, s.shape)
     top = np.where(seen, s, -np.inf).max(axis=1, initial=-np.inf, keepdims=True)
     valid = np.isfinite(top)
@@ -67,9 +70,9 @@ def is_bad(block):
     return ~np.isfinite(block.k[:, : block.end]).all(axis=(0, 2))
 
 
-def units_of(edges, bad, score, mass):
-    """Units of which those that are bad are taken in any case."""
-    return Units(edges, np.where(bad, np.inf, score), np.where(bad, 0.0, mass))
+def segments_of(edges, bad, score, mass):
+    """Segments, of which those that are bad are always selected."""
+    return Segments(edges, np.where(bad, np.inf, score), np.where(bad, 0.0, mass))
 
 
 def block_edges(block):

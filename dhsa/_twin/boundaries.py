@@ -206,7 +206,7 @@ def boundaries(
 
 
 def boundary_ratios(attn, *, window: int, sliding_window: int | None = None) -> np.ndarray:
-    """The predictor's training label: how differently later queries look at the two sides of a gap (the paper, v2).
+    """The predictor's training label: how differently later queries attend to the two sides of a gap (the paper, v2).
 
     attn [L, L], the head-mean of a dense attention matrix -> float64 [L]. For gap j, the rows ``j + window .. L - 1``
     (in a sliding layer the first ``sliding_window`` of them) are summed over columns ``j - window + 1 .. j`` (past)
@@ -242,8 +242,8 @@ def attention_ratios(
     """
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
     _, heads, length, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
-    logits = scale * (q @ np.repeat(k, heads // k.shape[1], axis=1).transpose(0, 1, 3, 2))
+    factor = dim**-0.5 if scale is None else scale
+    logits = factor * (q @ np.repeat(k, heads // k.shape[1], axis=1).transpose(0, 1, 3, 2))
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
     distance = np.arange(length)[:, None] - np.arange(length)

@@ -1,4 +1,4 @@
-"""Reference chunk scores: how much each block of queries wants each chunk of keys.
+"""Reference chunk scores: how relevant each chunk of keys is for each block of queries.
 
 Responsible for candidates, chunk means and both scores; the top-k is in selection.py.
 """
@@ -126,7 +126,7 @@ def chunk_scores(
     rows: int | None = None,
     bf16: bool = False,
 ) -> np.ndarray:
-    """How much each block of queries wants each chunk: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
+    """The score of each chunk for each block of queries: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
 
     boundaries int [B, C + 1] or [C + 1]; S is 1, Hkv or H for ``heads`` "all", "group", "head".
 

@@ -1,6 +1,6 @@
 """Reference selection, and the whole pipeline from q, k, v to the sparse output.
 
-Responsible for turning chunk scores into lists of keys and for stringing the steps together.
+Responsible for making lists of keys from chunk scores, and for the order of the steps.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def density(selection: Selection, *, window: int | None = None) -> float:
     return float(kept.sum() / (seen.sum() * kept.shape[0] * kept.shape[1]))
 
 
-class Units(NamedTuple):
+class Segments(NamedTuple):
     """What a method scores: runs of keys. Unit c holds keys ``edges[c] .. edges[c + 1] - 1``."""
 
     edges: np.ndarray  # int [C + 1], never falling
-    score: np.ndarray  # [C]: which come first; +inf: is taken in any case, as far as the budget goes
+    score: np.ndarray  # [C]: the highest come first; +inf: always selected, as far as the budget allows
     mass: np.ndarray | None = None  # [C]: estimated attention mass on any scale; 0 where the score is +inf
 
 
-def take(
-    units: Units,
+def topk(
+    segments: Segments,
     lo: int,
     end: int,
     *,
@@ -66,27 +66,31 @@ def take(
     """The list of a block with candidates [lo, end): ascending keys.
 
     The candidates among the first ``sink`` keys of the sequence, the last ``local`` candidates, and for the rest of
-    the budget those of the highest score, every key having its unit's; of equal scores the more recent key, so that a
-    unit that only partly fits gives its most recent keys.
+    the budget those of the highest score, every key having its segment's; of equal scores the more recent key, so
+    that a segment that only partly fits gives its most recent keys.
 
-    With ``mass``, units are taken whole in that order only until all keys taken, the forced ones first, hold this share
-    of the candidates' mass, each key having an equal share of its unit's; units that score +inf are taken in any case.
-    No fewer keys than ``floor`` (None: sink + local), no more than the budget. A mass of 1, or candidates without any,
-    fill the budget.
+    With ``mass``, segments are taken whole in that order only until all keys taken, the forced ones first, hold this
+    share of the candidates' mass, each key having an equal share of its segment's; segments that score +inf are
+    always taken. No fewer keys than ``floor`` (None: sink + local), no more than the budget. A mass of 1, or candidates
+    without any, fill the budget.
     """
     keys = np.arange(lo, end)
     forced = (keys < sink) | (keys >= end - local)
     free = keys[~forced]
-    unit = np.searchsorted(units.edges, np.arange(end), side="right") - 1
-    free = free[np.lexsort((-free, -units.score[unit[free]]))]  # best first, the keys of a unit together
+    segment = np.searchsorted(segments.edges, np.arange(end), side="right") - 1
+    free = free[np.lexsort((-free, -segments.score[segment[free]]))]  # best first, the keys of a segment together
     size = min(budget, len(keys))
     if mass is not None:
+        if segments.mass is None:
+            raise ValueError("mass: these segments have no mass")
         of_key = np.zeros(end)
-        of_key[lo:] = (units.mass / np.maximum(np.bincount(unit[lo:], minlength=len(units.mass)), 1))[unit[lo:]]
+        of_key[lo:] = (segments.mass / np.maximum(np.bincount(segment[lo:], minlength=len(segments.mass)), 1))[
+            segment[lo:]
+        ]
         total, held, wanted = of_key.sum(), of_key[keys[forced]].sum(), int(forced.sum())
-        for _, group in itertools.groupby(free, lambda key: unit[key]):
+        for _, group in itertools.groupby(free, lambda key: segment[key]):
             run = list(group)
-            if held >= mass * total and units.score[unit[run[0]]] != np.inf:
+            if held >= mass * total and segments.score[segment[run[0]]] != np.inf:
                 break
             held += of_key[run].sum()
             wanted += len(run)
@@ -98,7 +102,7 @@ def take(
 def is_exact(
     i: int, q_len: int, k_len: int, query_block: int, least: int | None, dense_tail: int, window: int | None
 ) -> bool:
-    """Whether query block i sees all it may: its candidates end within ``least`` keys (None: all of them do), the
+    """Whether query block i sees all visible keys: its candidates end within ``least`` keys (None: all of them do), the
     window is no wider than that, or it holds one of the last ``dense_tail`` queries."""
     _, end = candidates(i, q_len, k_len, query_block, window, "rows")
     in_tail = min((i + 1) * query_block, q_len) > q_len - dense_tail
@@ -135,7 +139,7 @@ def select_from_scores(
 
     A block is exact, and sees the union of its queries' windows, if ``end <= budget``, if the window is no wider than
     the budget, or if it holds one of the last ``dense_tail`` queries; budget None makes all blocks exact. Any other
-    block sees ``min(budget, candidates)`` keys, which ``take`` picks.
+    block sees ``min(budget, candidates)`` keys, which ``topk`` picks.
     Raises ValueError where sink + local exceed the budget.
     """
     scores = np.asarray(scores).astype(np.float64)
@@ -149,12 +153,12 @@ def select_from_scores(
     for b in range(batch):
         for s in range(sets):
             for i in range(blocks):
-                if is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
+                if budget is None or is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
                     lists.append(np.arange(*candidates(i, q_len, k_len, query_block, window, "rows")))
                 else:
                     lo, end = candidates(i, q_len, k_len, query_block, window, score)
-                    units = Units(edges[b], scores[b, s, i])
-                    lists.append(take(units, lo, end, budget=budget, sink=sink, local=local))
+                    segments = Segments(edges[b], scores[b, s, i])
+                    lists.append(topk(segments, lo, end, budget=budget, sink=sink, local=local))
     return selection_of(lists, (batch, sets, blocks), query_block, q_len, k_len, edges)
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dhsa import loading
-from dhsa.loading import at_least
+from dhsa import commands
+from dhsa.commands import at_least
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -32,21 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the check for parsed arguments. Return 0 if the sparse prefill answers as the exact one, 1 if it does not."""
-    loading.prepare(NEEDED, "check")
+    commands.prepare(NEEDED, "check")
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 132)
-    text = loading.read_text(args.text)
-    with loading.progress(console) as step:
+    text = commands.read_text(args.text)
+    with commands.progress(console) as step:
         with step("finding the model"):
-            source = loading.find_model(args.model)
+            source = commands.find_model(args.model)
         with step(f"loading {source.name} into {args.dtype}"):
-            tokenizer, model = loading.load(source, args.dtype)
+            tokenizer, model = commands.load(source, args.dtype)
         with step("tokenizing"):
-            ids = loading.tokenize(tokenizer, text, args.tokens)
+            ids = commands.tokenize(tokenizer, text, args.tokens)
         import dhsa
 
-        total = 2 * loading.model_layers(model)
+        total = 2 * commands.model_layers(model)
         with step(f"prefill of {ids.shape[1]:,} tokens, exact and sparse", total=total) as advance:
             found = dhsa.check(model, ids, dhsa.Config(budget=args.budget), advance=advance)
     console.print(_table(found, source.name, args.dtype))

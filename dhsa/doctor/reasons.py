@@ -12,7 +12,7 @@ import torch
 
 from dhsa.config import Config
 from dhsa.hf import break_even
-from dhsa.hf.masks import least_stretch, ranges_of, segments
+from dhsa.hf.masks import least_stretch, mask_parts, ranges_of
 
 __all__ = ["Reason", "reason"]
 
@@ -43,7 +43,7 @@ def reason(
     if ranges.shape[1] > 1:
         return Reason("mask", f"the mask has queries that see {ranges.shape[1]} separate intervals of keys")
     least = least_stretch(config)
-    parts = segments(ranges[:, 0], least, late=k_len - q_len)
+    parts = mask_parts(ranges[:, 0], least, late=k_len - q_len)
     if not parts:
         return Reason("mask", "the mask hides every key")
     plain = [part for part in parts if not part.ranged]

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dhsa import loading
-from dhsa.loading import UserError, at_least
+from dhsa import commands
+from dhsa.commands import UserError, at_least
 from dhsa.methods import registry
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P,Q",
         help="shares of mass, in place of or beside --budget, for the methods that estimate mass",
     )
-    add("--sink", type=at_least(0), metavar="N", help="first keys always in; at most a quarter of the budget")
-    add("--local", type=at_least(0), metavar="N", help="latest keys always in; both at most half of the budget")
+    add("--sink", type=at_least(0), metavar="N", help="first keys, always selected; at most a quarter of the budget")
+    add("--local", type=at_least(0), metavar="N", help="latest keys, always selected; both at most half of the budget")
     add(
         "--dense-tail",
         type=at_least(0),
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="LongBench's .jsonl files (default: a sample of --text)",
     )
-    add("--quick", action="store_true", help="every task in miniature, within two minutes")
+    add("--quick", action="store_true", help="every task with few and short prompts, within two minutes")
     add("--out", type=Path, default=Path("eval-output"), metavar="DIR", help="(default: eval-output)")
 
 
@@ -145,7 +145,7 @@ _layers.__name__ = "layers"
 
 def run(args: argparse.Namespace) -> int:
     """Run the evaluation for parsed arguments (see `add_arguments`) and return the exit status."""
-    loading.prepare(_NEEDED, "eval")
+    commands.prepare(_NEEDED, "eval")
     from rich.console import Console
 
     from dhsa.evaluation import report
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, settings_of)
 
     started = time.perf_counter()
-    with loading.progress(console, remaining=True) as step:
+    with commands.progress(console, remaining=True) as step:
         rows = _measure(args, names, settings, store, step, console)
     if store.damaged:
         console.print(f"{store.damaged} damaged lines of {store.path} were skipped.", highlight=False)
@@ -223,15 +223,15 @@ def _measure(
 
     groups = texts.sources(args.text)
     with step("finding the model"):
-        source = loading.find_model(args.model)
+        source = commands.find_model(args.model)
     with step(f"loading {source.name} into {args.dtype}"):
-        tokenizer, model = loading.load(source, args.dtype)
+        tokenizer, model = commands.load(source, args.dtype)
     import dhsa
     from dhsa.evaluation.engine import Engine, weights_products
 
-    missing = sorted(set(args.layers or ()) - set(range(loading.model_layers(model))))
+    missing = sorted(set(args.layers or ()) - set(range(commands.model_layers(model))))
     if missing:
-        raise UserError(f"--layers: {missing} not in this model of {loading.model_layers(model)} layers")
+        raise UserError(f"--layers: {missing} not in this model of {commands.model_layers(model)} layers")
     base = {
         "model": runner.identity(source),
         "dtype": args.dtype,

@@ -1,4 +1,4 @@
-"""Boundaries for study that no Config offers: those of the training label itself, and those of one layer for all
+"""Boundaries for comparison that no Config offers: those of the training label itself, and those of one layer for all
 layers.
 
 `label`: a layer's keys are cut at the gaps whose label is highest, as many and as far apart as the boundaries of the
@@ -35,7 +35,7 @@ def label_boundaries(q: Any, k: Any, config: dhsa.Config, **layer: Any) -> np.nd
     `layer`: its sliding_window, scale and softcap.
     """
     ratios = np.asarray(dhsa.attention_ratios(q, k, window=config.boundary_window, **layer))
-    # A ratio of 0 means that the gap has no label.
+    # Ratio 0 means that the gap has no label.
     scores = np.where(ratios > 0, np.log(np.where(ratios > 0, ratios, 1)), -np.inf)
     length = k.shape[2]
     core = config._core
@@ -68,7 +68,7 @@ class Cuts:
     def run(
         self, q: Any, k: Any, v: Any, config: dhsa.Config | None = None, **options: Any
     ) -> tuple[Any, Any, RunStats]:
-        """`dhsa.functional.run` with these boundaries. Calls that leave nothing out neither use nor set them."""
+        """`dhsa.functional.run` with these boundaries. Calls that leave no key out neither use nor set them."""
         layer: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap", "window")}
         plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
         if plain or config is None or not config.leaves_out(q.shape[2], k.shape[2], layer["window"]):

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 import dhsa
-from dhsa import loading
+from dhsa import commands
+from dhsa.commands import UserError
 from dhsa.evaluation.cuts import cutting
 from dhsa.evaluation.likelihood import likelihood
 from dhsa.evaluation.settings import Setting
 from dhsa.hf.compat import cache_option, float32_products
-from dhsa.loading import UserError
 
 __all__ = ["Engine", "refusals", "weights_products", "work"]
 
@@ -185,7 +185,7 @@ class Engine:
             seconds = time.perf_counter() - start
             done = work(dhsa.last_run(self.model, "prefill"), seconds, 0, setting.dense)
             while True:
-                token = loading.logits(self.model, last).argmax(-1)
+                token = commands.logits(self.model, last).argmax(-1)
                 if int(token) in ends:
                     break
                 chosen.append(int(token))

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dhsa.commands import UserError
 from dhsa.evaluation import texts
-from dhsa.loading import UserError
 
 __all__ = ["Haystack"]
 

@@ -81,7 +81,7 @@ def run(
     """Measure what is missing of `names` x prompts x `settings`, and return all their rows, old and new.
 
     base: the fields of every row that describe the run: model, dtype, products, layers, threads. step: that of
-    `loading.progress`. plan: called for each task with the number of measurements and how many of them are missing.
+    `commands.progress`. plan: called for each task with the number of measurements and how many of them are missing.
     """
     build = build_hash()
     rows = []

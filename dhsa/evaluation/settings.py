@@ -15,8 +15,8 @@ from typing import Any
 
 import dhsa
 from dhsa import config as configs
+from dhsa.commands import UserError
 from dhsa.evaluation.cuts import WORDS
-from dhsa.loading import UserError
 from dhsa.methods import registry
 
 __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
@@ -24,7 +24,7 @@ __all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
 DENSE = "dense"
 METHODS = tuple(registry)
 NAMES = (*METHODS, "paper", "exact")
-_SLOW = ("oracle",)  # for study: not part of "all"
+_SLOW = ("oracle",)  # for comparison only: not part of "all"
 
 
 @dataclasses.dataclass(frozen=True)

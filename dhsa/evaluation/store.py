@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dhsa.loading import UserError
+from dhsa.commands import UserError
 
 __all__ = ["Store", "digest"]
 

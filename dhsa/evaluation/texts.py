@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dhsa import loading
+from dhsa import commands
+from dhsa.commands import UserError
 from dhsa.evaluation.tasks import Context, Item
-from dhsa.loading import UserError
 
 __all__ = ["Document", "document_items", "documents", "jsonl", "sources", "stream"]
 
@@ -32,7 +32,7 @@ def sources(paths: list[Path] | None) -> list[list[tuple[str, str]]]:
     none).
     """
     if not paths:
-        return [[(REFERENCE, loading.reference_text())]]
+        return [[(REFERENCE, commands.reference_text())]]
     found = []
     for path in paths:
         if path.is_dir():
@@ -47,7 +47,7 @@ def sources(paths: list[Path] | None) -> list[list[tuple[str, str]]]:
 
 def _texts(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix != ".jsonl":
-        yield path.name, loading.read_text(path)
+        yield path.name, commands.read_text(path)
         return
     for number, record in enumerate(jsonl(path, "--text"), 1):
         text = record.get("context") or record.get("text")

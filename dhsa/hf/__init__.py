@@ -1,13 +1,17 @@
 """Hugging Face transformers 5.x: attention implementation "dhsa", and switching a model's attention to it and back.
 
 Importing this package registers "dhsa" with transformers, for `from_pretrained(..., attn_implementation="dhsa")`.
-Prefill goes through a `dhsa.Config`, sparse where it says so; decode steps are exact by default. attention.py is what
-transformers calls, masks.py reads its masks, refusals.py says no, transforms.py looks what surrounds a call,
-switching.py patches models, wrappers.py finds them in other modules, caches.py keeps what is known of a cache's keys,
-saved.py writes caches to files and opens them,
-sharing.py hands on what layers share, records.py notes what they did; tracing.py and operator.py are what compiled and
-exported models call instead; compat.py has what differs between the releases of transformers, and refuses those that
-are too old. What is computed is functional.py's and the C core's; nothing numeric happens here.
+A `dhsa.Config` decides how prompts are attended to; decoding steps are exact by default.
+
+- attention.py: the attention function that transformers calls; break_even.py decides which calls run exact.
+- masks.py: attention masks as intervals of keys. refusals.py: errors for what is not supported.
+- transforms.py: transforms of torch and autocast. tracing.py, operator.py: compiled and exported models.
+- switching.py: `patch` and `unpatch`. wrappers.py: models inside other modules. handles.py: modules in graphs.
+- caches.py: what is stored about the keys of a cache. sharing.py: results that layers share. records.py: `last_run`.
+- saved.py: `save_cache` and `load_cache`.
+- compat.py: the differences between releases of transformers.
+
+Attention itself is computed by functional.py and the C core; nothing numeric happens here.
 """
 
 try:

@@ -1,5 +1,5 @@
-"""The attention function of implementation "dhsa": one call of transformers is planned as a list of stretches, each of
-them is done by a call of the C core, and what was done is recorded."""
+"""The attention function of implementation "dhsa". A call of transformers is planned as a list of stretches, the C core
+computes each of them, and a record of the call is stored."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from dhsa.selection import Selection
 from . import break_even
 from .caches import Memory, recall
 from .compat import outside_graphs
-from .masks import Segment, key_lists, least_stretch, ranges_of, segments
+from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranges_of
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
 from .switching import DEFAULT, EXACT, STATE, State
@@ -41,21 +41,21 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """The attention function of implementation "dhsa", in the signature that transformers calls.
 
-    query [B, H, Lq, D]; key, value [B, Hkv, Lk, D], not repeated over a group, of any strides whose last is 1; one
-    dtype of float32, float16, bfloat16; on the CPU. Returns ([B, Lq, H, D] contiguous, None). Under torch.autocast they
-    may be of several: they are cast to its dtype, which is also that of the result.
+    query [B, H, Lq, D]; key, value [B, Hkv, Lk, D], not repeated over a group. The last stride is 1, the others are
+    free. All have one dtype, float32, float16 or bfloat16, and are on the CPU. Returns ([B, Lq, H, D] contiguous,
+    None). Under torch.autocast the dtypes may differ: all are cast to that of autocast, which the result has as well.
 
-    `attention_mask`: None for plain attention (causal with the last query at the last key, within `sliding_window`;
-    full if the module or `is_causal` says it is not causal), a range table of this package's mask function, a 2-D
-    padding mask, or a complete 4-D mask; see `masks.ranges_of`. Queries that see no key give zeros. Stretches of
-    plain causal or sliding attention inside a mask (padded, packed or static-cache prompts; long ones between or after
-    spans that are seen from both sides) go through the model's config like an unmasked prompt; anything else is exact,
-    also over keys with gaps between them.
+    `attention_mask` is None for plain attention: causal with the last query at the last key, within `sliding_window`,
+    or full if the module or `is_causal` says that it is not causal. Otherwise it is a range table of this package's
+    mask function, a 2-D padding mask, or a complete 4-D mask; see `masks.ranges_of`. Queries that see no key give
+    zeros. A mask may contain stretches of plain causal or sliding-window attention: padded, packed or static-cache
+    prompts, or long stretches between spans of bidirectional attention. The model's config applies to these as to an
+    unmasked prompt. Everything else is exact.
 
-    Raises NotImplementedError for what has no counterpart here: training, dropout, attention weights as output, sinks
-    (s_aux), position biases, paged caches, cross-attention, masks whose rows are more than a few intervals, transforms
-    of torch.func, forward-mode derivatives, torch.jit.trace. Of a module in eval mode the forward pass works with
-    autograd too; a gradient that is asked for through it raises the same.
+    Raises NotImplementedError for what is not supported: training, dropout, attention weights as output, sinks (s_aux),
+    position biases, paged caches, cross-attention, masks with more than a few intervals a query, transforms of
+    torch.func, forward-mode derivatives, torch.jit.trace. The forward pass of a module in eval mode also works while
+    autograd records; computing a gradient through it raises NotImplementedError.
     """
     refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
     query, key, value = cast(query, key, value)
@@ -81,23 +81,23 @@ def attend(
     is_causal: bool | None,
     in_graph: bool = False,
 ) -> torch.Tensor:
-    """`attention_forward` of tensors that are really there, and of what is not refused. `in_graph`: as an operator."""
+    """`attention_forward` for real tensors whose arguments were checked. `in_graph`: whether an operator calls it."""
     batch, heads, q_len, dim = query.shape
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
     config = DEFAULT if state is None else state.config_for(layer)
-    # Keys that slide out of a window take their chunks along: only layers that see everything keep them.
+    # Chunks are stored for layers without a window only: keys that leave a window take their chunks with them.
     memory, unseen = None, ""
     if sliding_window is None:
         memory, unseen = recall(module, query, key, config, None if state is None else state.sharing, in_graph)
     if q_len == 1 and (memory is None or config.decode == "exact"):
         config, memory, unseen = EXACT, None, ""
     if config.share == "selections" and q_len > 1:
-        memory = None  # a layer that takes another's lists neither looks at its keys nor cuts them
+        memory = None  # a layer that uses another layer's lists does not cut its keys
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
 
-    # The core writes into a view, so that the layout that transformers wants costs no copy.
+    # The core writes into a view, so that the layout that transformers expects needs no copy.
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device="cpu")
     view = out.transpose(1, 2)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -106,11 +106,11 @@ def attend(
         config, memory = EXACT, None  # no method is defined for encoders
     stretches = plan(attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None)
     if sum((s.q_stop - s.q_start) * (batch if s.row is None else 1) for _, s, _ in stretches) < batch * q_len:
-        out.zero_()  # queries of no stretch see nothing
+        out.zero_()  # queries outside all stretches see no key
     runner = _Runner(state, memory, layer, sliding_window, config, unseen, {"scale": scaling, "softcap": softcap})
     done = []
     for stretch in stretches:
-        s = stretch.segment
+        s = stretch.part
         inputs = query, key, value, view
         if not s.covers(q_len, k_len):
             rows = slice(None) if s.row is None else slice(s.row, s.row + 1)
@@ -125,13 +125,19 @@ def attend(
 
 
 class Stretch(NamedTuple):
-    """A part of a call that is one piece of work. `way`: "plain" (causal within a window; the config applies), "full"
-    (every query sees every key), "ranged" (one interval of keys a query: `table` [B, n, 2]), "listed" (several, by
-    `table`, (indptr, indices, spans) of `masks.key_lists`), "joined" (several, `table` [B, m, n, 2], one call for each,
-    joined by their shares of the softmax's sum). Intervals are counted from the first key of the segment."""
+    """A part of a call that is computed at once. `way` is one of
+
+    - "plain": causal within a window; the config applies;
+    - "full": every query sees every key;
+    - "ranged": one interval of keys for each query, `table` [B, n, 2];
+    - "listed": several intervals, `table` is (indptr, indices, spans) of `masks.key_lists`;
+    - "joined": several intervals, `table` [B, m, n, 2]: one call for each, the results weighted by their shares of the
+      softmax's sum.
+
+    Intervals are relative to the first key of the part."""
 
     way: Literal["plain", "full", "ranged", "listed", "joined"]
-    segment: Segment
+    part: MaskPart
     table: Any = None
 
 
@@ -146,11 +152,11 @@ def plan(
     *,
     alone: bool,
 ) -> list[Stretch]:
-    """What a call is to do, before any of it is done. `alone`: no keys of earlier calls are kept beside this one.
+    """The stretches of a call, in order. `alone`: nothing is stored about the keys of earlier calls.
 
-    Queries that see nothing are in no stretch.
+    Queries that see no key are in no stretch.
     """
-    whole = Segment(None, 0, q_len, 0, k_len, sliding_window if causal else None, 1)
+    whole = MaskPart(None, 0, q_len, 0, k_len, sliding_window if causal else None, 1)
     if attention_mask is None:
         return [Stretch("plain" if causal else "full", whole)]
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal)
@@ -159,41 +165,41 @@ def plan(
             return [Stretch("listed", whole, lists)]
         return [Stretch("joined", whole, ranges)]
     ranges = ranges[:, 0]
-    parts = None if q_len == 1 and alone else segments(ranges, least_stretch(config), late=k_len - q_len)
+    parts = None if q_len == 1 and alone else mask_parts(ranges, least_stretch(config), late=k_len - q_len)
     one = (
         parts is not None
         and len(parts) == 1
         and parts[0].row in (None, 0)
         and parts[0].q_stop - parts[0].q_start == q_len
     )
-    # Windows and tables too: only a call of their own has the very tiles, and so the bits, that a row has alone. And
-    # short rows, which have a way of their own.
+    # Windows and tables too: only in a call of its own does a row get the tiles, and so the bits, that it has alone.
+    # And short rows, which the C core computes by another path.
     apart = parts is not None and (
         not config.exact
         or config.skip is not None
         or any(p.window or p.ranged or p.q_stop - p.q_start == p.k_stop - p.k_start <= _core.DECODE_ROWS for p in parts)
     )
     if parts is None or not (one or apart):
-        # Nothing could be left out here, and the table itself says exactly who sees what, in one call.
+        # No key could be left out here, and one call with the table computes exactly what the mask says.
         return [Stretch("ranged", whole, ranges)]
     return [Stretch("ranged", p, p.table(ranges)) if p.ranged else Stretch("plain", p) for p in parts]
 
 
 def _refuse_half_a_mask(attention_mask: torch.Tensor | None, q_len: int, sliding_window: int | None) -> None:
-    """NotImplementedError for a window to both sides of which the mask says nothing."""
+    """Raises NotImplementedError for a bidirectional window that the mask does not express."""
     if sliding_window is not None and q_len > 1 and getattr(attention_mask, "ndim", 2) == 2:
         raise NotImplementedError(
-            'attention_mask: bidirectional sliding-window attention needs a mask of four dimensions; "dhsa" was handed '
+            'attention_mask: bidirectional sliding-window attention needs a mask of four dimensions; "dhsa" received '
             + ("none" if attention_mask is None else "padding only")
         )
 
 
 class _Runner:
-    """Attends in the stretches of one call: exact where sparse would not pay, with what earlier calls left in the
-    cache, and by what other layers of this forward found where they share.
+    """Computes the stretches of one call: exact where sparse attention would take longer, with what earlier calls
+    stored about the keys, and with what other layers of this forward pass found if `Config.share` is set.
 
-    `reason`: why the first stretch ran exact that did although keys could be left out, else `unseen`, why keys of a
-    cache are cut anew, if a stretch cut them, else ""."""
+    `reason`: why a stretch ran exact although keys could be left out (of several, the first). Else `unseen`, the reason
+    why the keys of a cache are cut again, if a stretch cut them. Else ""."""
 
     def __init__(
         self,
@@ -219,7 +225,7 @@ class _Runner:
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> list[RunStats]:
-        """Attends in one stretch, into `out`; q_len: the queries of the whole call."""
+        """Computes one stretch, into `out`. `q_len`: the number of queries of the whole call."""
         options: dict[str, Any] = {**self._options, "out": out}
         if stretch.way != "plain" and self._config.leaves_out(q.shape[2], k.shape[2], self._kind):
             several = stretch.way in ("listed", "joined")
@@ -236,10 +242,10 @@ class _Runner:
         if stretch.way == "joined":
             return _attend_to_intervals(q, k, v, stretch.table, out, self._options)
         alone = q.shape[2] == 1 < q_len  # a stretch of one query is no decoding step
-        return [self._plain(stretch.segment, q, k, v, self._exact if alone else self._config, **options)]
+        return [self._plain(stretch.part, q, k, v, self._exact if alone else self._config, **options)]
 
     def _plain(
-        self, s: Segment, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
+        self, s: MaskPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
     ) -> RunStats:
         if why := break_even.reason(config, q, k, s.window):
             self.reason = self.reason or why
@@ -248,7 +254,7 @@ class _Runner:
             self.reason = self._unseen
         if self._memory is not None and not config.exact:
             options |= self._memory.of(s.row, s.k_start)
-        if self._state is not None and config.share is not None and q.shape[2] > 1:  # in a step each layer chooses
+        if self._state is not None and config.share is not None and q.shape[2] > 1:  # steps share nothing
             where = s[:5]
             sharing = self._state.sharing
             return sharing.run(self._layer, self._kind, where, q, k, v, config, window=s.window, **options)
@@ -263,8 +269,8 @@ def _attend_to_intervals(
     out: torch.Tensor,
     options: dict[str, Any],
 ) -> list[RunStats]:
-    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`: one call for
-    each interval, its result weighted by its share of the softmax's sum."""
+    """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`. Each interval
+    is one call, and its result is weighted by its share of the softmax's sum."""
     total = lse = None
     done = []
     for j in range(ranges.shape[1]):
@@ -275,7 +281,7 @@ def _attend_to_intervals(
             total, lse = part.float(), part_lse
             continue
         both = torch.logaddexp(lse, part_lse)
-        nothing = both == -torch.inf  # neither interval has a key: the difference of the two would be NaN
+        nothing = both == -torch.inf  # neither interval has a key; the difference of the two would be NaN
         old, new = ((one - both).exp_().masked_fill_(nothing, 0)[..., None] for one in (lse, part_lse))
         total = total * old + part * new
         lse = both

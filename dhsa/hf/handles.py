@@ -1,5 +1,5 @@
-"""Numbers by which a compiled graph finds its attention modules again, to ask them for config and records when it
-runs."""
+"""Numbers by which a compiled graph finds its attention modules when it runs, to read their config and store
+records."""
 
 import itertools
 import weakref
@@ -16,8 +16,8 @@ _numbers = itertools.count(1)
 
 
 class _Handle:
-    """A module's number as a tensor. Dynamo makes tensors inputs of a graph and numbers constants of it: this way one
-    graph serves all layers that are alike. A copied or unpickled module has None in its place, until it is patched."""
+    """A module's number as a tensor. Dynamo makes tensors inputs of a graph but numbers constants of it, so with a
+    tensor one graph works for all layers that are alike. A copied or unpickled module has None until it is patched."""
 
     def __init__(self) -> None:
         self.number = torch.tensor(next(_numbers), device="cpu")
@@ -27,7 +27,7 @@ class _Handle:
 
 
 def _handle_of(module: torch.nn.Module) -> _Handle:
-    """A module's own, the same as long as it lives."""
+    """The handle of a module, the same for its whole life."""
     handle = _handles.get(module)
     if handle is None:
         handle = _handles.setdefault(module, _Handle())
@@ -36,21 +36,21 @@ def _handle_of(module: torch.nn.Module) -> _Handle:
 
 
 def number_of(module: torch.nn.Module) -> int:
-    """The number by which `waiting` finds the module."""
+    """The number by which `waiting` finds the module again."""
     return int(_handle_of(module).number)
 
 
 def note(module: torch.nn.Module) -> None:
-    """Leaves a module's handle where a graph finds it."""
+    """Stores a module's handle on the module, where a graph reads it."""
     module.__dict__[HANDLE] = _handle_of(module)
 
 
 def waiting(number: int) -> torch.nn.Module:
-    """The module with this number. RuntimeError if there is none any more."""
+    """The module with this number. Raises RuntimeError if it no longer exists."""
     module = _modules.get(number)
     if module is None:
         raise RuntimeError(
             "dhsa::attention: the attention module that this graph was compiled for no longer exists; "
-            "compile the model again, or use torch.export for a graph that stands alone"
+            "compile the model again, or use torch.export for a graph that needs no module"
         )
     return module

@@ -1,10 +1,10 @@
 """Attention masks of transformers as key ranges: for every query, the intervals [start, stop) of keys that it sees.
 
-A range table is [B, m, Lq, 2] int32 (four dimensions, because transformers passes 4-D masks on untouched), linear in
-the prompt where a mask tensor is quadratic, and says the same. Nearly always m is 1; a query with fewer than m
-intervals has empty ones, (0, 0), in place of the missing. This module makes one from whatever transformers or the user
-hands over, and finds the stretches of it that are plain causal or sliding-window attention, which may then run
-sparse. It computes no attention and knows nothing of models.
+A range table is [B, m, Lq, 2] int32. It has four dimensions because transformers passes 4-D masks on unchanged. Its
+size is linear in the prompt, that of a mask tensor is quadratic. m is nearly always 1; a query with fewer than m
+intervals is filled up with empty ones, (0, 0). This module makes range tables from masks of transformers or of the
+user, and finds their stretches of plain causal or sliding-window attention, which may then run sparse. It computes no
+attention and does not depend on models.
 """
 
 import itertools
@@ -25,38 +25,38 @@ from .transforms import refuse_transforms
 __all__ = [
     "MAX_INTERVALS",
     "Least",
-    "Segment",
+    "MaskPart",
     "causal_rows",
     "key_lists",
     "key_range_mask",
     "least_stretch",
+    "mask_parts",
     "padding_of",
     "ranges_of",
-    "segments",
     "without_padding",
 ]
 
-# Each interval is an attention call of its own. Padding between turns of a conversation makes a few; a mask that needs
-# more than this is of another kind (strided, random), for which ranges are the wrong form.
+# Each interval is an attention call of its own. Padding between turns of a conversation makes a few. A mask that needs
+# more than this is of another kind (strided, random), for which intervals are not suited.
 MAX_INTERVALS = 16
 
 # Masks given as [.., Lq, Lk] tensors are read in slices of about this many elements.
 _SLICE_ELEMENTS = 1 << 22
 
 # An additive mask hides a key with -inf, with the smallest number of some dtype or half of it, with -1e9 or with -1e4,
-# which is -9984 in bfloat16. Anything else that is not 0 is a bias, which is something other than a mask.
+# which is -9984 in bfloat16. Any other value that is not 0 is a bias, which is not a mask.
 _HIDDEN = -9984.0
 
-# Where an interval of a table ends that goes on to the last key, however many the attention function is handed.
+# The end of an interval that reaches to the last key, however many keys the attention function receives.
 _TO_THE_LAST = np.iinfo(np.int32).max
 
 
-class Segment(NamedTuple):
+class MaskPart(NamedTuple):
     """Queries [q_start, q_stop) of batch row `row` (None: of every row) and the keys [k_start, k_stop) that they see.
 
     Not `ranged`: causally, within `window` if given, the last query at the last of the keys. `ranged`: as the table
-    says (spans seen from both sides, and what is too short to stand alone). `pairs` counts the (query, key) pairs of
-    one row."""
+    says (bidirectional spans, and stretches that are too short for a call of their own). `pairs` counts the (query,
+    key) pairs of one row."""
 
     row: int | None
     q_start: int
@@ -68,13 +68,13 @@ class Segment(NamedTuple):
     ranged: bool = False
 
     def covers(self, q_len: int, k_len: int) -> bool:
-        """Whether it is all that a call has: every row, query and key."""
+        """Whether the part is the whole call: every row, query and key."""
         return self[:5] == (None, 0, q_len, 0, k_len)
 
     def table(self, ranges: np.ndarray) -> np.ndarray:
-        """The part of `ranges` [B, Lq, 2] that is the segment's, counted from its first key."""
+        """The part of `ranges` [B, Lq, 2] that belongs to the part, relative to its first key."""
         rows = slice(None) if self.row is None else slice(self.row, self.row + 1)
-        return np.maximum(ranges[rows, self.q_start : self.q_stop] - self.k_start, 0)  # what sees nothing is (0, 0)
+        return np.maximum(ranges[rows, self.q_start : self.q_stop] - self.k_start, 0)  # no key: (0, 0)
 
 
 # ---- the mask function that transformers calls -----------------------------------------------------------------------
@@ -97,18 +97,20 @@ def key_range_mask(
     """The mask for attention implementation "dhsa", in the signature of transformers' AttentionMaskInterface.
 
     Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded and no window
-    cuts anything off; else a range table, int32 [batch_size, m, q_length, 2]. Never a [q_length, kv_length] tensor.
+    hides a key. Else returns a range table, int32 [batch_size, m, q_length, 2]. It never makes a [q_length, kv_length]
+    tensor.
 
-    A query that is itself padding (its own entry of `attention_mask` is False) sees nothing: its output is zeros. Two
-    kinds see what transformers says in any case, because `generate` reads their logits of a right-padded row: the last
-    query, and one before a real token (with an assistant, prompt and candidates are one call).
+    A query that is itself padding (its own entry of `attention_mask` is False) sees no key, and its output is zeros.
+    Two kinds of such queries see what transformers says all the same, because `generate` reads their logits in a
+    right-padded row: the last query, and one before a real token (in assisted generation, prompt and candidates are one
+    call).
 
     Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
     everything = mask_function is bidirectional_mask_function and local_size is None and not use_vmap
     if everything and attention_mask is None and kwargs.get("allow_is_bidirectional_skip"):
-        # Encoders leave out their cache: `kv_length` is then the number of queries. transformers makes no mask here.
-        # Nor can we: some modules do not say that they are not causal.
+        # Encoders pass no cache: `kv_length` is then the number of queries. transformers makes no mask here. This
+        # function does, because some modules do not say that they are not causal.
         return torch.tensor([0, _TO_THE_LAST], dtype=torch.int32, device="cpu").repeat(batch_size, 1, q_length, 1)
     if tracing():
         return traced_ranges(
@@ -118,8 +120,8 @@ def key_range_mask(
     refuse_transforms(attention_mask=attention_mask, q_offset=q_offset, q_length=q_length)
     if attention_mask is not None:
         check_padding(attention_mask, batch_size)
-    q_offset = int(q_offset)  # static caches count in a tensor
-    # Positions below count from the first key that the attention function will be given.
+    q_offset = int(q_offset)  # a tensor in static caches
+    # Positions below are relative to the first key that the attention function will receive.
     first = q_offset - kv_offset
     padding = padding_of(attention_mask, kv_offset, kv_length)
 
@@ -127,7 +129,7 @@ def key_range_mask(
     if plain and not _follows(mask_function, local_size, batch_size, q_length, kv_length, q_offset, kv_offset):
         plain = False  # a pattern of another kind, for instance chunked attention, which also names a local size
     if not plain:
-        # Any pattern at all: evaluate it some queries at a time, and keep of each row only where it begins and ends.
+        # Any other pattern: evaluate it some queries at a time, and store only the ends of each row's intervals.
         parts = []
         step = max(1, _SLICE_ELEMENTS // max(1, batch_size * kv_length))
         for start in range(0, q_length, step):
@@ -166,8 +168,8 @@ def padding_of(attention_mask: torch.Tensor | None, kv_offset: int, kv_length: i
 def causal_rows(
     batch_size: int, q_length: int, kv_length: int, first: int, window: int | None, begins: np.ndarray | None = None
 ) -> np.ndarray:
-    """int32 [B, Lq, 2]: what each query from key `first` on sees, from where it begins ([B or 1, Lk], a number a key),
-    within `window`, up to itself."""
+    """int32 [B, Lq, 2]: the interval of each query from position `first` on. It ends at the query itself, and begins at
+    the number that `begins` [B or 1, Lk] has for it, or at the edge of `window`."""
     position = np.arange(first, first + q_length, dtype=np.int64)
     ranges = np.empty((batch_size, q_length, 2), np.int32)
     ranges[:, :, 0] = 0 if begins is None else begins[:, position.clip(0, kv_length - 1)]
@@ -178,16 +180,16 @@ def causal_rows(
 
 
 def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) -> np.ndarray:
-    """The range table [B, m, Lq, 2] of `ranges` [B, Lq, 2] less the keys that are padding."""
+    """The range table [B, m, Lq, 2] of `ranges` [B, Lq, 2] without the keys that are padding."""
     if padding is None:
         return ranges[:, None]
-    # [B, m, 1, 2]; keys past the mask's end are hidden, as transformers has it for sdpa.
+    # [B, m, 1, 2]; keys past the mask's end are hidden, as in transformers' sdpa.
     none = np.zeros((len(padding), 1, 1, 2), np.int32)
     real = _intervals(padding[:, None, :], what="attention_mask") if padding.shape[1] else none
     start = np.maximum(ranges[:, None, :, 0], real[..., 0])
     stop = np.minimum(ranges[:, None, :, 1], real[..., 1])
     table = np.stack([start, stop], axis=-1)
-    # Queries that are padding. Those past the mask's end are not: transformers only calls their keys hidden.
+    # Queries that are padding. Those past the mask's end are not: transformers hides only their keys.
     position = np.arange(first, first + ranges.shape[1])
     known = (position >= 0) & (position < padding.shape[1])
     known[-1] = False
@@ -197,7 +199,7 @@ def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) 
     table[table[..., 0] >= table[..., 1]] = 0
     if table.shape[1] == 1:
         return table
-    # Every query's intervals first, what is empty last: each column that is left is an attention call.
+    # The intervals of every query first, empty ones last: each column that remains is an attention call.
     order = np.argsort(table[..., 1] == 0, axis=1, kind="stable")
     table = np.take_along_axis(table, order[..., None], axis=1)
     return table[:, : max(1, int((table[..., 1] > 0).sum(axis=1).max()))]
@@ -214,8 +216,8 @@ def _follows(
 ) -> bool:
     """Whether `mask_function` is causal attention with this window, judged by the whole key rows of four queries.
 
-    Only asked where transformers says that the pattern is its own and unmodified, so that the question is merely which
-    of its patterns it is; a chunked pattern differs from a sliding one in all rows but the last of each chunk.
+    Only called where transformers says that the pattern is one of its own and unmodified, so this only distinguishes
+    between these. A chunked pattern differs from a sliding one in all rows but the last of each chunk.
     """
     if mask_function is causal_mask_function and window is None:
         return True
@@ -244,9 +246,8 @@ def ranges_of(
     - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
       equal in all heads. It is complete: causality and window come from it alone, as in transformers.
 
-    Raises ValueError on a shape that does not fit, TypeError on a dtype that is none of these, NotImplementedError if
-    some query's keys are more than MAX_INTERVALS intervals, if heads differ, or if the additive mask carries other
-    values (a position bias).
+    Raises ValueError on a shape that does not fit, TypeError on any other dtype, NotImplementedError if some query sees
+    more than MAX_INTERVALS intervals, if heads differ, or if the additive mask has other values (a position bias).
     """
     if not isinstance(mask, torch.Tensor):
         check_padding(mask)
@@ -254,7 +255,7 @@ def ranges_of(
     if mask.ndim == 4 and mask.dtype == torch.int32 and 1 <= mask.shape[1] <= MAX_INTERVALS and mask.shape[3] == 2:
         ranges = mask.cpu().numpy()
         ranges = np.where(ranges == _TO_THE_LAST, np.int32(k_len), ranges)
-        if ranges.shape[1] > 1:  # compiled masks come with room for all that there could be
+        if ranges.shape[1] > 1:  # masks of compiled models have as many intervals as there could be
             used: np.ndarray = np.any(ranges, axis=(0, 2, 3))
             used[0] = True
             ranges = ranges[:, used]
@@ -278,7 +279,7 @@ def ranges_of(
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
         raise ValueError(f"attention_mask: expected shape [{batch}, 1, {q_len}, {k_len}], got {tuple(mask.shape)}")
 
-    # Read anew in every layer: nothing but its contents says whether a tensor is as it was, and hashing takes as long.
+    # Read again in every layer: only its contents say whether a tensor has changed, and hashing takes as long.
     return _spread(_read_4d(mask, k_len), batch, q_len)
 
 
@@ -287,7 +288,7 @@ def _spread(ranges: np.ndarray, batch: int, q_len: int) -> np.ndarray:
 
 
 def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
-    """Ranges [B', m, Lq', 2] of a 4-D mask, its sizes 1 kept as they are; read in slices."""
+    """Ranges [B', m, Lq', 2] of a 4-D mask, whose dimensions of size 1 stay as they are; read in slices."""
     mask = mask.detach()[..., :k_len]
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"attention_mask: a 4-D mask must be bool or additive floating point, got {mask.dtype}")
@@ -307,7 +308,7 @@ def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
                     visible = values == 0
                     if np.count_nonzero(visible) + np.count_nonzero(values <= _HIDDEN) != values.size:
                         raise NotImplementedError(
-                            "attention_mask: an additive mask may hold 0 for keys that are seen and -1e4 or less for "
+                            "attention_mask: an additive mask may hold 0 for visible keys and -1e4 or less for "
                             'others; this one holds other values, and "dhsa" adds no bias to scores'
                         )
                 found = _intervals(visible[None], start, first_batch=b)
@@ -315,14 +316,14 @@ def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
                     parts.append(found)
                 elif not np.array_equal(parts[-1], found):
                     raise NotImplementedError(
-                        'attention_mask: the heads have different masks, "dhsa" takes one for all heads'
+                        'attention_mask: the heads have different masks, "dhsa" supports one for all heads'
                     )
         rows.append(_joined(parts, axis=2))
     return _joined(rows, axis=0)
 
 
 def _joined(tables: list[np.ndarray], axis: int) -> np.ndarray:
-    """Range tables [B, m, n, 2] put together, with empty intervals where one has fewer than another."""
+    """Concatenates range tables [B, m, n, 2], with empty intervals where one has fewer than another."""
     most = max(t.shape[1] for t in tables)
     padded = [np.pad(t, ((0, 0), (0, most - t.shape[1]), (0, 0), (0, 0))) if t.shape[1] < most else t for t in tables]
     return np.concatenate(padded, axis=axis)
@@ -331,8 +332,8 @@ def _joined(tables: list[np.ndarray], axis: int) -> np.ndarray:
 def _intervals(
     visible: np.ndarray, first_row: int = 0, first_batch: int = 0, what: str = "attention mask"
 ) -> np.ndarray:
-    """int32 [B, m, n, 2] of bool [B, n, Lk], m the most intervals that a row has. NotImplementedError if they are too
-    many."""
+    """int32 [B, m, n, 2] of bool [B, n, Lk], where m is the largest number of intervals of a row. Raises
+    NotImplementedError if m exceeds MAX_INTERVALS."""
     count = visible.sum(axis=-1, dtype=np.int32)
     start = visible.argmax(axis=-1).astype(np.int32)
     stop = (visible.shape[-1] - visible[..., ::-1].argmax(axis=-1)).astype(np.int32)
@@ -349,11 +350,11 @@ def _intervals(
         b, row = np.argwhere(number == most)[0]
         where = f"batch row {b + first_batch}" + ("" if what == "attention_mask" else f", query {row + first_row}")
         raise NotImplementedError(
-            f'{what}: {where} sees keys in {most} separate intervals, "dhsa" serves at most {MAX_INTERVALS}; '
+            f'{what}: {where} sees keys in {most} separate intervals, "dhsa" supports at most {MAX_INTERVALS}; '
             'use attn_implementation="eager" for such masks'
         )
     table = np.zeros((*number.shape, most, 2), np.int32)
-    b, row, key = np.nonzero(begins)  # in order, and so are the ends: the two belong together pair by pair
+    b, row, key = np.nonzero(begins)  # in order, as the ends are: the n-th beginning belongs to the n-th end
     slot = (begins.cumsum(axis=-1, dtype=np.int32) - 1)[b, row, key]
     table[b, row, slot, 0] = key
     table[b, row, slot, 1] = np.nonzero(ends)[2] + 1
@@ -361,9 +362,9 @@ def _intervals(
 
 
 def key_lists(ranges: np.ndarray, k_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Ranges [B, m, Lq, 2] as a list of keys for each row, of which every query sees a run: (indptr int64 [B + 1],
-    indices int32, from where to where int32 [B, Lq, 2]). So it is where gaps are the same for all queries of a row, as
-    padding's are; None where they are not."""
+    """Ranges [B, m, Lq, 2] as a list of keys for each row, of which every query sees a contiguous part: (indptr int64
+    [B + 1], indices int32, spans int32 [B, Lq, 2]). This is possible if the gaps are the same for all queries of a row,
+    as with padding; else returns None."""
     lists, spans = [], np.zeros((len(ranges), ranges.shape[2], 2), np.int32)
     for table, span in zip(ranges, spans, strict=True):
         start, stop = table[..., 0], table[..., 1]
@@ -384,40 +385,41 @@ def key_lists(ranges: np.ndarray, k_len: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 class Least(NamedTuple):
-    """What a stretch of plain attention between others must have for a selection of its own to pay."""
+    """The least size of a stretch of plain attention between others for which a selection of its own saves time."""
 
     queries: int
     keys: int
 
 
 def least_stretch(config: Config) -> Least | None:
-    """Of a config; None if it never leaves a key out. The last queries of every stretch are exact (`dense_tail`), and
-    each cuts all of its keys into chunks anew."""
+    """The limits for a config; None if it never leaves a key out. The last queries of every stretch are exact
+    (`dense_tail`), and every stretch cuts all of its keys into chunks again."""
     if config.exact:
         return None
     return Least(8 * max(config.dense_tail, config.query_block), config.exact_up_to + 1)
 
 
-def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, late: int | None = None) -> list[Segment]:
-    """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention, as far
-    as that pays, and ranged ones for the rest; queries that see nothing are left out.
+def mask_parts(
+    ranges: np.ndarray, least: Least | None = None, limit: int = 64, late: int | None = None
+) -> list[MaskPart]:
+    """Cuts ranges [B, Lq, 2], one interval a query, into stretches of plain causal or sliding-window attention where
+    that saves time, and ranged stretches for the rest. Queries that see no key are left out.
 
-    `late`: by how many keys at most the key of a query comes after the query's number, the keys less the queries; None:
-    not known. In a plain stretch a query sees keys up to its own: a band that goes on beyond it, as a two-sided
-    window's does, is ranged.
+    `late`: the largest difference between the position of a query's own key and the number of the query, which is the
+    number of keys minus that of queries. None: not known. In a plain stretch a query sees keys up to its own; a band
+    that continues beyond it, as in a two-sided window, is ranged.
 
-    Padded, packed and static-cache prompts come out as one plain stretch a sequence: either the only one of its batch
-    row, or beginning with a query that sees one key, or the last query alone (of a right-padded row). In any other row
-    (a prefix or spans of images seen from both sides, more than `limit` sequences), stretches of at least `least` stay
-    plain, which then see all keys before them too, and what lies between is ranged; with `least` None the whole row is.
+    Padded, packed and static-cache prompts give one plain stretch for each sequence: the only one of its batch row, or
+    one that begins with a query that sees one key, or the last query alone (of a right-padded row). In any other row
+    (bidirectional prefixes or spans of images, more than `limit` sequences), stretches of at least `least` stay plain
+    and see all keys before them too, and what lies between is ranged. With `least` None the whole row is ranged.
     """
     if len(ranges) > 1 and (ranges[1:] == ranges[:1]).all():
-        same = segments(ranges[:1], least, limit, late)
-        if not any(
-            s.ranged for s in same
-        ):  # only a call of its own has the very tiles, and so the bits, of a row alone
+        same = mask_parts(ranges[:1], least, limit, late)
+        # In a ranged stretch, only a call of its own gives a row the tiles, and so the bits, that it has alone.
+        if not any(s.ranged for s in same):
             return [s._replace(row=None) for s in same]
-    found: list[Segment] = []
+    found: list[MaskPart] = []
     for row, table in enumerate(ranges):
         runs = _runs(table)
         plain = [s for s in (_plain(table, row, late, *run) for run in runs) if s is not None]
@@ -433,20 +435,20 @@ def segments(ranges: np.ndarray, least: Least | None = None, limit: int = 64, la
     return found
 
 
-def _stands_alone(s: Segment, table: np.ndarray) -> bool:
+def _stands_alone(s: MaskPart, table: np.ndarray) -> bool:
     start, stop = table[s.q_start]
     return stop - start == 1 or s.q_start == len(table) - 1
 
 
 def _runs(table: np.ndarray) -> list[tuple[int, int]]:
-    """The longest runs [start, stop) of queries that see something, each one key more at its end than the one before
-    and at most one less at its beginning."""
+    """The longest runs [start, stop) of queries that see a key, where the interval of each query ends one key after
+    that of the query before, and begins at the same key or one key later."""
     start, stop = table[:, 0], table[:, 1]
     seen = stop > start
     lost = np.diff(start)
     both = seen[1:] & seen[:-1]
     goes_on = both & (np.diff(stop) == 1) & (lost >= 0) & (lost <= 1)
-    # Where a query sees nothing of what the one before saw, and the next one no less, another text begins.
+    # Another text begins where a query sees no key that the one before saw, and the next query also sees its keys.
     goes_on &= (start[1:] < stop[:-1]) | (np.append(lost[1:], 1) != 0)
     goes_on[1:] &= ~(both & (np.diff(stop) == 0))[:-1]  # the last token of a span belongs to it
     begins, ends = seen.copy(), seen.copy()
@@ -455,9 +457,10 @@ def _runs(table: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
 
 
-def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: int) -> Segment | None:
-    """A run as plain attention, or None if its beginnings are no window's or it does not end at the queries' own keys.
-    Which keys those are of a static cache, filled to no one knows where, is known by that much only."""
+def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: int) -> MaskPart | None:
+    """A run as plain attention, or None if its beginnings are not those of a window or it does not end at the queries'
+    own keys. `late` only bounds which keys these are in a static cache, where the number of filled entries is not
+    known."""
     start, stop = table[q_start:q_stop].astype(np.int64).T
     if late is not None and not (q_start < stop[0] or len(stop) == 1):  # a single query may look back from anywhere
         return None
@@ -467,19 +470,19 @@ def _plain(table: np.ndarray, row: int, late: int | None, q_start: int, q_stop: 
     window = int(seen.max()) if start[-1] > start[0] else None
     if window is not None and not np.array_equal(start, np.maximum(start[0], stop - window)):
         return None
-    return Segment(row, q_start, q_stop, int(start[0]), int(stop[-1]), window, int(seen.sum()))
+    return MaskPart(row, q_start, q_stop, int(start[0]), int(stop[-1]), window, int(seen.sum()))
 
 
-def _pays(s: Segment, least: Least) -> bool:
+def _pays(s: MaskPart, least: Least) -> bool:
     return s.q_stop - s.q_start >= least.queries and min(s.k_stop - s.k_start, s.window or least.keys) >= least.keys
 
 
-def _ranged(table: np.ndarray, row: int, q_start: int, q_stop: int) -> Segment | None:
-    """What lies between plain stretches, without the queries at either end that see nothing; None if that is all."""
+def _ranged(table: np.ndarray, row: int, q_start: int, q_stop: int) -> MaskPart | None:
+    """What lies between plain stretches, without the queries at either end that see no key; None if none is left."""
     seen = np.flatnonzero(table[q_start:q_stop, 1] > table[q_start:q_stop, 0])
     if not len(seen):
         return None
     q_start, q_stop = q_start + int(seen[0]), q_start + int(seen[-1]) + 1
     start, stop = table[q_start:q_stop].astype(np.int64).T
     pairs = int((stop - start).sum())
-    return Segment(row, q_start, q_stop, int(start[stop > start].min()), int(stop.max()), None, pairs, True)
+    return MaskPart(row, q_start, q_stop, int(start[stop > start].min()), int(stop.max()), None, pairs, True)

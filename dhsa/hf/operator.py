@@ -1,9 +1,9 @@
-"""The operators of torch.library that graphs hold in place of this package's functions: `dhsa::attention`, and
-`dhsa::key_ranges` and `dhsa::intervals` for masks; `dhsa::no_backward` is where attention's gradient would be.
+"""The operators of torch.library that graphs contain in place of this package's functions: `dhsa::attention`,
+`dhsa::key_ranges` and `dhsa::intervals` for masks, and `dhsa::no_backward` as the gradient of attention, which raises.
 
-Each runs the ordinary function at run time and, as a fake implementation, says the shape of the result without
-running it. Importing this file registers them, which is all that an exported program needs. What goes into a graph
-is tracing.py's.
+Each runs the ordinary function at run time. Its fake implementation gives the shape of the result without running it.
+Importing this file registers them, which is all that an exported program needs. tracing.py decides what a graph
+contains.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def _attention(
     is_causal: bool | None,
 ) -> torch.Tensor:
     if frozen is None:
-        assert handle is not None  # a graph has one or the other
+        assert handle is not None  # a graph has either the handle or the words
         module = waiting(int(handle))
     else:
         module = thawed(frozen)
@@ -51,13 +51,13 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
 @torch.library.custom_op(
     "dhsa::no_backward",
     mutates_args=(),
-    # Said in full, because torch 2.6 reads Sequence[int] of typing only.
+    # An explicit schema, because torch 2.6 infers one from typing.Sequence only.
     schema="(Tensor gradient, SymInt[] query, SymInt[] key, SymInt[] value) -> (Tensor, Tensor, Tensor)",
 )
 def _no_backward(
     gradient: torch.Tensor, query: Sequence[int], key: Sequence[int], value: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Graphs are made together with their backward, so this one must have a shape: it refuses when it is run."""
+    """Graphs are made together with their backward pass, so the result has a shape; running it raises."""
     raise NotImplementedError(NO_BACKWARD)
 
 
@@ -91,8 +91,8 @@ def _key_ranges(
     window: int | None,
 ) -> torch.Tensor:
     """The range table of causal attention. `start` + `offset`: the first query's key. `follows` [B or 1, Lk]: whether
-    the query of a key sees the key before it, if that is not so everywhere. `rows` [B or 1, probes, Lk]: what the
-    pattern itself says of a few queries, to be sure of the reading."""
+    the query of a key sees the key before it; None if this is so everywhere. `rows` [B or 1, probes, Lk]: what the
+    pattern says for a few queries, to verify the table."""
     first = start if offset is None else start + int(offset)
     begins = None
     if follows is not None:
@@ -130,7 +130,7 @@ def _(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _roomy(table: np.ndarray, room: int) -> torch.Tensor:
-    """A range table with room for `room` intervals: a graph must know its shape before it sees the mask."""
+    """A range table filled up to `room` intervals: a graph must know its shape before it sees the mask."""
     out = torch.zeros((table.shape[0], room, *table.shape[2:]), dtype=torch.int32, device="cpu")
     out.numpy()[:, : table.shape[1]] = table
     return out

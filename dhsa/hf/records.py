@@ -52,9 +52,9 @@ def record(
     done: list[tuple[functional.RunStats, int]],
     reason: str = "",
 ) -> None:
-    """Keep on the module what its call did. Several stretches become one record, their densities weighted by pairs."""
+    """Store a record of a call on the module. Several stretches give one record, with densities weighted by pairs."""
     paths = {stats.path for stats, _ in done}
-    # A table of ranges has no window of its own, but in a sliding layer its rows are windows (and spans of pictures).
+    # A range table has no window, but in a sliding layer its rows are windows (and spans of images).
     windowed = "window" in paths or (sliding_window is not None and sliding_window < key.shape[2])
     exact: Literal["dense", "window"] = "window" if windowed else "dense"
     decode = query.shape[2] == 1
@@ -75,7 +75,7 @@ def record(
     )
     runs = module.__dict__.setdefault(RUNS, {})
     runs.pop(step, None)
-    runs[step] = run  # the last one inserted is the last one run
+    runs[step] = run  # the last item of the dict is the last call
 
 
 def last_run(model: torch.nn.Module, step: Literal["prefill", "decode"] | None = None) -> list[LayerRun]:

@@ -1,4 +1,4 @@
-"""What the attention function cannot do: everything that would otherwise be dropped in silence raises here."""
+"""What the attention function does not support: every argument that would otherwise be ignored raises here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,7 @@ def refuse_unsupported(
     s_aux: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> None:
-    """Everything that would otherwise be dropped in silence."""
+    """Raises NotImplementedError for every argument that would otherwise be ignored, ValueError for shapes."""
     other = 'use attn_implementation="eager"'
     if dropout:
         raise NotImplementedError(
@@ -38,10 +38,10 @@ def refuse_unsupported(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'{name}: "dhsa" does not know this argument and cannot ignore it; {other}')
     packs = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
-    # One text alone is not a pack; of several, the mask says where they end.
+    # One text is not packed; of several, the mask says where they end.
     if attention_mask is None and any(cuts is not None and len(cuts) != 2 for cuts in packs):
         raise NotImplementedError(
-            'cu_seq_lens_q: "dhsa" sees where packed texts begin by position_ids; give the model position_ids that '
+            'cu_seq_lens_q: "dhsa" finds where packed texts begin by position_ids; give the model position_ids that '
             "begin at 0 in each text"
         )
     if _is_cross_attention(module):
@@ -57,13 +57,13 @@ def refuse_unsupported(
 
 
 def check_padding(mask: Any, batch: int | None = None) -> None:
-    """TypeError or ValueError if `mask` is no padding mask [batch, keys], the only kind that a pattern is combined
-    with."""
+    """Raises TypeError or ValueError if `mask` is not a padding mask [batch, keys], the only kind that a pattern is
+    combined with."""
     if not isinstance(mask, torch.Tensor):
         raise TypeError(
             f"attention_mask: expected a tensor, got {type(mask).__name__}"
             + (
-                "; a BlockMask is flex_attention's, give its contents as a 4-D bool mask"
+                "; a BlockMask is for flex_attention, give its contents as a 4-D bool mask"
                 if _is_block_mask(mask)
                 else ""
             )
@@ -77,7 +77,7 @@ def check_padding(mask: Any, batch: int | None = None) -> None:
 
 
 def check_contents(mask: torch.Tensor) -> None:
-    """ValueError if the values of a mask cannot be read."""
+    """Raises ValueError if the values of a mask cannot be read."""
     if mask.is_meta:
         raise ValueError("attention_mask: is on device 'meta', where tensors have no contents; expected one on the CPU")
     if mask.layout is not torch.strided:
@@ -89,9 +89,9 @@ def _is_block_mask(mask: Any) -> bool:
 
 
 def gradients_wanted(module: torch.nn.Module, *inputs: torch.Tensor) -> bool:
-    """Whether autograd records this call. NotImplementedError if the module is in training, whose very next step would
-    be the backward pass. In eval mode it may just as well be inference by someone who left no_grad out, as tutorials
-    do: see `forward_only`, and `dhsa::no_backward` in graphs.
+    """Whether autograd records this call. Raises NotImplementedError if the module is in training mode, where a
+    backward pass follows. In eval mode it may be inference without no_grad, as in many tutorials: see `forward_only`,
+    and `dhsa::no_backward` in graphs.
     """
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs):
         return False
@@ -101,8 +101,8 @@ def gradients_wanted(module: torch.nn.Module, *inputs: torch.Tensor) -> bool:
 
 
 def forward_only(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function(*inputs)` as a step that autograd knows and cannot take back: asking for a gradient through it raises
-    NotImplementedError, where a detached result would give wrong ones to everything below without a word."""
+    """`function(*inputs)` as a step that autograd records and whose gradient raises NotImplementedError. With a
+    detached result, everything before this step would silently get wrong gradients."""
     return _ForwardOnly.apply(function, *inputs)
 
 
@@ -117,9 +117,10 @@ class _ForwardOnly(torch.autograd.Function):
 
 
 def _is_cross_attention(module: torch.nn.Module) -> bool:
-    """Whether the keys come from other tokens than the queries do, by what the models have to tell it: a mark, a class
-    of its own, or (Bart, Whisper and those after them) one class for all, which in a decoder is causal only for itself.
-    Lengths tell nothing: an encoder may be handed keys of a prefix, and a decoder as many tokens as its encoder."""
+    """Whether the keys come from other tokens than the queries. Models show this by an attribute, by a class of its
+    own, or (Bart, Whisper and later ones) by one class for all attention, which in a decoder is causal only for
+    self-attention. Lengths do not show it: an encoder may receive keys of a prefix, and a decoder as many tokens as its
+    encoder."""
     if getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__:
         return True
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)

@@ -1,7 +1,7 @@
-"""`Config.share`: what layers of one forward take from one another, boundaries of chunks or whole selections.
+"""`Config.share`: layers of one forward pass use the boundaries of chunks or the selection that another layer found.
 
-Which calls belong to one forward only the model knows, so hooks on it say where a forward begins and ends; what was
-found is held in between and by no one else: not across threads, models, copies of a model, nor after an exception.
+Hooks on the model show which calls belong to one forward pass: they note where it begins and ends. Results are stored
+only in between, and are not shared between threads, models or copies of a model, nor kept after an exception.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class _Found(NamedTuple):
 
 
 class Sharing:
-    """What the forwards that run right now have found, of one patched model: for each thread a stack, since a model
-    may hold others (language model in a multimodal one), of which the innermost has the layers."""
+    """The results of the forward passes of one patched model that are running now. There is a stack for each thread,
+    since a model may contain others (a language model in a multimodal one), of which the innermost has the layers."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     def __reduce__(self) -> tuple:
-        return Sharing, ()  # a copy of the model runs no forward
+        return Sharing, ()  # no forward pass of a copy is running
 
     @property
     def _stack(self) -> list[tuple[torch.nn.Module, dict]]:
@@ -70,30 +70,30 @@ class Sharing:
         *,
         window: int | None,
         out: torch.Tensor,
-        pasts: tuple[Any, ...] | None = None,
+        key_indexes: tuple[Any, ...] | None = None,
         same: int = 0,
-        keep: bool = True,
+        keep_means: bool = True,
         **options: Any,
     ) -> RunStats:
-        """`functional.run` of causal attention, by what an earlier layer of this forward found if there is one.
+        """`functional.run` of causal attention, with the result of an earlier layer of this forward if there is one.
 
-        layer: its index. kind: its sliding window. where: which stretch (row, q_start, q_stop, k_start, k_stop) of the
-        layer's queries and keys q and k are; lengths alone would not tell two rows of a batch apart.
+        layer: the layer's index. kind: its sliding window. where: which stretch (row, q_start, q_stop, k_start, k_stop)
+        of the layer's queries and keys q and k are; lengths alone would not distinguish two rows of a batch.
         """
         held = self._stack[-1][1] if self._stack else None
-        known: dict[str, Any] = {"pasts": pasts, "same": same, "keep": keep}
+        known: dict[str, Any] = {"key_indexes": key_indexes, "same": same, "keep_means": keep_means}
         if held is None or layer is None or not config.leaves_out(q.shape[2], k.shape[2], window):
             return functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
         cuts_only = config.share == "boundaries"
         row, *stretch = where
-        row = row or 0  # of a single row both names occur
+        row = row or 0  # a single row is named by either
         key = (row, *stretch[2:], k.shape) if cuts_only else (row, *stretch, kind, window, q.shape, k.shape)
         found: _Found | None = held.get(key)
         start = perf_counter()
-        if found is None or layer <= found.layer:  # the same layer again: not the forward that found it
-            if cuts_only and pasts is not None:  # which know where earlier keys were cut
+        if found is None or layer <= found.layer:  # the same layer again: another forward pass
+            if cuts_only and key_indexes is not None:  # these have the boundaries of earlier keys
                 stats = functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
-                held[key] = _Found(layer, _padded([past.boundaries for past in pasts], k.shape[2]))
+                held[key] = _Found(layer, _padded([index.boundaries for index in key_indexes], k.shape[2]))
                 return stats
             made = (
                 functional.boundaries(k, config)
@@ -119,7 +119,7 @@ def _padded(rows: list[list[int]], length: int) -> np.ndarray:
 
 
 def attach(model: torch.nn.Module, sharing: Sharing) -> None:
-    """Has every forward of `model` and of the models in it say to `sharing` where it begins and ends."""
+    """Installs hooks that tell `sharing` where every forward of `model` and of the models in it begins and ends."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             attach_one(part, sharing)
@@ -134,7 +134,7 @@ def attach_one(part: PreTrainedModel, sharing: Sharing) -> None:
 
 
 def attached(part: torch.nn.Module) -> Sharing | None:
-    """What `attach` told it to."""
+    """The Sharing that `attach` was called with."""
     return part.__dict__.get(HOOKS, (None,))[0]
 
 

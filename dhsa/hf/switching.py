@@ -1,4 +1,4 @@
-"""Switching a model's attention to implementation "dhsa" and back, and the state that says how such a model attends."""
+"""Switching a model's attention to implementation "dhsa" and back, and the state that a patched model has."""
 
 import copy
 import functools
@@ -46,8 +46,8 @@ FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads"
 
 
 class Entry(NamedTuple):
-    """What `patch` may change of a module: one of its configs, its State (`old` None: it had none), or with which
-    Sharing its forwards are watched."""
+    """What `patch` may change of a module: one of its configs, its State (`old` None: it had none), or the Sharing that
+    its hooks are for."""
 
     module: torch.nn.Module
     name: str
@@ -57,16 +57,16 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """What `patch` leaves on a model: how it is to attend, which implementation its configs named, and all that has to
-    be put back."""
+    """What `patch` stores on a model: its Config and layers, the implementation that its configs named before, and all
+    that `unpatch` restores."""
 
     config: Config
     layers: frozenset[int] | None
     former: tuple[tuple[Any, str | None], ...]
-    own: Mapping[int, Config] = field(default_factory=dict)  # of layers that have a boundary network of their own
+    own: Mapping[int, Config] = field(default_factory=dict)  # for layers that have a boundary network of their own
     sharing: Sharing = field(default_factory=Sharing)
     entries: tuple[Entry, ...] = ()
-    edits: tuple[tuple[Any, Any, dict[str, Any]], ...] = ()  # (config before, the model's own, what that held at first)
+    edits: tuple[tuple[Any, Any, dict[str, Any]], ...] = ()  # (config before, the model's copy, its values at first)
 
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
@@ -127,7 +127,7 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
         former = _implementations(model)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
-        # transformers may refuse by a logged warning only, for the whole model or a part of it.
+        # transformers may only log a warning that it does not switch the whole model or a part of it.
         for part in (m for m in model.modules() if isinstance(m, PreTrainedModel)):
             if part.config._attn_implementation != IMPLEMENTATION and (part is model or _has_layers(part)):
                 raise ValueError(f"{type(part).__name__} does not support changing its attention implementation")
@@ -154,8 +154,8 @@ def model_facts(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) -> dict[int, Config]:
-    """The configs of layers whose boundaries come from a network of their own; ValueError for networks of another
-    model, which would cut without complaint where it makes no sense, and for layers that have none."""
+    """The configs of layers whose boundaries come from a network of their own. Raises ValueError for networks of
+    another model, whose boundaries would be meaningless, and for layers without a network."""
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None:
         return {}
@@ -219,7 +219,7 @@ def patched(model: Wrapped, config: Config | None = None, layers: Iterable[int] 
     state: State = model.__dict__[STATE]
     try:
         yield given
-    finally:  # whatever happened to the model inside, be it unpatched or switched to another implementation
+    finally:  # also if the model was unpatched or switched to another implementation in the block
         if outer is None or state.entries is not outer.entries:
             _take_off(model, state)
         else:
@@ -237,7 +237,8 @@ def patched(model: Wrapped, config: Config | None = None, layers: Iterable[int] 
 
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Modules that may call the attention function: by their index, or, without one (vision towers), by their name."""
+    """Modules that may call the attention function, by their layer index, or by their name if they have none (vision
+    towers)."""
     return [m for m in model.modules() if hasattr(m, "layer_idx") or "Attention" in type(m).__name__]
 
 
@@ -252,7 +253,7 @@ def install(model: torch.nn.Module, state: State) -> None:
 
 
 def _watch(module: torch.nn.Module) -> None:
-    """Of an attention module, the caches; of a patched model, the masks that it is called with."""
+    """Installs the hooks: on attention modules for their caches, on a patched model for the masks it is called with."""
     if hasattr(module, "layer_idx"):
         watch(module)
     elif isinstance(module, PreTrainedModel):
@@ -260,10 +261,10 @@ def _watch(module: torch.nn.Module) -> None:
 
 
 def _check_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a patched model's forward: a mask of another kind would fail in transformers, in words about NumPy or
-    attributes, before it comes to the attention function. A dictionary holds a mask for each kind of layer."""
+    """Runs before a patched model's forward. A mask of another type would fail in transformers with a message about
+    NumPy or attributes, before it reaches the attention function. A dict has a mask for each kind of layer."""
     mask = kwargs.get("attention_mask")
-    if torch.compiler.is_compiling():  # of tensors the graph asks when it runs
+    if torch.compiler.is_compiling():  # the graph checks tensors when it runs
         if mask is not None and not isinstance(mask, (torch.Tensor, dict)):
             check_padding(mask)
         return
@@ -283,7 +284,7 @@ def _check_mask(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 @functools.lru_cache(maxsize=256)
 def _place_of_mask(forward: Callable[..., Any]) -> int:
-    """Where among the arguments of a model's `forward` its mask stands; beyond all of them if it takes none."""
+    """The position of the mask among the arguments of a model's `forward`; beyond all of them if it takes none."""
     names = list(inspect.signature(forward).parameters)[1:]
     return names.index("attention_mask") if "attention_mask" in names else sys.maxsize
 
@@ -301,8 +302,8 @@ def _forget(module: torch.nn.Module) -> None:
 
 
 def _take_off(model: PreTrainedModel, state: State) -> None:
-    """Makes `model` what it was before the patch that left `state`; what was set in its configs since then stays."""
-    _restore(state.former)  # for whoever else holds them
+    """Restores `model` to what it was before the patch that made `state`; later changes of its configs stay."""
+    _restore(state.former)  # other models may hold these configs
     _uninstall(model)
     for before, own, first in state.edits:
         for name, value in _contents(own).items():
@@ -319,13 +320,13 @@ def _put_back(entries: Iterable[Entry]) -> None:
             attach_one(module, old)
         else:
             module.__dict__[name] = old
-        if name == STATE and old is not None:  # of a patch below this one
+        if name == STATE and old is not None:  # of an earlier patch of a part
             note(module)
             _watch(module)
 
 
 def _on_top(state: State) -> bool:
-    """Whether no other patch has gone over any part of what this one covers."""
+    """Whether no later patch covers any part of what this one covers."""
     covered = {id(m) for e in state.entries[:1] for m in (e.module, *attention_modules(e.module))}
     return all(
         e.module.__dict__.get(STATE) is state for e in state.entries if e.name == STATE and id(e.module) in covered
@@ -337,7 +338,7 @@ def _has_layers(model: torch.nn.Module) -> bool:
 
 
 def _own_configs(model: PreTrainedModel) -> tuple[tuple[Entry, ...], tuple[tuple[Any, Any, dict[str, Any]], ...]]:
-    """Gives `model` config objects that no other model holds, alike among its modules as they were."""
+    """Gives `model` copies of its config objects. Modules that shared a config share its copy."""
     old = _configs(model)
     copies = copy.deepcopy(old)  # one call, so that shared parts stay shared
     own = {id(a): b for a, b in zip(old, copies, strict=True)}
@@ -357,7 +358,7 @@ def _own_configs(model: PreTrainedModel) -> tuple[tuple[Entry, ...], tuple[tuple
 
 
 def _contents(config: Any) -> dict[str, Any]:
-    """What a config says itself, but for its attention implementation."""
+    """The values of a config itself, without its attention implementation."""
     return {
         name: value
         for name, value in vars(config).items()

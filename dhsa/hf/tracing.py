@@ -1,8 +1,8 @@
-"""Calls that are traced (torch.compile, torch.export, make_fx) instead of run: what then goes into the graph.
+"""Calls that are traced (torch.compile, torch.export, make_fx) instead of run, and what the graph then contains.
 
-attention.py and masks.py turn here where `tracing()` says so, and what they would have computed becomes calls of the
-operators of operator.py, which run the same functions when the graph runs. Everything here must be readable for
-Dynamo: no NumPy, no decision by a tensor's contents, none by a length that may vary.
+If `tracing()` is true, attention.py and masks.py call this module. It writes calls of the operators of operator.py into
+the graph, which run the same functions when the graph runs. Dynamo must be able to trace everything here: no NumPy, no
+branch on a tensor's contents or on a length that may vary.
 """
 
 import functools
@@ -23,11 +23,11 @@ from .switching import DEFAULT, STATE, State
 
 __all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing"]
 
-_AND = and_masks().__code__  # of all functions that `and_masks` makes
+_AND = and_masks().__code__  # all functions that `and_masks` makes have this code
 
 
 def tracing() -> bool:
-    """Whether this call becomes part of a graph, or belongs to a dispatch mode, which sees operators only."""
+    """Whether this call becomes part of a graph, or runs under a dispatch mode, which sees operators only."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -41,7 +41,7 @@ def _exporting() -> bool:
 
 @torch.compiler.assume_constant_result
 def _derivative() -> str | None:
-    """The transform of torch.func under way that asks for derivatives, which an operator without any would lose."""
+    """The active transform of torch.func that computes derivatives, which the operator does not have; else None."""
     if torch._C._functorch.maybe_current_level() is None:
         return None
     kinds = torch._C._functorch.TransformType
@@ -50,13 +50,13 @@ def _derivative() -> str | None:
     return next((names[part.key()] for part in stack if part.key() in names), None)
 
 
-# Dynamo guards the constant by the module itself: a graph that holds it serves one layer only.
+# Dynamo guards the constant by the module itself: a graph with it works for one layer only.
 _number_of = torch.compiler.assume_constant_result(number_of)
 
 
 @torch.compiler.assume_constant_result
 def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
-    """What attention asks a module for, as it is now, in words that a saved program can hold."""
+    """The attributes of a module that attention reads, as they are now, as strings that a saved program can contain."""
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
     config = DEFAULT if state is None else state.config_for(layer)
@@ -69,7 +69,7 @@ def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
 
 
 class _Layer:
-    """A module for the attention function, out of `_frozen`'s words."""
+    """A module for the attention function, made from the strings of `_frozen`."""
 
     def __init__(self, words: str) -> None:
         facts = json.loads(words)
@@ -79,7 +79,7 @@ class _Layer:
 
 @functools.lru_cache(maxsize=1024)
 def thawed(words: str) -> Any:
-    """The stand-in for the module that `words` were made of; the same one at every call."""
+    """The stand-in for the module that `words` were made from; the same one in every call."""
     return _Layer(words)
 
 
@@ -96,8 +96,8 @@ def traced_attention(
 ) -> torch.Tensor:
     """`attention.attend` as one operator of the graph.
 
-    Compiled, it asks the module at every run, so that `patch`, `unpatch` and `last_run` work as ever. Exported, or
-    traced with tensors that are not real, it keeps what the module says now, and notes nothing.
+    In a compiled model it reads the module at every run, so that `patch`, `unpatch` and `last_run` work as usual. In an
+    exported model, or one traced with fake tensors, the settings of the module are fixed and nothing is recorded.
     """
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         check_padding(attention_mask)
@@ -106,7 +106,7 @@ def traced_attention(
             f'query: torch.func.{transform} finds no derivative of the operator "dhsa::attention"; '
             'use attn_implementation="eager"'
         )
-    if not torch.compiler.is_compiling():  # under a dispatch mode, which the operator would fail in with a dual tensor
+    if not torch.compiler.is_compiling():  # under a dispatch mode, where the operator would fail with a dual tensor
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tangent := torch_tangent(tensor):
                 raise NotImplementedError(f'{name}: {tangent}; use attn_implementation="eager"')
@@ -125,7 +125,7 @@ def traced_attention(
 
 
 def probes(q_length: int) -> torch.Tensor:
-    """The queries by whose whole rows a pattern is judged: the first, the last, two between."""
+    """The queries whose whole rows are compared with a pattern: the first, the last, two between."""
     return torch.arange(4, device="cpu") * (q_length - 1) // 3
 
 
@@ -143,11 +143,11 @@ def traced_ranges(
     bidirectional: bool,
 ) -> torch.Tensor | None:
     """`key_range_mask` as operators of the graph: None where the shapes alone say that the mask is plain, else a range
-    table, with as many intervals as padding may take.
+    table, with as many intervals as padding may need.
 
-    transformers' own causal patterns (plain, sliding, chunked, each also packed) let every query see one interval that
-    ends at itself. Where it begins follows from one entry a key: is a key seen by the next query? Any other pattern is
-    evaluated in full, as transformers does for sdpa, and read when the graph runs.
+    In transformers' own causal patterns (plain, sliding, chunked, each also packed), every query sees one interval that
+    ends at itself. Where it begins follows from one value for each key: whether the next query sees the key. Any other
+    pattern is evaluated in full, as transformers does for sdpa, and read when the graph runs.
     """
     # Two numbers, since static caches count in a tensor, whose contents are not known yet.
     offset, start = (q_offset, -kv_offset) if isinstance(q_offset, torch.Tensor) else (None, q_offset - kv_offset)

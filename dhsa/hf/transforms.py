@@ -1,5 +1,4 @@
-"""What surrounds a call of the attention function: transforms and recorders of torch, which it must not pass by in
-silence, and autocast, which it follows."""
+"""Transforms and recorders of torch, which the attention function refuses, and autocast, which it follows."""
 
 import torch
 
@@ -9,8 +8,8 @@ __all__ = ["cast", "refuse_transforms"]
 
 
 def refuse_transforms(**tensors: object) -> None:
-    """NotImplementedError for a call, not part of a graph, whose arguments are not what they seem or whose result
-    would not be: `dhsa._arrays.torch_obstacle` says which. What is no tensor is passed over."""
+    """Raises NotImplementedError for a call, not part of a graph, whose arguments or results a transform or a recorder
+    changes: see `dhsa._arrays.torch_obstacle`. Arguments that are not tensors are skipped."""
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and (obstacle := torch_obstacle(tensor)):
             other = "torch.export or " if torch.jit.is_tracing() else ""
@@ -20,8 +19,8 @@ def refuse_transforms(**tensors: object) -> None:
 def cast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value as attention takes them, all of one dtype: under autocast its own, as
-    `scaled_dot_product_attention` casts them. TypeError for mixed dtypes outside it."""
+    """Query, key and value in one dtype. Under autocast they are cast to its dtype, as in
+    `scaled_dot_product_attention`. Raises TypeError for mixed dtypes otherwise."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))

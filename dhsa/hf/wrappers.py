@@ -1,5 +1,5 @@
 """Modules that hold a transformers model and call it: adapters (PEFT), torch.compile, DistributedDataParallel,
-sentence-transformers, one's own. Patching one patches the model inside, wherever it lies."""
+sentence-transformers, user classes. Patching one patches the model inside, at any depth."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ __all__ = ["unwrapped"]
 
 
 def unwrapped(model: Any) -> PreTrainedModel:
-    """`model` itself or the one transformers model that it wraps. TypeError that says what to pass if there is none, or
-    if there are several that do not lie within one another."""
+    """`model` itself or the one transformers model that it wraps. Raises TypeError, with a sentence about what to pass,
+    if there is none, or if there are several of which none contains the others."""
     if isinstance(model, PreTrainedModel):
         return model
     got = type(model).__name__
@@ -28,7 +28,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 
 def _outermost(module: torch.nn.Module, name: str) -> dict[str, PreTrainedModel]:
-    """The transformers models in `module` that lie in no other one, each once, by how they are reached from it."""
+    """The transformers models in `module` that are not inside another one, each once, by their path from `module`."""
     found: dict[str, PreTrainedModel] = {}
     seen: set[int] = set()
 

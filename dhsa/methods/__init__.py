@@ -1,7 +1,7 @@
-"""The methods of selection: which keys each block of queries attends to. A file a method; `registry` has them by name.
+"""The methods of selection: which keys each block of queries attends to. `registry` has them by name, one file each.
 
-A method's class holds its own options and is what `dhsa.Config` takes as `method`; its name alone stands for the
-defaults. The C file of the same name in csrc/select/methods/ does the work; `twin` says in NumPy what it does.
+The class of a method has its own options, and `dhsa.Config` takes an instance as `method`, or its name for the default
+options. The C file of the same name in csrc/select/methods/ computes the method; `twin` defines it in NumPy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a method of selection is, as the rest of the package sees it: its own options, its source, and its twin."""
+"""The base class of methods of selection: their own options, their source, and their definition in NumPy."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dhsa._twin.blocks import Block
-    from dhsa._twin.selection import Units
+    from dhsa._twin.selection import Segments
 
 __all__ = ["MAX_OPTION", "Method", "check_stride"]
 
-MAX_OPTION = 2**31 - 1  # of an int option, as of the fields of Config
+MAX_OPTION = 2**31 - 1  # the largest value of an int option, as for fields of Config
 
 _M = TypeVar("_M", bound="Method")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method of selection. A subclass has a file of its own in `dhsa.methods`, its own options as fields, all with
-    defaults, and `csrc/select/methods/` has the C file of the same name that does the work.
+    """A method of selection. A subclass has a file of its own in `dhsa.methods`, and its own options as fields, all
+    with defaults. The C file of the same name in `csrc/select/methods/` computes it.
 
     Attributes of the class:
-        name: what `Config.method` calls it.
+        name: the name in `Config.method`.
         summary: what its lists are made of, in one line.
         source: the paper, or "this project".
-        cost: what choosing costs for one block of queries, in products of two vectors of D numbers for each set of
+        cost: the cost of selection for one block of queries, in products of two vectors of D numbers for each set of
             heads. n is the number of candidate keys, Q the `query_block`, G the heads of a set.
-        has_chunks: whether it chooses among chunks, and so needs boundaries.
-        has_mass: whether its scores are shares of attention mass, so that `Config.mass` may be asked for.
-        reads_keys: whether its lists depend on what queries and keys hold, and not on positions alone.
-        heads: what `Config.heads` is by default.
+        has_chunks: whether it selects chunks, and so needs boundaries.
+        has_mass: whether its scores are shares of attention mass, so that `Config.mass` may be used.
+        reads_keys: whether its lists depend on the values of queries and keys, and not on positions alone.
+        heads: the default of `Config.heads`.
         paper_fields: the setting of its source as far as it is known: its own options and fields of Config.
     """
 
@@ -66,26 +66,26 @@ class Method:
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        """The options as the C core takes them, those that are None replaced by what they stand for.
+        """The options as the C core takes them. An option that is None is replaced by its default.
 
         Raises:
-            ValueError: an option that does not go with `query_block` or `budget`; names the option.
+            ValueError: an option does not fit `query_block` or `budget`; the message names it.
         """
         return {}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
-        """The method in NumPy float64: scores of units of keys, or the list itself, for one block of queries."""
+    def twin(block: Block) -> Segments | np.ndarray:
+        """The method in NumPy float64: scores of segments of keys, or the list itself, for one block of queries."""
         raise NotImplementedError
 
     def _keep_int(self, name: str, low: int) -> None:
-        """Makes an int of an option that is not None; TypeError or ValueError naming it otherwise."""
+        """Converts an option that is not None to int. Raises TypeError or ValueError that names it."""
         if (value := getattr(self, name)) is not None:
             object.__setattr__(self, name, check_int(value, name, low, MAX_OPTION))
 
 
 def check_stride(stride: int, key_block: int) -> None:
-    """ValueError for a stride that cannot be taken through blocks of keys."""
+    """Raises ValueError for a stride that does not fit blocks of `key_block` keys."""
     if stride > _core.MAX_STRIDE or key_block % stride:
         raise ValueError(
             f"stride: got {stride}, expected a divisor of key_block = {key_block}, at most {_core.MAX_STRIDE}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from dhsa._twin.attention import softmax
 from dhsa._twin.blocks import Block as QueryBlock
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Block"]
@@ -26,8 +26,8 @@ class Block(Method):
     Raises:
         TypeError, ValueError: naming the option.
 
-    Source: the common baseline of block-sparse attention, as the block selection of MInference (arXiv 2407.02490) and
-    MoBA (arXiv 2502.13189) have it.
+    Source: the common baseline of block-sparse attention, as in the block selection of MInference (arXiv 2407.02490)
+    and in MoBA (arXiv 2502.13189).
     """
 
     name: ClassVar[str] = "block"
@@ -44,11 +44,11 @@ class Block(Method):
         return {"key_block": self.key_block}
 
     @staticmethod
-    def twin(block: QueryBlock) -> Units | np.ndarray:
+    def twin(block: QueryBlock) -> Segments | np.ndarray:
         """Fixed blocks of keys: per head a softmax of the mean query over the mean keys, summed over heads.
 
-        The mean of the last block is of the keys up to the query block's end. A block without a finite mean is taken in
-        any case and left out of the softmax of its KV head; a mean query that is not finite says nothing.
+        The mean of the last block is of the keys up to the query block's end. A block without a finite mean is always
+        selected, and left out of the softmax of its KV head. A mean query that is not finite is ignored.
         """
         o = block.options
         edges = np.arange(block.lo // o["key_block"] * o["key_block"], block.end, o["key_block"])
@@ -64,4 +64,4 @@ class Block(Method):
                 mass[finite[kv]] += softmax(s, axis=0)
         known = finite.all(axis=0)
         mass = np.where(known, mass, 0.0)
-        return Units(edges, np.where(known, mass, np.inf), mass)
+        return Segments(edges, np.where(known, mass, np.inf), mass)

@@ -10,7 +10,7 @@ import numpy as np
 from dhsa._arrays import check_choice
 from dhsa._twin.blocks import Block
 from dhsa._twin.scores import block_scores, chunk_means
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Dhsa"]
@@ -53,7 +53,7 @@ class Dhsa(Method):
         return {"pooling": self.pooling}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """The paper's score on chunks, see ``chunk_scores``."""
         o = block.options
         edges = o["edges"]
@@ -65,4 +65,4 @@ class Dhsa(Method):
             len(block.q) // len(block.k),
         )  # fmt: skip
         score[live] = np.where(finite, value, np.inf)
-        return Units(edges, score)
+        return Segments(edges, score)

@@ -8,19 +8,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dhsa._arrays import check_int
-from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, mean_rows, probabilities, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, mean_rows, probabilities, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Hisa"]
 
-HISA_KEPT = 4  # keys of the blocks that are looked into, in budgets
+HISA_KEPT = 4  # keys of the blocks whose keys are scored, in budgets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hisa(Method):
-    """Single keys of the best fixed blocks: mean rows of the queries score first the means of blocks, then the keys
-    inside those that are kept.
+    """Single keys of the best fixed blocks: mean rows of the queries score the means of blocks first, then the keys in
+    the best of these blocks.
 
     Args:
         key_block: keys of a block, at least 1.
@@ -49,15 +49,15 @@ class Hisa(Method):
         return {"key_block": self.key_block, "rows": rows}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Single keys, but only those of the best blocks. Source: HISA, arXiv 2603.28458.
 
-        There a trained indexer scores blocks by their mean key, then the tokens of the blocks that are kept. A frozen
-        model has no indexer: mean rows of the block's queries (as many as row scores have) stand in for it, each with a
-        softmax, summed over rows and heads: first over the mean keys of the blocks with a candidate, then over the
-        candidates in the kept blocks. Kept are the blocks with a forced key (in the source the first and the last) and
-        the best of the others, of equal ones the later, until they hold ``4 * budget`` candidates (all blocks without a
-        budget). The second sums are also the mass.
+        In the source, a trained indexer scores blocks by their mean key, then the tokens of the blocks that are kept. A
+        frozen model has no indexer. Here mean rows of the block's queries (as many as row scores have) replace it, each
+        with a softmax, summed over rows and heads: first over the mean keys of the blocks with a candidate, then over
+        the candidates in the kept blocks. The blocks with a forced key (in the source the first and the last) are kept,
+        and the best of the others, of equal ones the later, until they hold ``4 * budget`` candidates (all blocks
+        without a budget). The second sums are also the mass.
         """
         o, edges, bad = block.options, block_edges(block), is_bad(block)
         run = -(-o["query_block"] // o["rows"])
@@ -73,4 +73,4 @@ class Hisa(Method):
         for h in range(len(block.q)):
             s = logits(mean_rows(block, h, run), block.keys_of(h)[: block.end], o)
             score += probabilities(s, inside).sum(axis=0)
-        return units_of(np.arange(block.end + 1), bad & inside, np.where(inside, score, -np.inf), score)
+        return segments_of(np.arange(block.end + 1), bad & inside, np.where(inside, score, -np.inf), score)

@@ -1,4 +1,4 @@
-"""The exact scores, for study."""
+"""The exact attention mass of each key, for comparison."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from dhsa._twin.blocks import Block, is_bad, logits, probabilities, sees, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, is_bad, logits, probabilities, sees, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Oracle"]
@@ -16,10 +16,10 @@ __all__ = ["Oracle"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Oracle(Method):
-    """Single keys by their exact attention mass, summed over the queries of the block and the heads of the set: slower
-    than dense attention, for study. It has no options of its own.
+    """Single keys by their exact attention mass, summed over the queries of the block and the heads of the set. It is
+    slower than dense attention, and is meant for comparison. It has no options of its own.
 
-    Source: the upper bound that papers of this field compare with.
+    Source: the upper bound in the comparisons of many papers.
     """
 
     name: ClassVar[str] = "oracle"
@@ -28,7 +28,7 @@ class Oracle(Method):
     cost: ClassVar[str] = "2 Q G n"
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Single keys by their exact attention mass: dense probabilities, summed over the block's queries and the
         heads."""
         at, keys = block.start + np.arange(block.stop - block.begin), np.arange(block.end)
@@ -38,4 +38,4 @@ class Oracle(Method):
             score += probabilities(logits(block.queries[h], block.keys_of(h)[: block.end], block.options), seen).sum(
                 axis=0
             )
-        return units_of(np.arange(block.end + 1), is_bad(block), score, score)
+        return segments_of(np.arange(block.end + 1), is_bad(block), score, score)

@@ -8,19 +8,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, probabilities, sees, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, block_edges, coarse, is_bad, logits, probabilities, sees, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method, check_stride
 
 __all__ = ["Proxy"]
 
-PROXY_RUN = 16  # queries of a mean row of a head's own estimate
+PROXY_RUN = 16  # queries of a mean row, in the estimate of a head's mass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proxy(Method):
-    """Fixed blocks of keys in the order that the mean of a set's heads, its proxy, gives them; how many of them a head
-    needs is its own. By default each head has lists of its own, as in the source.
+    """Fixed blocks of keys in the order of their scores for the mean of the heads, the proxy. Each head determines how
+    many of them it needs. By default each head has lists of its own, as in the source.
 
     Args:
         key_block: keys of a block, at least 1.
@@ -51,17 +51,17 @@ class Proxy(Method):
         return {"key_block": self.key_block, "stride": self.stride}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Blocks of keys by the scores of a proxy head. Source: ProxyAttn, arXiv 2509.24745.
 
-        The proxy of a list is the mean of its heads' queries and of their keys; where each head has a list of its own,
-        that of the whole KV group, for heads differ in how many keys they need more than in which. Every ``stride``-th
-        query of the block, from its first on, and every ``stride``-th key, from key 0 on, take part: a softmax over
-        those visible, and the largest probability of any such pair is the score of a block of keys.
+        The proxy of a list is the mean of its heads' queries and of their keys. If each head has a list of its own, the
+        proxy is the mean of the whole KV group: heads differ more in how many keys they need than in which. Every
+        ``stride``-th query of the block, from its first on, and every ``stride``-th key, from key 0 on, are used. There
+        is a softmax over the visible ones, and the largest probability of such a pair is the score of a block of keys.
 
-        How much a head needs is its own affair. Our reading, one estimate a block and head: its mass is what the head's
-        own mean rows of 16 queries give to the mean key of each block (``coarse``), so that a list goes down the
-        proxy's order until it holds the share asked for of that.
+        The mass is estimated for each head, which is our reading of the source: the mass of a block of keys is what the
+        head's own mean rows of 16 queries give to its mean key (``coarse``). So a list takes blocks in the proxy's
+        order until they hold the requested share of this mass.
         """
         stride = block.options["stride"]
         rows = block.group_q[:, block.begin : block.stop : stride].mean(axis=0)
@@ -71,4 +71,6 @@ class Proxy(Method):
         p = probabilities(logits(rows, keys, block.options), sees((at, at), (key_at, key_at), block.options["window"]))
         edges = block_edges(block)
         bad = np.logical_or.reduceat(is_bad(block), edges[:-1])
-        return units_of(edges, bad, np.maximum.reduceat(p.max(axis=0), edges[:-1] // stride), coarse(block, PROXY_RUN))
+        return segments_of(
+            edges, bad, np.maximum.reduceat(p.max(axis=0), edges[:-1] // stride), coarse(block, PROXY_RUN)
+        )

@@ -10,21 +10,19 @@ import numpy as np
 from dhsa._arrays import check_int
 from dhsa._twin.blocks import Block
 from dhsa._twin.scores import chunk_means, row_scores
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Rows"]
 
-MIN_SHORTLIST = 8192  # keys; up to here scoring every chunk is cheap
-UNIT, UNITS_OF_GROUP, COARSER = (
-    4,
-    4,
-    8,
-)  # the coarse look: chunks of a unit, units of a group, how many times fewer rows
+MIN_SHORTLIST = 8192  # keys; with fewer, scoring every chunk is cheap
+# The coarse pass: chunks of a subgroup, subgroups of a group, divisor of the number of rows.
+UNIT, UNITS_OF_GROUP, COARSER = 4, 4, 8
 
 
 def _row_scores(block: Block, edges: np.ndarray, rows: int, live: np.ndarray):
-    """Row scores, mass and finite means of chunks ``edges``, 0 and True where not live; of rounded means."""
+    """Row scores and mass of chunks ``edges``, and whether their means are finite; 0 and True where not live. Means are
+    rounded to bf16."""
     o = block.options
     score, mass, finite = np.zeros(len(live)), np.zeros(len(live)), np.ones(len(live), bool)
     means = chunk_means(block.k[None, :, : block.end], edges)[0]
@@ -36,7 +34,7 @@ def _row_scores(block: Block, edges: np.ndarray, rows: int, live: np.ndarray):
 
 
 def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
-    """Which chunks a coarse look leaves: whole groups of 16, as good as the best of their four units."""
+    """Which chunks a coarse pass leaves: whole groups of 16, each with the best score of its four subgroups."""
     o = block.options
     groups = np.append(cuts[:-1][:: UNIT * UNITS_OF_GROUP], cuts[-1])
     edges = np.minimum(np.append(cuts[:-1][::UNIT], cuts[-1]), block.end)
@@ -60,9 +58,9 @@ class Rows(Method):
 
     Args:
         rows: mean queries that a full block is reduced to, 1 to query_block. None: query_block // 2.
-        shortlist: where a block has more candidates, a coarse look at groups of 16 chunks leaves about this many keys,
-            of which the chunks are then scored: the cost of a block no longer grows with the prompt. At least the
-            budget; 0: never. None: 4 budgets, at least 8192; never under `Config.mass`.
+        shortlist: if a block has more candidates, a coarse pass over groups of 16 chunks leaves about this many keys,
+            whose chunks are then scored, so the cost of a block hardly grows with the prompt. At least the budget; 0:
+            never. None: 4 budgets, at least 8192; never with `Config.mass`.
 
     Raises:
         TypeError, ValueError: naming the option.
@@ -90,9 +88,10 @@ class Rows(Method):
         return {"rows": rows, "shortlist": self.shortlist}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
-        """Row scores on chunks, see ``chunk_scores``, of means rounded to bf16; the mass of a chunk is the sum of its
-        row probabilities. With more candidates than ``shortlist``, only chunks on one are scored (not with ``mass``).
+    def twin(block: Block) -> Segments | np.ndarray:
+        """Row scores on chunks, see ``chunk_scores``, with means rounded to bf16. The mass of a chunk is the sum of its
+        row probabilities. With more candidates than ``shortlist``, only the chunks that the coarse pass leaves are
+        scored (not with ``mass``).
         """
         o = block.options
         edges = np.minimum(o["edges"], block.end)  # a chunk that straddles the block's end is cut there
@@ -104,4 +103,4 @@ class Rows(Method):
         finite = np.isfinite(chunk_means(block.k[None, :, : block.end], edges)[0]).all(axis=(0, 2))
         score[~live] = -np.inf
         score[~finite & candidate], mass[~finite] = np.inf, 0.0
-        return Units(edges, score, mass)
+        return Segments(edges, score, mass)

@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 
 from dhsa._twin.blocks import Block, is_bad, logits, probabilities, sees
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["VerticalSlash"]
 
-PROBE_QUERIES = 64  # queries at the prompt's end that are looked at
+PROBE_QUERIES = 64  # queries at the prompt's end whose attention is computed
 
 
 def columns_and_diagonals(block: Block) -> tuple[np.ndarray, np.ndarray]:
@@ -49,14 +49,14 @@ class VerticalSlash(Method):
     heads: ClassVar[str] = "head"
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
-        """Columns and diagonals that the prompt's last queries attend to, for all blocks alike. Source: MInference,
-        arXiv 2407.02490; DHSA's second version calls it vs.
+    def twin(block: Block) -> Segments | np.ndarray:
+        """Columns and diagonals that the prompt's last queries attend to, the same for all blocks. Source: MInference,
+        arXiv 2407.02490; the second version of the DHSA paper calls it vs.
 
-        Of what the forced keys leave, half (rounded up) goes to diagonals, best first, of equal ones the smaller d:
-        each covers the keys d before the block's queries, and their union counts, the last of them giving its most
-        recent keys. Columns fill the rest, best first, of equal ones the more recent; those that a diagonal has covered
-        cost nothing.
+        Half (rounded up) of the budget that the forced keys leave goes to diagonals, best first, of equal ones the
+        smaller d. Diagonal d covers the keys d before the block's queries. Keys of several diagonals count once, and
+        the last diagonal gives its most recent keys. Columns fill the rest, best first, of equal ones the more recent;
+        those that a diagonal covers already do not count.
         """
         columns, diagonals = columns_and_diagonals(block)
         keys = np.arange(block.end)

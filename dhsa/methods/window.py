@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from dhsa._twin.blocks import Block
-from dhsa._twin.selection import Units
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method
 
 __all__ = ["Window"]
@@ -30,6 +30,6 @@ class Window(Method):
     reads_keys: ClassVar[bool] = False
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
-        """No scores at all: of equal units the recent ones are taken first."""
-        return Units(np.array([0, block.end]), np.zeros(1))
+    def twin(block: Block) -> Segments | np.ndarray:
+        """All scores are equal: of equal keys the recent ones are taken first."""
+        return Segments(np.array([0, block.end]), np.zeros(1))

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dhsa._twin.blocks import Block, block_edges, is_bad, logits, probabilities, sees, units_of
-from dhsa._twin.selection import Units
+from dhsa._twin.blocks import Block, block_edges, is_bad, logits, probabilities, sees, segments_of
+from dhsa._twin.selection import Segments
 from dhsa.methods.base import Method, check_stride
 
 __all__ = ["XAttention"]
@@ -49,15 +49,15 @@ class XAttention(Method):
         return {"key_block": self.key_block, "stride": self.stride}
 
     @staticmethod
-    def twin(block: Block) -> Units | np.ndarray:
+    def twin(block: Block) -> Segments | np.ndarray:
         """Blocks of keys by the sums of strided antidiagonals. Source: XAttention, arXiv 2503.16428.
 
-        Queries (from the block's first on) and keys (from key 0 on) are cut into groups of ``stride``; what does not
-        fill a group, or lies at or above the block's end, counts as zeros. For two groups the products of query
-        ``stride - 1 - t`` and key ``t`` are added, divided by ``stride`` (as in the source) and scaled: a logit. Each
-        group of queries takes a softmax over the groups of keys of which any is visible to any of its queries; the
-        probabilities are summed over them and the heads, and over the groups of a block of keys. The sums are also the
-        mass.
+        Queries (from the block's first on) and keys (from key 0 on) are cut into groups of ``stride``. Missing members
+        of a group, and keys at or above the block's end, count as zeros. The logit of two groups is the sum of the
+        products of query ``stride - 1 - t`` and key ``t``, divided by ``stride`` (as in the source) and scaled. Each
+        group of queries has a softmax over the groups of keys of which any key is visible to any of its queries. The
+        probabilities are summed over the groups of queries and the heads, and over the groups of a block of keys. The
+        sums are also the mass.
         """
         stride, dim = block.options["stride"], block.q.shape[2]
         runs, groups = -(-(block.stop - block.begin) // stride), -(-block.end // stride)
@@ -73,4 +73,4 @@ class XAttention(Method):
             total += probabilities(logits(rows, keys.reshape(groups, -1), block.options, 1 / stride), seen).sum(axis=0)
         edges = block_edges(block)
         score = np.add.reduceat(total, edges[:-1] // stride)
-        return units_of(edges, np.logical_or.reduceat(is_bad(block), edges[:-1]), score, score)
+        return segments_of(edges, np.logical_or.reduceat(is_bad(block), edges[:-1]), score, score)

@@ -1,7 +1,7 @@
 """The readable NumPy float64 twin of the C core: what every step computes, written as plainly as possible.
 
-Responsible for being right and easy to read: it is the oracle of the tests and part of the documentation.
-Not responsible for speed or memory (it builds Lq x Lk matrices); needs NumPy only and never calls the extension.
+It is meant to be correct and easy to read: tests compare the C core with it, and it is part of the documentation.
+It is not fast, and it builds Lq x Lk matrices. It needs NumPy only and never calls the extension.
 
 Shapes throughout: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv; query i sits at key position i + (Lk - Lq).
 Inputs are arrays of any float dtype; everything is computed and returned in float64. "The paper" is Dynamic
@@ -19,19 +19,19 @@ from dhsa._twin.boundaries import (
     similarity_scores,
 )
 from dhsa._twin.scores import chunk_means, chunk_scores
-from dhsa._twin.selection import Prefill, Selection, Units, density, prefill, select, select_from_scores, take
+from dhsa._twin.selection import Prefill, Segments, Selection, density, prefill, select, select_from_scores, topk
+from dhsa.reference._key_index import KeyIndex
 from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
-from dhsa.reference._past import Past
 from dhsa.reference._skip import Grouping, skip_mask
 
 __all__ = [
     "METHODS",
     "Block",
     "Grouping",
-    "Past",
+    "KeyIndex",
     "Prefill",
+    "Segments",
     "Selection",
-    "Units",
     "attention",
     "attention_ratios",
     "boundaries",
@@ -52,5 +52,5 @@ __all__ = [
     "similarity_scores",
     "skip_mask",
     "sparse_attention",
-    "take",
+    "topk",
 ]

@@ -1,7 +1,7 @@
 """Reference selections of any method: its twin over all blocks, batch items and sets of heads.
 
-Forced keys, budgets, exact blocks and windows are the same for all methods and lie in dhsa/_twin/selection.py; what a
-method scores is the `twin` of its class in dhsa/methods/.
+Forced keys, budgets, exact blocks and windows are the same for all methods and are defined in dhsa/_twin/selection.py.
+The scores of a method are defined by `twin` of its class in dhsa/methods/.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from dhsa._twin.attention import check
 from dhsa._twin.blocks import Block
 from dhsa._twin.scores import boundary_rows, candidates, head_sets
-from dhsa._twin.selection import Selection, Units, is_exact, selection_of, take
+from dhsa._twin.selection import Segments, Selection, is_exact, selection_of, topk
 from dhsa.methods import registry
 
-METHODS: dict[str, Callable[[Block], Units | np.ndarray]] = {name: method.twin for name, method in registry.items()}
+METHODS: dict[str, Callable[[Block], Segments | np.ndarray]] = {name: method.twin for name, method in registry.items()}
 
 
 def method_blocks(
@@ -42,11 +42,11 @@ def method_blocks(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
-) -> Iterator[tuple[Block, Units | np.ndarray | None]]:
-    """Every list in CSR order: its Block and what the method makes of it (None where the block is exact).
+) -> Iterator[tuple[Block, Segments | np.ndarray | None]]:
+    """For every list in CSR order, its Block and the result of the method (None where the block is exact).
 
-    A method gives Units, from which ``take`` picks, or the list itself. Arguments are those of ``dhsa.Config`` and of
-    ``dhsa.select``; boundaries int [B, C + 1] or [C + 1] for the methods of chunks.
+    The result is Segments, from which ``topk`` selects, or the list itself. Arguments are those of ``dhsa.Config`` and
+    of ``dhsa.select``; boundaries int [B, C + 1] or [C + 1] for the methods of chunks.
     """
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
     check(q, k)
@@ -79,18 +79,18 @@ def method_blocks(
                     yield here, None if exact else METHODS[method](here)
 
 
-def method_lists(method: str, q, k, **options: Any) -> Selection:
-    """The selection of a method: ``method_blocks`` and then ``take``; arguments as there."""
+def method_lists(method: str, q, k, *, query_block: int = 64, **options: Any) -> Selection:
+    """The selection of a method: ``method_blocks`` and then ``topk``; arguments as there."""
     lists = []
-    for here, found in method_blocks(method, q, k, **options):
+    for here, found in method_blocks(method, q, k, query_block=query_block, **options):
         if found is None:
             found = np.arange(here.lo, here.end)
-        elif isinstance(found, Units):
+        elif isinstance(found, Segments):
             bounds = {name: here.options[name] for name in ("sink", "local", "mass")}
-            found = take(found, here.lo, here.end, budget=here.room, floor=options.get("floor"), **bounds)
+            found = topk(found, here.lo, here.end, budget=here.room, floor=options.get("floor"), **bounds)
         lists.append(found)
-    size, q_len, k_len = here.options["query_block"], np.shape(q)[2], np.shape(k)[2]
+    q_len, k_len = np.shape(q)[2], np.shape(k)[2]
     sets = len(head_sets(options.get("heads", "group"), np.shape(q)[1], np.shape(k)[1]))
     edges = options.get("boundaries")
     edges = None if edges is None else boundary_rows(edges, len(q), k_len)
-    return selection_of(lists, (len(q), sets, -(-q_len // size)), size, q_len, k_len, edges)
+    return selection_of(lists, (len(q), sets, -(-q_len // query_block)), query_block, q_len, k_len, edges)

@@ -1,9 +1,9 @@
 """Reference for leaving out negligible tiles of keys (BLASST, arXiv 2512.12087), in float64.
 
-The softmax goes through the keys tile by tile and knows, for each row, the largest logit so far. Where all rows of a
-panel see nothing in a tile but logits below that by more than -ln(skip), the panel leaves the tile out: each of those
-probabilities is less than ``skip`` times the row's largest. How rows and keys are grouped is decided in the executor,
-and an argument here.
+The softmax processes the keys tile by tile and stores the largest logit of each row so far. If in a tile all visible
+logits of all rows of a panel are below that by more than -ln(skip), the panel leaves the tile out: each of those
+probabilities is less than ``skip`` times the row's largest. The executor determines how rows and keys are grouped; here
+this is an argument.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dhsa import loading
+from dhsa import commands
 from dhsa._files import replacing
-from dhsa.loading import UserError, at_least
+from dhsa.commands import UserError, at_least
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command and return its exit status."""
-    loading.prepare(NEEDED, "train-boundaries")
+    commands.prepare(NEEDED, "train-boundaries")
     import torch
     from rich.console import Console
 
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> int:
     dhsa.set_num_threads(args.threads)
     torch.set_num_threads(dhsa.get_num_threads())
     console = Console(stderr=True)
-    source = loading.find_model(args.model)
-    with loading.progress(console, remaining=True) as step:
+    source = commands.find_model(args.model)
+    with commands.progress(console, remaining=True) as step:
         with step("reading the model"):
-            tokenizer, model = loading.load(source)
+            tokenizer, model = commands.load(source)
         with step("reading the text"):
             text = read(args, tokenizer)
         state = args.out.with_suffix(".state")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dhsa.loading import UserError
+from dhsa.commands import UserError
 
 __all__ = ["LEAST_TOKENS", "Text", "pack", "prefix_of", "python_documents", "read_documents", "split"]
 

@@ -21,7 +21,7 @@ import torch
 
 from dhsa import hf
 from dhsa._files import replacing
-from dhsa.loading import UserError
+from dhsa.commands import UserError
 from dhsa.predictor import BoundaryPredictor
 from dhsa.training.documents import Text
 from dhsa.training.networks import build, focal_loss, soft_labels

@@ -13,8 +13,8 @@ from transformers import AttentionInterface
 
 import dhsa
 from dhsa import hf
+from dhsa.commands import UserError
 from dhsa.hf import masks
-from dhsa.loading import UserError
 
 __all__ = ["LayerKeys", "layer_keys"]
 
@@ -115,7 +115,7 @@ def _plain(module: Any, query: Any, key: Any, mask: Any, sliding_window: int | N
     if mask is None:
         return True, sliding_window
     ranges = masks.ranges_of(mask, query.shape[0], query.shape[2], key.shape[2], sliding_window)
-    parts = masks.segments(ranges[:, 0], late=0) if ranges.shape[1] == 1 else None
+    parts = masks.mask_parts(ranges[:, 0], late=0) if ranges.shape[1] == 1 else None
     if not parts or len(parts) > 1 or parts[0].ranged or parts[0].k_start:
         return False, None
     if parts[0].q_stop - parts[0].q_start != query.shape[2]:

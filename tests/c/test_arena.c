@@ -1,5 +1,6 @@
-/* test_arena.c: what core/arena.h promises of a build with DHSA_RED_ZONE and address sanitizer. `good` uses every byte of an
- * arena's parts in two layouts, and prints "fine"; the others touch one byte that is not a part's, and are to be stopped. */
+/* test_arena.c: checks core/arena.h in a build with DHSA_RED_ZONE and address sanitizer. With the argument "good" the
+ * program uses every byte of the parts of an arena in two layouts, and prints "fine". With any other argument it
+ * touches one byte outside the parts, which address sanitizer must report. */
 #include <stdio.h>
 #include <string.h>
 
@@ -28,7 +29,7 @@ int main(int argc, char **argv)
         }
     }
     volatile char *at = parts[0];
-    if (!strcmp(way, "next")) at[100] = 1;                          /* the byte after a part, before alignment's end */
+    if (!strcmp(way, "next")) at[100] = 1;                          /* the byte after a part, in its padding */
     if (!strcmp(way, "zone")) at[128 + DHSA_RED_ZONE / 2] = 1;      /* the middle of a zone */
     if (!strcmp(way, "empty")) *(volatile char *)parts[1] = 1;      /* a part of no bytes */
     if (!strcmp(way, "last")) *(volatile char *)(parts[2] + 4) = 1; /* after the last part */

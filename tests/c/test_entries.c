@@ -1,6 +1,6 @@
-/* test_entries.c: what dhsa.h promises of its entries, asked of them without Python: bad arguments are refused by name and
- * touch nothing, and the first use of a tier does not undo another thread's choice. Prints what it checked; exits with 1 at
- * the first promise that is not kept. Built and run by tests/test_entries.py. */
+/* test_entries.c: checks the functions of dhsa.h without Python: bad arguments are refused with an error that names
+ * them, and nothing is changed; the first use of a tier does not undo the choice of another thread. Prints the number
+ * of checks; exits with 1 at the first check that fails. Built and run by tests/test_entries.py. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -91,10 +91,6 @@ static void boundaries(void)
     REFUSED(dhsa_pick_boundaries(scores, L, 4, 0, 1, 0, NULL, counts, &error), "boundaries: ");
     REFUSED(dhsa_pick_boundaries(scores, L, 4, 0, 1, 0, edges, NULL, &error), "count: ");
     double ratios[L];
-    REFUSED(dhsa_boundary_ratios(NULL, 8, 8, 1, 0, ratios, 1, &error), "attn: ");
-    REFUSED(dhsa_boundary_ratios(q, 8, 8, 1, 0, NULL, 1, &error), "ratios: ");
-    REFUSED(dhsa_boundary_ratios(q, INT64_MIN, 8, 1, 0, ratios, 1, &error), "attn: its stride");
-    REFUSED(dhsa_boundary_ratios(q, INT64_MAX / 4, 8, 1, 0, ratios, 1, &error), "attn: its stride");
     REFUSED(dhsa_attention_ratios(&keys, &keys, 2, 0, 0.25, 0, NULL, 1, &error), "ratios: ");
     c.kind = DHSA_BOUNDARIES_FIXED;
     c.chunk_size = 7;
@@ -114,7 +110,7 @@ static void selections(void)
     REFUSED(dhsa_attend_sparse(NULL, &s, &error), "problem: ");
     REFUSED(dhsa_attend_dense(NULL, &error), "problem: ");
     REFUSED(dhsa_attend_sparse(&p, NULL, &error), "selection: ");
-    /* Shapes whose product says where indptr would end: it has no such entry. */
+    /* Shapes whose product is larger than the number of entries of indptr. */
     s.batch = (int64_t)1 << 40;
     REFUSED(dhsa_attend_sparse(&p, &s, &error), "selection: made for batch");
     s.batch = -3;
@@ -143,7 +139,7 @@ static void selections(void)
     s.indices = outside;
     REFUSED(dhsa_attend_sparse(&p, &s, &error), "indices: entry 5");
 
-    /* Strides of 0 make more heads than can be counted in int, without the memory for them. */
+    /* With strides of 0 there can be more heads than an int can count, without the memory for them. */
     p.q.shape[1] = p.out.shape[1] = ((int64_t)1 << 31) + 2;
     p.q.shape[2] = p.out.shape[2] = 1;
     p.q.shape[3] = p.out.shape[3] = p.k.shape[3] = p.v.shape[3] = 1;
@@ -173,7 +169,7 @@ static void selecting(void)
     free(indices);
 }
 
-/* What a config may ask for, whatever the arrays are; and whether a call leaves keys out, as dhsa_prefill then does. */
+/* Checks of a config by itself, and that dhsa_leaves_out agrees with what dhsa_prefill does. */
 static void configs(void)
 {
     dhsa_problem p = problem();
@@ -231,7 +227,7 @@ static void pipeline(void)
     key_indexes[0] = NULL;
     REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 1, &stats, &error), "key_indexes: ");
     key_indexes[0] = index;
-    /* Arguments that are refused leave the key_indexes as they were. */
+    /* Refused arguments leave the key indexes unchanged. */
     b.kind = DHSA_BOUNDARIES_PREDICTOR;
     REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 0, &stats, &error), "predictor: ");
     b = cuts();
@@ -242,7 +238,7 @@ static void pipeline(void)
     REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 0, &stats, &error), "nms: ");
     require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "key_indexes stay", __LINE__);
     b = cuts();
-    /* An index is of one batch item, never of two. */
+    /* A key index serves one batch item, never two. */
     dhsa_problem two = p;
     two.q.shape[0] = two.k.shape[0] = two.v.shape[0] = two.out.shape[0] = 2;
     two.q.stride[0] = two.k.stride[0] = two.v.stride[0] = 0;
@@ -275,7 +271,7 @@ static void pipeline(void)
     require(dhsa_key_index_write(NULL, NULL) == 0, "nothing that is kept", __LINE__);
     free(file);
     dhsa_key_index_free(index);
-    /* NULL is nothing that is kept, as for dhsa_key_index_free. */
+    /* NULL is an empty key index. */
     dhsa_key_index_free(NULL);
     dhsa_key_index_reset(NULL);
     dhsa_key_index_drop_means(NULL);
@@ -293,7 +289,8 @@ static void *first_use(void *unused)
     return unused;
 }
 
-/* In a process that has used no tier yet: what another thread sets while this one chooses is what stays. */
+/* Runs in a process that has used no tier yet: a tier that one thread sets during the first use by another must
+ * stay. */
 static void race(void)
 {
     pthread_t thread;
@@ -317,12 +314,12 @@ static void tiers(void)
     require(dhsa_read_bandwidth(NULL, 64, 1) == 0 && dhsa_read_bandwidth(q, -64, 1) == 0, "nothing to read", __LINE__);
     char name[64] = "a";
     for (int i = 0; i < 30; i++) strcat(name, "\xc3\xa9");
-    REFUSED(dhsa_isa_set(name, &error), "\xc3\xa9' is not a tier"); /* no half of a character before the quote */
+    REFUSED(dhsa_isa_set(name, &error), "\xc3\xa9' is not a tier"); /* not cut within a UTF-8 character */
 }
 
 int main(void)
 {
-    tiers(); /* first: the others use one */
+    tiers(); /* first, since the others use a tier */
     for (int i = 0; i < H * L * D; i++) {
         q[i] = (float)(i * 37 % 101) / 101 - 0.5f;
         k[i] = (float)(i * 53 % 103) / 103 - 0.5f;

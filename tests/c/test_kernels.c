@@ -1,7 +1,7 @@
-/* test_kernels.c: every kernel of every tier this CPU runs, compared one by one with the scalar tier on the same rows.
- * Every buffer ends at a guard page, so that a read or write past it is a crash and not luck. Prints what it compared;
- * exits with 1 at a difference. Built and run by tests/test_kernels.py, for this CPU and, where a cross compiler and an
- * emulator are at hand, for 64-bit Arm. */
+/* test_kernels.c: compares every kernel of every tier that this CPU supports with the scalar tier on the same rows.
+ * Every buffer ends at a guard page, so that a read or write past it always crashes. Prints the number of comparisons;
+ * exits with 1 if there is a difference. Built and run by tests/test_kernels.py, for this CPU and, if a cross compiler
+ * and an emulator are installed, for 64-bit Arm. */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -25,7 +25,7 @@ static float uniform(void)
     return (float)(state >> 40) * 0x1p-23f - 1.0f;
 }
 
-/* What guarded() made since the last forget(): there is a limit to how many a process may have. */
+/* What guarded() mapped since the last forget(). A process may only have a limited number of mappings. */
 static struct {
     void *base;
     size_t bytes;
@@ -40,7 +40,7 @@ static void forget(void)
     }
 }
 
-/* Memory that ends where an unreadable page begins. */
+/* Returns memory that ends where an unreadable page begins. */
 static void *guarded(size_t bytes)
 {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page + 1;
@@ -86,7 +86,7 @@ static const void **random_rows(int n, int dim, int dtype)
     return rows;
 }
 
-/* The scalar tier's panels hold fewer rows: it takes a wide panel in parts. */
+/* Copies one part of a panel: the panels of the scalar tier hold fewer rows. */
 static void split(const float *panel, int part, int dim, float *out)
 {
     for (int d = 0; d < dim; d++)
@@ -107,7 +107,7 @@ static void test_products(int n, int dim)
                 near("qk", j, part * small + r, s[(ptrdiff_t)j * lanes + part * small + r], s_part[j * small + r],
                      1e-6f * (float)dim);
     }
-    /* values: the same rows packed by each tier, with the first key left out as attend does at a window's edge */
+    /* values: the same rows packed by each tier, without the first key, as attention does at the edge of a window */
     const void **rows = random_rows(n, dim, DHSA_F32);
     const int step = kn->value_step, ref_step = ref->value_step;
     float *v = floats((size_t)dhsa_round_up(dim, step) * n), *v_ref = floats((size_t)dhsa_round_up(dim, ref_step) * n);
@@ -118,7 +118,7 @@ static void test_products(int n, int dim)
         ref->pack_values(rows, DHSA_F32, n, dim, (ptrdiff_t)n * ref_step, v_ref))
         near("finite values", n, dim, 1, 0, 0);
     const int skip = n > 1;
-    for (int used = 1; used < lanes; used += 5) { /* a panel that is not full: the same numbers in what is used */
+    for (int used = 1; used < lanes; used += 5) { /* a panel that is not full has the same values in its used rows */
         float *part = floats((size_t)n * lanes), *sum = floats((size_t)dim * lanes), *full = floats((size_t)dim * lanes);
         memcpy(sum, o, sizeof(float) * (size_t)dim * lanes);
         memcpy(full, o, sizeof(float) * (size_t)dim * lanes);
@@ -200,7 +200,8 @@ static void test_softmax(int n, int masked, float softcap)
     }
 }
 
-/* The largest products that rows see, against a loop; what they do not see, or what lies past `used`, may be anything. */
+/* Compares the largest products that rows see with a loop. Products that they do not see, and rows past `used`, may
+ * hold anything. */
 static void test_tops(int n, int masked)
 {
     const int lanes = kn->lanes, base = 5, used = 1 + n % lanes;
@@ -231,7 +232,7 @@ static void test_add_rows(int n, int square)
     const char *name = square ? "add_squares" : "add_sums";
     void (*const add)(const float *, int, const float *, float *) = square ? kn->add_squares : kn->add_sums;
     float *p = random_floats((size_t)n * lanes), *weight = random_floats((size_t)lanes), *score = floats((size_t)n);
-    weight[lanes / 2] = 0; /* says nothing, whatever it holds */
+    weight[lanes / 2] = 0; /* this row does not count, whatever p holds */
     for (int j = 0; j < n; j++) p[j * lanes + lanes / 2] = j % 2 ? NAN : INFINITY;
     for (int j = 0; j < n; j++) score[j] = (float)j;
     add(p, n, weight, score);
@@ -283,7 +284,7 @@ static void test_round(int dim)
     }
 }
 
-/* Sums over keys, all rows at once, on top of what there was. */
+/* Weighted sums over keys, for all rows at once, added to earlier sums. */
 static void test_weigh_keys(int n)
 {
     const int lanes = kn->lanes;
@@ -306,7 +307,7 @@ static void test_moves(int n, int dim, int dtype)
     const int lanes = kn->lanes, step = kn->value_step, padded = (int)dhsa_round_up(dim, step);
     const void **rows = random_rows(n, dim, dtype);
     float *a = floats((size_t)n * dim), *b = floats((size_t)n * dim), *v = floats((size_t)(n + 1) * padded);
-    const ptrdiff_t v_stride = (ptrdiff_t)(n + 1) * step; /* a strip may be longer than what is in it */
+    const ptrdiff_t v_stride = (ptrdiff_t)(n + 1) * step; /* a strip may be longer than the values in it */
     kn->pack_rows(rows, dtype, n, dim, a);
     ref->pack_rows(rows, dtype, n, dim, b);
     near("finite", n, dim, (float)kn->pack_values(rows, dtype, n, dim, v_stride, v), 0, 0);
@@ -352,7 +353,7 @@ static void test_moves(int n, int dim, int dtype)
     near("dot", dim, dtype, kn->dot(a, sum, dim), ref->dot(a, sum, dim), 1e-6f * (float)dim);
 }
 
-/* All 65,536 half-precision numbers, and fp32 numbers around every rounding boundary back. */
+/* Widens all 65,536 16-bit values, and narrows fp32 values around every rounding boundary. */
 static void test_conversions(int dtype)
 {
     uint16_t *half = guarded(65536 * 2);
@@ -370,7 +371,7 @@ static void test_conversions(int dtype)
         rows[r] = back + r;
     }
     for (int i = 0; i < 65536; i++) {
-        /* the number itself, half way to the next, and either side of it */
+        /* the value itself, the midpoint between it and the next value, and the two fp32 values next to the midpoint */
         const float x = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i);
         const float y = dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)(i + 1)) : dhsa_from_bf16((uint16_t)(i + 1)),
                     mid = x / 2 + y / 2;
@@ -387,8 +388,8 @@ static void test_conversions(int dtype)
     }
 }
 
-/* Products of 16-bit numbers: packing exactly, products against the same numbers multiplied in fp32 (a product of two is exact
- * there). */
+/* Products of 16-bit values. Packing must be exact; products are compared with sums in float64, where each product of
+ * two values is exact. */
 static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
 {
     const int fp16 = dtype == DHSA_F16;
@@ -427,7 +428,7 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
         for (int j = 0; j < n; j++) most = fmaxf(most, s[(ptrdiff_t)j * lanes + r]);
         near("pairs qk top", n, r, top[r], most, 0);
     }
-    /* The softmax is the fp32 one with its probabilities rounded. */
+    /* The softmax must equal the fp32 one, with its probabilities rounded. */
     for (int masked = 0; masked < 2; masked++) {
         const size_t room = (size_t)lanes;
         float *m = floats(room), *l = floats(room), *m_want = floats(room), *l_want = floats(room),
@@ -457,7 +458,7 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
         }
     }
     for (int scaled = 0; scaled < 2; scaled++) {
-        for (int r = 0; r < lanes && !scaled; r++) alpha[r] = 1; /* the way without scaling, then the other */
+        for (int r = 0; r < lanes && !scaled; r++) alpha[r] = 1; /* first without scaling, then with it */
         for (int r = 0; r < lanes && scaled; r++) alpha[r] = uniform();
         memcpy(before, o, sizeof(float) * (size_t)K * lanes);
         half->pv(p, v, (ptrdiff_t)N * 16, n, dim, alpha, o, NULL, NULL);
@@ -484,7 +485,7 @@ static float number(const void *row, int dtype, int d)
                                : dhsa_from_bf16(((const uint16_t *)row)[d]);
 }
 
-/* Rows, and past the last what may be asked for but not read. */
+/* Returns pointers to random rows, followed by invalid ones: a kernel may prefetch at these, but not read from them. */
 static const void **keys_of(int n, int dim, int dtype)
 {
     const void **rows = random_rows(n, dim, dtype), **all = guarded((size_t)(n + DHSA_DECODE_AHEAD) * sizeof *all);
@@ -493,7 +494,7 @@ static const void **keys_of(int n, int dim, int dtype)
     return all;
 }
 
-/* Two parts of a decoding step, and what they come to. */
+/* Two parts of a decoding step, and the result of merging them. */
 static void test_decode(int n, int dim, int dtype, int rows)
 {
     const int padded = (int)dhsa_round_up(dim, DHSA_DECODE_STEP), stride = n + DHSA_DECODE_STEP - 1;
@@ -513,7 +514,7 @@ static void test_decode(int n, int dim, int dtype, int rows)
             near("decode_qk", r, j, s[r * stride + j], s2[r * stride + j], 1e-6f * (float)dim);
             near("decode_qk in float64", r, j, s[r * stride + j], (float)sum, 1e-6f * (float)dim);
         }
-    /* the second part is the first key again, added in two goes */
+    /* the second part is the first key twice, added in two calls */
     memset(o, 0, 2 * sums * sizeof *o);
     kn->decode_pv(s, stride, rows, values, dtype, n, dim, o, padded);
     kn->decode_pv(s, stride, rows, values, dtype, 1, dim, o + sums, padded);
@@ -537,7 +538,7 @@ static void test_decode_softmax(int n, float softcap)
 {
     float *s = floats((size_t)n + DHSA_DECODE_STEP - 1), *s2 = floats((size_t)n + DHSA_DECODE_STEP - 1);
     float m, l, m2, l2;
-    /* plain, a NaN, infinities, nothing but -inf, and logits so large that their rounding counts */
+    /* finite logits, a NaN, infinities, only -inf, and logits so large that their rounding matters */
     for (int kind = 0; kind < 6; kind++) {
         for (int j = 0; j < n; j++) s2[j] = s[j] = kind == 4 ? -INFINITY : uniform() * (kind == 5 ? 1e12f : 80.0f);
         const float bad[] = {1, NAN, INFINITY, -INFINITY};
@@ -545,7 +546,7 @@ static void test_decode_softmax(int n, float softcap)
         kn->decode_softmax(s, n, 0.3f, softcap, &m, &l);
         ref->decode_softmax(s2, n, 0.3f, softcap, &m2, &l2);
         near("decode_softmax l", n, kind, l, kind == 1 ? NAN : l2, 3e-5f * (1 + fabsf(l2)));
-        if (kind == 1) continue; /* the row is lost; which of its maxima a NaN hides depends on the width of vectors */
+        if (kind == 1) continue; /* a row with a NaN has no defined maximum: it depends on the vector width */
         near("decode_softmax m", n, kind, m, m2, 2e-5f + 1e-6f * fabsf(m2));
         for (int j = 0; j < n; j++) near("decode_softmax p", j, kind, s[j], s2[j], 3e-5f);
     }

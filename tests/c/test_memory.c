@@ -1,5 +1,6 @@
-/* test_memory.c: every allocation of a selection fails once, for every method: an error says so and nothing is left allocated.
- * Built with -Wl,--wrap=posix_memalign,--wrap=free, which is where the core's allocator gets its memory. */
+/* test_memory.c: for every method, lets each allocation of a selection fail once. The call must return an error and
+ * leave nothing allocated. Built with -Wl,--wrap=posix_memalign,--wrap=free: the allocator of the core calls these
+ * functions. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,7 +37,7 @@ static dhsa_tensor tensor(float *data, int64_t heads, int64_t length)
     return (dhsa_tensor){data, DHSA_F32, {1, heads, length, D}, {heads * length * D, length * D, D, 1}};
 }
 
-/* How many allocations failed, one in each try, until none was left to fail. */
+/* Lets allocation 0 fail, then allocation 1, and so on until a call succeeds. Returns how many failed. */
 static int tries(dhsa_method_kind method, double mass, int64_t *indptr, int32_t *indices)
 {
     const dhsa_tensor x = tensor(q, H, LQ), y = tensor(k, HKV, LK);

@@ -183,6 +183,37 @@ def test_any_dlpack_array(torch, make_qkv, dtype, versioned):
     assert torch.equal(sparse.tensor, dhsa.attention(*tensors, SMALL))
 
 
+@pytest.mark.parametrize(
+    ("library", "dtype"),
+    [
+        ("array_api_strict", "float32"),  # has neither of the 16-bit dtypes
+        ("jax.numpy", "float32"),
+        ("jax.numpy", "float16"),
+        ("jax.numpy", "bfloat16"),
+    ],
+)
+def test_other_array_libraries(make_qkv, library, dtype):
+    """Results are arrays of the library, and those of the same numbers in NumPy."""
+    xp = pytest.importorskip(library)
+    if library == "array_api_strict" and np.lib.NumpyVersion(np.__version__) < "2.1.0":
+        pytest.skip("array_api_strict has DLPack 1.0 from NumPy 2.1 on")
+    to_numpy = np.asarray if library == "jax.numpy" else np.from_dlpack
+    q, k, v = (xp.asarray(x, dtype=getattr(xp, dtype)) for x in make_qkv(1, 4, 2, 100, 120, 16))
+    out, lse = dhsa.attention(q, k, v, SMALL, return_lse=True)
+    assert type(out) is type(lse) is type(q)
+    assert (out.dtype, out.shape, lse.dtype) == (q.dtype, q.shape, xp.float32)
+    same = [to_numpy(x).astype(np.float32) for x in (q, k, v)]
+    want, want_lse = reference.sparse_attention(*same, dhsa.select(q, k, SMALL), return_lse=True)
+    np.testing.assert_allclose(
+        to_numpy(out).astype(np.float32), want, atol={"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    )
+    np.testing.assert_allclose(to_numpy(lse), want_lse, atol=1e-5)
+    cuts = dhsa.boundaries(k, SMALL)
+    assert type(cuts) is type(q)
+    assert cuts.dtype == xp.int32
+    assert dhsa.select(q, k, SMALL, boundaries=cuts) == dhsa.select(q, k, SMALL)
+
+
 def test_buffer_outlives_its_owner(torch):
     buffer = _core.Buffer((2, 3), "bfloat16")
     tensors = [torch.from_dlpack(buffer), torch.from_dlpack(buffer)]

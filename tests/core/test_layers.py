@@ -21,11 +21,13 @@ LAYERS = [
     {"config", "reference"},
     {"functional", "labels"},
     {"dhsa"},
-    {"hf", "loading", "plot"},
+    {"commands", "hf", "plot"},
     {"demo", "doctor", "evaluation", "training"},
     {"__main__"},
 ]
-ALONE = {"_core", "config", "methods", "reference", "demo", "doctor", "evaluation", "training", "hf", "loading", "plot"}
+ALONE = {
+    "_core", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference", "training",
+}  # fmt: skip
 
 
 def includes(path):

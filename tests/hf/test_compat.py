@@ -25,7 +25,7 @@ PROMPT = 250
 def kept_by(cache):
     """Of each layer of a cache, how many keys the chunks that are kept beside it reach."""
     kept = [getattr(layer, caches._KEPT, None) for layer in cache.layers]
-    return [0 if k is None else max((past.boundaries or [0])[-1] for past in k.pasts.values()) for k in kept]
+    return [0 if k is None else max((index.boundaries or [0])[-1] for index in k.key_indexes.values()) for k in kept]
 
 
 def read(model, cache):

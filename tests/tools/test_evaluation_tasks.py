@@ -16,10 +16,10 @@ import torch  # noqa: E402
 from test_evaluation import engine, evaluate, folder, rows_of  # noqa: E402, F401
 
 import dhsa  # noqa: E402
+from dhsa.commands import UserError  # noqa: E402
 from dhsa.evaluation import command, metrics, settings, tasks, texts  # noqa: E402
 from dhsa.evaluation.haystack import Haystack  # noqa: E402
 from dhsa.evaluation.tasks import longbench, niah, output, ruler  # noqa: E402
-from dhsa.loading import UserError  # noqa: E402
 
 
 def context(engine, **changes):  # noqa: F811

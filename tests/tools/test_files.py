@@ -18,8 +18,8 @@ import pytest
 import dhsa
 from dhsa import _checkpoint
 from dhsa._checkpoint import find_state_dict, rebuild_tensor
+from dhsa.commands import UserError
 from dhsa.evaluation.store import Store
-from dhsa.loading import UserError
 
 
 def checkpoint(path, program):

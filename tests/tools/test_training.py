@@ -20,8 +20,8 @@ from weights import compact_weights, random_weights  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
-from dhsa import loading, reference  # noqa: E402
-from dhsa.loading import UserError  # noqa: E402
+from dhsa import commands, reference  # noqa: E402
+from dhsa.commands import UserError  # noqa: E402
 from dhsa.training import documents, loop, networks, scores, stream  # noqa: E402
 from dhsa.training.settings import Settings  # noqa: E402
 
@@ -415,7 +415,7 @@ def test_the_command(folder, tmp_path, capsys):  # noqa: F811
     assert len(losses["own"]) == len(losses["shared"]) == 2 * 8
     assert Settings(**json.loads(notes["settings"])) == Settings(tokens=256)
     assert not list(tmp_path.glob("*.state"))
-    tokenizer, model = loading.load(folder)
+    tokenizer, model = commands.load(folder)
     with torch.no_grad(), dhsa.patched(model, dhsa.Config(boundaries="predictor", predictor=predictor)):
         assert torch.isfinite(model(tokens(1, 200)).logits).all()
     assert documents.prefix_of(tokenizer) == []

@@ -1,17 +1,17 @@
-/* block.c: fixed blocks of keys by their mean: for each head a softmax of the query block's mean query over the mean keys, summed
- * over the heads of a set. The common baseline of block-sparse attention, as in the block selection of MInference
- * (arXiv 2407.02490) and of MoBA (arXiv 2502.13189). */
+/* block.c: selects fixed key blocks by their mean keys: for each head a softmax of the mean query of the query block
+ * over the mean keys, summed over the heads of a set. The common baseline of block-sparse attention, as in the block
+ * selection of MInference (arXiv 2407.02490) and of MoBA (arXiv 2502.13189). */
 #include <inttypes.h>
 #include <math.h>
 #include <string.h>
 
 #include "select/coarse.h"
 
-/* What one thread works in; the means come first, where dhsa_chunks_fill works. */
+/* Scratch memory of one thread. key and sum come first: dhsa_chunks_fill uses this memory too. */
 typedef struct {
-    float *key, *sum, *query;    /* [dim]: the mean of the last block, where it is cut; scratch; the mean query */
+    float *key, *sum, *query;    /* [dim]: the mean of the last key block if it is cut; scratch; the mean query */
     float *logit, *score, *mass; /* [segments] */
-    int64_t size;                /* of the arena */
+    int64_t size;                /* bytes of all parts */
 } block_parts;
 
 static block_parts block_lay_out(const dhsa_selector *s, char *arena)
@@ -47,8 +47,8 @@ static dhsa_status block_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
     return DHSA_OK;
 }
 
-/* Adds the probabilities of one head to the mass of blocks [first, last); state says which blocks of its KV head take part, and
- * last_key is the mean of the last one as the query block sees it. */
+/* Adds the probabilities of one head to the mass of all segments. state says which key blocks of its KV head have a
+ * finite mean, and last_key is the mean of the last key block, up to the end of the query block. */
 static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, int64_t to, const dhsa_segments *segments,
                            const unsigned char *state, const float *means, const float *last_key, int last_good,
                            const block_parts *w)
@@ -58,7 +58,7 @@ static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, i
     const float scale = (float)s->config->score.scale, cap = (float)s->config->score.softcap;
     float top = -INFINITY, sum = 0;
     dhsa_mean_query(kn, s->q, s->b, head, from, to, 1.0f, w->query);
-    if (!dhsa_all_finite(kn, w->query, dim)) return; /* no opinion */
+    if (!dhsa_all_finite(kn, w->query, dim)) return; /* the head does not count */
     for (int64_t c = segments->first; c < segments->last; c++) {
         const int last = c == segments->last - 1;
         w->logit[c] = -INFINITY;
@@ -89,11 +89,11 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     int last_good = 0;
     for (int64_t h = first_head; h < first_head + s->heads_per_set; h++) {
         const int64_t kv = h / s->group;
-        if (h == first_head || h % s->group == 0) { /* another KV head */
+        if (h == first_head || h % s->group == 0) { /* the next KV head */
             means = (const float *)blocks->means + kv * blocks->pitch * dim;
             good = blocks->state + kv * blocks->pitch;
-            last_key = dhsa_block_mean(state, s, kv, last, span.end, w.key, w.sum, &last_good); /* none looks past the end */
-            /* A NaN must reach the rows that see it, as in exact attention: such a block is always picked. */
+            last_key = dhsa_block_mean(state, s, kv, last, span.end, w.key, w.sum, &last_good); /* of keys below span.end */
+            /* As in exact attention, a NaN must reach the queries that see it, so such a key block is always picked. */
             for (int64_t c = segments.first; c < segments.last; c++)
                 if (c == last ? !last_good : good[c] != DHSA_CHUNK_GOOD) w.score[c] = INFINITY;
         }

@@ -1,5 +1,6 @@
-/* dhsa.c: the method "dhsa": chunks by the paper's score, the mean query of a block against the mean key of a chunk. The scores are
- * mean_scores.c's. Source: Dynamic Hierarchical Sparse Attention, arXiv 2510.24606. */
+/* dhsa.c: the method "dhsa": selects chunks by the score of the paper, the mean query of a query block against the mean
+ * key of a chunk. The scores are computed in mean_scores.c. Source: Dynamic Hierarchical Sparse Attention, arXiv
+ * 2510.24606. */
 #include "select/scorer.h"
 #include "select/selector.h"
 
@@ -11,7 +12,7 @@ static dhsa_status dhsa_method_open(dhsa_selector *s, dhsa_error *error)
         dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->key_indexes, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->segments = scorer->capacity;
-    s->arena_size = scorer->arena_size; /* what the scorer works in, then scores */
+    s->arena_size = scorer->arena_size; /* scratch of the scorer, then the scores */
     dhsa_part(NULL, &s->arena_size, scorer->capacity * 4);
     return DHSA_OK;
 }

@@ -1,6 +1,7 @@
-/* hisa.c: single keys, but only those of the best blocks. Source: HISA, arXiv 2603.28458. There a trained indexer scores blocks
- * and tokens; a frozen model has none, so the mean queries of a block's queries stand in for it (coarse.c), with a softmax over
- * what is scored, both times. The float64 definition is `twin` in dhsa/methods/hisa.py. */
+/* hisa.c: selects single keys, but only from the best key blocks. Source: HISA, arXiv 2603.28458. There a trained
+ * indexer scores blocks and tokens. A frozen model has none, so both stages use the mean queries of the query block
+ * (coarse.c) instead, with a softmax over the key blocks and then over the keys. The float64 definition is `twin` in
+ * dhsa/methods/hisa.py. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -8,8 +9,8 @@
 #include "select/finite.h"
 
 enum {
-    KEPT = 4,    /* keys of the blocks that are looked into, in budgets */
-    FEW = 16384, /* keys whose probabilities are kept; more are computed twice */
+    KEPT = 4,    /* the kept key blocks hold this many times the budget */
+    FEW = 16384, /* up to this many keys the probabilities are kept; for more they are computed twice */
 };
 
 typedef struct {
@@ -20,12 +21,13 @@ typedef struct {
 typedef struct {
     dhsa_coarse coarse;
     dhsa_probe fine;
-    int64_t most; /* keys of kept blocks */
+    int64_t most; /* keys of kept key blocks, at most */
 } hisa_state;
 
-/* What one thread works in: the coarse stage, in the place of which the fine one and its rows work later; then these. */
+/* Scratch memory of one thread: first that of the coarse stage, which the fine stage and its rows use later; then
+ * these. */
 typedef struct {
-    float *rows;         /* [lanes, dim]: of the fine stage, laid out when that begins */
+    float *rows;         /* [lanes, dim]: of the fine stage, laid out when it begins */
     float *coarse;       /* [key blocks] */
     hisa_rank *ranks;    /* [key blocks] */
     int32_t *key;        /* [most] */
@@ -70,22 +72,22 @@ static const float *hisa_keys(void *of, int64_t first, int n, float *tile, ptrdi
     return tile;
 }
 
-/* Best score first; of equal ones the later block. */
+/* Orders by score, best first; of equal scores the later block comes first. */
 static int hisa_compare(const void *a, const void *b)
 {
     const hisa_rank *x = a, *y = b;
     return x->score != y->score ? (x->score < y->score ? 1 : -1) : y->block - x->block;
 }
 
-/* Candidate keys of a block of keys. */
+/* Returns the candidate keys of a key block. */
 static dhsa_span hisa_held_by(const dhsa_selector *s, dhsa_span span, int64_t block)
 {
     const int64_t key_block = s->config->key_block;
     return (dhsa_span){DHSA_MAX(block * key_block, span.lo), DHSA_MIN((block + 1) * key_block, span.end)};
 }
 
-/* Marks the kept blocks: those of forced keys, and the best of the others until they hold KEPT budgets of candidates. In: coarse
- * scores; out: 1 kept, 0 not. */
+/* Chooses the kept key blocks: those with forced keys, and the best of the others until the kept blocks hold KEPT times
+ * the budget. score holds the coarse scores; it receives 1 for kept blocks and 0 for others. */
 static void hisa_filter(const dhsa_selector *s, dhsa_span span, float *score, hisa_rank *ranks)
 {
     const dhsa_select_config *c = s->config;
@@ -128,7 +130,7 @@ static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     }
     for (int64_t i = 0; i < n; i++) fine[i] = 0;
     const int64_t head = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
-    hisa_lay_out(s, arena, &parts); /* where the coarse stage was, the fine one's rows are now */
+    hisa_lay_out(s, arena, &parts); /* the fine stage now uses the memory of the coarse stage */
     hisa_block w = {{s, st->fine.kernels, dhsa_block_queries(s, block), st->coarse.run, head, heads, parts.rows}, key};
     dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_queries_count(&w.rows), 0, n);
     run.of = &w;
@@ -137,7 +139,7 @@ static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     run.score = fine;
     for (; w.rows.head < head + s->heads_per_set; w.rows.head += heads) dhsa_probe_do(&st->fine, &run, arena);
 
-    /* A kept key is a segment of its own, what lies between them is one segment that is never selected. */
+    /* Each kept key is a segment of its own. The keys between two kept keys are one segment that is never selected. */
     int64_t segments = 0;
     edges[0] = (int32_t)span.lo;
     for (int64_t i = 0; i <= n; i++) {
@@ -166,7 +168,7 @@ static dhsa_status hisa_open(dhsa_selector *s, dhsa_error *error)
     hisa_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     if (!st || !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.mean_queries)))
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys", (long long)blocks);
-    /* The blocks of forced keys and the last one that is kept may reach beyond what was asked for. */
+    /* The key blocks of forced keys and the last one that is kept may hold more keys than are wanted. */
     st->most = c->budget >= k_len ? k_len : DHSA_MIN((KEPT + 1) * c->budget + 4 * c->key_block, k_len);
     const dhsa_probe_way way = st->most > FEW ? DHSA_PROBE_TWICE : DHSA_PROBE_KEYS;
     dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group), st->most, dim,

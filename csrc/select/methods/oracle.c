@@ -1,12 +1,13 @@
-/* oracle.c: single keys by their exact attention mass: dense probabilities of a block's queries, summed. Twice the products of
- * dense attention: slow, for study. The float64 definition is `twin` in dhsa/methods/oracle.py. */
+/* oracle.c: selects single keys by their exact attention mass: the dense probabilities of the queries of a block,
+ * summed. It computes twice the products of dense attention, so it is slow and meant for study. The float64 definition
+ * is `twin` in dhsa/methods/oracle.py. */
 #include <math.h>
 #include <string.h>
 
 #include "select/finite.h"
 #include "select/probe.h"
 
-/* What one thread works in, after the probe. */
+/* Scratch memory of one thread, after that of the probe. */
 typedef struct {
     float *score, *mass; /* [segments] */
 } oracle_parts;

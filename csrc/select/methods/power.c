@@ -1,7 +1,9 @@
-/* power.c: key blocks at distances of powers of two, whatever they hold, so that what a token sees doubles with every layer.
- * Blocks are as long as those of queries, and a distance counts them back from the block itself: it is 0. The budget is filled
- * in the order of the hops of power-of-two length that a distance takes: first the powers, then sums of two of them, and so
- * on; of equal ones the nearer. Source: PowerAttention (arXiv 2503.03588); the order beyond the powers is this project's. */
+/* power.c: selects key blocks at distances that are powers of two, whatever they hold, so that the number of tokens
+ * that reach a token doubles with every layer. Key blocks are as long as query blocks, and a distance is counted in
+ * blocks back from the query block itself, which has distance 0. The budget is filled in the order of the number of
+ * hops of power-of-two length that a distance takes: first the powers, then sums of two powers, and so on; of equal
+ * numbers the nearer block comes first. Source: PowerAttention (arXiv 2503.03588); the order beyond the powers is this
+ * project's. */
 #include "select/selector.h"
 
 static dhsa_status power_open(dhsa_selector *s, dhsa_error *error)
@@ -28,7 +30,7 @@ static int64_t power_list(const dhsa_selector *s, int64_t set, int64_t block, dh
         int hops = 0;
         for (int64_t distance = most - c; distance; distance &= distance - 1) hops++;
         edges[c] = (int32_t)DHSA_MAX(start - (most - c) * length, 0);
-        score[c] = (float)-hops; /* the nearer ones among equals: as dhsa_topk has it */
+        score[c] = (float)-hops; /* of equal scores dhsa_topk takes the nearer block */
     }
     edges[most + 1] = (int32_t)span.end;
     return dhsa_topk(s, thread, span, &segments, list, room);

@@ -1,28 +1,29 @@
-/* proxy.c: blocks of keys by the scores of a proxy head, the mean of the heads that share it. Source: ProxyAttn,
- * arXiv 2509.24745. Every stride-th query and key take part; a block's score is the largest probability in it. Where a share of
- * mass is asked for, how far a list goes down that order is each head's own affair: its mass is what the head's own mean queries
- * give to a block (coarse.c). The float64 definition is `twin` in dhsa/methods/proxy.py. */
+/* proxy.c: selects key blocks by the scores of a proxy head, which is the mean of the heads that share it. Source:
+ * ProxyAttn, arXiv 2509.24745. Every stride-th query and key take part; the score of a key block is the largest
+ * probability in it. The heads that share a proxy head rank the blocks in the same order. Where a share of mass is
+ * asked for, each head set decides how many of them it takes by its own mass: the probabilities that its own mean
+ * queries give to a key block (coarse.c). The float64 definition is `twin` in dhsa/methods/proxy.py. */
 #include "select/coarse.h"
 #include "select/finite.h"
 
-enum { RUN = 16 }; /* queries of a mean query of a head's own estimate */
+enum { RUN = 16 /* queries of a mean query, for the mass of a head set */ };
 
 typedef struct {
     dhsa_probe probe;
-    dhsa_coarse own;   /* only with a mass */
+    dhsa_coarse own;   /* mass of the head sets; only with a share of mass */
     int32_t *edges;    /* of the key blocks */
-    int64_t heads, kv; /* query and KV heads of a proxy */
+    int64_t heads, kv; /* query heads and KV heads of a proxy head */
 } proxy_state;
 
 typedef struct {
     const dhsa_selector *s;
     dhsa_span queries;
     int64_t head;
-    float *rows;         /* [lanes, dim]: to work in */
+    float *rows;         /* [lanes, dim]: scratch */
     float *score, *mass; /* [segments]: of the key blocks */
 } proxy_block;
 
-/* What one thread works in: the probe and its rows, in the place of which the heads' own estimate works later; then scores. */
+/* Scratch memory of one thread: first that of the probe and its rows, which st->own uses later; then score and mass. */
 static int64_t proxy_lay_out(const dhsa_selector *s, char *arena, proxy_block *w)
 {
     const proxy_state *st = s->state;

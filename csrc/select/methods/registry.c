@@ -1,7 +1,7 @@
 /* registry.c: the table of methods. */
 #include "select/selector.h"
 
-/* Adding a method: its name here, in dhsa_method_kind of dhsa.h, and in dhsa/methods/__init__.py. */
+/* A new method is added here, to dhsa_method_kind in dhsa.h, and to dhsa/methods/__init__.py. */
 extern const dhsa_method dhsa_method_rows, dhsa_method_dhsa, dhsa_method_window, dhsa_method_block, dhsa_method_power,
     dhsa_method_vertical_slash, dhsa_method_xattention, dhsa_method_proxy, dhsa_method_hisa, dhsa_method_oracle;
 

@@ -1,7 +1,8 @@
-/* rows.c: the method "rows", this project's: row scores of chunks, in two stages where there are many keys. A coarse look at
- * groups of neighbouring chunks, by fewer rows, leaves a shortlist of so many keys; only chunks on it are scored. That is one level
- * more of DHSA's hierarchy (arXiv 2510.24606), and what keeps the cost of a block from growing with the prompt: the coarse look is
- * a hundredth of scoring every chunk. The scores are those of row_scores.c. */
+/* rows.c: the method "rows", this project's own: selects chunks by row scores, in two stages where there are many keys.
+ * The coarse stage scores groups of neighbouring chunks with fewer mean queries and makes a shortlist of
+ * config->shortlist keys; the fine stage scores only the chunks on it. That adds one level to the hierarchy of DHSA
+ * (arXiv 2510.24606) and keeps the cost of a block from growing with the prompt: the coarse stage costs a hundredth of
+ * scoring every chunk. The scores are computed in row_scores.c. */
 #include <inttypes.h>
 #include <math.h>
 
@@ -9,24 +10,24 @@
 #include "select/selector.h"
 
 enum {
-    COARSER = 8, /* rows of the coarse look: one for so many */
+    COARSER = 8, /* the coarse stage has one mean query for this many of the fine stage */
     SUBGROUPS = DHSA_CHUNK_GROUP / DHSA_CHUNK_SUBGROUP
 };
 
 typedef struct {
     dhsa_score_config coarse_config;
     dhsa_scorer fine, coarse;
-    int32_t *edges;       /* [edges_size] of the batch item's segments */
+    int32_t *edges;       /* [edges_size]: of the subgroups of the batch item */
     int32_t *group_edges; /* [groups + 1] */
     int64_t edges_size, groups;
 } rows_state;
 
-/* What one thread works in, after the scorers. */
+/* Scratch memory of one thread, after that of the scorers. */
 typedef struct {
     float *score;    /* [capacity] */
-    float *mass;     /* [capacity]; only with a mass */
-    float *coarse;   /* [edges_size]; this and groups only with two stages */
-    int32_t *groups; /* [groups]: any number of them may be on a shortlist, since empty chunks have no keys */
+    float *mass;     /* [capacity]; only with a share of mass */
+    float *coarse;   /* [edges_size]; only with two stages */
+    int32_t *groups; /* [groups]; only with two stages. All may be on a shortlist, since empty chunks have no keys */
 } rows_parts;
 
 static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena, rows_parts *w)
@@ -39,7 +40,7 @@ static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena,
     return used;
 }
 
-/* A share of mass is one of all candidates: there is no shortlist then. */
+/* A share of mass refers to all candidates, so there is no shortlist then. */
 static int rows_two_stages(const dhsa_select_config *c, int64_t keys)
 {
     return c->shortlist > 0 && c->mass == 0 && keys > c->shortlist;
@@ -95,8 +96,8 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
     return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads, error);
 }
 
-/* The groups on a block's shortlist, ascending, into groups; returns how many. What is selected anyway is on it: its mass belongs
- * to the softmax of the scores. */
+/* Writes the groups on the shortlist of a block, ascending, to `groups`; returns how many. The groups of forced keys
+ * are on it, since these keys belong to the softmax of the scores. */
 static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, float *score,
                               int32_t *groups)
 {

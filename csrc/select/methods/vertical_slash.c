@@ -1,6 +1,7 @@
-/* vertical_slash.c: columns and diagonals of attention that the last queries of the prompt see, carried over to all blocks.
- * Source: MInference, arXiv 2407.02490. Found once for each batch item and set of heads: O(Lk). Half of what a block's forced keys
- * leave goes to diagonals, the rest to columns. The float64 definition is `twin` in dhsa/methods/vertical_slash.py. */
+/* vertical_slash.c: selects the columns (keys) and diagonals (distances) to which the last queries of the prompt attend
+ * most, for all query blocks. Source: MInference, arXiv 2407.02490. They are found once for each batch item and head
+ * set, in O(Lk). Half of the room that the forced keys of a block leave goes to diagonals, the rest to columns. The
+ * float64 definition is `twin` in dhsa/methods/vertical_slash.py. */
 #include <string.h>
 
 #include "core/arena.h"
@@ -10,17 +11,18 @@
 
 enum {
     PROBE_QUERIES = 64,
-    DIGIT = 11, /* bits of a radix pass; an odd number of passes makes 32 */
+    DIGIT = 11, /* bits of a radix pass; an odd number of passes covers 32 bits */
 };
 
 typedef struct {
     dhsa_probe probe;
-    int32_t *columns, *diagonals; /* [sets, Lk], best first; diagonal d: the pairs of a query and the key d before it */
+    int32_t *columns, *diagonals; /* [sets, Lk], best first; diagonal d: each query and the key d before it */
 } vertical_slash_state;
 
-/* ---- what the last queries see ---------------------------------------------------------------------------------- */
+/* ---- attention of the last queries ------------------------------------------------------------------------------ */
 
-/* What one thread works in, after the probe. Diagonals have room on both sides for rows that see no key there. */
+/* Scratch memory of one thread, after that of the probe. diagonal has room on both sides for rows that see no key
+ * there. */
 typedef struct {
     dhsa_probe_queries rows;
     float *column, *diagonal;
@@ -44,14 +46,14 @@ static void vertical_slash_visit(void *of, int64_t row, int64_t first, int n, co
     const dhsa_kernels *kernels = w->rows.probe->kernels;
     const int lanes = kernels->lanes;
     kernels->add_sums(p, n, weight, w->column + first);
-    /* Rows of a panel are neighbours: so are their diagonals through a key. */
+    /* The rows of a panel are consecutive queries, so their diagonals through a key are consecutive too. */
     for (int j = 0; j < n; j++, p += lanes) {
         float *diagonal = w->diagonal + (w->rows.k->shape[2] - w->rows.q->shape[2] + w->rows.query + row - first - j);
         for (int r = 0; r < lanes; r++) diagonal[r] += weight[r] == 0 ? 0 : p[r] * weight[r];
     }
 }
 
-/* Sorts order [n], best score first and else as they are; the result is in to. Scores are not negative. */
+/* A stable sort of order [n], best score first; the result is in `to`. Scores are not negative. */
 static void vertical_slash_sort(const float *score, int64_t n, int32_t *order, int32_t *to)
 {
     for (int shift = 0; shift < 32; shift += DIGIT) {
@@ -98,7 +100,7 @@ static void vertical_slash_task(void *context, int64_t set, int thread)
         w.rows.head = set * s->heads_per_set + h;
         dhsa_probe_do(&st->probe, &run, arena);
     }
-    /* Of equal sums the more recent key, and the diagonal of more recent keys. */
+    /* Of equal sums the more recent key, and the diagonal of more recent keys, come first. */
     for (int64_t j = 0; j < k_len; j++) w.order[j] = (int32_t)(k_len - 1 - j);
     vertical_slash_sort(w.column, k_len, w.order, st->columns + set * k_len);
     for (int64_t d = 0; d < k_len; d++) w.order[d] = (int32_t)d;
@@ -114,7 +116,8 @@ static dhsa_status vertical_slash_begin(dhsa_selector *s, int64_t b, dhsa_error 
 
 /* ---- lists -------------------------------------------------------------------------------------------------------- */
 
-/* Marks those of keys [from, to) that are not marked yet, the most recent ones first and `most` at most; returns how many. */
+/* Marks those of keys [from, to) that are not marked yet, the most recent ones first and `most` at most; returns how
+ * many. */
 static int64_t vertical_slash_mark(uint64_t *marks, int64_t from, int64_t to, int64_t most)
 {
     int64_t done = 0;
@@ -122,7 +125,7 @@ static int64_t vertical_slash_mark(uint64_t *marks, int64_t from, int64_t to, in
         const int64_t word = (to - 1) / 64, low = DHSA_MAX(from - word * 64, 0), high = to - word * 64;
         uint64_t fresh = ~marks[word] & ~(uint64_t)0 << low & ~(uint64_t)0 >> (64 - high);
         to = word * 64;
-        while (__builtin_popcountll(fresh) > most - done) fresh &= fresh - 1; /* the oldest go */
+        while (__builtin_popcountll(fresh) > most - done) fresh &= fresh - 1; /* drops the oldest */
         marks[word] |= fresh;
         done += __builtin_popcountll(fresh);
     }
@@ -140,7 +143,7 @@ static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t 
     int64_t used = 0;
     uint64_t *marks = dhsa_part(dhsa_selector_arena(s, thread), &used, dhsa_ceil_div(k_len, 64) * (int64_t)sizeof *marks);
     memset(marks + from / 64, 0, (size_t)(dhsa_ceil_div(DHSA_MAX(to, from), 64) - from / 64) * sizeof *marks);
-    if (dhsa_finite_next(s, set, from, to) < to) /* there is no way but this where all is well */
+    if (dhsa_finite_next(s, set, from, to) < to) /* usually there is none */
         for (int64_t j = to - 1; j >= from; j--)
             if (dhsa_finite_next(s, set, j, j + 1) == j) left -= vertical_slash_mark(marks, j, j + 1, left);
     int64_t half = left - left / 2;

@@ -1,5 +1,5 @@
-/* window.c: the selection that looks at nothing: the first keys and the most recent ones, as many as the budget holds.
- * Source: attention sinks, StreamingLLM (arXiv 2309.17453); the shape is also called A. */
+/* window.c: selects the first keys and the most recent ones, as many as the budget allows, without reading queries or
+ * keys. Source: attention sinks, StreamingLLM (arXiv 2309.17453); the pattern is also called A-shape. */
 #include "select/selector.h"
 
 static int64_t window_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,

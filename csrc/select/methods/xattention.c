@@ -1,7 +1,8 @@
-/* xattention.c: blocks of keys by the sums of strided antidiagonals of the logits. Source: XAttention, arXiv 2503.16428.
- * Groups of `stride` neighbouring queries, in reverse order, and of as many keys are one long row each: one product adds up an
- * antidiagonal of the square between them. Groups of queries begin with the block, those of keys with key 0; what is missing in a
- * group, or lies at or above the block's end, counts as zeros. The float64 definition is `twin` in dhsa/methods/xattention.py. */
+/* xattention.c: selects key blocks by the sums of strided antidiagonals of the logits. Source: XAttention, arXiv
+ * 2503.16428. A group of `stride` neighbouring queries, in reverse order, is one long row, and so is a group of
+ * `stride` neighbouring keys: their product is the sum of an antidiagonal of the square between them. Groups of queries
+ * begin with the query block, groups of keys with key 0. Queries and keys that are missing in a group, or that lie at
+ * or above the end of the block, count as zeros. The float64 definition is `twin` in dhsa/methods/xattention.py. */
 #include <string.h>
 
 #include "select/coarse.h"
@@ -12,7 +13,7 @@ typedef struct {
     int32_t *edges; /* of the key blocks */
 } xattention_state;
 
-/* A block at work. */
+/* One query block, for the callbacks of the probe. */
 typedef struct {
     const dhsa_selector *s;
     dhsa_span queries, span;
@@ -20,7 +21,7 @@ typedef struct {
     float *score, *mass; /* [segments]: of the key blocks */
 } xattention_block;
 
-/* What one thread works in, after the probe. */
+/* Scratch memory of one thread, after that of the probe. */
 static int64_t xattention_lay_out(const dhsa_selector *s, char *arena, xattention_block *w)
 {
     int64_t used = ((const xattention_state *)s->state)->probe.arena_size;
@@ -29,7 +30,7 @@ static int64_t xattention_lay_out(const dhsa_selector *s, char *arena, xattentio
     return used;
 }
 
-static const float zeros[DHSA_MAX_HEAD_DIM]; /* a query that is not there */
+static const float zeros[DHSA_MAX_HEAD_DIM]; /* in place of a query that is missing */
 
 static void xattention_pack(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi)
 {
@@ -47,7 +48,7 @@ static void xattention_pack(void *of, int64_t first, int n, float *panel, int32_
         st->probe.kernels->pack_panel(rows, s->q->dtype, n, (int)dim, dhsa_probe_sign(s),
                                       panel + t * dim * st->probe.kernels->lanes);
     }
-    /* Groups of keys of which any query of the group sees any key. */
+    /* A group of queries sees each group of keys in which at least one query sees at least one key. */
     for (int r = 0; r < n; r++) {
         const int64_t from = w->queries.lo + (first + r) * stride, to = DHSA_MIN(from + stride, w->queries.end);
         hi[r] = (int32_t)((offset + to - 1) / stride + 1);
@@ -86,7 +87,7 @@ static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t bloc
     run.pack = xattention_pack;
     run.keys = xattention_keys;
     run.score = w.score;
-    /* The source divides the sums by the stride. */
+    /* XAttention divides the sums by the stride. */
     run.scale = (float)(c->score.scale * dhsa_probe_sign(s) / (double)c->stride);
     for (int64_t h = 0; h < s->heads_per_set; h++) {
         w.head = set * s->heads_per_set + h;

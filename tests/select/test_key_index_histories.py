@@ -1,6 +1,6 @@
-"""A Past driven by random calls: keys that come and go, one at a time or many, other keys in any head, cuts that are
-given, copies, any number of threads. After each call it must give what a call gives that keeps nothing, from the same
-cuts."""
+"""A KeyIndex driven by random calls: keys that come and go, one at a time or many, other keys in any head, cuts that
+are given, copies, any number of threads. After each call the result must equal that of a call without a KeyIndex from
+the same cuts."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from test_past import CONFIGS, expected, keys_and_values, normal, run
+from test_key_index import CONFIGS, expected, keys_and_values, normal, run
 
 import dhsa
 from dhsa import _core, functional
@@ -30,7 +30,7 @@ def test_random_histories(name, seed):
     config, rng = CONFIGS[name], np.random.default_rng(seed)
     k, v = keys_and_values(900, heads=HEADS, dim=DIM, seed=seed)
     k, v = k.copy(), v.copy()
-    past, length, same, compared = _core.Past(), int(rng.integers(1, 200)), 0, 0
+    index, length, same, compared = _core.KeyIndex(), int(rng.integers(1, 200)), 0, 0
     for turn in range(40):
         what = rng.choice(["piece", "step", "step", "crop", "other", "again", "copy", "one", "given"])
         queries = 1
@@ -48,18 +48,20 @@ def test_random_histories(name, seed):
             k[0, head, at, int(rng.integers(0, DIM))] = rng.standard_normal()
             same = min(same, at)
         if what == "copy":
-            past = copy.deepcopy(past)
+            index = copy.deepcopy(index)
         queries = min(queries, length)
         same = min(same, length) if rng.random() < 0.5 else 0
         dhsa.set_num_threads(int(rng.choice([1, 2, 5])))
         q = normal(1, 4, queries, DIM, seed=turn)
         keys, values = k[:, :, :length], v[:, :, :length]
         options = {"boundaries": cuts_of(rng, length)} if what == "given" and rng.random() < 0.7 else {}
-        out, _, stats = functional.run(q, keys, values, config, pasts=(past,), same=same, keep=True, **options)
-        if stats.path != "sparse":  # all keys are within the budget: the Past was not asked
+        out, _, stats = functional.run(
+            q, keys, values, config, key_indexes=(index,), same=same, keep_means=True, **options
+        )
+        if stats.path != "sparse":  # all keys are within the budget: the KeyIndex was not asked
             np.testing.assert_array_equal(out, dhsa.attention(q, keys, values))
             continue
-        np.testing.assert_array_equal(out, expected(q, keys, values, config, past), err_msg=f"turn {turn}: {what}")
+        np.testing.assert_array_equal(out, expected(q, keys, values, config, index), err_msg=f"turn {turn}: {what}")
         same = length
         compared += 1
     assert compared > 5
@@ -70,13 +72,13 @@ def test_random_histories(name, seed):
 def test_keys_are_known_by_all_their_heads_and_numbers(head, place):
     config = CONFIGS["rows"]
     k, v = keys_and_values(400, heads=3, dim=DIM)
-    past, q = _core.Past(), normal(1, 3, 100, DIM, seed=9)
-    run(q, k, v, config, past)
+    index, q = _core.KeyIndex(), normal(1, 3, 100, DIM, seed=9)
+    run(q, k, v, config, index)
     other = k.copy()
     other[0, head, 200, place] = np.nan
-    out, _ = run(q, other, v, config, past)
-    np.testing.assert_array_equal(out, expected(q, other, v, config, past))
-    fresh, _ = run(q, other, v, config, _core.Past())
+    out, _ = run(q, other, v, config, index)
+    np.testing.assert_array_equal(out, expected(q, other, v, config, index))
+    fresh, _ = run(q, other, v, config, _core.KeyIndex())
     assert np.isnan(
         fresh[0, head]
     ).any()  # a chunk that is no number is chosen, so that it reaches the rows that see it
@@ -86,11 +88,11 @@ def test_keys_are_known_by_all_their_heads_and_numbers(head, place):
 def calls_until_noticed(heads, dim, length, change):
     """How many calls, which are told that all keys are the same, pass before a key that is no number is seen."""
     k, v = keys_and_values(length, heads=heads, dim=dim)
-    q, past, other = normal(1, heads, 2, dim, seed=9), _core.Past(), k.copy()
-    run(q, k, v, CONFIGS["rows"], past)
+    q, index, other = normal(1, heads, 2, dim, seed=9), _core.KeyIndex(), k.copy()
+    run(q, k, v, CONFIGS["rows"], index)
     other[0, -1, change] = np.nan
     for call in range(512):
-        if np.isnan(run(q, other, v, CONFIGS["rows"], past, same=length)[0]).any():
+        if np.isnan(run(q, other, v, CONFIGS["rows"], index, same=length)[0]).any():
             return call
     return None
 
@@ -112,27 +114,27 @@ def test_what_is_said_to_be_the_same_is_looked_at_in_turns():
 
 def test_copies_and_pickles():
     k, v = keys_and_values(300)
-    q, past = normal(1, 4, 1, 16), _core.Past()
-    run(normal(1, 4, 299, 16), k[:, :, :299], v[:, :, :299], CONFIGS["rows"], past)
-    twin = copy.copy(past)
-    assert twin is not past
-    assert twin.boundaries == past.boundaries
+    q, index = normal(1, 4, 1, 16), _core.KeyIndex()
+    run(normal(1, 4, 299, 16), k[:, :, :299], v[:, :, :299], CONFIGS["rows"], index)
+    twin = copy.copy(index)
+    assert twin is not index
+    assert twin.boundaries == index.boundaries
     run(q, k + 1, v, CONFIGS["rows"], twin)
-    assert past.boundaries[-1] == 299  # the other's is its own
+    assert index.boundaries[-1] == 299  # the other's is its own
     assert twin.boundaries[-1] == 300
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        with pytest.raises(TypeError, match="Past: cannot be pickled; a new one learns what it needs from the keys"):
-            pickle.dumps(past, protocol)
+        with pytest.raises(TypeError, match="KeyIndex: cannot be pickled; a new one learns what it needs"):
+            pickle.dumps(index, protocol)
 
 
 def test_copied_and_pickled_while_in_use():
     k, v = keys_and_values(6000, dim=64)
-    q, past = normal(1, 4, 6000, 64), _core.Past()
+    q, index = normal(1, 4, 6000, 64), _core.KeyIndex()
     ended, told = threading.Event(), set()
 
     def work():
         while not ended.is_set():
-            run(q, k, v, CONFIGS["rows"], past)
+            run(q, k, v, CONFIGS["rows"], index)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -141,25 +143,25 @@ def test_copied_and_pickled_while_in_use():
         while len(told) < 2 and time.monotonic() < until:
             for make in (copy.copy, copy.deepcopy):
                 try:
-                    make(past)
+                    make(index)
                 except RuntimeError as error:
                     told.add((make, str(error)))
-            with pytest.raises(TypeError, match="Past: cannot be pickled"):
-                pickle.dumps(past)
+            with pytest.raises(TypeError, match="KeyIndex: cannot be pickled"):
+                pickle.dumps(index)
     finally:
         ended.set()
         thread.join()
     assert told == {(make, "key_indexes: in use by another call") for make in (copy.copy, copy.deepcopy)}
-    assert copy.copy(past).boundaries == past.boundaries
+    assert copy.copy(index).boundaries == index.boundaries
 
 
 @pytest.mark.parametrize("floor", [0, 1])
 def test_a_step_on_a_cache_of_one_key(floor):
     config = dhsa.Config(mass=0.5, floor=floor, sink=0, local=0, dense_tail=0, query_block=4)
     k, v = keys_and_values(3, heads=1, dim=DIM)
-    q, past = normal(1, 2, 1, DIM), _core.Past()
+    q, index = normal(1, 2, 1, DIM), _core.KeyIndex()
     for length in (1, 2, 3, 1):
-        out, _ = run(q, k[:, :, :length], v[:, :, :length], config, past)
+        out, _ = run(q, k[:, :, :length], v[:, :, :length], config, index)
         if length == 1:
             np.testing.assert_allclose(out, np.broadcast_to(v[:, :, :1], out.shape), rtol=1e-6)
         assert np.isfinite(out).all()
@@ -168,22 +170,22 @@ def test_a_step_on_a_cache_of_one_key(floor):
 def test_cuts_that_begin_with_empty_chunks_then_others():
     config = CONFIGS["rows"]
     k, v = keys_and_values(300, dim=DIM)
-    q, past = normal(1, 4, 50, DIM, seed=5), _core.Past()
+    q, index = normal(1, 4, 50, DIM, seed=5), _core.KeyIndex()
     for cuts in ([0, 0, 0, 100, 300], [0, 50, 300], [0, 0, 300], list(range(301)), [0, 300]):
         given = np.array([cuts], np.int32)
-        out, _, _ = functional.run(q, k, v, config, pasts=(past,), same=300, keep=True, boundaries=given)
-        np.testing.assert_array_equal(out, expected(q, k, v, config, past))
-        assert past.boundaries == [0, *cuts[1:]]
+        out, _, _ = functional.run(q, k, v, config, key_indexes=(index,), same=300, keep_means=True, boundaries=given)
+        np.testing.assert_array_equal(out, expected(q, k, v, config, index))
+        assert index.boundaries == [0, *cuts[1:]]
 
 
 def test_refused_arguments_leave_pasts_alone():
     config = CONFIGS["rows"]
     k, v = keys_and_values(300, dim=DIM)
-    q, past = normal(1, 4, 50, DIM, seed=5), _core.Past()
-    run(q, k, v, config, past)
-    before = past.boundaries, past.nbytes
+    q, index = normal(1, 4, 50, DIM, seed=5), _core.KeyIndex()
+    run(q, k, v, config, index)
+    before = index.boundaries, index.nbytes
     two = np.concatenate([k, k])
     with pytest.raises(ValueError, match="batch"):
-        functional.run(q, two, two, config, pasts=(past, _core.Past()), keep=False)
-    assert (past.boundaries, past.nbytes) == before
+        functional.run(q, two, two, config, key_indexes=(index, _core.KeyIndex()), keep_means=False)
+    assert (index.boundaries, index.nbytes) == before
     assert before[0][-1] == 300

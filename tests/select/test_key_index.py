@@ -1,4 +1,4 @@
-"""What is kept of keys from call to call (`_core.Past`): cuts against the NumPy twin over random histories, results
+"""What is kept of keys from call to call (`_core.KeyIndex`): cuts against the NumPy twin over random histories, results
 against calls that keep nothing, memory, misuse."""
 
 import copy
@@ -30,8 +30,8 @@ def keys_and_values(length, batch=1, heads=2, dim=16, seed=0):
     return normal(batch, heads, length, dim, seed=seed), normal(batch, heads, length, dim, seed=seed + 1)
 
 
-def run(q, k, v, config, *pasts, **options):
-    out, _, stats = functional.run(q, k, v, config, pasts=pasts or None, **options)
+def run(q, k, v, config, *key_indexes, **options):
+    out, _, stats = functional.run(q, k, v, config, key_indexes=key_indexes or None, **options)
     return out, stats
 
 
@@ -46,13 +46,13 @@ def padded(rows, length):
     return np.array([row + [length] * (most - len(row)) for row in rows], np.int32)
 
 
-def expected(q, k, v, config, *pasts):
-    """The call from the cuts that the pasts came to, without anything else that they keep."""
+def expected(q, k, v, config, *key_indexes):
+    """The call from the cuts that the key_indexes came to, without anything else that they keep."""
     if q.shape[2] == 1:
         rows = {"rows": 1} if config.method == "rows" else {}
         half = {"shortlist": max(config.shortlist // 2, config.budget)} if getattr(config, "shortlist", None) else {}
         config = config.replace(query_block=1, dense_tail=0, **rows, **half)
-    cuts = padded([past.boundaries for past in pasts], k.shape[2])
+    cuts = padded([index.boundaries for index in key_indexes], k.shape[2])
     return dhsa.sparse_attention(q, k, v, dhsa.select(q, k, config, boundaries=cuts))
 
 
@@ -61,14 +61,14 @@ def test_one_call_is_as_without(name):
     config = CONFIGS[name]
     k, v = keys_and_values(500, batch=2)
     q = normal(2, 4, 500, 16, seed=5)
-    pasts = _core.Past(), _core.Past()
+    key_indexes = _core.KeyIndex(), _core.KeyIndex()
     plain, _ = run(q, k, v, config)
     for _ in range(2):  # the second time nothing is cut or averaged
-        kept, stats = run(q, k, v, config, *pasts)
+        kept, stats = run(q, k, v, config, *key_indexes)
         np.testing.assert_array_equal(kept, plain)
         assert stats.path == "sparse"
         assert stats.density < 0.5
-    np.testing.assert_array_equal(padded([p.boundaries for p in pasts], 500), dhsa.boundaries(k, config))
+    np.testing.assert_array_equal(padded([p.boundaries for p in key_indexes], 500), dhsa.boundaries(k, config))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -76,15 +76,15 @@ def test_one_call_is_as_without(name):
 def test_pieces_and_steps(name, dtype):
     config = CONFIGS[name]
     k, v = (x.astype(dtype) for x in keys_and_values(700, batch=2))
-    pasts = _core.Past(), _core.Past()
+    key_indexes = _core.KeyIndex(), _core.KeyIndex()
     for at, end in ((0, 150), (150, 151), (151, 152), (152, 400), (400, 433), *((i, i + 1) for i in range(433, 470))):
         q = normal(2, 4, end - at, 16, seed=end).astype(dtype)
-        before = [past.boundaries for past in pasts]
-        out, stats = run(q, k[:, :, :end], v[:, :, :end], config, *pasts)
+        before = [index.boundaries for index in key_indexes]
+        out, stats = run(q, k[:, :, :end], v[:, :, :end], config, *key_indexes)
         assert stats.path == "sparse"
-        np.testing.assert_array_equal(out, expected(q, k[:, :, :end], v[:, :, :end], config, *pasts))
-        for past, old in zip(pasts, before, strict=True):
-            new = past.boundaries
+        np.testing.assert_array_equal(out, expected(q, k[:, :, :end], v[:, :, :end], config, *key_indexes))
+        for index, old in zip(key_indexes, before, strict=True):
+            new = index.boundaries
             assert new[0] == 0
             assert new[-1] == end
             assert new == sorted(new)
@@ -104,10 +104,10 @@ def test_gaps_of_a_later_piece_score_as_among_all(boundaries):
     q = normal(1, 2, 300, 256, seed=3)
 
     def thirds(config):
-        past = _core.Past()
+        index = _core.KeyIndex()
         for at, end in ((0, 100), (100, 200), (200, 300)):
-            run(q[:, :, at:end], k[:, :, :end], v[:, :, :end], config, past)
-        return [[edge for edge in past.boundaries if at < edge < at + 100] for at in (0, 100, 200)]
+            run(q[:, :, at:end], k[:, :, :end], v[:, :, :end], config, index)
+        return [[edge for edge in index.boundaries if at < edge < at + 100] for at in (0, 100, 200)]
 
     full = ROWS.replace(nms=2, boundaries=boundaries, num_chunks=300)
     at_once = [int(edge) for edge in dhsa.boundaries(k, full)[0]]
@@ -149,7 +149,7 @@ def test_cuts_are_the_twins(calls, seed, shortlist):
     config = CONFIGS["rows, shortlist" if shortlist else "rows"]
     rng = np.random.default_rng(seed)
     k, v = keys_and_values(0)
-    past, twin = _core.Past(), reference.Past()
+    index, twin = _core.KeyIndex(), reference.KeyIndex()
     for kind, at, end in calls:
         if kind == "change":  # the keys from `at` on are another sequence's
             k, v = k.copy(), v.copy()
@@ -163,9 +163,9 @@ def test_cuts_are_the_twins(calls, seed, shortlist):
         if kind == "exact":  # a call that the object does not see
             continue
         q = rng.standard_normal((1, 4, end - at, 16), dtype=np.float32)
-        out, stats = run(q, k, v, config, past)
+        out, stats = run(q, k, v, config, index)
         assert stats.path == "sparse"
-        found = twin.follow(
+        found = twin.update(
             k[0],
             scores_of(k[:, :, : end - (kind == "step")], config),
             n=config._core.num_gaps(end),
@@ -173,96 +173,96 @@ def test_cuts_are_the_twins(calls, seed, shortlist):
             nms=2,
             step=kind == "step",
         )
-        assert past.boundaries == found
-        np.testing.assert_array_equal(out, expected(q, k, v, config, past))
+        assert index.boundaries == found
+        np.testing.assert_array_equal(out, expected(q, k, v, config, index))
 
 
 def test_a_long_answer_is_one_chunk():
     """Beyond what one sum of rows takes, and against means that are made at once."""
     config = ROWS.replace(local=8)
     k, v = keys_and_values(900)
-    past = _core.Past()
-    run(normal(1, 4, 200, 16), k[:, :, :200], v[:, :, :200], config, past)
+    index = _core.KeyIndex()
+    run(normal(1, 4, 200, 16), k[:, :, :200], v[:, :, :200], config, index)
     for end in range(201, 900):
         q = normal(1, 4, 1, 16, seed=end)
-        out, _ = run(q, k[:, :, :end], v[:, :, :end], config, past)
-    assert past.boundaries[-3:] == [200, 898, 899]
-    late = copy.deepcopy(past)  # a copy sums up anew
+        out, _ = run(q, k[:, :, :end], v[:, :, :end], config, index)
+    assert index.boundaries[-3:] == [200, 898, 899]
+    late = copy.deepcopy(index)  # a copy sums up anew
     again, _ = run(q, k[:, :, :899], v[:, :, :899], config, late)
     np.testing.assert_array_equal(again, out)
 
 
 def test_a_copy_goes_its_own_way():
     k, v = keys_and_values(400)
-    past = _core.Past()
-    run(normal(1, 4, 300, 16), k[:, :, :300], v[:, :, :300], ROWS, past)
-    twin, cuts = copy.deepcopy(past), past.boundaries
+    index = _core.KeyIndex()
+    run(normal(1, 4, 300, 16), k[:, :, :300], v[:, :, :300], ROWS, index)
+    twin, cuts = copy.deepcopy(index), index.boundaries
     assert twin.boundaries == cuts
-    assert abs(twin.nbytes - past.nbytes) < 1000
+    assert abs(twin.nbytes - index.nbytes) < 1000
     q = normal(1, 4, 100, 16, seed=9)
     other, _ = keys_and_values(400, seed=20)
     other[:, :, :300] = k[:, :, :300]
-    mine, _ = run(q, k, v, ROWS, past)
+    mine, _ = run(q, k, v, ROWS, index)
     its, _ = run(q, other, v, ROWS, twin)
-    assert past.boundaries[: len(cuts)] == twin.boundaries[: len(cuts)] == cuts
-    assert past.boundaries != twin.boundaries
-    np.testing.assert_array_equal(mine, expected(q, k, v, ROWS, past))
+    assert index.boundaries[: len(cuts)] == twin.boundaries[: len(cuts)] == cuts
+    assert index.boundaries != twin.boundaries
+    np.testing.assert_array_equal(mine, expected(q, k, v, ROWS, index))
     np.testing.assert_array_equal(its, expected(q, other, v, ROWS, twin))
 
 
 def test_keys_said_to_be_the_same_are_trusted_where_there_are_many():
     """Some of them are looked at: one that changed is overlooked until its turn comes, other keys all over are not."""
     k, v = keys_and_values(1200, dim=256)
-    past = _core.Past()
-    run(normal(1, 4, 900, 256), k[:, :, :900], v[:, :, :900], ROWS, past)
-    cuts = past.boundaries
+    index = _core.KeyIndex()
+    run(normal(1, 4, 900, 256), k[:, :, :900], v[:, :, :900], ROWS, index)
+    cuts = index.boundaries
     changed = k.copy()
     changed[:, :, 500] += 1
-    run(normal(1, 4, 300, 256), changed, v, ROWS, past, same=900)
-    assert past.boundaries[: len(cuts)] == cuts
-    run(normal(1, 4, 300, 256), k + 1, v, ROWS, past, same=1200)
-    assert past.boundaries[: len(cuts)] != cuts
+    run(normal(1, 4, 300, 256), changed, v, ROWS, index, same=900)
+    assert index.boundaries[: len(cuts)] == cuts
+    run(normal(1, 4, 300, 256), k + 1, v, ROWS, index, same=1200)
+    assert index.boundaries[: len(cuts)] != cuts
 
 
 def test_means_may_be_let_go():
     k, v = keys_and_values(4000, dim=64)
-    past, slim = _core.Past(), _core.Past()
+    index, slim = _core.KeyIndex(), _core.KeyIndex()
     for at, end in ((0, 3000), (3000, 4000)):
         q = normal(1, 4, end - at, 64, seed=end)
-        kept, _ = run(q, k[:, :, :end], v[:, :, :end], ROWS, past)
-        let_go, _ = run(q, k[:, :, :end], v[:, :, :end], ROWS, slim, keep=False)
+        kept, _ = run(q, k[:, :, :end], v[:, :, :end], ROWS, index)
+        let_go, _ = run(q, k[:, :, :end], v[:, :, :end], ROWS, slim, keep_means=False)
         np.testing.assert_array_equal(let_go, kept)
-    assert past.boundaries == slim.boundaries
-    assert slim.nbytes < past.nbytes / 4
-    assert past.nbytes < 0.5 * k.nbytes
+    assert index.boundaries == slim.boundaries
+    assert slim.nbytes < index.nbytes / 4
+    assert index.nbytes < 0.5 * k.nbytes
 
 
 def test_exact_calls_leave_it_alone():
     k, v = keys_and_values(60)
-    past = _core.Past()
-    assert run(normal(1, 4, 60, 16), k, v, ROWS, past)[1].path == "dense"
-    assert past.boundaries == []
-    assert past.nbytes == 0
+    index = _core.KeyIndex()
+    assert run(normal(1, 4, 60, 16), k, v, ROWS, index)[1].path == "dense"
+    assert index.boundaries == []
+    assert index.nbytes == 0
 
 
 def test_other_shapes_and_dtypes_begin_anew():
-    past = _core.Past()
+    index = _core.KeyIndex()
     for dim, dtype in ((16, "float32"), (16, "float16"), (32, "float16")):
         k, v = (x.astype(dtype) for x in keys_and_values(200, dim=dim))
         q = normal(1, 4, 200, dim).astype(dtype)
-        np.testing.assert_array_equal(run(q, k, v, ROWS, past)[0], run(q, k, v, ROWS)[0])
+        np.testing.assert_array_equal(run(q, k, v, ROWS, index)[0], run(q, k, v, ROWS)[0])
 
 
 def test_nan_is_seen_by_who_may():
     k, v = keys_and_values(300)
-    past = _core.Past()
+    index = _core.KeyIndex()
     k[0, 0, 250] = np.nan
-    run(normal(1, 4, 299, 16), k[:, :, :299], v[:, :, :299], ROWS, past)
-    out, _ = run(normal(1, 4, 1, 16), k, v, ROWS, past)
+    run(normal(1, 4, 299, 16), k[:, :, :299], v[:, :, :299], ROWS, index)
+    out, _ = run(normal(1, 4, 1, 16), k, v, ROWS, index)
     assert np.isnan(out[0, :2]).all()
     assert np.isfinite(out[0, 2:]).all()
     k[0, 0, 250] = 1  # a key that is a number again
-    out, _ = run(normal(1, 4, 1, 16), k, v, ROWS, past)
+    out, _ = run(normal(1, 4, 1, 16), k, v, ROWS, index)
     assert np.isfinite(out).all()
 
 
@@ -273,11 +273,11 @@ def test_bits_do_not_depend_on_threads():
     try:
         for n in (1, 2, 3):
             dhsa.set_num_threads(n)
-            past = _core.Past()
-            run(normal(1, 4, 1400, 64), k[:, :, :1400], v[:, :, :1400], ROWS.replace(shortlist=256), past)
+            index = _core.KeyIndex()
+            run(normal(1, 4, 1400, 64), k[:, :, :1400], v[:, :, :1400], ROWS.replace(shortlist=256), index)
             outs.append(
                 [
-                    run(normal(1, 4, 1, 64, seed=e), k[:, :, :e], v[:, :, :e], ROWS.replace(shortlist=256), past)[0]
+                    run(normal(1, 4, 1, 64, seed=e), k[:, :, :e], v[:, :, :e], ROWS.replace(shortlist=256), index)[0]
                     for e in range(1401, 1420)
                 ]
             )
@@ -290,32 +290,32 @@ def test_bits_do_not_depend_on_threads():
 def test_misuse():
     k, v = keys_and_values(200, batch=2)
     q = normal(2, 4, 200, 16)
-    past = _core.Past()
+    index = _core.KeyIndex()
     with pytest.raises(ValueError, match="key_indexes: expected a tuple of 2, one a batch item, or None"):
-        run(q, k, v, ROWS, past)
+        run(q, k, v, ROWS, index)
     with pytest.raises(RuntimeError, match="key_indexes: in use by another call"):
-        run(q, k, v, ROWS, past, past)
-    with pytest.raises(TypeError, match="key_indexes: expected objects of type Past"):
-        run(q, k, v, ROWS, past, None)
+        run(q, k, v, ROWS, index, index)
+    with pytest.raises(TypeError, match="key_indexes: expected objects of type KeyIndex"):
+        run(q, k, v, ROWS, index, None)
     with pytest.raises(ValueError, match="key_indexes: method window has no chunks to keep"):
-        run(q, k, v, ROWS.replace(method="window"), past, _core.Past())
+        run(q, k, v, ROWS.replace(method="window"), index, _core.KeyIndex())
     with pytest.raises(ValueError, match="same: expected at least 0, got -1"):
-        run(q, k, v, ROWS, past, _core.Past(), same=-1)
+        run(q, k, v, ROWS, index, _core.KeyIndex(), same=-1)
     with pytest.raises(TypeError, match="takes no arguments"):
-        _core.Past(1)
-    run(q, k, v, ROWS, past, _core.Past())  # and none of this has left it busy
+        _core.KeyIndex(1)
+    run(q, k, v, ROWS, index, _core.KeyIndex())  # and none of this has left it busy
 
 
 def test_two_threads_cannot_share_one():
     k, v = keys_and_values(6000, dim=64)
     q = normal(1, 4, 6000, 64)
-    past = _core.Past()
+    index = _core.KeyIndex()
     found, refused = [], []
 
     def work():
         for _ in range(3):
             try:
-                found.append(run(q, k, v, ROWS, past)[0])
+                found.append(run(q, k, v, ROWS, index)[0])
             except RuntimeError as error:
                 refused.append(str(error))
 
@@ -337,7 +337,7 @@ def test_given_boundaries_take_the_place_of_cuts(pieces, seed):
     config = CONFIGS["rows, shortlist"]
     rng = np.random.default_rng(seed)
     k, v = keys_and_values(100 + sum(pieces), seed=seed)
-    past, at = _core.Past(), 0
+    index, at = _core.KeyIndex(), 0
     for more in (100, *pieces):
         end = at + more
         inner = np.sort(rng.choice(np.arange(1, end), min(end // 5, end - 1), replace=False))
@@ -345,8 +345,8 @@ def test_given_boundaries_take_the_place_of_cuts(pieces, seed):
         own = rng.random() < 0.5  # in turns with cuts of its own
         q = normal(1, 4, more, 16, seed=end)
         options = {} if own else {"boundaries": cuts}
-        out, _ = run(q, k[:, :, :end], v[:, :, :end], config, past, **options)
+        out, _ = run(q, k[:, :, :end], v[:, :, :end], config, index, **options)
         if not own:
-            assert past.boundaries == [0, *inner, end]
-        np.testing.assert_array_equal(out, expected(q, k[:, :, :end], v[:, :, :end], config, past))
+            assert index.boundaries == [0, *inner, end]
+        np.testing.assert_array_equal(out, expected(q, k[:, :, :end], v[:, :, :end], config, index))
         at = end

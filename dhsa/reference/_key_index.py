@@ -1,6 +1,6 @@
-"""Reference of what is kept of a sequence's keys from call to call: where they were cut (csrc/chunk/past.c).
+"""Reference of what is stored about a sequence's keys from call to call: where they were cut (csrc/chunk/key_index.c).
 
-Responsible for which cuts stay, which go and which are added; gap scores and picking are in dhsa/_twin/boundaries.py.
+It defines which cuts stay, which go and which are added. Gap scores and picking are in dhsa/_twin/boundaries.py.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dhsa._twin.boundaries import pick_boundaries
 GROUP = 16  # chunks; what a decoding step adds begins a group of its own
 
 
-class Past:
+class KeyIndex:
     """The cuts of one sequence's keys in one layer, which grow with it.
 
-    A call brings all keys so far. Those that are as they were keep their cuts; from the first that differs on,
-    everything is forgotten. In a prefill the keys that are not cut yet are cut, the gap before the first of them being
-    a boundary already; of the gaps that are to be picked for all keys they get their share. In a decoding step (arXiv
-    2510.24606) the current key is a chunk of its own, and what came by such steps before it, or took the place of such,
-    is one; but keys that came in calls which this object did not see are cut as a prompt's.
+    A call has all keys so far. Unchanged keys keep their cuts; from the first changed key on, all cuts are removed. In
+    a prefill, the keys that are not cut yet are cut. The gap before the first of them is a boundary already, and they
+    get their share of the number of gaps to be picked for all keys. In a decoding step (arXiv 2510.24606) the current
+    key is a chunk of its own, and the keys that earlier decoding steps added, or that replaced such keys, form one
+    chunk. Keys that were added by calls which this object did not see are cut as those of a prompt.
     """
 
     def __init__(self) -> None:
         self.keys = np.zeros((0, 0, 0))
         self.edges = [0]
 
-    def follow(
+    def update(
         self, k: np.ndarray, scores: np.ndarray, *, n: int, theta: float, nms: int, step: bool = False
     ) -> list[int]:
         """k [Hkv, L, D]; scores: of gap j between keys j and j + 1, in a step among all keys but the last; n: the most
