@@ -146,7 +146,7 @@ def write_cache(
     bits: int | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """`save_cache` with notes of the caller's, which `read_notes` returns."""
+    """`save_cache` with further entries of the metadata, whose names there begin with "note."."""
     _refuse_big_endian()
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list) or not isinstance(cache, DynamicCache):
@@ -154,7 +154,7 @@ def write_cache(
     if bits not in (None, 8) or isinstance(bits, bool):
         raise ValueError(f"bits: got {bits!r}, expected 8 or None")
     path = os.fspath(path)
-    fingerprint = _fingerprint(model)
+    made_by = fingerprint(model)
     ids = _ids(tokens, "tokens")
     described = [_describe(i, layer, ids.shape) for i, layer in enumerate(layers)]
     full = [layer.keys for layer, about in zip(layers, described, strict=True) if about["size"]]
@@ -195,9 +195,9 @@ def write_cache(
         "dtype": name,
         "bits": bits,
         "layers": described,
-        "model": fingerprint,
-        "attention": _attention_of(model),
-        "tokens": _digest(ids),
+        "model": made_by,
+        "attention": attention_of(model),
+        "tokens": digest(ids),
     }
     text = json.dumps(about)
     noted = {f"note.{key}": value for key, value in (notes or {}).items()}
@@ -293,27 +293,27 @@ def _rounded(held: torch.Tensor) -> Iterator[Any]:
 # ---- what a file is of -----------------------------------------------------------------------------------------------
 
 
-def _fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """What a file notes of a model: its config, and a hash over a sample of each of its weights."""
     inner = unwrapped(model)
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, weight in inner.state_dict().items():
         if not isinstance(weight, torch.Tensor):
             continue
         if weight.device.type == "meta":
             raise ValueError(f"model: weight {name} is on the meta device, expected weights that are loaded")
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
+        hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
         if type(weight) in (torch.Tensor, torch.nn.Parameter):  # packages keep packed numbers in subclasses
             flat = weight.detach().reshape(-1)
             for at in range(0, flat.numel(), max(RUN, -(-flat.numel() // SAMPLES))):
-                digest.update(_bytes(flat[at : at + RUN].cpu()))
+                hashed.update(_bytes(flat[at : at + RUN].cpu()))
     for module in inner.modules():  # which adapters are at work
         if isinstance(off := getattr(module, "disable_adapters", None), bool):
-            digest.update(
+            hashed.update(
                 f"{off} {getattr(module, 'active_adapters', None)} {getattr(module, 'merged', None)};".encode()
             )
     values = json.loads(json.dumps(_content(inner.config.to_dict()), default=str))
-    return {"kind": type(inner).__name__, "config": values, "weights": digest.hexdigest()}
+    return {"kind": type(inner).__name__, "config": values, "weights": hashed.hexdigest()}
 
 
 def _content(values: Any) -> Any:
@@ -323,7 +323,7 @@ def _content(values: Any) -> Any:
     return [_content(value) for value in values] if isinstance(values, (list, tuple)) else values
 
 
-def _attention_of(model: torch.nn.Module) -> str:
+def attention_of(model: torch.nn.Module) -> str:
     inner = unwrapped(model)
     name, state = inner.config._attn_implementation, inner.__dict__.get(STATE)
     if name != IMPLEMENTATION:
@@ -331,12 +331,12 @@ def _attention_of(model: torch.nn.Module) -> str:
     return repr(Config() if state is None else state.config)
 
 
-def _digest(ids: torch.Tensor) -> str:
+def digest(ids: torch.Tensor) -> str:
     return hashlib.sha256(repr(tuple(ids.shape)).encode() + bytes(_bytes(ids))).hexdigest()
 
 
 def _refuse_other_model(about: dict[str, Any], model: torch.nn.Module) -> None:
-    noted, mine = about["model"], _fingerprint(model)
+    noted, mine = about["model"], fingerprint(model)
     if noted["kind"] != mine["kind"]:
         raise ValueError(f"was made with a {str(noted['kind'])[:80]}, expected a {mine['kind']}, as the model is")
     if json.dumps(noted["config"], sort_keys=True) != json.dumps(mine["config"], sort_keys=True):  # a NaN is itself
@@ -388,22 +388,13 @@ def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, *, prompt: 
         _refuse_other_model(about, model)
         shape = (about["batch"], about["length"])
         tokens = _copy(mapped, entries["tokens"], torch.int64)
-        if _digest(tokens) != about["tokens"]:
+        if digest(tokens) != about["tokens"]:
             raise ValueError("has token ids that were changed, expected those of its metadata")
         if asked is not None:
             _refuse_other_prompt(tokens, asked)
         layers = [_layer(i, each, about, entries, mapped, path) for i, each in enumerate(about["layers"])]
         assert tuple(tokens.shape) == shape
     return SavedCache(layers, tokens, about["attention"])
-
-
-def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Of a file of `write_cache`: its notes, with "length" and "attention"; ValueError as `load_cache`."""
-    path = os.fspath(path)
-    with _naming(path):
-        about, _, mapped = _open(path)
-        mapped.close()
-    return {**about["notes"], "length": about["length"], "attention": about["attention"]}
 
 
 class _naming:
@@ -470,7 +461,6 @@ def _about(metadata: dict[str, str]) -> dict[str, Any]:
         _check(about)
     except (TypeError, KeyError, AttributeError):
         raise ValueError("has metadata that are not complete, expected those that save_cache writes") from None
-    about["notes"] = {key[5:]: value for key, value in metadata.items() if key.startswith("note.")}
     return about
 
 
