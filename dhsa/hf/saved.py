@@ -181,8 +181,9 @@ def write_cache(
                 shape = (held.shape[0], heads, length + about["room"], held.shape[3])
                 tensors[entry] = (code, shape, _pieces(held, about["room"]))
             else:
-                parts[f"{entry}.scale"] = ("F32", tuple(held.shape[:3]), _scales(held, entry))
-                tensors[entry] = ("I8", tuple(held.shape), _rounded(held))
+                scale = _scale(held, entry)
+                parts[f"{entry}.scale"] = ("F32", tuple(scale.shape), [_bytes(scale)])
+                tensors[entry] = ("I8", tuple(held.shape), _rounded(held, scale))
         found = stored(layer) if bits is None and about["kind"] == "full" else {}
         about["index"] = [list(at) for at in found]
         for (row, start), written in found.items():
@@ -271,23 +272,20 @@ def _pieces(held: torch.Tensor, room: int) -> Iterator[Any]:
             yield room * head.shape[1] * head.element_size()
 
 
-def _scale(rows: torch.Tensor) -> torch.Tensor:
-    """The factors of rows [..., D] that are rounded to 8 bits."""
-    return rows.float().abs().amax(-1) / 127
-
-
-def _scales(held: torch.Tensor, name: str) -> list[Any]:
-    scale = _scale(held)
+def _scale(held: torch.Tensor, name: str) -> torch.Tensor:
+    """The factors by which the rows of [B, Hkv, L, D] are rounded to 8 bits, float32 [B, Hkv, L]."""
+    scale = held.abs().amax(-1).float() / 127
     if not torch.isfinite(scale).all():
         raise ValueError(f"bits: {name} has numbers that are not finite, which 8 bits cannot hold; expected bits=None")
-    return [_bytes(scale)]
+    return scale
 
 
-def _rounded(held: torch.Tensor) -> Iterator[Any]:
-    for row in held:
-        for head in row:
-            scale = _scale(head).clamp_min(torch.finfo(torch.float32).tiny)
-            yield _bytes((head.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+def _rounded(held: torch.Tensor, scale: torch.Tensor) -> Iterator[Any]:
+    """The bytes of [B, Hkv, L, D] in 8 bits."""
+    divisor = scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    for row in range(held.shape[0]):
+        for head in range(held.shape[1]):
+            yield _bytes((held[row, head] / divisor[row, head]).round_().to(torch.int8))
 
 
 # ---- what a file is of -----------------------------------------------------------------------------------------------
@@ -584,5 +582,5 @@ def _decoded(mapped: mmap.mmap, entries: dict[str, Entry], name: str, dtype: tor
     out = torch.empty((batch, heads, length + room, width), dtype=dtype)
     for row in range(batch):
         for head in range(heads):
-            out[row, head, :length] = whole[row, head] * scale[row, head, :, None]
+            torch.mul(whole[row, head], scale[row, head, :, None], out=out[row, head, :length])
     return out
