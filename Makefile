@@ -1,19 +1,19 @@
 # The project's commands. Each makes the virtual environment it needs the first time and is quick after that.
 #
-#   make demo     a real model prefills a long text by several attentions: one table, one picture   (ARGS="--tokens 4096")
-#   make eval     what the model loses by each method of selection: perplexity, needles and more (ARGS="all --quick")
-#   make train-boundaries   the network that cuts keys into chunks, trained on a model and text  (ARGS="--out b.safetensors")
-#   make test     the whole test suite                                                              (ARGS="-k hf -x")
-#   make test-oldest, test-newest   the tests with transformers, on the oldest and newest releases  (ARGS="-k hf")
+#   make demo     a real model reads a long text by several attentions: a table, a picture (ARGS="--tokens 4096")
+#   make eval     what the model loses by each method of selection: perplexity and more    (ARGS="all --quick")
+#   make train-boundaries   train the network that cuts keys into chunks on a text         (ARGS="--out b.safetensors")
+#   make test     the whole test suite                                                     (ARGS="-k hf -x")
+#   make test-oldest, test-newest   tests with transformers, oldest and newest releases    (ARGS="-k hf")
 #   make test-bounds  both of them, side by side
-#   make test-debug   the array tests, in a build with sanitizers and red zones                     (ARGS="-k past")
-#   make bench    attention alone, timed next to torch: every goal, pass or miss                    (ARGS="--quick")
-#   make bench-model   prefill of the demo's model: seconds, peak memory, profile                   (ARGS="--quick")
+#   make test-debug   the array tests, in a build with sanitizers and red zones            (ARGS="-k past")
+#   make bench    attention alone, timed next to torch: every goal, pass or miss           (ARGS="--quick")
+#   make bench-model   prefill of the demo's model: seconds, peak memory, profile          (ARGS="--quick")
 #   make bench-generation   decoding steps, prompts in pieces, a model's memory at 32K
 #   make bench-report  what the two measured goes into docs/PERFORMANCE.md, tables and picture
 #   make docs     the documentation site, from docs/ and docstrings, into site/; warnings are errors
 #   make lint     ruff, clang-format, mypy and pyright, the files of the CI service: checking only
-#   make lab      the notebooks in JupyterLab, in the demo's environment                            (ARGS="--no-browser")
+#   make lab      the notebooks in JupyterLab, in the demo's environment                   (ARGS="--no-browser")
 #   make clean    removes environments, builds and caches
 
 PYTHON ?= python3
@@ -28,7 +28,8 @@ CORE := setup.py pyproject.toml $(shell find csrc tests/c -name '*.[ch]' -o -nam
 
 DEBUG_HALVES := test-debug-lists test-debug-rest
 
-.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench bench-model bench-generation bench-report docs lint lab clean
+.PHONY: demo eval train-boundaries test test-oldest test-newest test-bounds test-debug $(DEBUG_HALVES) bench \
+    bench-model bench-generation bench-report docs lint lab clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -72,9 +73,9 @@ test-bounds:
 	$(MAKE) --jobs=2 --output-sync=target test-oldest test-newest
 
 # The array tests in a build with sanitizers, in which every part of an arena lies between red zones. Memory that Python
-# never gives back is not what is looked for, nor how much is used. Two halves that take the same time run side by side; tiers
-# between the lowest and the highest are left to `make test`. pytest is to leave file descriptors alone, or what the
-# sanitizers say would be lost with the process they end.
+# never gives back is not looked for, nor how much is used. Two halves that take the same time run side by side; tiers
+# between the lowest and the highest are left to `make test`. pytest must not capture file descriptors, or the reports
+# of the sanitizers would be lost with the process that they end.
 DEBUG_ENV = PYTHONPATH=build/debug/lib OMP_NUM_THREADS=1 UBSAN_OPTIONS=print_stacktrace=1 \
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
     LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)"
@@ -84,9 +85,11 @@ test-debug: $(VENV)/.test
 	$(MAKE) --jobs=2 --output-sync=target $(DEBUG_HALVES)
 
 test-debug-lists: DEBUG_TESTS := methods select
-test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels past past_histories predictor selection skip
+test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels past past_histories \
+    predictor selection skip
 $(DEBUG_HALVES): # 5: ARGS chose no test of this half
-	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' $(foreach name,$(DEBUG_TESTS),$(wildcard tests/*/test_$(name).py)) $(ARGS) || [ $$? = 5 ]
+	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' \
+	    $(foreach name,$(DEBUG_TESTS),$(wildcard tests/*/test_$(name).py)) $(ARGS) || [ $$? = 5 ]
 
 # Pages and docstrings are read without importing the package, so the environment needs neither it nor torch.
 docs:
@@ -106,11 +109,12 @@ lint: $(VENV)/.lint
 lab: $(VENV)/.lab
 	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(ARGS)
 
-# A stamp for each set of packages; the extension is built again whenever its sources changed. Python files are used from
-# the checkout (an editable install), so that editing them needs no make at all. The build uses the environment's own
-# setuptools, so that building again needs no network.
+# A stamp for each set of packages; the extension is built again whenever its sources changed. Python files are used
+# from the checkout (an editable install), so that editing them needs no make at all. The build uses the environment's
+# own setuptools, so that building again needs no network.
 $(VENV)/.python:
-	$(PYTHON) -c 'import sys; sys.exit("dhsa needs Python 3.11 or later, %s is %s" % (sys.executable, sys.version)) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or \
+	    sys.exit("dhsa needs Python 3.11 or later, %s is %s" % (sys.executable, sys.version))'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip 'setuptools>=77' wheel
 	@touch $@
@@ -145,6 +149,7 @@ $(VENV)/.lint: $(VENV)/.python pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist site *.egg-info demo-output eval-output .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-* build dist site *.egg-info demo-output eval-output
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -f dhsa/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

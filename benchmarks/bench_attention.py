@@ -1,8 +1,8 @@
-"""Speed and memory of one attention call, held against PyTorch and against the machine; run by `make bench`.
+"""Speed and memory of one attention call, compared with PyTorch and with the machine; run by `make bench`.
 
-Rows are the goals of this project: each states seconds, GFLOP/s of visible pairs (4 H D a pair), the share of the
-multiply-add peak measured around that very call, the ratio to a peer that took turns with us, and pass or MISS.
-It times; correctness is the tests' business.
+Rows are the goals of this project. Each states seconds, GFLOP/s of visible pairs (4 H D a pair), the share of the
+multiply-add peak measured around that very call, the ratio to a peer that was timed in turns with it, and pass or MISS.
+Correctness is tested in tests/.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def whole(
         calls["exact"] = lambda: dhsa.attention(q, k, v, out=out)
         try:
             calls["flex"] = flex(q, k, v)
-        except Exception as error:  # no compiler, say; the other curves are still worth having
+        except Exception as error:  # for example without a compiler; the other curves are still drawn
             print(f"  no flex_attention: {error}")
     long = length > 8192
     if long:  # warm all but the peers, whose threads and code are warm from shorter rows, and who take minutes

@@ -1,9 +1,9 @@
-"""Where sparse prefill begins to pay: exact against sparse calls of `dhsa.functional.run`, selection and all, over the
-length, and the coefficients of dhsa/hf/break_even.py fitted to them.
+"""The length from which sparse prefill is faster: exact against sparse calls of `dhsa.functional.run`, with selection,
+by length, and the coefficients of dhsa/hf/break_even.py fitted to them.
 
-In one process, taking turns; every number is a ratio of neighbours in time, and of those the median. Whole prompts up
-to where sparse wins for good, then pieces of a prompt on a cache of earlier keys, then prompts as small as tests have.
-It times; that both are right is the tests' business.
+Calls take turns in one process. Each number is the median of ratios of calls that follow one another. Measured are
+whole prompts, up to a length from which sparse is always faster; then pieces of a prompt on a cache of earlier keys;
+then prompts as small as those of tests. Correctness is tested in tests/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(
     k, v = (torch.randn(1, kv_heads, k_len, dim, generator=generator).to(q.dtype) for _ in range(2))
     out = torch.empty_like(q)
     seconds: dict[str, list[float]] = {"exact": [], "sparse": [], "select": []}
-    # Time on the CPU, where there is one thread: what other processes take between does not count.
+    # With one thread, CPU time: what other processes take in between is not counted.
     clock = time.thread_time if dhsa.get_num_threads() == 1 else time.perf_counter
     begun = time.perf_counter()
     for i in range(repeats + 1):
@@ -60,7 +60,7 @@ def measure(
                 if name == "sparse":
                     assert stats.path == "sparse"
                     seconds["select"].append(stats.select_seconds / (stats.select_seconds + stats.attend_seconds))
-    # The exact call before each sparse one is as near in time as any.
+    # Each sparse call is compared with the exact call just before it.
     ratios = np.divide(seconds["sparse"], seconds["exact"])
     total, select = statistics.median(ratios), statistics.median(seconds["select"])
     made = {"shape": shape, "dtype": dtype, "budget": config.budget, "q_len": q_len, "k_len": k_len}
@@ -108,8 +108,8 @@ def crossing(found: list[dict[str, Any]]) -> str:
 
 
 def fit(found: list[dict[str, Any]]) -> tuple[break_even.Costs, list[float]]:
-    """A dtype's entry of break_even.COSTS, and by what share it misses each row. Least squares of relative errors, with
-    no cost below nothing."""
+    """A dtype's entry of break_even.COSTS, and its relative error in each row. The fit minimizes the squares of the
+    relative errors; no cost is negative."""
     sides, products = [], []
     for r in found:
         heads, kv_heads, dim = r["shape"]

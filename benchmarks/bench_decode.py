@@ -1,8 +1,8 @@
 """Speed of one decoding step (one query, a long cache), which memory bounds: seconds, GB/s of keys and values, the
 share of what a plain read of the same bytes reaches, and the ratio to PyTorch's scaled_dot_product_attention.
 
-In one process, medians, taking turns in random order: a call that follows PyTorch's meets its threads, still spinning.
-It times; correctness is the tests' business (tests/core/test_decode.py).
+Calls take turns in random order in one process, and medians are reported: the threads of PyTorch go on spinning after a
+call, and slow down whichever call comes next. Correctness is tested in tests/core/test_decode.py.
 """
 
 from __future__ import annotations

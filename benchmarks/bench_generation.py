@@ -1,11 +1,16 @@
-"""What comes after and around a prefill: decoding steps that choose their keys, prompts in pieces, a model's memory;
-run by `make bench-generation`. docs/GENERATION.md has its tables.
+"""Decoding steps that select their keys, prompts in pieces, and the memory of a model; run by `make bench-generation`.
+docs/GENERATION.md has the tables.
 
-Sections: `steps`, one layer's decoding step at a cache of 32K, random numbers; `crossing`, the same from which length
-on; `in_model`, what a step's attention takes in the model; `pieces`, a prompt of 16K tokens in
-pieces of 2,048 against the same at once; `quality`, a text read on token by token, keys chosen against all keys;
-`memory`, what a prefill of 32K tokens takes beyond weights and cache. All but the first on Gemma 3 270M. What is
-compared takes turns in one process, and medians are reported; memory has a process for each.
+Sections:
+    steps: a decoding step of one layer at a cache of 32K keys, random numbers.
+    crossing: such steps at several lengths, to find from which length selecting keys is faster.
+    in_model: the time that attention takes in a decoding step of the model.
+    pieces: a prompt of 16K tokens in pieces of 2,048, against the same prompt at once.
+    quality: a text continued token by token, with selected keys and with all keys.
+    memory: what a prefill of 32K tokens takes beyond weights and cache.
+
+All but the first two use Gemma 3 270M. What is compared takes turns in one process, and medians are reported; each
+measurement of memory has a process of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ def steps(repeats: int) -> Iterator[Row]:
 
 
 def crossing(repeats: int) -> Iterator[Row]:
-    """From which length a step that chooses its keys pays: dhsa/hf/break_even.py's STEP."""
+    """The length from which a step that selects its keys is faster: STEP in dhsa/hf/break_even.py."""
     for shape in (GEMMA3, GEMMA2, LLAMA3, SMALL):
         for dtype in (torch.float32, torch.bfloat16):
             for budget in (512, BUDGET):
@@ -148,7 +153,7 @@ def pieces(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
 
 
 def in_model(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
-    """What a model's layers that see everything take of a step, their keys cold as they are between other work."""
+    """The time that the layers without a window take in a step of the model, where their keys are not in cache."""
     import copy
 
     with dhsa.patched(model, dhsa.Config(budget=BUDGET)):
@@ -163,7 +168,7 @@ def in_model(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
                     token = ids[:, CONTEXT + i : CONTEXT + i + 1]
                     model.model(token, **cache_option(model.model, mine), use_cache=True)
                     full = [run for run in dhsa.last_run(model, "decode") if run.kind == "full"]
-                    if i >= 4:  # the first makes what the prefill let go
+                    if i >= 4:  # the first steps compute again what the prefill has freed
                         found[name].append(sum(run.select_seconds + run.attend_seconds for run in full))
     exact, chosen = (statistics.median(found[name]) for name in configs)
     yield {
@@ -175,7 +180,7 @@ def in_model(model: Any, ids: torch.Tensor, repeats: int) -> Iterator[Row]:
 
 
 def quality(model: Any, ids: torch.Tensor, prompts: tuple[int, ...]) -> Iterator[Row]:
-    """The same exactly read prompt, then a text token by token: every key, or `budget` of them."""
+    """A prompt read by exact attention, then its continuation token by token, with all keys and with `budget` keys."""
     import copy
 
     for length in prompts:

@@ -33,7 +33,7 @@ from dhsa import commands, demo
 CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config(break_even=0)}
 LLAMA = "llama.cpp"
 PROFILED = 8192
-_ENOUGH = 20.0  # seconds of samples in one process, or three of them
+_ENOUGH = 20.0  # seconds: a process takes three samples, or fewer once they have taken this long
 
 
 # ---- one process, one measurement ------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
                 prefill(ids)
                 seconds.append(time.perf_counter() - start)
             attention.append(clock[0])
-            after = after or high_water_mib()  # of the first: later ones start with what it left behind
+            after = after or high_water_mib()  # of the first prefill: later ones start with the memory that it left
             peaks.append(peak(task["threads"]))
     return {
         "samples": seconds,
@@ -261,9 +261,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     source = args.model or commands.packaged_model()
     with tempfile.TemporaryDirectory(prefix="dhsa-bench-") as folder:
-        # Read and dequantised once: the children then load it in a second, where a GGUF file takes a quarter minute.
+        # Read and dequantised once: the children then load it in a second; a GGUF file takes 15 seconds.
         tokenizer, model = commands.load(source)
-        # Its weights are plain float32 by now, but it would refuse to be saved as what it was read from.
+        # Its weights are float32 now, but a model that says it is quantized cannot be saved.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(folder)

@@ -53,7 +53,7 @@ dhsa.set_num_threads(threads)
 q, k, v = (torch.empty(1, h, length, dim, dtype=dtype).normal_() for h in (heads, kv_heads, kv_heads))
 out = torch.ones_like(q)
 dhsa.attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])
-# The high-water mark must start from here: what making the inputs took is not the call's.
+# Resets the high-water mark: memory that was used to make the inputs does not count.
 open("/proc/self/clear_refs", "w").write("5")
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

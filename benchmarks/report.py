@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,11 @@ def markdown(headings: list[str] | tuple[str, ...], rows: list[list[str]]) -> st
     return "\n".join(lines + ["| " + " | ".join(r[i].replace("|", "/") for i in keep) + " |" for r in rows])
 
 
+def prose(text: str) -> str:
+    """`text` in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def machine_text(report: dict[str, Any]) -> str:
     m = report["machine"]
     return (
@@ -179,8 +185,10 @@ def machine_text(report: dict[str, Any]) -> str:
 def attention_tables(report: dict[str, Any]) -> str:
     judged = [r["pass"] for r in report["rows"] if r["pass"] is not None]
     parts = [
-        f"Measured {machine_text(report)}. {sum(judged)} of {len(judged)} rows reach their"
-        f" goals. The run took {report['seconds'] / 60:.0f} minutes."
+        prose(
+            f"Measured {machine_text(report)}. {sum(judged)} of {len(judged)} rows reach their"
+            f" goals. The run took {report['seconds'] / 60:.0f} minutes."
+        )
     ]
     for section in [*TITLES, *sorted({r["section"] for r in report["rows"]} - TITLES.keys())]:
         if not (rows := [r for r in report["rows"] if r["section"] == section]):
@@ -214,13 +222,15 @@ def model_tables(report: dict[str, Any]) -> str:
     ]
     heads = [f"{tokens(n)} tokens" for n in lengths]
     parts = [
-        f"Measured {machine_text(report)}; text: {report['text']}.",
+        prose(f"Measured {machine_text(report)}; text: {report['text']}."),
         markdown(
             ["prefill (against sdpa of the dtype)", *heads],
             [[name, *(seconds(by.get(n)) for n in lengths)] for name, by in lines.items()] + earlier,
         ),
-        "The lines in italics were measured before on another machine, of 102 GFLOP/s a core, by the same rules; they"
-        " are for orientation and compare with each other, not with the lines above.",
+        prose(
+            "The lines in italics were measured before on another machine, of 102 GFLOP/s a core, by the same rules;"
+            " they are for orientation and compare with each other, not with the lines above."
+        ),
         markdown(
             ["peak memory in MiB (added by prefill / in all)", *heads],
             [[name, *(memory(by.get(n)) for n in lengths)] for name, by in lines.items()],
@@ -236,7 +246,7 @@ def model_tables(report: dict[str, Any]) -> str:
             markdown(["part", "seconds", "share"], [[k, f"{s:.2f}", f"{s / total:.0%}"] for k, s in r["parts"].items()])
         )
         named = ", ".join(f"`{k}` {s / total:.0%}" for k, s in r["operators"].items())
-        parts.append(f"PyTorch's operators by their own time: {named}.")
+        parts.append(prose(f"PyTorch's operators by their own time: {named}."))
     return "\n\n".join(parts)
 
 

@@ -48,6 +48,12 @@ def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
+def check_rank(x: Any, name: str, axes: str) -> None:
+    """ValueError naming the argument for an array that has not the four dimensions `axes`."""
+    if len(x.shape) != 4:
+        raise ValueError(f"{name}: expected 4 dimensions {axes}, got {len(x.shape)}")
+
+
 def torch_obstacle(x: Any) -> str | None:
     """The reason why the memory of torch tensor `x` must not be read directly, without operators of torch; None for a
     plain tensor. A transform or a recorder would not see the access, and a subclass of Tensor may give its memory
@@ -245,7 +251,7 @@ def kind_of(x: Any, name: str) -> Kind:
 
 def allocate(make: Callable[[Any], Any], like: Any) -> Any:
     """make(like); a failed allocation raises MemoryError with the shape."""
-    if len(like.shape) != 4:  # before the library raises its own error
+    if len(like.shape) != 4:  # before the library raises its own error; check_rank would take time in each short call
         raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
     if 0 in like.shape:
         raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")

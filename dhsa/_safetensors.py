@@ -51,10 +51,10 @@ def write(
             number of zero bytes that stand in its place; they take no room on file systems that have sparse files.
         metadata: of the header.
     """
-    at, header = 0, {"__metadata__": dict(metadata)}
+    at, header = 0, dict[str, Any](__metadata__=dict(metadata))
     for name, (dtype, shape, _) in tensors.items():
         stop = at + math.prod(shape) * WIDTHS[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}  # type: ignore[dict-item]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
         at = stop
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)

@@ -110,56 +110,59 @@ class Config(_Derived):
 
     Args:
         method: how keys are found: the name of a method in `dhsa.methods.registry`, or an instance of its class, which
-            holds its own options, for example `dhsa.methods.XAttention(stride=8)`. Afterwards the name; `options` is
-            the instance. Beside a name, the options may be given as further keyword arguments and are read as
-            attributes, `config.stride`. `Config.source` gives the settings of the methods' sources.
-        budget: keys a block of queries may see, forced ones (`sink`, `local`) counted, 1 to 2**31 - 1. None: all of
-            them, so exact attention unless there is a `mass`.
+            holds its own options, for example `dhsa.methods.XAttention(stride=8)`. The attribute is always the name;
+            `options` is the instance. With a name, the options may be given as further keyword arguments, and they are
+            read as attributes, for example `config.stride`. `Config.source` gives the settings of the methods' sources.
+        budget: the number of keys that a block of queries may see, forced ones (`sink`, `local`) included, 1 to
+            2**31 - 1. None: all of them, so attention is exact unless there is a `mass`.
         mass: in place of a number of keys, the share of each block's estimated attention mass that its keys are to
-            hold, above 0 up to 1: keys are taken, best first, until they do, forced ones counted first. `budget` is
-            then the most keys (None: no limit). Not for methods whose scores are no shares of mass: "dhsa",
-            "window", "vertical_slash", "power".
-        floor: with `mass`, the least keys. None: sink + local.
+            hold, above 0 up to 1. Forced keys count first, then keys are taken, best first, until they hold it.
+            `budget` is then the largest number of keys (None: no limit). Not for methods whose scores are not shares of
+            mass: "dhsa", "window", "vertical_slash", "power".
+        floor: with `mass`, the smallest number of keys. None: sink + local.
         query_block: queries that share one selection, 1 to 65536.
-        sink: the first keys of the sequence, always selected.
-        local: the most recent candidate keys, always selected. `sink + local` must not exceed the budget. Where the
-            defaults would, a quarter and a half of the budget take their place, at most what the other leaves.
+        sink: the number of keys at the start of the sequence that are always selected.
+        local: the number of most recent candidate keys that are always selected. `sink + local` must not exceed the
+            budget. Where the defaults would, they are reduced: sink to at most a quarter of the budget, local to at
+            most a half, and each to at most what the other leaves.
         dense_tail: blocks that hold one of the last `dense_tail` queries see every key (0: none). The paper computes an
-            instruction at the prompt's end densely.
+            instruction at the end of the prompt densely.
         heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none). None: the
-            method's own, "head" for "vertical_slash", "xattention" and "proxy", else "group".
-        boundaries: how keys are cut into chunks: "similarity" (at dips of the cosine between neighbouring means, no
-            training), "fixed" (every `chunk_size` keys), "predictor" (a trained network, see `predictor`).
+            method's own default, "head" for "vertical_slash", "xattention" and "proxy", else "group".
+        boundaries: how keys are cut into chunks: "similarity" (where the cosine similarity of neighbouring means is
+            low; no training), "fixed" (every `chunk_size` keys), "predictor" (a trained network, see `predictor`).
         chunk_size: keys in a chunk for boundaries="fixed".
-        num_chunks: the most gaps to cut at (so one chunk more). None: L // 4 under "rows" (8192 from 32K keys on,
-            L // 8 from 64K), else L // 8; with the paper's network its own
-            (L // query_block) * 8, for which "paper" asks otherwise. L is the number of keys.
-        boundary_window: tokens on each side of a gap that the similarity looks at.
-        theta: a gap's score must exceed it. None: -inf, with the paper's network 1.1.
-        nms: a gap must lie more than this many keys from every better one. None: 2 under "rows", else 4; with the
-            paper's network 8.
+        num_chunks: the largest number of gaps to cut at (there is one chunk more). With L keys, None is L // 4 under
+            "rows" (8192 from 32K keys on, L // 8 from 64K on), else L // 8; with the paper's network it is
+            (L // query_block) * 8. "paper" is that number with any boundaries.
+        boundary_window: tokens on each side of a gap that its similarity is computed from.
+        theta: a gap is cut only if its score exceeds this. None: -inf, with the paper's network 1.1.
+        nms: a gap is cut only if it lies more than this many keys from every cut with a better score. None: 2 under
+            "rows", else 4; with the paper's network 8.
         predictor: a BoundaryPredictor, for boundaries="predictor". None: `BoundaryPredictor.default()`, the weights for
-            Gemma 3 270M that come with the package. In a patched model each layer takes its own network where there is
-            one; elsewhere the one for all layers is meant.
-        skip: leaves out tiles of keys in which every probability is less than `skip` times the largest that its row has
-            met in the keys before, 0 < skip < 1; None: none. Works with any method and with exact attention, not for so
-            few rows as in a decoding step. By tile (128 keys, 256 where 16-bit numbers are multiplied as they are) for
-            a group of rows at a time, so what is left out depends on the instruction set, but stays below that bound.
-        decode: what a patched model does in decoding steps. "exact": the new token attends to all keys. "dhsa": to
-            `budget` of them, in layers without a sliding window (the paper's decoding): the prompt's chunks are kept
-            beside the cache, generated tokens form one more, and the current token its own. For methods of chunks. A
-            compiled model does not see its cache: there each step makes the chunks anew, which is no gain.
-        share: what the layers of a patched model take from one another in a forward. "boundaries": the first sparse
-            layer cuts keys, the others use its cuts (where their keys are the same positions). "selections": the first
-            sparse layer of each kind, full or sliding of one width, selects, the others of the kind attend by its
-            lists. None: each finds its own. Shared cuts save next to nothing; shared lists a tenth (float32) to a third
-            (bfloat16) of a call at 16K, for nothing measurable over three layers of Gemma 3 270M, but 4 to 7 % of
-            perplexity over the thirty of SmolLM2 (docs/EVALUATION.md).
-            `dhsa.select` and `boundaries` work on one layer all the same, `dhsa.attention` refuses. Compiled models
-            do not share.
-        break_even: keys below which a call of a patched model runs exact, because leaving keys out would cost
-            more time than it saves; 0: none. None: by measured costs of dtype, shape, budget and query_block, for
-            method="rows" with a budget (dhsa/hf/break_even.py). Functions that take arrays do as they are told.
+            Gemma 3 270M that come with the package. In a patched model each layer uses its own network where there is
+            one; elsewhere the network for all layers is used.
+        skip: tiles of keys are left out in which every probability is less than `skip` times the largest that its row
+            has met in the keys before, 0 < skip < 1. None: none. It works with any method and with exact attention, but
+            not for as few rows as in a decoding step. Tiles (128 keys; 256 where 16-bit numbers are multiplied without
+            conversion) are left out for a group of rows at a time, so what is left out depends on the instruction set,
+            but always stays below that bound.
+        decode: what a patched model does in decoding steps. "exact": the new token attends to all keys. "dhsa": it
+            attends to `budget` of them, in layers without a sliding window (the paper's decoding). The prompt's chunks
+            are then kept beside the cache, generated tokens form one more chunk, and the current token its own. Only
+            for methods of chunks. A compiled model does not see its cache: each of its steps computes the chunks again,
+            which saves nothing.
+        share: what the layers of a patched model share in a forward pass. "boundaries": the first sparse layer cuts
+            keys, and the others use its boundaries (where their keys are the same positions). "selections": the first
+            sparse layer of each kind (full, or sliding of one width) selects, and the others of that kind use its
+            lists. None: each layer cuts and selects for itself. Shared boundaries save next to nothing; shared lists
+            save a tenth (float32) to a third (bfloat16) of a call at 16K. They cost nothing measurable over three
+            layers of Gemma 3 270M, but 4 to 7 % of perplexity over the thirty of SmolLM2 (docs/EVALUATION.md).
+            `dhsa.select` and `dhsa.boundaries`, which work on one layer, ignore it; `dhsa.attention` raises a
+            ValueError. Compiled models do not share.
+        break_even: the number of keys below which a call of a patched model runs exact, because leaving keys out would
+            cost more time than it saves. 0: none. None: from measured costs, by dtype, shape, budget and query_block,
+            for method="rows" with a budget (dhsa/hf/break_even.py). Functions that take arrays ignore it.
 
     Raises:
         TypeError: an unknown name, or a value of the wrong type. ValueError: a value out of range. Both name the field.
@@ -386,7 +389,7 @@ class Config(_Derived):
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields or options of the method changed, validated again. Unknown names raise TypeError.
 
-        Another `method` begins with its own default options; fields that are not a method's stay.
+        Another `method` begins with its own default options; the fields that all methods have keep their values.
         """
         _check_names(changes)
         kept: dict[str, Any] = self._asked_values()
@@ -406,12 +409,14 @@ class Config(_Derived):
                 the package.
 
         Raises:
-            ValueError: there is a predictor of which no path was given.
+            ValueError: the Config has a predictor of its own, and `predictor` is None.
         """
         found = self._differing()
         if (network := found.pop("predictor", None)) is not None and network is not BoundaryPredictor.default():
             if predictor is None:
-                raise ValueError("predictor: a network is no word; save it and give its path as `predictor`")
+                raise ValueError(
+                    "predictor: a network cannot be stored in a dict; save it and give its path as `predictor`"
+                )
             found["predictor"] = str(predictor)
         if found.get("theta") == -math.inf:
             found["theta"] = "-inf"  # JSON has none
@@ -489,7 +494,7 @@ def _check_names(names: Any) -> None:
             raise TypeError(f"Config has no field '{name}'{hint}")
 
 
-_generated_init = Config.__init__
+_generated_init: Any = Config.__init__
 
 
 def _fit_defaults(values: dict[str, Any]) -> None:
@@ -516,7 +521,7 @@ def _init(self: Config, **values: Any) -> None:
     _fit_defaults(values)
     object.__setattr__(self, "_asked", asked)
     object.__setattr__(self, "_given", options)
-    _generated_init(self, **values, method=options.name)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    _generated_init(self, **values, method=options.name)
 
 
 Config.__init__ = _init  # type: ignore[method-assign]

@@ -25,6 +25,7 @@ from dhsa._arrays import (
     TorchKind,
     allocate,
     check_int,
+    check_rank,
     empty,
     int_array,
     kind_of,
@@ -73,18 +74,32 @@ class RunStats(NamedTuple):
     skipped: float = 0.0
 
 
-def _inputs(q: Any, k: Any, v: Any, out: Any) -> tuple[Kind, Any, Any, Any, Any, bool]:
-    """Return the kind of array, the checked q, k and v, the output to write, and whether the caller gave it."""
+def _open(
+    q: Any, k: Any, v: Any, out: Any, return_lse: bool, key_ranges: Any
+) -> tuple[Kind, Any, Any, Any, Any, Any, np.ndarray | None]:
+    """Return the kind of array and, checked: q, k, v, the output to write, the log-sum-exp to write or None, and
+    `key_ranges`."""
     kind = kind_of(q, "q")
-    q, k, v = kind.accept(q, "q"), kind.accept(k, "k"), kind.accept(v, "v")
+    accept = kind.accept
+    q, k, v = accept(q, "q"), accept(k, "k"), accept(v, "v")
     if out is None:
-        return kind, q, k, v, allocate(kind.empty_like, q), False
-    target = kind.accept(out, "out")
-    if kind is TorchKind and out.is_neg():
-        raise ValueError("out: has its lazy minus sign set; results would not reach its memory")
-    if kind is TorchKind and out._is_zerotensor():
-        raise ValueError("out: is a tensor of zeros that has no memory")
-    return kind, q, k, v, target, True
+        target = allocate(kind.empty_like, q)
+    else:
+        target = accept(out, "out")
+        if kind is TorchKind and out.is_neg():
+            raise ValueError("out: has its negative bit set (torch.Tensor.is_neg); results would not reach its memory")
+        if kind is TorchKind and out._is_zerotensor():
+            raise ValueError("out: is a tensor of zeros that has no memory")
+    lse = allocate(kind.empty_lse, q) if return_lse else None
+    if key_ranges is not None:
+        # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
+        key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
+    return kind, q, k, v, target, lse, key_ranges
+
+
+def _results(kind: DlpackKind, target: Any, lse: Any, out: Any) -> tuple[Any, Any]:
+    """Return the output and the log-sum-exp, those of them that are Buffers as arrays of the caller's library."""
+    return kind.result(target) if out is None else out, None if lse is None else kind.result(lse)
 
 
 def run(
@@ -134,11 +149,7 @@ def run(
     """
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
-    kind, q, k, v, target, given = _inputs(q, k, v, out)
-    lse = allocate(kind.empty_lse, q) if return_lse else None
-    if key_ranges is not None:
-        # A copy: the core checks it once and then relies on it, while another thread might write to the caller's.
-        key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
+    kind, q, k, v, target, lse, key_ranges = _open(q, k, v, out, return_lse, key_ranges)
     skip = None if config is None else config.skip
     if boundaries is not None:
         if config is None or config.exact or not config.options.has_chunks:
@@ -156,13 +167,11 @@ def run(
         if key_ranges is not None or not causal:
             name = "causal" if key_ranges is None else "key_ranges"
             raise NotImplementedError(f"{name}: selection needs plain causal attention; use an exact config for others")
-        if len(k.shape) != 4:
-            raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
+        check_rank(k, "k", "[B, Hkv, Lk, D]")
         done, *report = _core.prefill(*args, _cutting(config), boundaries, key_indexes, same, int(keep_means))
         stats = RunStats(PATHS[done], *report)
-    if type(kind) is DlpackKind:  # results are still Buffers
-        target = target if given else kind.result(target)
-        lse = None if lse is None else kind.result(lse)
+    if type(kind) is DlpackKind:  # what `_open` allocated are still Buffers
+        target, lse = _results(kind, target, lse, out)
     return target if out is None else out, lse, stats
 
 
@@ -434,10 +443,7 @@ def run_selected(
     """
     if not isinstance(selection, Selection):
         raise TypeError(f"selection: expected a dhsa.Selection, got {type_name(selection)}")
-    kind, q, k, v, target, given = _inputs(q, k, v, out)
-    lse = allocate(kind.empty_lse, q) if return_lse else None
-    if key_ranges is not None:
-        key_ranges = int_array(key_ranges, "key_ranges", np.int32, copy=True)
+    kind, q, k, v, target, lse, key_ranges = _open(q, k, v, out, return_lse, key_ranges)
     start = perf_counter()
     # Copies: the core checks them once and then relies on them, while another thread might make them writeable.
     indptr, indices = selection.indptr.copy(), selection.indices.copy()
@@ -461,9 +467,8 @@ def run_selected(
     )
     path, density = ("sparse", density) if key_ranges is None else ("dense", 1.0)
     stats = RunStats(path, density, 0.0, perf_counter() - start, skipped)
-    if type(kind) is DlpackKind:
-        target = target if given else kind.result(target)
-        lse = None if lse is None else kind.result(lse)
+    if type(kind) is DlpackKind:  # what `_open` allocated are still Buffers
+        target, lse = _results(kind, target, lse, out)
     return target if out is None else out, lse, stats
 
 
@@ -481,8 +486,7 @@ def _cutting(config: Config) -> _core.Config:
 
 
 def _boundaries(k: Any, config: Config) -> np.ndarray:
-    if len(k.shape) != 4:
-        raise ValueError(f"k: expected 4 dimensions [B, Hkv, Lk, D], got {len(k.shape)}")
+    check_rank(k, "k", "[B, Hkv, Lk, D]")
     batch, length = k.shape[0], k.shape[2]
     check_int(length, "k: its length", 1, _core.MAX_LENGTH)
     parsed = _cutting(config)
@@ -605,8 +609,7 @@ def _score_shape(q: Any, k: Any, heads: int, query_block: int) -> tuple[int, int
     the others.
     """
     for x, name, axes in ((q, "q", "[B, H, Lq, D]"), (k, "k", "[B, Hkv, Lk, D]")):
-        if len(x.shape) != 4:
-            raise ValueError(f"{name}: expected 4 dimensions {axes}, got {len(x.shape)}")
+        check_rank(x, name, axes)
         for axis, size in enumerate(x.shape):
             if size < 1:  # before results of that size are allocated
                 raise ValueError(f"{name}: dimension {axis} has size {size}, expected at least 1")

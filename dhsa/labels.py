@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dhsa import _core
-from dhsa._arrays import NumpyKind, check_int, empty, kind_of, to_numpy
+from dhsa._arrays import NumpyKind, check_int, check_rank, empty, kind_of, to_numpy
 from dhsa._threads import get_num_threads
 from dhsa._typing import Array, ArrayT
 
@@ -133,8 +133,7 @@ def attention_ratios(
     """
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
-    if len(q.shape) != 4:
-        raise ValueError(f"q: expected 4 dimensions [B, H, L, D], got {len(q.shape)}")
+    check_rank(q, "q", "[B, H, L, D]")
     check_int(q.shape[2], "q: its length", 1, _core.MAX_LENGTH)
     result = empty((q.shape[0], q.shape[2]), np.float64, "q")
     _core.attention_ratios(q, k, window, sliding_window, scale, softcap, result, get_num_threads())

@@ -325,7 +325,7 @@ def tokens_html(
         config: a Config that the selections were made with, for `sink` and `local`.
         batch: the batch item.
         head: which list of that item, counting the heads (or KV heads, or the one list of all heads) of the selection.
-        height: of a box, in pixels; boxes scroll.
+        height: height of a box, in pixels; longer texts scroll.
 
     Raises:
         IndexError: batch, head or block is out of range.
@@ -371,7 +371,7 @@ def chunks_html(tokens: Sequence[str], boundaries: Mapping[str, Any], *, height:
         tokens: the text's tokens as strings, one for each key.
         boundaries: int [C + 1] for each name, as a row of `dhsa.boundaries`: from 0 to the number of tokens, not
             decreasing. A repeated entry is an empty chunk, as in padding, and is not shown.
-        height: of a box, in pixels; boxes scroll.
+        height: height of a box, in pixels; longer texts scroll.
 
     Raises:
         TypeError: boundaries are no integers; the message names them.

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dhsa import _core
-from dhsa._arrays import check_int, empty, kind_of, to_numpy, type_name
+from dhsa._arrays import check_int, check_rank, empty, kind_of, to_numpy, type_name
 from dhsa._checkpoint import read_checkpoint
 from dhsa._files import replacing
 from dhsa._threads import get_num_threads
@@ -365,8 +365,7 @@ class BoundaryPredictor:
         """
         kind = kind_of(k, "k")
         k = kind.accept(k, "k")
-        if len(k.shape) != 4:
-            raise ValueError(f"k: expected 4 dimensions [B, Hkv, L, D], got {len(k.shape)}")
+        check_rank(k, "k", "[B, Hkv, L, D]")
         out = empty((k.shape[0], k.shape[2]), np.float32, "k")
         _core.predictor_logits(self._args(), k, out, get_num_threads())
         return kind.result(out)

@@ -30,7 +30,7 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
     const int64_t lists = q->shape[0] * dhsa_head_sets(&config->score, q, k);
     int64_t unused;
     if (!dhsa_mul(lists * blocks, k->shape[2], &unused))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: %" PRId64 " makes more lists than can be counted",
+        return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: %" PRId64 " makes lists of more keys than 64 bits can count",
                          config->score.query_block);
     indptr[0] = 0;
     for (int64_t list = 0; list < lists; list++)

@@ -183,21 +183,41 @@ static int check_tuple(PyObject *tuple, const char *name, Py_ssize_t size)
     return 0;
 }
 
+/* One of a network's weights. */
+typedef struct {
+    const char *name;
+    int ndim;
+    const float **data; /* where its address goes; NULL: nowhere */
+} weight;
+
+/* shape: -1 where any size will do. */
+static int weight_open(const dhsa_py_state *state, PyObject *object, const weight *w, const int64_t *shape, dhsa_py_view *view)
+{
+    if (dhsa_py_array_open(state, object, w->name, DL_FLOAT, 32, w->ndim, shape, 0, view) != 0) {
+        return -1;
+    }
+    if (w->data != NULL) {
+        *w->data = view->data;
+    }
+    return 0;
+}
+
 /* Sizes are taken from the weights: width and channels from the rows and columns of the first, pooled and hidden
  * from the rows of the third and the fifth. */
 static int compact_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_predictor *p)
 {
-    static const char *const names[] = {"project.weight", "project.bias", "token.weight",  "token.bias",
-                                        "head.0.weight",  "head.0.bias",  "head.2.weight", "head.2.bias"};
     dhsa_compact *w = &p->small;
+    const weight weights[] = {{"project.weight", 2, &w->project_weight}, {"project.bias", 1, &w->project_bias},
+                              {"token.weight", 2, &w->token_weight},     {"token.bias", 1, &w->token_bias},
+                              {"head.0.weight", 2, &w->head0_weight},    {"head.0.bias", 1, &w->head0_bias},
+                              {"head.2.weight", 2, &w->head2_weight},    {"head.2.bias", 1, NULL}};
     if (dhsa_py_int(PyTuple_GetItem(tuple, 0), "window", 1, INT32_MAX, &w->window) != 0) {
         return -1;
     }
     for (int i = 0; i < 8; i++) {
         const int64_t r = w->width, m = w->pooled, n = w->hidden;
         const int64_t shapes[8][2] = {{-1, -1}, {r, 0}, {-1, 2 * r}, {m, 0}, {-1, 3 * m}, {n, 0}, {1, n}, {1, 0}};
-        if (dhsa_py_array_open(state, PyTuple_GetItem(tuple, 1 + i), names[i], DL_FLOAT, 32, i % 2 == 0 ? 2 : 1, shapes[i], 0,
-                               &p->arrays[i]) != 0) {
+        if (weight_open(state, PyTuple_GetItem(tuple, 1 + i), &weights[i], shapes[i], &p->arrays[i]) != 0) {
             dhsa_py_predictor_release(p);
             return -1;
         }
@@ -210,13 +230,6 @@ static int compact_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_pre
             w->hidden = p->arrays[4].shape[0];
         }
     }
-    w->project_weight = p->arrays[0].data;
-    w->project_bias = p->arrays[1].data;
-    w->token_weight = p->arrays[2].data;
-    w->token_bias = p->arrays[3].data;
-    w->head0_weight = p->arrays[4].data;
-    w->head0_bias = p->arrays[5].data;
-    w->head2_weight = p->arrays[6].data;
     memcpy(&w->head2_bias, p->arrays[7].data, sizeof w->head2_bias);
     p->compact = w;
     return 0;
@@ -234,20 +247,18 @@ int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_
         dhsa_py_int(PyTuple_GetItem(tuple, 1), "window", 1, INT32_MAX, &w->window) != 0) {
         return -1;
     }
-    /* in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, norm_weight, norm_bias, gate_weight | None,
-     * mlp0_weight, mlp0_bias, mlp2_weight, mlp2_bias. channels is taken from the first and hidden from the eighth,
-     * whose sizes are -1 (any) below. */
-    static const char *const names[DHSA_PY_PREDICTOR_ARRAYS] = {"enc.mha.in_proj_weight",
-                                                                "enc.mha.in_proj_bias",
-                                                                "enc.mha.out_proj.weight",
-                                                                "enc.mha.out_proj.bias",
-                                                                "enc.norm.weight",
-                                                                "enc.norm.bias",
-                                                                "pool.gate.weight",
-                                                                "mlp.0.weight",
-                                                                "mlp.0.bias",
-                                                                "mlp.2.weight",
-                                                                "mlp.2.bias"};
+    /* The gate may be None. Channels are known after the first, hidden after the eighth, by the -1 below. */
+    const weight weights[DHSA_PY_PREDICTOR_ARRAYS] = {{"enc.mha.in_proj_weight", 2, &w->in_proj_weight},
+                                                      {"enc.mha.in_proj_bias", 1, &w->in_proj_bias},
+                                                      {"enc.mha.out_proj.weight", 2, &w->out_proj_weight},
+                                                      {"enc.mha.out_proj.bias", 1, &w->out_proj_bias},
+                                                      {"enc.norm.weight", 1, &w->norm_weight},
+                                                      {"enc.norm.bias", 1, &w->norm_bias},
+                                                      {"pool.gate.weight", 2, &w->gate_weight},
+                                                      {"mlp.0.weight", 2, &w->mlp0_weight},
+                                                      {"mlp.0.bias", 1, &w->mlp0_bias},
+                                                      {"mlp.2.weight", 2, &w->mlp2_weight},
+                                                      {"mlp.2.bias", 1, NULL}};
     for (int i = 0; i < DHSA_PY_PREDICTOR_ARRAYS; i++) {
         PyObject *item = PyTuple_GetItem(tuple, 2 + i);
         if (i == 6 && item == Py_None) {
@@ -256,35 +267,24 @@ int dhsa_py_predictor_open(const dhsa_py_state *state, PyObject *tuple, dhsa_py_
         const int64_t c = w->channels, n = w->hidden;
         const int64_t shapes[DHSA_PY_PREDICTOR_ARRAYS][2] = {{-1, -1}, {3 * c, 0},      {c, c}, {c, 0}, {c, 0}, {c, 0},
                                                              {1, c},   {-1, 4 * c + 1}, {n, 0}, {1, n}, {1, 0}};
-        const int ndim = i == 0 || i == 2 || i == 6 || i == 7 || i == 9 ? 2 : 1;
-        if (dhsa_py_array_open(state, item, names[i], DL_FLOAT, 32, ndim, shapes[i], 0, &p->arrays[i]) != 0) {
+        if (weight_open(state, item, &weights[i], shapes[i], &p->arrays[i]) != 0) {
             goto fail;
         }
         if (i == 0) {
             w->channels = p->arrays[0].shape[1];
             if (w->channels < 1 || w->channels > INT32_MAX || p->arrays[0].shape[0] != 3 * w->channels) {
-                PyErr_Format(PyExc_ValueError, "%s: expected [3C, C], got [%lld, %lld]", names[0], (long long)p->arrays[0].shape[0],
-                             (long long)p->arrays[0].shape[1]);
+                PyErr_Format(PyExc_ValueError, "%s: expected [3C, C], got [%lld, %lld]", weights[0].name,
+                             (long long)p->arrays[0].shape[0], (long long)p->arrays[0].shape[1]);
                 goto fail;
             }
         } else if (i == 7) {
             w->hidden = p->arrays[7].shape[0];
             if (w->hidden < 1) {
-                PyErr_Format(PyExc_ValueError, "%s: has no rows", names[7]);
+                PyErr_Format(PyExc_ValueError, "%s: has no rows", weights[7].name);
                 goto fail;
             }
         }
     }
-    w->in_proj_weight = p->arrays[0].data;
-    w->in_proj_bias = p->arrays[1].data;
-    w->out_proj_weight = p->arrays[2].data;
-    w->out_proj_bias = p->arrays[3].data;
-    w->norm_weight = p->arrays[4].data;
-    w->norm_bias = p->arrays[5].data;
-    w->gate_weight = p->arrays[6].data;
-    w->mlp0_weight = p->arrays[7].data;
-    w->mlp0_bias = p->arrays[8].data;
-    w->mlp2_weight = p->arrays[9].data;
     memcpy(&w->mlp2_bias, p->arrays[10].data, sizeof w->mlp2_bias);
     p->attention = w;
     return 0;

@@ -251,7 +251,7 @@ static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t 
 
 /* Computes the denominators of the rows of a panel: the sum of the probabilities of all keys, where each key has that
  * of its chunk. The probabilities of a tile are relative to the maximum up to that tile; alpha rescales them. */
-static void sum_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, row_scores_scratch *w)
+static void panel_weights(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, row_scores_scratch *w)
 {
     const int lanes = s->kernels->lanes;
     float *l = w->l + panel * lanes;
@@ -275,7 +275,7 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t t
 {
     const int lanes = s->kernels->lanes;
     const float *l = w->l + panel * lanes;
-    sum_rows(s, job, tiles, panel, w);
+    panel_weights(s, job, tiles, panel, w);
     /* A row counts if its sum is finite. If a logit is NaN or +inf, the sum is not. */
     for (int r = 0; r < lanes; r++) w->weight[r] = r < n && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
     for (int64_t index = tiles - 1; index >= 0; index--) {

@@ -1,9 +1,9 @@
 """Caches in files, so that a prompt is read once: `save_cache` and `load_cache`.
 
-A file is in the safetensors format. It holds the keys and values of each layer, what is known of their chunks, and the
-ids of the tokens; its metadata say of which model, and how the tensors are to be read. Keys and values are mapped into
-memory copy-on-write, with room for new ones behind them: nothing is read before it is attended to, and nothing that is
-appended reaches the file. Nothing in a file is executed, and all that it says is checked before it is used.
+A file is in the safetensors format. It holds the keys and values of each layer, their key indexes and the ids of the
+tokens. Its metadata describe these tensors and the model. Keys and values are mapped into memory copy-on-write, with
+room for new ones behind them: they are not read before they are attended to, and the file never changes. Nothing in a
+file is executed, and all sizes, offsets and descriptions are checked before they are used.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class SavedCache(DynamicCache):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer with room behind its keys and values, so that what is appended is written there and the rest stays where
-    it is, where `DynamicLayer` makes a copy of all. Keys and values are views of the beginning of that memory."""
+    """A layer with room behind its keys and values. New ones are written there, where `DynamicLayer` copies all of them
+    in each step. `keys` and `values` are views of the beginning of that memory."""
 
     _key_room: torch.Tensor | None = None
     _value_room: torch.Tensor | None = None
@@ -86,18 +86,20 @@ def _append(held: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor) ->
     """`held` and then `new`, along dimension 2, and the memory in which both lie: `room`, if `held` is its beginning
     and the rest is large enough."""
     length, total = held.shape[2], held.shape[2] + new.shape[2]
-    if (
-        room is None
-        or total > room.shape[2]
-        or held.data_ptr() != room.data_ptr()
-        or held.stride() != room.stride()
-        or held.shape[:2] != room.shape[:2]
-    ):
+    if room is not None and total <= room.shape[2] and _begins(room, held):
+        memory = room
+    else:
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to after it
-            room = held.new_empty((*held.shape[:2], total + _room(total), held.shape[3]))
-        room[:, :, :length] = held
-    room[:, :, length:total] = new
-    return room[:, :, :total], room
+            memory = held.new_empty((*held.shape[:2], total + _room(total), held.shape[3]))
+        memory[:, :, :length] = held
+    memory[:, :, length:total] = new
+    return memory[:, :, :total], memory
+
+
+def _begins(room: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether `held` is still the beginning of `room`: reordered beams and selected rows lie elsewhere."""
+    same = held.data_ptr() == room.data_ptr() and held.stride() == room.stride()
+    return same and held.shape[:2] == room.shape[:2]
 
 
 def _room(length: int) -> int:
@@ -110,10 +112,10 @@ def _room(length: int) -> int:
 def save_cache(
     cache: Any, path: str | os.PathLike[str], *, model: torch.nn.Module, tokens: Any, bits: int | None = None
 ) -> None:
-    """Write a cache to a file, from which `load_cache` makes it again in another process.
+    """Write a cache to a file, so that `load_cache` can open it in another process.
 
-    The file is written beside `path` and then takes its place, so that nobody finds half of one. What `dhsa` knows of
-    the keys (where they are cut into chunks, and the means of these) is part of it.
+    The file is written under another name and renamed when it is complete. What `dhsa` has stored about the keys (their
+    chunk boundaries, and the means of chunks) is saved with it.
 
     Args:
         cache: a transformers `DynamicCache`, of layers that keep all keys or those of a sliding window; on the CPU, in
@@ -123,8 +125,8 @@ def save_cache(
             noted, so that a file is not used with another model.
         tokens: int [B, L] (or [L] for a batch of one), the ids of the tokens whose keys and values the cache holds,
             padding included. After `generate` these are all but the last one: `out[:, :-1]`.
-        bits: 8: keys and values are rounded to 8-bit integers, with a factor for each token and KV head; the file is
-            about a quarter or half as large, and what is known of chunks is not kept. None: as they are.
+        bits: 8: keys and values are rounded to 8-bit integers, with a factor for each token and KV head. The file is
+            about half as large, or a quarter for float32, and chunk boundaries are not saved. None: not rounded.
 
     Raises:
         TypeError: an argument of the wrong type (a static cache, for example); the message names it.
@@ -356,13 +358,13 @@ def _refuse_other_model(about: dict[str, Any], model: torch.nn.Module) -> None:
 def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, *, prompt: Any = None) -> SavedCache:
     """Open a cache that `save_cache` wrote.
 
-    The prompt goes on where it ended: `model.generate(ids, cache=cache)` (before transformers 5.24,
-    `past_key_values=cache`), where `ids` are `cache.tokens` and what follows. Every call opens the file anew, so that
-    each of several questions about one text has a cache of its own.
+    To continue the prompt, call `model.generate(ids, cache=cache)` (before transformers 5.24, `past_key_values=cache`),
+    where `ids` are `cache.tokens` and the tokens that follow. Each call of `load_cache` returns an independent cache,
+    so several questions about one text can be asked.
 
-    Keys and values are mapped, not read. The file must not be changed in place while the cache is in use, which would
-    change its numbers or, if it became shorter, end the process; replacing or removing it, as `save_cache` does, is
-    safe. Files with 8 bits are read and decoded at once.
+    Keys and values are mapped into memory, not read. While the cache is in use, the file may be replaced or deleted,
+    but it must not be written to: the numbers would change, and if it became shorter, the operating system would end
+    the process. Files with 8 bits are read and decoded at once.
 
     Args:
         path: the file.

@@ -66,12 +66,13 @@ class Method:
         return {name: value for name, (value, default) in values.items() if value != default}
 
     def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        """The options as the C core takes them. An option that is None is replaced by its default.
+        """The options as the C core takes them. A method in which None stands for a value that depends on `query_block`
+        or `budget` passes that value.
 
         Raises:
             ValueError: an option does not fit `query_block` or `budget`; the message names it.
         """
-        return {}
+        return {name: getattr(self, name) for name in self.options()}
 
     @staticmethod
     def twin(block: Block) -> Segments | np.ndarray:

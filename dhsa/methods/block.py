@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -39,9 +39,6 @@ class Block(Method):
 
     def __post_init__(self) -> None:
         self._keep_int("key_block", 1)
-
-    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        return {"key_block": self.key_block}
 
     @staticmethod
     def twin(block: QueryBlock) -> Segments | np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -48,9 +48,6 @@ class Dhsa(Method):
     def paper(cls) -> Dhsa:
         """The pooling of the paper's first version."""
         return cls(pooling="mean_sqrt")
-
-    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        return {"pooling": self.pooling}
 
     @staticmethod
     def twin(block: Block) -> Segments | np.ndarray:

@@ -47,9 +47,6 @@ class Proxy(Method):
         self._keep_int("stride", 1)
         check_stride(self.stride, self.key_block)
 
-    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        return {"key_block": self.key_block, "stride": self.stride}
-
     @staticmethod
     def twin(block: Block) -> Segments | np.ndarray:
         """Blocks of keys by the scores of a proxy head. Source: ProxyAttn, arXiv 2509.24745.

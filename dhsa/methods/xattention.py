@@ -45,9 +45,6 @@ class XAttention(Method):
         self._keep_int("stride", 1)
         check_stride(self.stride, self.key_block)
 
-    def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        return {"key_block": self.key_block, "stride": self.stride}
-
     @staticmethod
     def twin(block: Block) -> Segments | np.ndarray:
         """Blocks of keys by the sums of strided antidiagonals. Source: XAttention, arXiv 2503.16428.

@@ -54,7 +54,7 @@ class CompactNetwork(nn.Module):
         return self.head(torch.cat([(left - right).abs(), left, right], dim=1))[:, 0]
 
     def folded(self) -> dict[str, torch.Tensor]:
-        """Return the state dict of the network that takes keys without division."""
+        """Return the state dict of a network for keys as they are, with the division by the key scale folded in."""
         state = {name: value.detach().clone() for name, value in self.state_dict().items()}
         state["project.weight"] /= self.scale
         return state

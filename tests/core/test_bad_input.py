@@ -474,7 +474,7 @@ def test_torch_arguments(torch):
         dhsa.attention(tq, tk, tv.to_sparse())
     with pytest.raises(ValueError, match=r"^q: expected a dense tensor, got a torch.sparse_coo one"):
         dhsa.attention(tq.to_sparse(), tk, tv)
-    with pytest.raises(ValueError, match=r"^out: has its lazy minus sign set"):
+    with pytest.raises(ValueError, match=r"^out: has its negative bit set"):
         dhsa.attention(tq, tk, tv, out=torch._neg_view(torch.empty(1, 4, 10, 8)))
     with pytest.raises(TypeError, match=r"^q: expected .*got float64"):
         dhsa.attention(tq.double(), tk, tv)

@@ -27,7 +27,8 @@ LAYERS = [
     {"__main__"},
 ]
 ALONE = {
-    "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference", "training",
+    "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference",
+    "training",
 }  # fmt: skip
 
 

@@ -390,7 +390,8 @@ def test_attention_bias_is_refused():
     try:
         refuses(model, "position_bias", input_ids=tokens(1, 20), decoder_input_ids=tokens(1, 9))
     except ValueError as error:  # of early releases, whose T5 takes no implementation by name
-        assert "T5ForConditionalGeneration does not support changing its attention implementation" in str(error)  # noqa: PT017
+        expected = "T5ForConditionalGeneration does not support changing its attention implementation"
+        assert expected in str(error)  # noqa: PT017
     alibi = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="BloomForCausalLM does not support changing its attention implementation"):
         dhsa.patch(alibi)

@@ -380,7 +380,7 @@ def joined(header, body):
 
 
 def with_about(data, change):
-    """The file with other metadata, and the checksum of these: as who means harm would make it."""
+    """The file with other metadata, whose checksum is right."""
     import hashlib
 
     header, body = parts_of(data)
@@ -500,8 +500,8 @@ def opened(path, model):
     return None
 
 
-def test_metadata_that_mean_harm(one, tmp_path):
-    """Whatever stands in place of whatever is said: a sentence, or a cache that works."""
+def test_metadata_changed_on_purpose(one, tmp_path):
+    """Every entry is replaced by every kind of value: the file is refused, or the cache works."""
     model, ids, path = one
     data = path.read_bytes()
     about = json.loads(parts_of(data)[0]["__metadata__"]["dhsa"])

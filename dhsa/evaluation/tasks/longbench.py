@@ -112,7 +112,7 @@ def _without_middle(ids: list[int], room: int) -> list[int]:
 
 
 def _records(context: Context, length: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """Yield (file, line, record): the first --samples of each file."""
+    """Yield (file, line, record) of the first `--samples` records of each file."""
     args = context.args
     if not args.longbench:
         for number in range(args.samples):
