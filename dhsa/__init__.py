@@ -1,9 +1,10 @@
 """dhsa: Dynamic Hierarchical Sparse Attention on any CPU.
 
 This module only collects the public names; see the modules named below for the code. Importing it needs NumPy alone.
-The integration with transformers (`patch`, `unpatch`, `patched`, `last_run`; module `dhsa.hf`), `check` (module
-`dhsa.doctor`), `dhsa.training` and `dhsa.reference` are imported when they are first used. `dhsa.hf` is also imported
-as soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
+The integration with transformers (`patch`, `unpatch`, `patched`, `last_run`, `save_cache`, `load_cache`; module
+`dhsa.hf`), `check` (module `dhsa.doctor`), `dhsa.training` and `dhsa.reference` are imported when they are first used.
+`dhsa.hf` is also imported as soon as the program imports transformers' models, so that these know
+`attn_implementation="dhsa"`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from dhsa import reference as reference
     from dhsa import training as training
     from dhsa.doctor.run import check
-    from dhsa.hf import last_run, patch, patched, unpatch
+    from dhsa.hf import last_run, load_cache, patch, patched, save_cache, unpatch
 
 __version__ = "0.1.0"
 
@@ -49,10 +50,12 @@ __all__ = [
     "chunk_scores",
     "get_num_threads",
     "last_run",
+    "load_cache",
     "patch",
     "patched",
     "pick_boundaries",
     "reference",
+    "save_cache",
     "select",
     "set_isa",
     "set_num_threads",
@@ -61,7 +64,10 @@ __all__ = [
 ]
 
 # The module of each name that needs transformers.
-_HOME = {"check": "dhsa.doctor.run", **dict.fromkeys(("last_run", "patch", "patched", "unpatch"), "dhsa.hf")}
+_HOME = {
+    "check": "dhsa.doctor.run",
+    **dict.fromkeys(("last_run", "load_cache", "patch", "patched", "save_cache", "unpatch"), "dhsa.hf"),
+}
 
 
 def __getattr__(name: str) -> Any:

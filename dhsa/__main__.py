@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import dhsa
-from dhsa import demo
+from dhsa import ask, demo
 from dhsa.commands import UserError
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
@@ -28,6 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Prefills a long text with Gemma 3 270M by transformers' own attention, by dhsa exact, default and the "
                 "paper's, and by sinks + local keys at the same budget; prints a table, draws what one layer selected."
             ),
+        )
+    )
+    ask.add_arguments(
+        commands.add_parser(
+            "ask",
+            help="answer questions about a long text, which the model reads only once",
+            description=ask.DESCRIPTION,
         )
     )
     doctor.add_arguments(
@@ -57,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
-        run = {"demo": demo, "check": doctor, "eval": evaluation, "train-boundaries": training}[args.command].run
-        return run(args)
+        modules = {"demo": demo, "ask": ask, "check": doctor, "eval": evaluation, "train-boundaries": training}
+        return modules[args.command].run(args)
     except UserError as error:
         print(f"dhsa {args.command}: {error}", file=sys.stderr)
         return 2

@@ -430,3 +430,142 @@ int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
     }
     return bytes;
 }
+
+/* ---- as bytes ---------------------------------------------------------------------------------------------------- */
+
+/* A header of so many int64, in this order; then the fingerprints, the edges, and for each level and KV head the states and the
+ * means of the first `done` chunks, as they lie in memory. All of the machine's byte order. */
+enum { HEAD_MAGIC = 0, HEAD_DTYPE, HEAD_KV_HEADS, HEAD_DIM, HEAD_KNOWN, HEAD_CHUNKS, HEAD_LEVELS, HEAD_SIZE = 6 + 3 * DHSA_LEVELS };
+static const int64_t HEAD_VALUE = INT64_C(0x3149585945414844); /* its last character is the version of this layout */
+
+static void put_bytes(char *to, int64_t *at, const void *from, int64_t size)
+{
+    if (to && size > 0) memcpy(to + *at, from, (size_t)size);
+    *at += size;
+}
+
+int64_t dhsa_key_index_write(const dhsa_key_index *p, char *bytes)
+{
+    if (!p) return 0;
+    int64_t head[HEAD_SIZE] = {HEAD_VALUE, p->dtype, p->kv_heads, p->dim, p->known, p->chunks}, at = 0;
+    for (int i = 0; i < DHSA_LEVELS; i++) {
+        const dhsa_level *l = &p->levels[i];
+        const int64_t most = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / DHSA_CHUNK_SUBGROUP;
+        int64_t *of = head + HEAD_LEVELS + 3 * i;
+        if (!l->open) continue;
+        of[0] = l->chunks.kind;
+        of[1] = l->chunks.squares;
+        of[2] = DHSA_MIN(l->done, most) / DHSA_CHUNK_GROUP * DHSA_CHUNK_GROUP; /* whole squares; the rest is soon made again */
+    }
+    put_bytes(bytes, &at, head, sizeof head);
+    put_bytes(bytes, &at, p->fingerprints, p->known * (int64_t)sizeof *p->fingerprints);
+    put_bytes(bytes, &at, p->edges, (p->chunks > 0 ? p->chunks + 1 : 0) * (int64_t)sizeof *p->edges);
+    for (int i = 0; i < DHSA_LEVELS; i++) {
+        const dhsa_chunks *c = &p->levels[i].chunks;
+        const int64_t done = head[HEAD_LEVELS + 3 * i + 2], row = c->row * (c->kind == DHSA_MEANS_F32 ? 4 : 2);
+        for (int64_t h = 0; done > 0 && h < p->kv_heads; h++) {
+            put_bytes(bytes, &at, c->state + h * c->pitch, done);
+            put_bytes(bytes, &at, (const char *)c->means + h * c->pitch * row, done * row);
+        }
+    }
+    return at;
+}
+
+/* Copies `count` things of `size` bytes from *at on, if they are there. */
+static int take_bytes(void *to, const char *bytes, int64_t n, int64_t *at, int64_t count, int64_t size)
+{
+    int64_t need;
+    if (!dhsa_mul(count, size, &need) || need > n - *at) return 0;
+    if (need > 0) memcpy(to, bytes + *at, (size_t)need);
+    *at += need;
+    return 1;
+}
+
+/* Whether the means of a chunk of these keys can have this state. */
+static int state_fits(int state, int32_t from, int32_t to)
+{
+    return from == to ? state == DHSA_CHUNK_EMPTY : state == DHSA_CHUNK_GOOD || state == DHSA_CHUNK_BAD;
+}
+
+static int means_finite(const void *means, int64_t n, dhsa_means_kind kind)
+{
+    const uint32_t *wide = means;
+    const uint16_t *narrow = means;
+    int bad = 0; /* no way out of the loops, so that a compiler makes vectors of them */
+    for (int64_t i = 0; kind == DHSA_MEANS_F32 && i < n; i++) bad |= (wide[i] & 0x7F800000u) == 0x7F800000u;
+    for (int64_t i = 0; kind != DHSA_MEANS_F32 && i < n; i++) bad |= (narrow[i] & 0x7F80u) == 0x7F80u;
+    return !bad;
+}
+
+/* Fills a level by its part of the header. 1: good; 0: the bytes are not what it can be; -1: no memory. */
+static int take_level(dhsa_key_index *p, int level, const int64_t *of, const char *bytes, int64_t n, int64_t *at)
+{
+    dhsa_level *l = &p->levels[level];
+    const int64_t chunks_of = level == DHSA_LEVEL_FINE ? 1 : DHSA_CHUNK_SUBGROUP, done = of[2];
+    if (done == 0) return of[0] >= 0 && of[0] <= DHSA_MEANS_BF16;
+    if ((of[0] != DHSA_MEANS_F32 && of[0] != DHSA_MEANS_BF16) || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) || done < 0 ||
+        done > p->chunks / chunks_of || done % DHSA_CHUNK_GROUP != 0)
+        return 0;
+    dhsa_chunks plan;
+    int64_t cells, need;
+    dhsa_chunks_plan(&plan, (dhsa_means_kind)of[0], (int)of[1], done, p->dim);
+    const int64_t size = plan.kind == DHSA_MEANS_F32 ? 4 : 2, row = plan.row * size;
+    /* Looked at before memory is asked for, so that this is in proportion to the bytes that are there. */
+    if (!dhsa_mul(p->kv_heads, done, &cells) || !dhsa_mul(cells, row + 1, &need) || need > n - *at) return 0;
+    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
+    if (!l->open) {
+        dhsa_chunks_close(&l->chunks);
+        return -1;
+    }
+    l->done = done;
+    for (int64_t h = 0; h < p->kv_heads; h++) {
+        unsigned char *state = l->chunks.state + h * l->chunks.pitch;
+        char *means = (char *)l->chunks.means + h * l->chunks.pitch * row;
+        if (!take_bytes(state, bytes, n, at, done, 1) || !take_bytes(means, bytes, n, at, done, row) ||
+            !means_finite(means, done * plan.row, plan.kind))
+            return 0;
+        for (int64_t c = 0; c < done; c++)
+            if (!state_fits(state[c], p->edges[c * chunks_of], p->edges[(c + 1) * chunks_of])) return 0;
+    }
+    return 1;
+}
+
+dhsa_status dhsa_key_index_read(const char *bytes, int64_t n, dhsa_key_index **index, dhsa_error *error)
+{
+    int64_t head[HEAD_SIZE], at = 0;
+    dhsa_status status;
+    if ((status = dhsa_check_pointer(bytes, "bytes", error)) || (status = dhsa_key_index_new(index, error))) return status;
+    dhsa_key_index *p = *index;
+    int good = take_bytes(head, bytes, n, &at, HEAD_SIZE, sizeof *head) && head[HEAD_MAGIC] == HEAD_VALUE &&
+               head[HEAD_KNOWN] >= 0 && head[HEAD_KNOWN] <= DHSA_MAX_LENGTH && head[HEAD_CHUNKS] >= 0 &&
+               head[HEAD_CHUNKS] <= DHSA_MAX_LENGTH && head[HEAD_DTYPE] >= 0 && head[HEAD_DTYPE] <= DHSA_BF16 &&
+               head[HEAD_KV_HEADS] >= 0 && head[HEAD_KV_HEADS] <= INT32_MAX && head[HEAD_DIM] >= 0 &&
+               head[HEAD_DIM] <= DHSA_MAX_HEAD_DIM &&
+               head[HEAD_KNOWN] * (int64_t)sizeof *p->fingerprints + head[HEAD_CHUNKS] * (int64_t)sizeof *p->edges <= n - at;
+    if (good) {
+        p->dtype = (dhsa_dtype)head[HEAD_DTYPE];
+        p->kv_heads = head[HEAD_KV_HEADS];
+        p->dim = head[HEAD_DIM];
+        void *fingerprints = NULL, *edges = NULL;
+        const int64_t edge_count = head[HEAD_CHUNKS] > 0 ? head[HEAD_CHUNKS] + 1 : 0;
+        good = key_index_grow(&fingerprints, &p->fingerprints_room, head[HEAD_KNOWN], 0, sizeof *p->fingerprints) &&
+                       key_index_grow(&edges, &p->edges_room, edge_count, 0, sizeof *p->edges)
+                   ? 1
+                   : -1;
+        p->fingerprints = fingerprints;
+        p->edges = edges;
+        if (good > 0)
+            good = take_bytes(fingerprints, bytes, n, &at, head[HEAD_KNOWN], sizeof *p->fingerprints) &&
+                   take_bytes(edges, bytes, n, &at, edge_count, sizeof *p->edges) && (edge_count == 0 || p->edges[0] == 0);
+        p->known = good > 0 ? head[HEAD_KNOWN] : 0;
+        p->chunks = p->total = good > 0 ? head[HEAD_CHUNKS] : 0;
+    }
+    for (int64_t c = 0; good > 0 && c < p->chunks; c++) good = p->edges[c] <= p->edges[c + 1];
+    if (good > 0 && p->chunks > 0) good = p->edges[p->chunks] <= p->known;
+    for (int i = 0; good > 0 && i < DHSA_LEVELS; i++) good = take_level(p, i, head + HEAD_LEVELS + 3 * i, bytes, n, &at);
+    if (good > 0 && at == n) return DHSA_OK;
+    dhsa_key_index_free(p);
+    *index = NULL;
+    if (good < 0) return no_memory(error, head[HEAD_KNOWN]);
+    return dhsa_fail(error, DHSA_ERR_VALUE, "bytes: these %" PRId64 " are no key index that this version has written", n);
+}

@@ -261,6 +261,10 @@ void dhsa_key_index_drop_means(dhsa_key_index *index);
 int64_t dhsa_key_index_boundaries(const dhsa_key_index *index, int32_t *boundaries);
 /* The memory of an index, in bytes. */
 int64_t dhsa_key_index_bytes(const dhsa_key_index *index);
+/* Writes it into bytes (NULL: nothing), for a file; returns how many there are. */
+int64_t dhsa_key_index_write(const dhsa_key_index *index, char *bytes);
+/* A new index of n bytes that dhsa_key_index_write wrote on a machine of this byte order. Any others are refused. */
+dhsa_status dhsa_key_index_read(const char *bytes, int64_t n, dhsa_key_index **index, dhsa_error *error);
 
 /* ---- the pipeline ------------------------------------------------------------------------------------------- */
 

@@ -94,6 +94,50 @@ static PyObject *key_index_nbytes(PyObject *object, void *unused)
     return PyLong_FromLongLong(bytes);
 }
 
+static PyObject *key_index_to_bytes(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    key_index_object *self = (key_index_object *)object;
+    if (key_index_acquire(self) != 0) {
+        return NULL;
+    }
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)dhsa_key_index_write(self->index, NULL));
+    if (bytes != NULL) {
+        dhsa_key_index_write(self->index, PyBytes_AsString(bytes));
+    }
+    atomic_store(&self->busy, 0);
+    return bytes;
+}
+
+/* A new object that owns `index`. Frees it and returns NULL if there is no memory. */
+static PyObject *key_index_wrap(PyTypeObject *type, dhsa_key_index *index)
+{
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    key_index_object *self = (key_index_object *)alloc(type, 0);
+    if (self == NULL) {
+        dhsa_key_index_free(index);
+        return NULL;
+    }
+    atomic_init(&self->busy, 0);
+    self->index = index;
+    return (PyObject *)self;
+}
+
+static PyObject *key_index_from_bytes(PyObject *type, PyObject *bytes)
+{
+    Py_buffer view;
+    if (PyObject_GetBuffer(bytes, &view, PyBUF_SIMPLE) != 0) {
+        PyErr_Clear();
+        dhsa_py_wrong_type("bytes", "a contiguous buffer of bytes", bytes);
+        return NULL;
+    }
+    dhsa_error error = {DHSA_OK, ""};
+    dhsa_key_index *index = NULL;
+    const dhsa_status status = dhsa_key_index_read(view.buf, (int64_t)view.len, &index, &error);
+    PyBuffer_Release(&view);
+    return status != DHSA_OK ? dhsa_py_raise(&error) : key_index_wrap((PyTypeObject *)type, index);
+}
+
 /* __copy__ and __deepcopy__ are the same, since the object holds nothing that two copies could share. */
 static PyObject *key_index_twin(PyObject *object, PyObject *unused)
 {
@@ -110,15 +154,7 @@ static PyObject *key_index_twin(PyObject *object, PyObject *unused)
     if (status != DHSA_OK) {
         return dhsa_py_raise(&error);
     }
-    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    key_index_object *copy = (key_index_object *)alloc(type, 0);
-    if (copy == NULL) {
-        dhsa_key_index_free(twin);
-        return NULL;
-    }
-    atomic_init(&copy->busy, 0);
-    copy->index = twin;
-    return (PyObject *)copy;
+    return key_index_wrap(type, twin);
 }
 
 static PyObject *key_index_reduce(PyObject *object, PyObject *unused)
@@ -135,6 +171,8 @@ PyObject *dhsa_py_key_index_type(PyObject *module)
         {"__copy__", key_index_twin, METH_NOARGS, "An independent copy."},
         {"__deepcopy__", key_index_twin, METH_O, "An independent copy."},
         {"__reduce__", key_index_reduce, METH_NOARGS, "Raises TypeError."},
+        {"to_bytes", key_index_to_bytes, METH_NOARGS, "What it holds, for a file."},
+        {"from_bytes", key_index_from_bytes, METH_O | METH_CLASS, "The one that to_bytes wrote; ValueError for other bytes."},
         {NULL, NULL, 0, NULL},
     };
     static PyGetSetDef getters[] = {

@@ -8,6 +8,7 @@ A `dhsa.Config` decides how prompts are attended to; decoding steps are exact by
 - transforms.py: transforms of torch and autocast. tracing.py, operator.py: compiled and exported models.
 - switching.py: `patch` and `unpatch`. wrappers.py: models inside other modules. handles.py: modules in graphs.
 - caches.py: what is stored about the keys of a cache. sharing.py: results that layers share. records.py: `last_run`.
+- saved.py: `save_cache` and `load_cache`.
 - compat.py: the differences between releases of transformers.
 
 Attention itself is computed by functional.py and the C core; nothing numeric happens here.
@@ -25,9 +26,22 @@ from . import operator as operator  # registers what graphs call
 from .attention import attention_forward
 from .masks import key_range_mask
 from .records import LayerRun, last_run
+from .saved import SavedCache, load_cache, save_cache
 from .switching import IMPLEMENTATION, model_facts, patch, patched, unpatch
 
-__all__ = ["IMPLEMENTATION", "LayerRun", "attention_forward", "last_run", "model_facts", "patch", "patched", "unpatch"]
+__all__ = [
+    "IMPLEMENTATION",
+    "LayerRun",
+    "SavedCache",
+    "attention_forward",
+    "last_run",
+    "load_cache",
+    "model_facts",
+    "patch",
+    "patched",
+    "save_cache",
+    "unpatch",
+]
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, key_range_mask)

@@ -25,7 +25,7 @@ from dhsa.config import Config
 
 from .compat import GRAPHS, cache_in
 
-__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "Memory", "recall", "unwatch", "watch"]
+__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "Memory", "recall", "restore", "stored", "unwatch", "watch"]
 
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
@@ -52,6 +52,8 @@ class Kept:
 
     def __init__(self) -> None:
         self.key_indexes: dict[tuple[int, int], Any] = {}  # by batch row and first key
+        self.stored: dict[tuple[int, int], memoryview] = {}  # those of a loaded cache that were not used yet, as bytes
+        self.file = ""  # the path of the file that holds them
         self.batch = 0
         self.tensor: weakref.ref | None = None
         self.version: int | None = None
@@ -59,11 +61,22 @@ class Kept:
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         twin = Kept()  # without a tensor, so that all keys of its first call are compared
         twin.batch = self.batch
+        twin.stored, twin.file = dict(self.stored), self.file
         twin.key_indexes = {at: copy.deepcopy(index, memo) for at, index in self.key_indexes.items()}
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (dict, ())  # pickled caches do not need this package; what is missing is computed again
+
+    def at(self, at: tuple[int, int]) -> Any:
+        """The KeyIndex for a batch row and first key; None if there is none."""
+        if at in self.stored:
+            try:
+                self.key_indexes[at] = _core.KeyIndex.from_bytes(self.stored[at])
+            except ValueError as error:
+                raise ValueError(f"{self.file}: the key index of a layer is damaged: {error}") from None
+            del self.stored[at]
+        return self.key_indexes.get(at)
 
     def unchanged(self, layer: Any) -> int:
         """How many keys of `layer` are known to be those of the last call."""
@@ -131,17 +144,16 @@ class Memory:
     def of(self, row: int | None, k_start: int) -> dict[str, Any]:
         """The arguments for queries of batch row `row` (None: all rows) that attend to the keys from `k_start` on."""
         rows = range(self._kept.batch) if row is None else (row,)
-        key_indexes = self._kept.key_indexes
-        found = {
-            at: self._used.get(at) or key_indexes.get(at) or _core.KeyIndex() for at in ((r, k_start) for r in rows)
-        }
+        places = ((r, k_start) for r in rows)
+        found = {at: self._used.get(at) or self._kept.at(at) or _core.KeyIndex() for at in places}
         self._used |= found
         return {"key_indexes": tuple(found.values()), "same": max(0, self._same - k_start), "keep_means": self._keep}
 
     def done(self, sparse: bool) -> None:
         """To be called after the call. `sparse`: no part of it was exact, so that every KeyIndex has seen its keys."""
         kept = self._kept
-        kept.key_indexes = self._used or kept.key_indexes  # those with another first key are not needed any more
+        if self._used:  # those with another first key are not needed any more
+            kept.key_indexes, kept.stored = self._used, {}
         kept.tensor = weakref.ref(self._key) if sparse and self._held else None
         kept.version = _version(self._key)
 
@@ -195,3 +207,24 @@ def _fresh(key: torch.Tensor) -> Memory:
     kept = Kept()
     kept.batch = key.shape[0]
     return Memory(kept, key, 0, False, False)
+
+
+# ---- saved caches ----------------------------------------------------------------------------------------------------
+
+
+def stored(layer: Any) -> dict[tuple[int, int], bytes]:
+    """The key indexes on a cache's layer as bytes, by batch row and first key."""
+    kept = getattr(layer, _KEPT, None)
+    if not isinstance(kept, Kept):
+        return {}
+    written = {at: index.to_bytes() for at, index in kept.key_indexes.items()}
+    return written | {at: bytes(part) for at, part in kept.stored.items()}
+
+
+def restore(layer: Any, batch: int, parts: dict[tuple[int, int], memoryview], file: str) -> None:
+    """Puts key indexes that `stored` returned for a layer with the same keys on `layer`. Each is read from `parts` when
+    it is first used."""
+    kept = Kept()
+    kept.batch, kept.stored, kept.file = batch, parts, file
+    kept.tensor, kept.version = weakref.ref(layer.keys), _version(layer.keys)
+    setattr(layer, _KEPT, kept)

@@ -250,6 +250,26 @@ static void pipeline(void)
     both[1] = twin;
     SERVED(dhsa_prefill_indexed(&two, &b, NULL, 0, &c, both, 0, 1, &stats, &error));
     dhsa_key_index_free(twin);
+    /* Written and read, it is the same again; cut short or with one number changed, it is refused. */
+    const int64_t written = dhsa_key_index_write(index, NULL);
+    char *file = malloc((size_t)written);
+    require(written > 0 && file && dhsa_key_index_write(index, file) == written, "an index as bytes", __LINE__);
+    SERVED(dhsa_key_index_read(file, written, &twin, &error));
+    require(dhsa_key_index_boundaries(twin, NULL) == edges && dhsa_key_index_write(twin, NULL) == written, "it is as it was",
+            __LINE__);
+    dhsa_key_index_free(twin);
+    REFUSED(dhsa_key_index_read(NULL, 0, &twin, &error), "bytes: ");
+    REFUSED(dhsa_key_index_read(file, 0, &twin, &error), "bytes: ");
+    REFUSED(dhsa_key_index_read(file, written - 1, &twin, &error), "bytes: ");
+    for (int i = 0; i < 6; i++) { /* magic, dtype, heads, width, keys, chunks */
+        int64_t was, wrong = INT64_MAX;
+        memcpy(&was, file + 8 * i, sizeof was);
+        memcpy(file + 8 * i, &wrong, sizeof wrong);
+        REFUSED(dhsa_key_index_read(file, written, &twin, &error), "bytes: ");
+        memcpy(file + 8 * i, &was, sizeof was);
+    }
+    require(dhsa_key_index_write(NULL, NULL) == 0, "nothing that is kept", __LINE__);
+    free(file);
     dhsa_key_index_free(index);
     /* NULL is an empty key index. */
     dhsa_key_index_free(NULL);

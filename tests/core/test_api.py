@@ -41,7 +41,7 @@ def test_names():
     functions = "attention boundaries pick_boundaries chunk_scores select sparse_attention"
     ratios = "boundary_ratios attention_ratios"
     others = "Config Selection BoundaryPredictor set_num_threads get_num_threads set_isa build_info reference"
-    hooks = "patch unpatch patched last_run check"
+    hooks = "patch unpatch patched last_run check save_cache load_cache"
     assert sorted(dhsa.__all__) == sorted(f"{functions} {ratios} {others} {hooks}".split())
     assert set(dhsa.__all__) <= set(dir(dhsa))
     assert dhsa.reference is reference

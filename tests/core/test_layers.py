@@ -17,16 +17,18 @@ LAYERS = [
     {"_typing"},
     {"_core"},
     {"_arrays", "_checkpoint", "_files", "_register", "_threads", "_twin"},
+    {"_safetensors"},
     {"methods", "predictor", "selection"},
     {"config", "reference"},
     {"functional", "labels"},
     {"dhsa"},
     {"commands", "hf", "plot"},
-    {"demo", "doctor", "evaluation", "training"},
+    {"ask", "demo", "doctor", "evaluation", "training"},
     {"__main__"},
 ]
 ALONE = {
-    "_core", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference", "training",
+    "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference",
+    "training",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Models named there are replaced by small ones; its figures are those of the mach
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from pages import code_of, small_models
 from weights import compact_weights
 
 import dhsa
+from dhsa import ask
 from dhsa.training import command as training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +34,13 @@ def test_snippet_on_a_model(monkeypatch):
     runs = dhsa.last_run(model, "prefill")
     assert [(r.kind, r.path) for r in runs] == [("sliding", "window"), ("full", "sparse")]
     assert model.config._attn_implementation != "dhsa"  # patched for the with statement only
+
+
+def test_command_about_a_text():
+    parser = argparse.ArgumentParser()
+    ask.add_arguments(parser)
+    (line,) = re.findall(r"^`python -m dhsa ask (.*)`$", TEXT, re.M)
+    assert parser.parse_args(shlex.split(line)).text.name == "book.txt"
 
 
 def test_snippet_on_arrays():

@@ -1,0 +1,395 @@
+"""`python -m dhsa ask`: questions about a text that the model reads only once.
+
+The text goes through the model as the first part of a prompt. Its cache is saved in a folder, so that later questions,
+also those of a later process, begin where the text ends. Each question is answered on a cache of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dhsa import commands
+from dhsa._safetensors import read_header
+from dhsa.commands import UserError, at_least
+from dhsa.methods import registry
+
+__all__ = ["DESCRIPTION", "add_arguments", "run"]
+
+DESCRIPTION = (
+    "Reads a text with a model and answers questions about it. What the model computes for the text is saved, so that "
+    "the text is read once and later questions are answered at once. In a terminal, the command waits for the next "
+    "question after each answer."
+)
+SUFFIX = ".prompt.safetensors"
+PIECE = 2048  # tokens of the text that go through the model at once
+GB = 10**9
+_NEEDED = ("torch", "transformers", "rich")
+_MARK = "[[3f9a1c27 question]]"  # stands for the question in a chat template
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("question", nargs="?", help="the question; without one, it is asked for in the terminal")
+    add("--text", type=Path, metavar="FILE", help="a UTF-8 text; default: Python's language reference")
+    add("--model", metavar="PATH", help="a GGUF file, a model folder, gemma3 or smollm2 (packaged); default: gemma3")
+    kinds = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=kinds, default=kinds[0], help=f"of the weights; default: {kinds[0]}")
+    add("--tokens", type=at_least(1), metavar="N", help="read only the first N tokens of the text")
+    add("--new-tokens", type=at_least(1), default=256, metavar="N", help="the most tokens of an answer; default: 256")
+    add("--budget", type=at_least(4), default=2048, metavar="N", help="keys a block of queries may see; default: 2048")
+    add("--method", choices=tuple(registry), default="rows", help="how these keys are selected; default: rows")
+    add("--exact", action="store_true", help="attend to every key, in place of --budget and --method")
+    add("--bits", type=int, choices=(8,), help="save the cache in 8 bits: smaller, slower to open, and rounded")
+    add(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="the folder of saved texts; default: dhsa/prompts in $XDG_CACHE_HOME or ~/.cache",
+    )
+    add(
+        "--max-size",
+        type=_gigabytes,
+        default=20 * GB,
+        metavar="GB",
+        help="the most that saved texts may take; those not used for longest are deleted first; default: 20",
+    )
+    add("--list", action="store_true", help="list the saved texts, and do nothing else")
+    add("--forget", metavar="NAME", help="delete a saved text by its name in --list, or all, and do nothing else")
+
+
+def _gigabytes(text: str) -> int:
+    value = float(text)
+    if not 0 <= value < 10**9:
+        raise argparse.ArgumentTypeError(f"{text} is no size in GB")
+    return int(value * GB)
+
+
+_gigabytes.__name__ = "float"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command for parsed arguments (see `add_arguments`) and return the exit status."""
+    commands.prepare(_NEEDED, "ask")
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    folder = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa" / "prompts"
+    if args.list:
+        _show(folder, console)
+        return 0
+    if args.forget is not None:
+        _forget(folder, args.forget, console)
+        return 0
+    waits = sys.stdin.isatty()
+    if args.question is None and not waits:
+        raise UserError("no question; give one, or run the command in a terminal")
+    if args.question is not None and not args.question.strip():
+        raise UserError("the question is empty")
+    text = commands.read_text(args.text)
+
+    with commands.progress(console) as step:
+        with step("finding the model"):
+            source = commands.find_model(args.model)
+        with step(f"loading {source.name} into {args.dtype}"):
+            tokenizer, model = commands.load(source, args.dtype)
+        with step("tokenizing"):
+            prompt = _Prompt(tokenizer, text, args.tokens)
+    if (most := getattr(model.config.get_text_config(), "max_position_embeddings", None)) and len(prompt) > most:
+        console.print(f"The text has {len(prompt):,} tokens; the model was made for {most:,}.", highlight=False)
+    import dhsa
+
+    config = dhsa.Config(budget=None) if args.exact else dhsa.Config(method=args.method, budget=args.budget)
+    try:
+        dhsa.patch(model, config)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from error
+    fresh = _reader(model, prompt, folder, args, source.name, console)
+    question = args.question
+    while True:
+        if question is not None:
+            try:
+                _answer(model, tokenizer, fresh(), prompt, question, args.new_tokens, console)
+            except ValueError as error:  # what is stored about the keys is read when it is first used
+                if SUFFIX not in str(error):
+                    raise
+                raise UserError(f"{error}; delete it by --forget, and the text is read again") from error
+            except KeyboardInterrupt:
+                if not waits:
+                    raise
+                print()
+        if not waits:
+            return 0
+        try:
+            question = input("\nquestion> ").strip() or None
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+
+
+# ---- the prompt ------------------------------------------------------------------------------------------------------
+
+
+class _Prompt:
+    """The parts of a prompt: `ids` int64 [1, L], what all questions about the text have in common, and what follows."""
+
+    def __init__(self, tokenizer: Any, text: str, tokens: int | None) -> None:
+        self._tokenizer = tokenizer
+        self.templated = getattr(tokenizer, "chat_template", None) is not None
+        if tokens is not None:
+            text = _first_tokens(tokenizer, text, tokens)
+        if not text.strip():
+            raise UserError("--text: is empty")
+        before, after = f"{text}\n\n", "\nAnswer:"
+        if self.templated:
+            before, after = _rendered(tokenizer, before)
+        self._after = after
+        ids = tokenizer(before, add_special_tokens=not self.templated).input_ids
+        if not self.templated and ids[-1] in (tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)):
+            ids = ids[:-1]  # what follows is not another text
+        import torch
+
+        self.ids = torch.tensor([ids])
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[1])
+
+    def question(self, text: str) -> Any:
+        """The ids of a question and of what stands after it, int64 [1, n]."""
+        import torch
+
+        whole = (text if self.templated else f"Question: {text}") + self._after
+        return torch.tensor([self._tokenizer(whole, add_special_tokens=False).input_ids])
+
+
+def _first_tokens(tokenizer: Any, text: str, tokens: int) -> str:
+    """The beginning of a text that has `tokens` tokens."""
+    ids = tokenizer(text[: 24 * tokens], add_special_tokens=False).input_ids
+    return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens])
+
+
+def _rendered(tokenizer: Any, before: str) -> tuple[str, str]:
+    """What a chat template has before and after the question, where `before` comes first in the message."""
+    from jinja2.exceptions import TemplateError
+
+    message = [{"role": "user", "content": before + _MARK}]
+    try:
+        whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(f"--model: its chat template refuses a single message of the user: {error}") from error
+    head, mark, tail = whole.rpartition(_MARK)
+    if not mark:
+        raise UserError("--model: its chat template leaves out or changes what the user says")
+    return head, tail
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _reader(
+    model: Any, prompt: _Prompt, folder: Path, args: argparse.Namespace, model_name: str, console: Any
+) -> Callable[[], Any]:
+    """A function that returns a cache of the text for one question, made from a saved file or by reading the text."""
+    import dhsa
+    from dhsa.hf.saved import write_cache
+
+    text_name = "Python's language reference" if args.text is None else str(args.text)
+    path = folder / (_name(model, prompt, args) + SUFFIX)
+
+    def opened() -> Any:
+        return dhsa.load_cache(path, model, prompt=prompt.ids)
+
+    if path.exists():
+        start = time.perf_counter()
+        try:
+            cache = opened()
+        except (ValueError, OSError) as error:
+            console.print(f"{error}; the text is read again.", highlight=False, markup=False, soft_wrap=True)
+        else:
+            with suppress(OSError):  # in a folder that cannot be written, the order stays as it is
+                os.utime(path)
+            seconds = time.perf_counter() - start
+            console.print(
+                f"{len(prompt):,} tokens of {text_name} opened in {seconds:.2f} s.", highlight=False, markup=False
+            )
+            del cache
+            return opened
+    cache = _read(model, prompt, console)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = {"model": model_name, "text": text_name}
+        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes)
+        if (size := path.stat().st_size) > args.max_size:
+            path.unlink()
+            raise OSError(f"it takes {_size(size)}, --max-size is {_size(args.max_size)}")
+        _trim(folder, args.max_size, path)
+    except (OSError, NotImplementedError) as error:
+        console.print(f"The text is not saved: {error}", highlight=False, markup=False, soft_wrap=True)
+        return lambda: _copied(cache, prompt)
+    return opened
+
+
+def _copied(cache: Any, prompt: _Prompt) -> Any:
+    twin = copy.deepcopy(cache)
+    twin.tokens = prompt.ids
+    return twin
+
+
+def _name(model: Any, prompt: _Prompt, args: argparse.Namespace) -> str:
+    """The name of a saved text: that of its file, and a hash of all that its keys and values depend on."""
+    from dhsa.hf.saved import FORMAT, attention_of, digest, fingerprint
+
+    parts = [FORMAT, digest(prompt.ids), fingerprint(model), attention_of(model), args.bits]
+    code = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    stem = "reference" if args.text is None else re.sub(r"[^\w.-]+", "-", args.text.stem).strip(".-")[:60]
+    return f"{stem or 'text'}-{code}"
+
+
+def _read(model: Any, prompt: _Prompt, console: Any) -> Any:
+    """The cache of a model that has read the text."""
+    import torch
+    from transformers import DynamicCache
+
+    from dhsa.hf.compat import cache_option
+
+    cache, decoder = DynamicCache(config=model.config), model.get_decoder()
+    with torch.no_grad(), _tokens_read(console, len(prompt)) as advance:
+        for piece in prompt.ids.split(PIECE, 1):
+            decoder(piece, **cache_option(decoder, cache), use_cache=True)
+            advance(piece.shape[1])
+    return cache
+
+
+@contextmanager
+def _tokens_read(console: Any, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of reading `total` tokens: the tokens per second and the remaining time."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            rate = task.finished_speed or task.speed
+            return Text("" if rate is None else f"{rate:,.0f} tokens/s")
+
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        Rate(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console) as shown:
+        task = shown.add_task(f"reading {total:,} tokens", total=total)
+        yield lambda count: shown.advance(task, count)
+
+
+# ---- answering -------------------------------------------------------------------------------------------------------
+
+
+def _answer(
+    model: Any, tokenizer: Any, cache: Any, prompt: _Prompt, question: str, new_tokens: int, console: Any
+) -> None:
+    """Prints the answer token by token, then its speed."""
+    import torch
+    from transformers import StoppingCriteriaList, TextStreamer
+
+    from dhsa.hf.compat import cache_option
+
+    ids = torch.cat([cache.tokens, prompt.question(question)], 1)
+    stops = StoppingCriteriaList()
+    if not prompt.templated:  # a model without a template goes on with questions of its own
+
+        def next_question(ids: Any, scores: Any, **kwargs: Any) -> Any:
+            return torch.tensor(["\n\n" in tokenizer.decode(row[start:]).lstrip() for row in ids])
+
+        start = ids.shape[1]
+        stops.append(next_question)
+    started = time.perf_counter()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        **cache_option(model, cache),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        stopping_criteria=stops,
+    )
+    count, seconds = out.shape[1] - ids.shape[1], time.perf_counter() - started
+    console.print(f"{count} tokens, {count / seconds:.1f} tokens/s", style="dim", highlight=False)
+
+
+# ---- saved texts -----------------------------------------------------------------------------------------------------
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The files of saved texts, the one that was used last first."""
+    found = []
+    for path in folder.glob(f"*{SUFFIX}") if folder.is_dir() else ():
+        try:
+            found.append((path.stat().st_mtime, path))
+        except OSError:  # another process has deleted it
+            continue
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _trim(folder: Path, most: int, keep: Path) -> None:
+    """Deletes the saved texts not used for longest, other than `keep`, until all take no more than `most` bytes."""
+    left = most - keep.stat().st_size
+    for path in _saved(folder):
+        if path == keep:
+            continue
+        left -= path.stat().st_size
+        if left < 0:
+            path.unlink(missing_ok=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / 10**6:.1f} MB"
+
+
+def _show(folder: Path, console: Any) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    paths = _saved(folder)
+    if not paths:
+        console.print(f"No saved texts in {folder}.", highlight=False, markup=False, soft_wrap=True)
+        return
+    table = Table(title=escape(str(folder)), title_style="bold")
+    for heading in ("name", "text", "model", "tokens", "size", "last used"):
+        table.add_column(heading, justify="right" if heading in ("tokens", "size") else "left", overflow="fold")
+    for path in paths:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        text, model, tokens = _notes(path)
+        name = path.name.removesuffix(SUFFIX)
+        table.add_row(escape(name), escape(text), escape(model), tokens, _size(path.stat().st_size), used)
+    console.print(table)
+
+
+def _notes(path: Path) -> tuple[str, str, str]:
+    """The text, the model and the number of tokens that a file names."""
+    try:
+        with open(path, "rb") as file:
+            metadata, entries = read_header(file, os.fstat(file.fileno()).st_size)
+        return metadata["note.text"], metadata["note.model"], f"{entries['tokens'].shape[-1]:,}"
+    except (OSError, ValueError, LookupError):
+        return "damaged", "", ""
+
+
+def _forget(folder: Path, name: str, console: Any) -> None:
+    paths = {path.name.removesuffix(SUFFIX): path for path in _saved(folder)}
+    if name != "all" and name not in paths:
+        raise UserError(f"--forget: no saved text {name!r} in {folder}; --list shows the names")
+    for each in paths if name == "all" else [name]:
+        paths[each].unlink(missing_ok=True)
+        console.print(f"Deleted {each}.", highlight=False, markup=False, soft_wrap=True)
