@@ -66,7 +66,7 @@ bench-report: $(VENV)/.demo
 # the two side by side, once both environments are there: each installation builds the extension of the checkout anew.
 HF_TESTS := $(shell grep -l transformers tests/*/test_*.py)
 OLDEST   := VENV=.venv-oldest TORCH=torch==2.6.0 PINS='transformers==5.5.0 numpy==1.26.4 safetensors==0.4.3'
-NEWEST   := VENV=.venv-newest TORCH='torch<2.15' PINS="--upgrade 'transformers<6' 'numpy<2.5'"
+NEWEST   := VENV=.venv-newest TORCH='torch<2.15' PINS="--upgrade 'transformers<6' 'numpy<2.6'"
 test-oldest:
 	$(MAKE) test $(OLDEST) ARGS="$(HF_TESTS) $(ARGS)"
 test-newest:
