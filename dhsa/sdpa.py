@@ -30,11 +30,9 @@ from dhsa.selection import Selection
 
 __all__ = ["SdpaCounts", "replace_sdpa", "replacing_sdpa", "restore_sdpa", "scaled_dot_product_attention"]
 
-# Keys below which torch's own function takes less time than this package, or as long: measured with two threads of a
-# Xeon with AVX-512 and AMX by `benchmarks/bench_dropin.py lengths`, November 2026.
-LEAST_KEYS = {torch.float32: 96, torch.bfloat16: 32, torch.float16: 32}
-# As many queries as a decoding step has are bound by memory, and take as long either way.
-LEAST_QUERIES = 16
+# (queries, keys) below which torch's own function takes less time than this package, or as long: measured with two
+# threads of a Xeon with AVX-512 and AMX by `benchmarks/bench_dropin.py --lengths`, November 2026.
+LEAST = {torch.float32: (64, 96), torch.bfloat16: (32, 48), torch.float16: (32, 48)}
 
 # An additive mask hides a key with -inf, or with a finite number so low that its probability is 0: the smallest one of
 # a dtype, -1e9, or -1e4, which is -9984 in bfloat16.
@@ -228,7 +226,7 @@ def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _check_dtypes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> None:
-    if query.dtype not in LEAST_KEYS:
+    if query.dtype not in LEAST:
         raise _Unserved(TypeError, f"query: expected float32, float16 or bfloat16, got {_name(query)}")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
@@ -479,7 +477,7 @@ def replace_sdpa(*, break_even: int | None = None) -> SdpaCounts:
 
     For programs that know nothing of this package. The function is replaced for the whole process. Calls that
     `dhsa.scaled_dot_product_attention` can compute are served; the others are passed on to torch's function, arguments
-    as they are. So are calls with fewer than 96 keys in float32 or 32 in 16 bits, or fewer than 16 queries, which torch
+    as they are. So are calls with fewer than 64 queries or 96 keys in float32, 32 or 48 in 16 bits, which torch
     computes as fast; calls in graphs that torch.compile or torch.export make; and those under
     `torch.nn.attention.sdpa_kernel`. Names that were imported from torch.nn.functional before keep torch's function.
 
@@ -625,15 +623,13 @@ def _check_break_even(query: Any, key: Any) -> None:
         raise _Unserved(NotImplementedError, "sdpa_kernel: some of torch's backends are ruled out")
     if not (isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and query.ndim > 1 and key.ndim > 1):
         return
-    q_len, k_len = query.shape[-2], key.shape[-2]
     active = _active
     least = active[-1]._break_even if active else None
-    if least is None:
-        if q_len < LEAST_QUERIES:
-            raise _Unserved(NotImplementedError, f"break-even: fewer than {LEAST_QUERIES} queries")
-        least = LEAST_KEYS.get(query.dtype, 0)
-    if k_len < least:
-        raise _Unserved(NotImplementedError, f"break-even: fewer than {least} keys")
+    least_q, least_k = LEAST.get(query.dtype, (0, 0)) if least is None else (0, least)
+    if query.shape[-2] < least_q:
+        raise _Unserved(NotImplementedError, f"break-even: fewer than {least_q} queries")
+    if key.shape[-2] < least_k:
+        raise _Unserved(NotImplementedError, f"break-even: fewer than {least_k} keys")
 
 
 @torch.compiler.assume_constant_result
