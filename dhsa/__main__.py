@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import dhsa
 from dhsa import demo
+from dhsa import run as running
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
 from dhsa.loading import UserError
@@ -51,13 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=training.DESCRIPTION,
         )
     )
+    running.add_arguments(
+        commands.add_parser(
+            "run",
+            help="run a program that knows nothing of dhsa, with attn_implementation='dhsa' known to its transformers",
+            description=running.DESCRIPTION,
+        )
+    )
     commands.add_parser("info", help="how the core was built and what of it runs here")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
-        run = {"demo": demo, "check": doctor, "eval": evaluation, "train-boundaries": training}[args.command].run
+        run = {"demo": demo, "check": doctor, "eval": evaluation, "train-boundaries": training, "run": running}[
+            args.command
+        ].run
         return run(args)
     except UserError as error:
         print(f"dhsa {args.command}: {error}", file=sys.stderr)
