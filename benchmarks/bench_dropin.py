@@ -111,7 +111,7 @@ def continuous_batching(dtype: torch.dtype, small: bool = False) -> Program:
     lengths = (150, 260, 90) if small else (600, 1600, 900, 1200, 700, 1500)
     prompts = [torch.randint(2, 101, (n,)).tolist() for n in lengths]
     batches = transformers.ContinuousBatchingConfig(
-        max_memory_percent=0.05, num_blocks=64 if small else 300, max_batch_tokens=256 if small else 2048
+        max_memory_percent=0.2, num_blocks=8 if small else 32, max_batch_tokens=256 if small else 2048
     )
 
     def call() -> torch.Tensor:

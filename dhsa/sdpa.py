@@ -180,9 +180,10 @@ class _Call:
 
 def _check_tensors(query: Any, key: Any, value: Any, attn_mask: Any) -> None:
     recorded = torch.is_grad_enabled()
-    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if x is None and name == "attn_mask":
-            continue
+    tensors: list[tuple[str, Any]] = [("query", query), ("key", key), ("value", value)]
+    if attn_mask is not None:
+        tensors.append(("attn_mask", attn_mask))
+    for name, x in tensors:
         if not isinstance(x, torch.Tensor):
             raise _Unserved(TypeError, f"{name}: expected a torch tensor, got {type_name(x)}")
         if recorded and x.requires_grad:
@@ -426,9 +427,10 @@ def _visible(mask: torch.Tensor) -> np.ndarray:
     """bool [R, Lk] of a mask, which may be additive. _Unserved if it is a bias."""
     mask = mask.detach()
     if mask.dtype == torch.bool:
-        return mask.numpy()
-    values = (mask if mask.dtype == torch.float32 else mask.float()).numpy()
-    seen = values == 0
+        visible: np.ndarray = mask.numpy()
+        return visible
+    values: np.ndarray = (mask if mask.dtype == torch.float32 else mask.float()).numpy()
+    seen: np.ndarray = values == 0
     hidden = values <= HIDDEN
     if np.count_nonzero(seen) + np.count_nonzero(hidden) != values.size:
         raise _Unserved(
@@ -469,7 +471,7 @@ _lock = threading.Lock()
 _active: tuple[SdpaCounts, ...] = ()  # of every replacement that has not ended, the latest last
 _lasting: SdpaCounts | None = None  # that of `replace_sdpa`
 _installed: Callable[..., Any] | None = None  # what stands in the place of torch's function
-_original: Callable[..., Any] | None = None  # what stood there before
+_original: Any = None  # what stood there before
 
 
 def replace_sdpa(*, break_even: int | None = None) -> SdpaCounts:

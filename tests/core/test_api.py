@@ -42,7 +42,8 @@ def test_names():
     ratios = "boundary_ratios attention_ratios"
     others = "Config Selection BoundaryPredictor set_num_threads get_num_threads set_isa build_info reference"
     hooks = "patch unpatch patched last_run check"
-    assert sorted(dhsa.__all__) == sorted(f"{functions} {ratios} {others} {hooks}".split())
+    drop_in = "scaled_dot_product_attention SdpaCounts replacing_sdpa replace_sdpa restore_sdpa"
+    assert sorted(dhsa.__all__) == sorted(f"{functions} {ratios} {others} {hooks} {drop_in}".split())
     assert set(dhsa.__all__) <= set(dir(dhsa))
     assert dhsa.reference is reference
     with pytest.raises(AttributeError, match="no attribute 'atention'"):

@@ -21,11 +21,14 @@ LAYERS = [
     {"config", "reference"},
     {"functional", "labels"},
     {"dhsa"},
-    {"hf", "loading", "plot"},
-    {"demo", "doctor", "evaluation", "training"},
+    {"hf", "loading", "plot", "sdpa"},
+    {"demo", "doctor", "evaluation", "run", "training"},
     {"__main__"},
 ]
-ALONE = {"_core", "config", "methods", "reference", "demo", "doctor", "evaluation", "training", "hf", "loading", "plot"}
+ALONE = {
+    "_core", "config", "methods", "reference", "demo", "doctor", "evaluation", "run", "training", "hf", "loading", "plot",
+    "sdpa",
+}  # fmt: skip
 
 
 def includes(path):
