@@ -26,8 +26,8 @@ LAYERS = [
     {"__main__"},
 ]
 ALONE = {
-    "_core", "config", "methods", "reference", "demo", "doctor", "evaluation", "run", "training", "hf", "loading", "plot",
-    "sdpa",
+    "_core", "config", "methods", "reference", "demo", "doctor", "evaluation", "run", "training", "hf", "loading",
+    "plot", "sdpa",
 }  # fmt: skip
 
 
