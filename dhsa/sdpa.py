@@ -126,7 +126,7 @@ class _Call:
         query, key, value = _cast(query, key, value)
         _check_dtypes(query, key, value, attn_mask)
         if attn_mask is not None and attn_mask.numel():
-            _visible(attn_mask[(-1,) * (attn_mask.ndim - 2)][-1:])  # most biases show in one row, and are refused here
+            _visible(attn_mask[(-1,) * (attn_mask.ndim - 1)])  # most biases show in one row, and are refused here
         self.mask, self.causal, self.scale = attn_mask, is_causal, scale
         self.lead, self.heads, self.kv_heads = _leading(query, key, value, enable_gqa)
         self.q_len, self.k_len, self.width = query.shape[-2], key.shape[-2], value.shape[-1]
@@ -424,8 +424,9 @@ def _intervals(mask: torch.Tensor) -> np.ndarray | None:
 
 
 def _visible(mask: torch.Tensor) -> np.ndarray:
-    """bool [R, Lk] of a mask, which may be additive. _Unserved if it is a bias."""
-    mask = mask.detach()
+    """bool [R, Lk] or [Lk] of a mask, which may be additive. _Unserved if it is a bias."""
+    if mask.requires_grad:
+        mask = mask.detach()
     if mask.dtype == torch.bool:
         visible: np.ndarray = mask.numpy()
         return visible
@@ -436,7 +437,7 @@ def _visible(mask: torch.Tensor) -> np.ndarray:
         raise _Unserved(
             NotImplementedError, "attn_mask: is a bias", ": expected 0 for keys that are seen and -inf for others"
         )
-    blind = ~seen.any(1)
+    blind = ~seen.any(-1)
     if blind.any() and not np.isneginf(values[blind]).all():  # a softmax of finite numbers alone makes probabilities
         raise _Unserved(
             NotImplementedError, "attn_mask: is a bias", ": a query whose keys are all hidden needs -inf for each"
