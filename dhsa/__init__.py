@@ -2,9 +2,9 @@
 
 This module only collects the public names; see the modules named below for the code. Importing it needs NumPy alone.
 The integration with transformers (`patch`, `unpatch`, `patched`, `last_run`, `save_cache`, `load_cache`; module
-`dhsa.hf`), `check` (module `dhsa.doctor`), `dhsa.training` and `dhsa.reference` are imported when they are first used.
-`dhsa.hf` is also imported as soon as the program imports transformers' models, so that these know
-`attn_implementation="dhsa"`.
+`dhsa.hf`), `check` (module `dhsa.doctor`), `scaled_dot_product_attention` and its replacement in torch (module
+`dhsa.sdpa`), `dhsa.training` and `dhsa.reference` are imported when they are first used. `dhsa.hf` is also imported as
+soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from dhsa import training as training
     from dhsa.doctor.run import check
     from dhsa.hf import last_run, load_cache, patch, patched, save_cache, unpatch
+    from dhsa.sdpa import SdpaCounts, replace_sdpa, replacing_sdpa, restore_sdpa, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BoundaryPredictor",
     "Config",
+    "SdpaCounts",
     "Selection",
     "attention",
     "attention_ratios",
@@ -55,7 +57,11 @@ __all__ = [
     "patched",
     "pick_boundaries",
     "reference",
+    "replace_sdpa",
+    "replacing_sdpa",
+    "restore_sdpa",
     "save_cache",
+    "scaled_dot_product_attention",
     "select",
     "set_isa",
     "set_num_threads",
@@ -63,20 +69,22 @@ __all__ = [
     "unpatch",
 ]
 
-# The module of each name that needs transformers.
+# The module of each name that needs transformers, and the names that need torch alone.
 _HOME = {
     "check": "dhsa.doctor.run",
     **dict.fromkeys(("last_run", "load_cache", "patch", "patched", "save_cache", "unpatch"), "dhsa.hf"),
 }
+_SDPA = ("SdpaCounts", "replace_sdpa", "replacing_sdpa", "restore_sdpa", "scaled_dot_product_attention")
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in _HOME:
+    if name in _HOME or name in _SDPA:
         try:
-            importlib.import_module("dhsa.hf")  # its ImportError says what to install
-            value = getattr(importlib.import_module(_HOME[name]), name)
+            if name in _HOME:
+                importlib.import_module("dhsa.hf")  # its ImportError says what to install
+            value = getattr(importlib.import_module(_HOME.get(name, "dhsa.sdpa")), name)
         except ImportError as error:
             return _refusal(name, error)
         globals()[name] = value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import dhsa
 from dhsa import ask, demo
+from dhsa import run as running
 from dhsa.commands import UserError
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
@@ -58,13 +59,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=training.DESCRIPTION,
         )
     )
+    running.add_arguments(
+        commands.add_parser(
+            "run",
+            help="run a program that does not import dhsa, with attn_implementation='dhsa' known to its transformers",
+            description=running.DESCRIPTION,
+        )
+    )
     commands.add_parser("info", help="how the core was built and which instruction sets this CPU has")
     args = parser.parse_args(argv)
     if args.command == "info":
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
-        modules = {"demo": demo, "ask": ask, "check": doctor, "eval": evaluation, "train-boundaries": training}
+        modules = {
+            "demo": demo,
+            "ask": ask,
+            "check": doctor,
+            "eval": evaluation,
+            "train-boundaries": training,
+            "run": running,
+        }
         return modules[args.command].run(args)
     except UserError as error:
         print(f"dhsa {args.command}: {error}", file=sys.stderr)

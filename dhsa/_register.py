@@ -1,4 +1,5 @@
-"""Registers attention implementation "dhsa" with transformers once both packages are imported, in either order.
+"""Registers attention implementation "dhsa" with transformers once both packages are imported, in either order, and
+calls other functions once a module has been imported.
 
 `import dhsa` must not import transformers, and a program that loads models by `attn_implementation="dhsa"` imports only
 `dhsa`. So a finder on `sys.meta_path` notices when transformers' module of models has been imported, and then imports
@@ -10,24 +11,31 @@ import contextlib
 import importlib
 import sys
 import threading
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register_when_imported"]
+__all__ = ["MODELS", "register_when_imported", "when_imported"]
 
-_AWAITED = "transformers.modeling_utils"  # has the registry of attention functions, and needs torch anyway
+MODELS = "transformers.modeling_utils"  # has the registry of attention functions, and needs torch anyway
 
 
 def register_when_imported() -> None:
     """Registers now if transformers is already imported, else once it has been. Further calls do nothing."""
-    if _AWAITED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Awaiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiting())
+    when_imported(MODELS, _register)
 
 
-def _register() -> None:
+def when_imported(name: str, act: Callable[[ModuleType], object]) -> None:
+    """Calls `act` with the module of this name: now if it is already imported, else once it has been. Further calls
+    with the same arguments do nothing."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    elif not any(isinstance(finder, _Awaiting) and finder.awaits(name, act) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Awaiting(name, act))
+
+
+def _register(_: ModuleType) -> None:
     if "dhsa.hf" in sys.modules:  # or another thread is importing it, and waits for this one
         return
     # A release that is not supported, or is partly imported: an explicit `import dhsa.hf` raises the error.
@@ -36,13 +44,17 @@ def _register() -> None:
 
 
 class _Awaiting:
-    """A finder that delegates to the other finders, and registers once the awaited module has been executed."""
+    """A finder that delegates to the other finders, and calls a function once the awaited module has been executed."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, act: Callable[[ModuleType], object]) -> None:
+        self._name, self._act = name, act
         self._asking = threading.local()  # against recursion: finders of other packages may delegate as well
 
+    def awaits(self, name: str, act: Callable[[ModuleType], object]) -> bool:
+        return (name, act) == (self._name, self._act)
+
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _AWAITED or getattr(self._asking, "now", False):
+        if name != self._name or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
         try:
@@ -64,12 +76,12 @@ class _Awaiting:
             # If this fails, the finder stays for the next attempt. This frame appears in the traceback, so the comment
             # of the line that is quoted there says where the error comes from.
             run(module)  # transformers.modeling_utils is imported here: an error below is not of dhsa
-            if module.__name__ != _AWAITED:
+            if module.__name__ != self._name:
                 return
             loader.__dict__.pop("exec_module", None)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            _register()
+            self._act(module)
 
         with contextlib.suppress(AttributeError):  # a loader without attributes: users must import dhsa.hf
             loader.exec_module = exec_module

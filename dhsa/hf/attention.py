@@ -11,13 +11,13 @@ from dhsa.config import Config
 from dhsa.functional import RunStats
 from dhsa.selection import Selection
 
-from . import break_even
+from . import break_even, switching
 from .caches import Memory, recall
 from .compat import outside_graphs
 from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranges_of
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported
-from .switching import DEFAULT, EXACT, STATE, State
+from .switching import EXACT, STATE, State
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
@@ -86,7 +86,7 @@ def attend(
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
-    config = DEFAULT if state is None else state.config_for(layer)
+    config = switching.DEFAULT if state is None else state.config_for(layer)
     # Chunks are stored for layers without a window only: keys that leave a window take their chunks with them.
     memory, unseen = None, ""
     if sliding_window is None:

@@ -34,12 +34,13 @@ __all__ = [
     "own_networks",
     "patch",
     "patched",
+    "set_default",
     "unpatch",
 ]
 
 IMPLEMENTATION = "dhsa"
 EXACT = Config(budget=None)
-DEFAULT = Config()
+DEFAULT = Config()  # of models that are not patched, and of `patch` without a config; see `set_default`
 Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)  # a transformers model, or a module around one
 STATE = "_dhsa_state"  # on a patched model and on its modules
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
@@ -138,6 +139,14 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
         raise
     install(model, State(config, chosen, former, own, entries=entries, edits=edits))
     return given
+
+
+def set_default(config: Config) -> None:
+    """Makes `config` that of models that are loaded as "dhsa" and not patched, and of `patch` without a config. It must
+    neither share between layers nor choose keys in decoding steps, which need the hooks that `patch` puts on a model.
+    """
+    global DEFAULT
+    DEFAULT = config
 
 
 def model_facts(model: torch.nn.Module) -> dict[str, Any]:

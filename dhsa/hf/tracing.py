@@ -16,10 +16,11 @@ from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mas
 from dhsa._arrays import torch_tangent
 from dhsa.config import Config
 
+from . import switching
 from .compat import exporting
 from .handles import HANDLE, number_of
 from .refusals import check_padding
-from .switching import DEFAULT, STATE, State
+from .switching import STATE, State
 
 __all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing"]
 
@@ -59,7 +60,7 @@ def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
     """The attributes of a module that attention reads, as they are now, as strings that a saved program can contain."""
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
-    config = DEFAULT if state is None else state.config_for(layer)
+    config = switching.DEFAULT if state is None else state.config_for(layer)
     if config.predictor is not None:
         raise NotImplementedError(
             'torch.export: boundaries="predictor" cannot be written into a program; patch the model with others'

@@ -22,13 +22,13 @@ LAYERS = [
     {"config", "reference"},
     {"functional", "labels"},
     {"dhsa"},
-    {"commands", "hf", "plot"},
-    {"ask", "demo", "doctor", "evaluation", "training"},
+    {"commands", "hf", "plot", "sdpa"},
+    {"ask", "demo", "doctor", "evaluation", "run", "training"},
     {"__main__"},
 ]
 ALONE = {
-    "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference",
-    "training",
+    "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference", "run",
+    "sdpa", "training",
 }  # fmt: skip
 
 
