@@ -2,7 +2,8 @@
  * It can be used without Python. A function that can fail validates its arguments and returns a status; on failure
  * it fills a dhsa_error, whose message names the argument, what was passed and what was expected. No function prints
  * or aborts.
- * Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv. The position of query i is i + (Lk - Lq). */
+ * Shapes: q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, E], out [B, H, Lq, E], H = G * Hkv; E may differ from D.
+ * The position of query i is i + (Lk - Lq). */
 #ifndef DHSA_H
 #define DHSA_H
 
@@ -16,7 +17,8 @@ extern "C" {
 /* Limits. dhsa._core exports the same values to Python. */
 /* Queries or keys: an index has 32 bits, and sums of a few lengths must fit as well. */
 #define DHSA_MAX_LENGTH (INT32_MAX / 2)
-#define DHSA_MAX_HEAD_DIM 256
+#define DHSA_MAX_HEAD_DIM 576  /* of queries and keys */
+#define DHSA_MAX_VALUE_DIM 512 /* of values and outputs */
 #define DHSA_MAX_THREADS 1024
 #define DHSA_MAX_STRIDE 1024 /* dhsa_select_config.stride, the number of queries in a row of method xattention */
 /* Attention of at most this many query rows (queries times the heads that share a list) takes the path of a decoding
@@ -50,7 +52,7 @@ typedef struct {
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, D] must not overlap an input */
+    dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, E] must not overlap an input */
     /* NULL, or contiguous [B, H, Lq]: the natural log of the sum of exp(logit), -inf for a query that sees no key */
     float *lse;
     double scale;   /* of either sign, at most 1e38 in magnitude */
@@ -59,6 +61,9 @@ typedef struct {
     int causal;     /* 0: every key is visible, and window must be 0 */
     /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop). causal is then ignored, and window must be 0. */
     const int32_t *key_ranges;
+    /* NULL, or [H]: one logit for each query head, finite or -inf, that joins the softmax of every query and has no
+     * value, so that the weights of the keys add up to less than 1. It is neither scaled nor capped. lse includes it. */
+    const float *sinks;
     int num_threads; /* >= 1 */
     /* 0: none; else 0 < skip < 1: a tile of keys is left out for a group of query rows if every probability in it is
      * less than skip times the largest one that its row has met before (BLASST, arXiv 2512.12087). See

@@ -22,7 +22,7 @@ static double skipped(const dhsa_py_problem *p)
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_dense", nargs, 12) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
+    if (dhsa_py_count("attend_dense", nargs, 13) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
         return NULL;
     }
     dhsa_error error = {DHSA_OK, ""};
@@ -79,7 +79,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_sparse", nargs, 16) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("attend_sparse", nargs, 17) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_py_view indptr, indices;
@@ -116,7 +116,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
     const dhsa_py_config *config;
-    if (dhsa_py_count("prefill", nargs, 17) != 0 || (config = dhsa_py_config_of(state, args[12])) == NULL ||
+    if (dhsa_py_count("prefill", nargs, 18) != 0 || (config = dhsa_py_config_of(state, args[13])) == NULL ||
         dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
@@ -126,9 +126,9 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     memset(&boundaries, 0, sizeof boundaries);
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
-    if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
-        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep_means", 0, 1, &keep_means) == 0 &&
-        dhsa_py_key_indexes_open(state, args[14], p.problem.k.shape[0], &key_indexes) == 0) {
+    if ((args[14] == Py_None || dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
+        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[17], "keep_means", 0, 1, &keep_means) == 0 &&
+        dhsa_py_key_indexes_open(state, args[15], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};

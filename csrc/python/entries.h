@@ -7,12 +7,12 @@
 /* X(name, signature): one function of the module, called with positional arguments only. inspect reads the
  * signature. */
 #define DHSA_PY_ENTRIES(X)                                                                                                         \
-    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, /")                \
+    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, /")         \
     X(attend_sparse,                                                                                                               \
-      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, indptr, indices, "               \
+      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, indptr, indices, "        \
       "shape, query_block, /")                                                                                                     \
-    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, config, "               \
-               "boundaries, key_indexes, same, keep_means, /")                                                                     \
+    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, config, "        \
+               "boundaries, key_indexes, same, keep_means, /")                                                                           \
     X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
     X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
     X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
