@@ -179,8 +179,12 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
     if (p->skip && !(p->skip > 0 && p->skip < 1))
         return dhsa_fail(error, DHSA_ERR_VALUE, "skip: got %g, expected a number above 0 and below 1", p->skip);
     if (p->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", p->window);
-    if (p->window && (!p->causal || p->key_ranges))
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: a sliding window is supported with causal attention only");
+    if (p->window && p->key_ranges)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: cannot be given together with key_ranges, which take its place");
+    if (p->window && q->shape[2] > k->shape[2])
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk with a window", q->shape[2],
+                         k->shape[2]);
     if (p->key_ranges)
         for (int64_t i = 0; i < q->shape[0] * q->shape[2]; i++) {
             const int32_t start = p->key_ranges[2 * i], stop = p->key_ranges[2 * i + 1];

@@ -57,8 +57,8 @@ typedef struct {
     float *lse;
     double scale;   /* of either sign, at most 1e38 in magnitude */
     double softcap; /* 0: none; else 1e-30 to 1e38: s = softcap * tanh(s / softcap) after scaling */
-    int64_t window; /* 0: none; else key j is visible to position p only if j > p - window */
-    int causal;     /* 0: every key is visible, and window must be 0 */
+    int64_t window; /* 0: none; else key j is visible to position p only if |j - p| < window */
+    int causal;     /* 0: keys after a position are visible, too */
     /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop). causal is then ignored, and window must be 0. */
     const int32_t *key_ranges;
     /* NULL, or [H]: one logit for each query head, finite or -inf, that joins the softmax of every query and has no
@@ -182,6 +182,7 @@ typedef struct {
     double scale;         /* factor of the logits (rows) or of the products (block; the paper: 1) */
     double softcap;       /* softcap of the logits (rows) or of the products (block); 0: none */
     int64_t window;       /* 0: none */
+    int bidirectional;    /* 0: causal; else a block may choose keys on both sides of it. */
 } dhsa_score_config;
 
 /* scores [B, S, nq, C], where config->heads determines S = 1, Hkv or H; boundaries [B, n_boundaries] int32, padded
@@ -233,10 +234,10 @@ int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int pa
  * function that takes a config calls this first. scale, softcap, window and whether a network fits the keys are
  * checked in a call. */
 dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundary_config, dhsa_error *error);
-/* Whether causal attention of the last q_len of k_len positions leaves out a visible key in some block. window (0:
- * none) is used in place of that of config. This is the rule that dhsa_prefill follows, and takes constant time.
+/* Whether attention of the last q_len of k_len positions leaves out a visible key in some block. window (0: none) and
+ * causal are used in place of those of config. This is the rule that dhsa_prefill follows, and takes constant time.
  * config must have been checked. */
-int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window);
+int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window, int causal);
 /* Selection takes two calls. dhsa_select_plan writes to indptr [B * S * nq + 1] the room that the lists need, which
  * depends on shapes only. The caller then allocates indptr[last] indices and calls dhsa_select, which writes the
  * lists and updates indptr: with a mass, lists may be shorter than planned; else indptr does not change. boundaries
@@ -279,9 +280,10 @@ typedef struct {
 } dhsa_stats;
 
 /* Computes boundaries, scores, selection and attention. Attention is exact if no block sees more keys than the
- * budget. problem must be causal and without key_ranges. scale, softcap and window of the score config are taken
- * from the problem, but a block score is not scaled, which does not change the order. boundaries: NULL, or
- * [B, n_boundaries] as dhsa_boundaries writes them, by which methods with chunks then cut the keys. */
+ * budget. problem must be without key_ranges, and causal unless the method is rows, block or window. scale, softcap,
+ * window and bidirectional of the score config are taken from the problem, but a block score is not scaled, which does not change
+ * the order. boundaries: NULL, or [B, n_boundaries] as dhsa_boundaries writes them, by which methods with chunks then cut the keys.
+ */
 dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
                          int64_t n_boundaries, const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 

@@ -19,9 +19,9 @@
     X(boundaries_capacity, "$module, config, length, /")                                                                           \
     X(boundaries, "$module, k, config, boundaries, counts, num_threads, /")                                                        \
     X(attention_ratios, "$module, q, k, window, sliding_window, scale, softcap, ratios, num_threads, /")                           \
-    X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, scores, num_threads, /")                           \
-    X(select_plan, "$module, q, k, config, scale, softcap, window, indptr, /")                                                     \
-    X(select, "$module, q, k, boundaries, config, scale, softcap, window, indptr, indices, num_threads, /")                        \
+    X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, causal, scores, num_threads, /")                   \
+    X(select_plan, "$module, q, k, config, scale, softcap, window, causal, indptr, /")                                             \
+    X(select, "$module, q, k, boundaries, config, scale, softcap, window, causal, indptr, indices, num_threads, /")                \
     X(isa_set, "$module, name, /")                                                                                                 \
     X(isa_current, "$module")                                                                                                      \
     X(build_info, "$module")                                                                                                       \
