@@ -12,7 +12,7 @@
       "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, indptr, indices, "        \
       "shape, query_block, /")                                                                                                     \
     X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, config, "        \
-               "boundaries, key_indexes, same, keep_means, /")                                                                           \
+               "boundaries, key_indexes, same, keep_means, /")                                                                     \
     X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
     X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
     X(pick_boundaries, "$module, scores, n, theta, nms, instruction, boundaries, /")                                               \
