@@ -85,12 +85,13 @@ class Config:
     def exact(self) -> bool: ...
     @property
     def exact_up_to(self) -> int: ...
-    def leaves_out(self, q_len: int, k_len: int, window: int | None, /) -> bool: ...
+    def leaves_out(self, q_len: int, k_len: int, window: int | None, causal: bool, /) -> bool: ...
     def num_gaps(self, length: int, /) -> int: ...
 
 # The limits of csrc/include/dhsa.h.
 MAX_LENGTH: int
 MAX_HEAD_DIM: int
+MAX_VALUE_DIM: int
 MAX_THREADS: int
 MAX_STRIDE: int
 DECODE_ROWS: int
@@ -128,6 +129,7 @@ def attend_dense(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
+    sinks: Array | None,
     /,
 ) -> float: ...
 def attend_sparse(
@@ -143,6 +145,7 @@ def attend_sparse(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
+    sinks: Array | None,
     indptr: Array,
     indices: Array,
     shape: tuple[int, int, int],
@@ -162,6 +165,7 @@ def prefill(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
+    sinks: Array | None,
     config: Config,
     boundaries: Array | None,
     key_indexes: tuple[KeyIndex, ...] | None,
@@ -195,6 +199,7 @@ def chunk_scores(
     scale: float | None,
     softcap: float | None,
     window: int | None,
+    causal: bool,
     scores: Array,
     num_threads: int,
     /,
@@ -206,6 +211,7 @@ def select_plan(
     scale: float | None,
     softcap: float | None,
     window: int | None,
+    causal: bool,
     indptr: Array,
     /,
 ) -> None: ...
@@ -217,6 +223,7 @@ def select(
     scale: float | None,
     softcap: float | None,
     window: int | None,
+    causal: bool,
     indptr: Array,
     indices: Array,
     num_threads: int,

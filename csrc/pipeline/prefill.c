@@ -98,10 +98,8 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     part.out = part_of(&l->p->out, w->b, w->batch, from, to);
     part.k = part_of(&l->p->k, w->b, w->batch, 0, end);
     part.v = part_of(&l->p->v, w->b, w->batch, 0, end);
-    if (l->ranges) {
-        part.window = 0;
-        part.key_ranges = l->ranges + 2 * (w->b * q_len + from);
-    }
+    /* The ranges take the place of the window, which stays for how attention divides its work. */
+    if (l->ranges) part.key_ranges = l->ranges + 2 * (w->b * q_len + from);
     if (l->p->lse) part.lse = whole ? l->p->lse + w->b * H * q_len : l->lse;
     const dhsa_selection list = {w->batch, l->head_sets, w->blocks, block, l->indptr, l->indices};
     assert(dhsa_selection_check(&list, w->batch * l->head_sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n, end, NULL) ==

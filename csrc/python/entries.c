@@ -93,7 +93,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     dhsa_status status = dhsa_problem_check(&p.problem, &error);
     if (status != DHSA_OK) {
         dhsa_py_raise(&error);
-    } else if (open_selection(state, args + 12, &p.problem, &indptr, &indices, &selection) == 0) {
+    } else if (open_selection(state, args + 13, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
         status = dhsa_attend_checked(&p.problem, &selection, &error); /* both are checked */
         if (status == DHSA_OK)

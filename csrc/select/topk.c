@@ -213,16 +213,17 @@ int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa
 {
     const dhsa_select_config *config = s->config;
     const topk_scratch w = topk_lay_out(s, thread);
-    /* Sinks that are local keys too count as local ones. */
+    /* Sinks from the first local key on count as local keys. */
     const int64_t sink_end = DHSA_MIN(DHSA_MAX(config->sink, span.lo), span.local_lo);
-    const free_keys f = {segments, sink_end, span.local_lo, span.local_end, span.end};
+    const int64_t local_end = DHSA_MAX(DHSA_MIN(config->sink, span.end), span.local_end);
+    const free_keys f = {segments, sink_end, span.local_lo, local_end, span.end};
     const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;
-    const int64_t need = size - (sink_end - span.lo) - (span.local_end - span.local_lo);
+    const int64_t need = size - (sink_end - span.lo) - (local_end - span.local_lo);
     int32_t *end = list + size;
     int64_t left = 0;
     const uint32_t least = need > 0 ? topk_threshold(&f, &w, need, &left) : 0;
     if (need > 0 && f.after < f.end) end = write_chosen(segments, &w, f.after, f.end, least, &left, end);
-    end = write_below(end, span.local_lo, span.local_end);
+    end = write_below(end, span.local_lo, local_end);
     if (need > 0) end = write_chosen(segments, &w, f.from, f.to, least, &left, end);
     write_below(end, span.lo, sink_end);
     return size;

@@ -408,7 +408,7 @@ def test_interrupt_is_honoured_on_return(make_qkv):
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.001)
         with pytest.raises(KeyboardInterrupt):
-            _core.attend_dense(q, k, v, out, None, None, None, None, True, None, 1, None)
+            _core.attend_dense(q, k, v, out, None, None, None, None, True, None, 1, None, None)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)

@@ -19,7 +19,7 @@ LAYERS = [
     {"_arrays", "_checkpoint", "_files", "_register", "_threads", "_twin"},
     {"methods", "predictor", "selection"},
     {"config", "reference"},
-    {"functional", "labels"},
+    {"functional", "labels", "selecting"},
     {"dhsa"},
     {"commands", "hf", "plot"},
     {"demo", "doctor", "evaluation", "training"},

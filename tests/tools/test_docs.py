@@ -24,7 +24,7 @@ REFERENCE = {name: text for name, text in PAGES.items() if name.startswith("refe
 PUBLIC = ("dhsa.hf", "dhsa.methods", "dhsa.plot", "dhsa.reference", "dhsa.training")
 # Modules whose public names are those of `dhsa`, and modules behind the command line.
 OTHERS = {
-    "commands", "config", "demo", "doctor", "evaluation", "functional", "labels", "predictor", "selection",
+    "commands", "config", "demo", "doctor", "evaluation", "functional", "labels", "predictor", "selecting", "selection",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-/* window.c: selects the first keys and the most recent ones (in bidirectional attention those nearest to the block), as
- * many as the budget allows, without reading queries or
- * keys. Source: attention sinks, StreamingLLM (arXiv 2309.17453); the pattern is also called A-shape. */
+/* window.c: selects the first keys and the most recent ones (in bidirectional attention those nearest to the middle of
+ * the block), as many as the budget allows, without reading queries or keys. Source: attention sinks, StreamingLLM (arXiv
+ * 2309.17453); the pattern is also called A-shape. */
 #include "select/selector.h"
 
 static int64_t window_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
