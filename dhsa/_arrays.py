@@ -123,8 +123,16 @@ class Kind(Protocol):
         """Memory for a result of the shape and dtype of `x`."""
         ...
 
+    def empty_of(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Memory for a result of the dtype of `x`."""
+        ...
+
     def empty_lse(self, x: Any) -> Any:
         """Memory for the float32 log-sum-exp of queries `x`."""
+        ...
+
+    def to_float32(self, x: Any) -> np.ndarray:
+        """The numbers of `x`, which `accept` returned, in float32 as a NumPy array that may share memory with it."""
         ...
 
     def result(self, x: Any) -> Any:
@@ -152,8 +160,16 @@ class NumpyKind:
         return np.empty(x.shape, x.dtype)
 
     @staticmethod
+    def empty_of(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return np.empty(shape, x.dtype)
+
+    @staticmethod
     def empty_lse(x: np.ndarray) -> np.ndarray:
         return np.empty(x.shape[:-1], np.float32)
+
+    @staticmethod
+    def to_float32(x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float32)
 
     @staticmethod
     def result(x: np.ndarray) -> np.ndarray:
@@ -195,9 +211,18 @@ class TorchKind:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @staticmethod
+    def empty_of(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return x.new_empty(shape)
+
+    @staticmethod
     def empty_lse(x: torch.Tensor) -> torch.Tensor:
         torch = sys.modules["torch"]
         return torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
+
+    @staticmethod
+    def to_float32(x: torch.Tensor) -> np.ndarray:
+        numbers: np.ndarray = x.detach().float().numpy()
+        return numbers
 
     @staticmethod
     def result(x: np.ndarray) -> torch.Tensor:
@@ -221,11 +246,20 @@ class DlpackKind:
 
     @staticmethod
     def empty_like(x: Any) -> _core.Buffer:
-        return _core.Buffer(tuple(x.shape), str(x.dtype).rpartition(".")[2])
+        return _core.Buffer(tuple(x.shape), _dtype_name(x))
+
+    @staticmethod
+    def empty_of(x: Any, shape: tuple[int, ...]) -> _core.Buffer:
+        return _core.Buffer(shape, _dtype_name(x))
 
     @staticmethod
     def empty_lse(x: Any) -> _core.Buffer:
         return _core.Buffer(tuple(x.shape[:-1]), "float32")
+
+    def to_float32(self, x: Any) -> np.ndarray:
+        # NumPy cannot read bfloat16, so the library converts.
+        wide = x if _dtype_name(x) == "float32" else self.namespace.astype(x, self.namespace.float32)
+        return np.from_dlpack(wide)
 
     def result(self, x: np.ndarray | _core.Buffer) -> Any:
         # NumPy arrays and Buffers both have DLPack; an `out` of the caller is not passed here.
@@ -249,18 +283,51 @@ def kind_of(x: Any, name: str) -> Kind:
     raise TypeError(f"{name}: expected a NumPy array, a torch tensor or a DLPack array, got {type_name(x)}")
 
 
-def allocate(make: Callable[[Any], Any], like: Any) -> Any:
-    """make(like); a failed allocation raises MemoryError with the shape."""
-    if len(like.shape) != 4:  # before the library raises its own error; check_rank would take time in each short call
-        raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(like.shape)}")
-    if 0 in like.shape:
-        raise ValueError(f"q: dimension {list(like.shape).index(0)} has size 0, expected at least 1")
+def _dtype_name(x: Any) -> str:
+    """For example "bfloat16", for an array of any library."""
+    return str(x.dtype).rpartition(".")[2]
+
+
+def allocate(kind: Kind, q: Any, v: Any) -> Any:
+    """Memory for the attention of queries q over values v. Shapes are checked before the library raises its own error,
+    by `len`, since check_rank would take time in each short call."""
+    shape, v_shape = q.shape, v.shape
+    if len(shape) != 4:
+        raise ValueError(f"q: expected 4 dimensions [B, H, Lq, D], got {len(shape)}")
+    if 0 in shape:
+        raise ValueError(f"q: dimension {list(shape).index(0)} has size 0, expected at least 1")
+    if len(v_shape) == 4 and v_shape[3] == shape[3]:
+        return _allocated(kind.empty_like, q)
+    check_rank(v, "v", "[B, Hkv, Lk, E]")
+    return _allocated(kind.empty_of, q, (*shape[:3], v_shape[3]))
+
+
+def allocate_lse(kind: Kind, q: Any) -> Any:
+    """Memory for the log-sum-exp of queries q."""
+    check_rank(q, "q", "[B, H, Lq, D]")
+    return _allocated(kind.empty_lse, q)
+
+
+def _allocated(make: Callable[..., Any], q: Any, *shape: tuple[int, ...]) -> Any:
+    """make(q, *shape); a failed allocation raises MemoryError with the shape."""
     try:
-        return make(like)
+        return make(q, *shape)
     except TypeError as error:  # of a Buffer
         raise TypeError(f"q: {error}") from None
     except (MemoryError, ValueError, RuntimeError) as error:
-        raise MemoryError(f"out: cannot allocate a result for q of shape {list(like.shape)}: {error}") from None
+        of = f" and values of {shape[0][3]} numbers" if shape else ""
+        raise MemoryError(f"out: cannot allocate a result for q of shape {list(q.shape)}{of}: {error}") from None
+
+
+def float_row(kind: Kind, x: Any, name: str, q: Any) -> np.ndarray:
+    """Argument `name`, one-dimensional, of float32 or the dtype of q, as a new float32 NumPy array."""
+    x = kind.accept(x, name)
+    given, expected = _dtype_name(x), dict.fromkeys(("float32", _dtype_name(q)))
+    if given not in expected:
+        raise TypeError(f"{name}: dtype is {given}, expected {' or '.join(expected)}")
+    if len(x.shape) != 1:
+        raise ValueError(f"{name}: expected 1 dimension, got {len(x.shape)}")
+    return np.array(kind.to_float32(x), np.float32)
 
 
 def empty(shape: tuple[int, ...], dtype: Any, name: str) -> np.ndarray:

@@ -85,12 +85,13 @@ class Config:
     def exact(self) -> bool: ...
     @property
     def exact_up_to(self) -> int: ...
-    def leaves_out(self, q_len: int, k_len: int, window: int | None, /) -> bool: ...
+    def leaves_out(self, q_len: int, k_len: int, window: int | None, causal: bool, /) -> bool: ...
     def num_gaps(self, length: int, /) -> int: ...
 
 # The limits of csrc/include/dhsa.h.
 MAX_LENGTH: int
 MAX_HEAD_DIM: int
+MAX_VALUE_DIM: int
 MAX_THREADS: int
 MAX_STRIDE: int
 DECODE_ROWS: int
@@ -131,6 +132,7 @@ def attend_dense(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
+    sinks: Array | None,
     /,
 ) -> float: ...
 def attend_sparse(
@@ -146,6 +148,7 @@ def attend_sparse(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
+    sinks: Array | None,
     indptr: Array,
     indices: Array,
     shape: tuple[int, int, int],
@@ -165,6 +168,7 @@ def prefill(
     key_ranges: Array | None,
     num_threads: int,
     skip: float | None,
+    sinks: Array | None,
     config: Config,
     boundaries: Array | None,
     key_indexes: tuple[KeyIndex, ...] | None,
@@ -198,6 +202,7 @@ def chunk_scores(
     scale: float | None,
     softcap: float | None,
     window: int | None,
+    causal: bool,
     scores: Array,
     num_threads: int,
     /,
@@ -209,6 +214,7 @@ def select_plan(
     scale: float | None,
     softcap: float | None,
     window: int | None,
+    causal: bool,
     indptr: Array,
     /,
 ) -> None: ...
@@ -220,6 +226,7 @@ def select(
     scale: float | None,
     softcap: float | None,
     window: int | None,
+    causal: bool,
     indptr: Array,
     indices: Array,
     num_threads: int,

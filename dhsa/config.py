@@ -122,11 +122,12 @@ class Config(_Derived):
         floor: with `mass`, the smallest number of keys. None: sink + local.
         query_block: queries that share one selection, 1 to 65536.
         sink: the number of keys at the start of the sequence that are always selected.
-        local: the number of most recent candidate keys that are always selected. `sink + local` must not exceed the
-            budget. Where the defaults would, they are reduced: sink to at most a quarter of the budget, local to at
-            most a half, and each to at most what the other leaves.
+        local: the number of most recent candidate keys that are always selected; in bidirectional attention, of those
+            around the middle of the block. `sink + local` must not exceed the budget. Where the defaults would, they
+            are reduced: sink to at most a quarter of the budget, local to at most a half, and each to at most what the
+            other leaves.
         dense_tail: blocks that hold one of the last `dense_tail` queries see every key (0: none). The paper computes an
-            instruction at the end of the prompt densely.
+            instruction at the end of the prompt densely. Bidirectional attention has none.
         heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none). None: the
             method's own default, "head" for "vertical_slash", "xattention" and "proxy", else "group".
         boundaries: how keys are cut into chunks: "similarity" (where the cosine similarity of neighbouring means is
@@ -319,7 +320,7 @@ class Config(_Derived):
             boundary_window=self.boundary_window,
             theta=self.theta if self.theta is not None else (1.1 if paper else -math.inf),
             nms=self.nms if self.nms is not None else 8 if paper else 2 if self.method == "rows" else 4,
-            # None also where there are networks of single layers only: functional.py refuses these where keys are cut.
+            # None also where there are networks of single layers only: selecting.py refuses these where keys are cut.
             predictor=network._args() if network is not None and network.shared else None,
             **own,
         )
@@ -336,19 +337,20 @@ class Config(_Derived):
         decides."""
         return self._core.exact_up_to
 
-    def leaves_out(self, q_len: int, k_len: int, window: int | None = None) -> bool:
-        """Whether causal attention of the last `q_len` of `k_len` positions leaves a visible key out for some query.
+    def leaves_out(self, q_len: int, k_len: int, window: int | None = None, *, causal: bool = True) -> bool:
+        """Whether attention of the last `q_len` of `k_len` positions leaves a visible key out for some query.
 
         Args:
             q_len: queries, 0 to 2**30 - 1.
             k_len: keys, 0 to 2**30 - 1.
             window: the layer's sliding window in keys. None: none.
+            causal: False: of bidirectional attention.
 
         Raises:
             TypeError: an argument of the wrong type; the message names it.
             ValueError: an argument out of range; the message names it.
         """
-        return self._core.leaves_out(q_len, k_len, window)
+        return self._core.leaves_out(q_len, k_len, window, causal)
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is no attribute: options of the method, and what is not there.

@@ -2,7 +2,7 @@
 
 There are two architectures, the paper's and a compact one, and a predictor has one network for all layers, one for each
 layer, or both. It reads safetensors and the authors' PyTorch checkpoints; the latter by `_checkpoint.py`, which does
-not execute anything in them. Training is in training/; picking boundaries from the logits is in functional.py.
+not execute anything in them. Training is in training/; picking boundaries from the logits is in selecting.py.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class Selection:
     """The keys that each block of queries may attend to. Immutable; one selection may serve any number of layers.
 
     Row r = (b * heads + s) * nq + i lists the keys of query block i (queries i * query_block onwards) for the heads s
-    that share a selection, of batch item b: `indices[indptr[r]:indptr[r + 1]]`, ascending and unique. Causality and the
-    sliding window still apply to each query within a list.
+    that share a selection, of batch item b: `indices[indptr[r]:indptr[r + 1]]`, ascending and unique. Causality (unless
+    `causal` is False) and the sliding window still apply to each query within a list.
 
     A Selection is made by `dhsa.select`, `Selection.from_indices` or `Selection.from_mask`.
 
@@ -35,9 +35,10 @@ class Selection:
         q_len: the number of queries it was made for; None where unknown (`from_indices` without it).
         k_len: the number of keys it was made for; None where unknown.
         window: the sliding window it was made under, or None.
+        causal: whether a query attends to no key after its position. `sparse_attention` follows it.
     """
 
-    __slots__ = ("boundaries", "indices", "indptr", "k_len", "q_len", "query_block", "shape", "window")
+    __slots__ = ("boundaries", "causal", "indices", "indptr", "k_len", "q_len", "query_block", "shape", "window")
 
     indptr: np.ndarray
     indices: np.ndarray
@@ -47,6 +48,7 @@ class Selection:
     q_len: int | None
     k_len: int | None
     window: int | None
+    causal: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("use dhsa.select, Selection.from_indices or Selection.from_mask")
@@ -63,6 +65,7 @@ class Selection:
         q_len: int | None = None,
         k_len: int | None = None,
         window: int | None = None,
+        causal: bool = True,
     ) -> Selection:
         """Take ownership of arrays that are known to be valid."""
         self = object.__new__(cls)
@@ -78,6 +81,7 @@ class Selection:
             ("q_len", q_len),
             ("k_len", k_len),
             ("window", window),
+            ("causal", causal),
         ):
             object.__setattr__(self, name, value)
         return self
@@ -92,12 +96,13 @@ class Selection:
         return _rebuild, tuple(getattr(self, name) for name in _FIELDS)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the lists are equal for equal blocks. Boundaries and lengths are not compared."""
+        """Whether the lists are equal for equal blocks, and causality. Boundaries and lengths are not compared."""
         if not isinstance(other, Selection):
             return NotImplemented
         return (
             self.shape == other.shape
             and self.query_block == other.query_block
+            and self.causal == other.causal
             and np.array_equal(self.indptr, other.indptr)
             and np.array_equal(self.indices, other.indices)
         )
@@ -107,8 +112,9 @@ class Selection:
     def __repr__(self) -> str:
         lengths = "" if self.k_len is None else f", q_len={self.q_len}, k_len={self.k_len}"
         window = "" if self.window is None else f", window={self.window}"
+        causal = "" if self.causal else ", causal=False"
         return (
-            f"Selection(shape={self.shape}, query_block={self.query_block}{lengths}{window}, "
+            f"Selection(shape={self.shape}, query_block={self.query_block}{lengths}{window}{causal}, "
             f"{self.indices.size} keys listed)"
         )
 
@@ -122,6 +128,7 @@ class Selection:
         query_block: int,
         q_len: int | None = None,
         k_len: int | None = None,
+        causal: bool = True,
     ) -> Selection:
         """Make a selection from CSR arrays, which are copied and validated in full.
 
@@ -132,6 +139,7 @@ class Selection:
             query_block: queries in a block, 1 to 65536.
             q_len: number of queries, if known; used by `density` and `mask`.
             k_len: number of keys, if known; used by `density` and `mask`.
+            causal: False: queries also attend to listed keys after their positions.
 
         Raises:
             TypeError: an argument of the wrong type; the message names it.
@@ -139,6 +147,7 @@ class Selection:
         """
         shape = check_shape(shape)
         query_block = check_int(query_block, "query_block", 1, 65536)
+        causal = check_bool(causal, "causal")
         rows = shape[0] * shape[1] * shape[2]
         indptr = int_array(indptr, "indptr", np.int64, copy=True)
         indices = int_array(indices, "indices", np.int32, copy=True)
@@ -172,20 +181,25 @@ class Selection:
                     f"indices: must ascend without repeats within a row, got {indices[at - 1]} then {indices[at]} "
                     f"in row {row_of(indptr, at)}"
                 )
-        return cls._trusted(indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len)
+        return cls._trusted(
+            indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len, causal=causal
+        )
 
     @classmethod
-    def from_mask(cls, mask: ArrayLike, *, query_block: int, window: int | None = None) -> Selection:
+    def from_mask(
+        cls, mask: ArrayLike, *, query_block: int, window: int | None = None, causal: bool = True
+    ) -> Selection:
         """Make a selection from a boolean mask.
 
         All queries of a block share one list. The rows of a block must therefore be equal wherever causality (and
-        `window`, if given) lets a query look; above the diagonal and before the window they may differ. Query i is at
+        `window`, if given) lets a query look; above the diagonal and outside the window they may differ. Query i is at
         key position i + (Lk - Lq).
 
         Args:
             mask: bool [B, heads, Lq, Lk], True where a query may attend to a key.
             query_block: queries in a block, 1 to 65536.
             window: the sliding window under which the mask was made. None: none.
+            causal: False: the mask is that of bidirectional attention, in which keys after a query count too.
 
         Raises:
             TypeError: `mask` is not boolean.
@@ -201,6 +215,7 @@ class Selection:
         query_block = check_int(query_block, "query_block", 1, 65536)
         if window is not None:
             window = check_int(window, "window", 1)
+        causal = check_bool(causal, "causal")
         batch, heads, q_len, k_len = array.shape
         if q_len > k_len:
             raise ValueError(f"mask: more queries ({q_len}) than keys ({k_len})")
@@ -211,7 +226,7 @@ class Selection:
                 for i in range(nq):
                     first, last = i * query_block, min((i + 1) * query_block, q_len)
                     rows = array[b, s, first:last]
-                    visible = visible_keys(first, last, q_len, k_len, window)
+                    visible = visible_keys(first, last, q_len, k_len, window, causal)
                     keys = (rows & visible).any(axis=0)
                     different = ((rows != keys) & visible).any(axis=1)
                     if different.any():
@@ -231,6 +246,7 @@ class Selection:
             q_len=q_len,
             k_len=k_len,
             window=window,
+            causal=causal,
         )
 
     def _lengths(self) -> tuple[int, int]:
@@ -241,7 +257,7 @@ class Selection:
         return q_len, max(q_len, int(self.indices.max(initial=-1)) + 1)
 
     def density(self) -> float:
-        """Return the (query, key) pairs attended to, divided by those visible under causality and the selection's
+        """Return the (query, key) pairs attended to, divided by those visible under the selection's causality and
         window.
 
         Pairs are summed over all lists. Without known lengths (`from_indices`), nq * query_block queries and the fewest
@@ -249,10 +265,10 @@ class Selection:
         """
         q_len, k_len = self._lengths()
         offset = k_len - q_len
-        # The queries at positions 0, 1, ... see 1, 2, ... keys until the window is full, then as many as it is wide.
         width = k_len if self.window is None else min(self.window, k_len)  # sums with a larger one could overflow
-        rising = min(max(0, width - offset), q_len)
-        visible = rising * (2 * offset + rising + 1) // 2 + (q_len - rising) * width
+        ahead = 0 if self.causal else width - 1  # how far after its position a query sees keys
+        # A query at position p misses p - width + 1 keys before its window, and k_len - 1 - p - ahead keys after it.
+        visible = q_len * k_len - _falling_sum(k_len - width, q_len) - _falling_sum(q_len - 1 - ahead, q_len)
         visible *= self.shape[0] * self.shape[1]
         rows = np.repeat(np.arange(self.indptr.size - 1), np.diff(self.indptr))
         first = rows % self.shape[2] * self.query_block
@@ -260,15 +276,15 @@ class Selection:
         first += offset
         keys = self.indices.astype(np.int64)
         np.minimum(last, keys + width - 1, out=last)
-        attended = int(np.maximum(last - np.maximum(first, keys) + 1, 0).sum())
+        attended = int(np.maximum(last - np.maximum(first, keys - ahead) + 1, 0).sum())
         return attended / visible
 
     def mask(self, *, causal: bool = False, window: int | None = None) -> npt.NDArray[np.bool_]:
         """Return the selection as a boolean mask [B, heads, Lq, Lk], for small sizes.
 
         Args:
-            causal: False: each query has its block's whole list. True: each query has what it attends to, which
-                includes its own position; usable as an SDPA mask.
+            causal: False: each query has its block's whole list. True: each query has what it attends to, under the
+                selection's causality and window; usable as an SDPA mask.
             window: with causal=True, the sliding window. None: the selection's own.
 
         Raises:
@@ -295,17 +311,21 @@ class Selection:
             :, :, np.arange(q_len) // self.query_block
         ]
         if causal:
-            mask &= visible_keys(0, q_len, q_len, k_len, window)
+            mask &= visible_keys(0, q_len, q_len, k_len, window, self.causal)
         return mask
 
 
-_FIELDS = ("indptr", "indices", "shape", "query_block", "boundaries", "q_len", "k_len", "window")
+_FIELDS = ("indptr", "indices", "shape", "query_block", "boundaries", "q_len", "k_len", "window", "causal")
 
 
 def _rebuild(*values: Any) -> Selection:
     """Unpickle a Selection. Its contents are validated again, since a pickle may hold anything."""
-    indptr, indices, shape, query_block, boundaries, q_len, k_len, window = values
-    selection = Selection.from_indices(indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len)
+    if len(values) == len(_FIELDS) - 1:
+        values = (*values, True)  # of a version without `causal`
+    indptr, indices, shape, query_block, boundaries, q_len, k_len, window, causal = values
+    selection = Selection.from_indices(
+        indptr, indices, shape=shape, query_block=query_block, q_len=q_len, k_len=k_len, causal=causal
+    )
     return Selection._trusted(
         selection.indptr,
         selection.indices,
@@ -315,6 +335,7 @@ def _rebuild(*values: Any) -> Selection:
         q_len=selection.q_len,
         k_len=selection.k_len,
         window=None if window is None else check_int(window, "window", 1),
+        causal=selection.causal,
     )
 
 
@@ -350,11 +371,24 @@ def row_of(indptr: np.ndarray, at: int) -> int:
     return int(np.searchsorted(indptr, at, side="right")) - 1
 
 
-def visible_keys(first: int, last: int, q_len: int, k_len: int, window: int | None) -> np.ndarray:
+def check_bool(value: object, name: str) -> bool:
+    """`value` as a bool; TypeError naming the argument otherwise."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected a bool, got {type_name(value)}")
+    return bool(value)
+
+
+def visible_keys(
+    first: int, last: int, q_len: int, k_len: int, window: int | None, causal: bool
+) -> npt.NDArray[np.bool_]:
     """Return bool [last - first, k_len]: keys that causality and the window leave to queries first to last - 1."""
     position = np.arange(first, last)[:, None] + (k_len - q_len)
     keys = np.arange(k_len)
-    visible = keys <= position
-    if window is not None:
-        visible &= keys > position - min(window, k_len)  # the difference with a larger one could overflow
-    return visible
+    width = k_len if window is None else min(window, k_len)  # sums with a larger one could overflow
+    return (keys > position - width) & (keys < position + (1 if causal else width))
+
+
+def _falling_sum(most: int, n: int) -> int:
+    """The sum of the n numbers most, most - 1, ..., of those that are above 0."""
+    count = max(0, min(n, most))
+    return count * (2 * most - count + 1) // 2

@@ -16,6 +16,7 @@ enum {
     TILE = 128,         /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
     TILE_PAIRS = 256,   /* the same for 16-bit products, which are so fast that loading and storing the sums counts */
     MAX_ROWS = 512,     /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
+    WIDE = 512,         /* fewer rows where one of queries and one of outputs have more elements than this together */
     MIN_ITEMS = 16,     /* a small problem is divided into about this many items, so that threads can share it */
     MIN_ITEMS_PAIRS = 8 /* the same for 16-bit products: every item packs its keys, which counts for more there */
 };
@@ -31,7 +32,8 @@ typedef struct {
     int64_t blocks;
     int panels, tile;
     const dhsa_pair_kernels *pair; /* NULL: products are fp32, whatever the dtype */
-    int64_t dim, padded;           /* head_dim; the same rounded up to what the kernels pack */
+    int64_t dim, padded;           /* head_dim of queries and keys; the same rounded up to what the kernels pack */
+    int64_t v_dim, v_padded;       /* the same of values and outputs */
     int64_t v_stride;              /* elements of a strip of values (for pairs see kernels.h) */
     float factor, sign;
     float least;                  /* log2 of skip, 0: none; a tile that is this far below the maximum is left out */
@@ -66,11 +68,11 @@ static int64_t attend_lay_out(const attend_plan *pl, char *base, attend_scratch 
     const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->pair ? 2 : 4;
     int64_t used = 0;
     w->q = dhsa_part(base, &used, rows * pl->padded * size);
-    w->o = dhsa_part(base, &used, rows * pl->padded * 4);
+    w->o = dhsa_part(base, &used, rows * pl->v_padded * 4);
     w->s = dhsa_part(base, &used, pl->tile * lanes * 4);
     w->k = dhsa_part(base, &used, pl->tile * pl->padded * size);
     w->v = dhsa_part(base, &used,
-                     pl->pair ? pl->tile * pl->padded * size : pl->padded / pl->kernels->value_step * pl->v_stride * size);
+                     pl->pair ? pl->tile * pl->v_padded * size : pl->v_padded / pl->kernels->value_step * pl->v_stride * size);
     w->p = dhsa_part(base, &used, pl->pair ? pl->tile * lanes * 4 : 0);
     w->m = dhsa_part(base, &used, rows * 4);
     w->l = dhsa_part(base, &used, rows * 4);
@@ -93,7 +95,7 @@ static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offse
                        const int32_t *hi, float *o)
 {
     const int lanes = pl->kernels->lanes, step = pl->kernels->value_step;
-    for (int d = 0; d < pl->dim; d++)
+    for (int d = 0; d < pl->v_dim; d++)
         for (int r = 0; r < lanes; r++) {
             float sum = 0;
             for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
@@ -214,17 +216,20 @@ static void pack_values(const attend_plan *pl, attend_scratch *w, const void *co
 {
     if (w->packed) return;
     w->packed = 1;
-    w->poison = pl->pair ? pl->pair->pack_values(rows + n, n, (int)pl->dim, w->v)
-                         : pl->kernels->pack_values(rows + n, pl->p->k.dtype, n, (int)pl->dim, pl->v_stride, w->v);
+    w->poison = pl->pair ? pl->pair->pack_values(rows + n, n, (int)pl->v_dim, w->v)
+                         : pl->kernels->pack_values(rows + n, pl->p->k.dtype, n, (int)pl->v_dim, pl->v_stride, w->v);
 }
 
 /* Prepares w->ahead, so that the products of this tile, of n keys, prefetch the rows of the next one, of `next`
  * keys. */
 static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scratch *w, const void *const *rows, int n, int next)
 {
-    const int64_t bytes = pl->dim * dhsa_dtype_size(pl->p->q.dtype), lines = 2 * next * dhsa_ceil_div(bytes, 64);
-    const int64_t products = 2 * it->panels * n * pl->dim;
-    w->ahead = (dhsa_ahead){(const char *const *)rows, (const char *const *)rows + 2 * next, (int)bytes, 0, 0, 0};
+    const int64_t size = dhsa_dtype_size(pl->p->q.dtype), bytes = pl->dim * size, v_bytes = pl->v_dim * size;
+    const int64_t lines = next * (dhsa_ceil_div(bytes, 64) + dhsa_ceil_div(v_bytes, 64));
+    const int64_t products = it->panels * n * (pl->dim + pl->v_dim);
+    const char *const *first = (const char *const *)rows;
+    w->ahead = (dhsa_ahead){
+        .row = first, .values = first + next, .end = first + 2 * next, .bytes = (int)bytes, .value_bytes = (int)v_bytes};
     w->ahead.rate = dhsa_ceil_div(lines << 20, products);
 }
 
@@ -232,8 +237,8 @@ static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scra
 static void add_due(const attend_plan *pl, attend_scratch *w, int n, dhsa_exp_job *meanwhile)
 {
     if (w->due.count)
-        pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->dim, w->due.alpha, w->due.o,
-                     &w->ahead, meanwhile);
+        pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->v_dim, w->due.alpha,
+                     w->due.o, &w->ahead, meanwhile);
     w->due.count = 0;
 }
 
@@ -281,7 +286,7 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
     if (pl->pair) from -= (from - at) % DHSA_PAIR_STEP; /* begins at a square */
     const int offset = (int)(from - at), count = (int)(to - from), masked = seen.lo_max > from || seen.hi_min < to;
     const ptrdiff_t first = (ptrdiff_t)panel * lanes;
-    float *o = w->o + first * pl->padded;
+    float *o = w->o + first * pl->v_padded;
     const float factor = pl->factor, softcap = (float)pl->p->softcap;
     float *m = w->m + first, *l = w->l + first;
     if (!masked) lo = NULL;
@@ -315,13 +320,14 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
     if (guarded)
         pv_guarded(pl, w, offset, n, count, (int)from, w->lo + panel * lanes, hi, o);
     else
-        kn->pv(w->s, (float *)w->v + (ptrdiff_t)offset * kn->value_step, pl->v_stride, count, dim, used, w->alpha, o, &w->ahead);
+        kn->pv(w->s, (float *)w->v + (ptrdiff_t)offset * kn->value_step, pl->v_stride, count, (int)pl->v_dim, used, w->alpha, o,
+               &w->ahead);
 }
 
 static void store(const attend_plan *pl, const item *it, attend_scratch *w)
 {
     const dhsa_problem *p = pl->p;
-    const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
+    const int lanes = pl->kernels->lanes, dim = (int)pl->v_dim;
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
     for (int r = 0; p->lse && r < it->rows; r++) {
         const int64_t head = item_head(pl, it, r), i = it->first + item_query(pl, it, r);
@@ -333,9 +339,15 @@ static void store(const attend_plan *pl, const item *it, attend_scratch *w)
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &p->out, at * lanes + r);
-        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * pl->padded, w->l + at * lanes, n, dim, p->out.dtype,
+        pl->kernels->store_panel(w->o + (ptrdiff_t)at * lanes * pl->v_padded, w->l + at * lanes, n, dim, p->out.dtype,
                                  (void *const *)w->rows);
     }
+}
+
+/* The logit, in units of log2, that the softmax of a row begins with. */
+static float sink_of(const attend_plan *pl, const item *it, int64_t r)
+{
+    return pl->p->sinks && r < it->rows ? pl->p->sinks[item_head(pl, it, r)] * 1.44269504088896340736f : -INFINITY;
 }
 
 static void attend_task(void *context, int64_t index, int thread)
@@ -348,10 +360,10 @@ static void attend_task(void *context, int64_t index, int thread)
     if (it.queries <= 0) return; /* a short last block has fewer runs */
     attend_lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
     const int64_t rows = (int64_t)it.panels * pl->kernels->lanes;
-    memset(w.o, 0, (size_t)(rows * pl->padded) * sizeof *w.o);
+    memset(w.o, 0, (size_t)(rows * pl->v_padded) * sizeof *w.o);
     for (int64_t r = 0; r < rows; r++) {
-        w.m[r] = -INFINITY;
-        w.l[r] = 0;
+        w.m[r] = sink_of(pl, &it, r);
+        w.l[r] = w.m[r] == -INFINITY ? 0 : 1;
     }
     w.due.count = w.turn = 0;
     w.done = w.left = 0;
@@ -391,6 +403,7 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.done = &done;
     pl.left = &left;
     pl.least = p->skip ? (float)log2(p->skip) : 0;
+    pl.v_dim = p->v.shape[3];
     pl.heads = heads_of(p, list);
     pl.head_sets = H / pl.heads;
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
@@ -400,7 +413,7 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
      * window, the tiles of an item begin at the first key of its first query. There the division does not depend on
      * the batch either, so that a row has the same bits as alone. */
     const int64_t fair = dhsa_ceil_div(q_len * pl.head_sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
-                  most = DHSA_MAX(MAX_ROWS / pl.heads, 1);
+                  most = DHSA_MAX((dim + pl.v_dim > WIDE ? MAX_ROWS * WIDE / (dim + pl.v_dim) : MAX_ROWS) / pl.heads, 1);
     const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
     pl.runs = dhsa_ceil_div(pl.block, pl.run);
@@ -408,6 +421,7 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.dim = dim;
     pl.tile = pl.pair ? TILE_PAIRS : TILE;
     pl.padded = dhsa_round_up(dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
+    pl.v_padded = dhsa_round_up(pl.v_dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
     /* Not a power of two; else the writes of a row to all strips would share a few cache lines. */
     pl.v_stride = (pl.tile + 2) * pl.kernels->value_step;
     /* The sign of the scale is applied to the queries, so that the largest product gives the largest logit. */

@@ -19,10 +19,11 @@ typedef struct {
     const dhsa_selection *list; /* NULL: every key */
     const dhsa_kernels *kernels;
     int64_t heads, head_sets; /* query heads that share keys, a head set; head sets of a batch item */
-    int64_t parts, padded;    /* largest number of parts of a set; elements from one row of q or o to the next */
+    int64_t parts;            /* largest number of parts of a set */
+    int64_t padded, v_padded; /* elements from one row of q to the next; the same for o */
     int rows, stride;         /* query rows of a set; elements from one row of scores to the next */
     float factor, sign;
-    float *o, *m, *l;      /* results of parts: o [set][part][row][padded], m and l [set][row][part] */
+    float *o, *m, *l;      /* results of parts: o [set][part][row][v_padded], m and l [set][row][part] */
     _Atomic int32_t *done; /* [set]: number of parts that are done */
     char *arenas;
     int64_t arena_size;
@@ -87,14 +88,19 @@ static void decode_merge(const decode_plan *pl, int64_t set, const decode_span *
     for (int r = 0; r < pl->rows; r++) {
         float *m = pl->m + (set * pl->rows + r) * pl->parts, top = -INFINITY;
         const float *l = pl->l + (set * pl->rows + r) * pl->parts;
+        /* A sink is a part without values. */
+        const float sink = p->sinks ? p->sinks[at->head + r % pl->heads] * 1.44269504088896340736f : -INFINITY;
         double sum = 0;
+        top = sink;
         for (int64_t i = 0; i < at->parts; i++) top = DHSA_MAX(top, m[i]);
         for (int64_t i = 0; i < at->parts; i++) {
             m[i] = top == -INFINITY ? 0.0f : exp2f(m[i] - top);
             sum += (double)m[i] * l[i];
         }
-        pl->kernels->decode_merge(pl->o + (set * pl->parts * pl->rows + r) * pl->padded, pl->rows * pl->padded, m, (int)at->parts,
-                                  sum == 0 ? 1.0f : (float)sum, (int)p->q.shape[3], p->out.dtype, row_of(pl, at, &p->out, r));
+        if (sink != -INFINITY) sum += exp2f(sink - top);
+        pl->kernels->decode_merge(pl->o + (set * pl->parts * pl->rows + r) * pl->v_padded, pl->rows * pl->v_padded, m,
+                                  (int)at->parts, sum == 0 ? 1.0f : (float)sum, (int)p->v.shape[3], p->out.dtype,
+                                  row_of(pl, at, &p->out, r));
         /* m is in units of log2. If no key was seen, the sum is 0 and lse is -inf. */
         if (p->lse)
             p->lse[(at->b * H + at->head + r % pl->heads) * q_len + r / pl->heads] =
@@ -109,7 +115,7 @@ static void add_values(const decode_plan *pl, const decode_scratch *w, int64_t f
     const int64_t r = first * pl->heads;
     if (from < to)
         pl->kernels->decode_pv(w->s + r * pl->stride + from, pl->stride, (int)(count * pl->heads), w->rows + from, pl->p->v.dtype,
-                               (int)(to - from), (int)pl->p->q.shape[3], o + r * pl->padded, pl->padded);
+                               (int)(to - from), (int)pl->p->v.shape[3], o + r * pl->v_padded, pl->v_padded);
 }
 
 static int64_t decode_lay_out(const decode_plan *pl, char *base, decode_scratch *w)
@@ -133,8 +139,8 @@ static void decode_task(void *context, int64_t index, int thread)
     decode_lay_out(pl, pl->arenas + thread * pl->arena_size, &w);
     const int64_t from = DHSA_MIN(at.begin + part * at.step, at.end);
     const int n = (int)DHSA_MIN(at.step, at.end - from);
-    float *o = pl->o + (set * pl->parts + part) * pl->rows * pl->padded;
-    memset(o, 0, (size_t)(pl->rows * pl->padded) * sizeof *o);
+    float *o = pl->o + (set * pl->parts + part) * pl->rows * pl->v_padded;
+    memset(o, 0, (size_t)(pl->rows * pl->v_padded) * sizeof *o);
     for (int r = 0; r < pl->rows; r++)
         pl->kernels->decode_load(row_of(pl, &at, &p->q, r), p->q.dtype, (int)dim, pl->sign, w.q + r * pl->padded);
     /* The values follow the keys, so that the first values are prefetched while the last keys are read. */
@@ -174,6 +180,7 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
     pl.head_sets = p->q.shape[1] / pl.heads;
     pl.rows = (int)(p->q.shape[2] * pl.heads);
     pl.padded = dhsa_round_up(p->q.shape[3], DHSA_DECODE_STEP);
+    pl.v_padded = dhsa_round_up(p->v.shape[3], DHSA_DECODE_STEP);
     pl.stride = PART + DHSA_DECODE_STEP;
     /* The sign of the scale is applied to the queries, so that the largest product gives the largest logit. */
     pl.factor = (float)fabs(p->scale);
@@ -185,14 +192,14 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
         pl.parts = DHSA_MAX(pl.parts, at.parts);
         keys += at.end - at.begin;
     }
-    const int64_t items = n_sets * pl.parts, bytes = 2 * keys * p->q.shape[3] * dhsa_dtype_size(p->k.dtype);
+    const int64_t items = n_sets * pl.parts, bytes = keys * (p->q.shape[3] + p->v.shape[3]) * dhsa_dtype_size(p->k.dtype);
     const int threads = bytes < ALONE ? 1 : (int)DHSA_MIN(items, p->num_threads);
     pl.arena_size = decode_lay_out(&pl, NULL, &w);
     char *memory = NULL;
     int64_t total;
     for (int laid = 0; laid < 2; laid++) { /* the first pass only computes the size */
         total = 0;
-        pl.o = dhsa_part(memory, &total, items * pl.rows * pl.padded * 4);
+        pl.o = dhsa_part(memory, &total, items * pl.rows * pl.v_padded * 4);
         pl.m = dhsa_part(memory, &total, items * pl.rows * 4);
         pl.l = dhsa_part(memory, &total, items * pl.rows * 4);
         pl.done = dhsa_part(memory, &total, n_sets * (int64_t)sizeof *pl.done);

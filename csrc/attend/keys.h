@@ -50,8 +50,9 @@ static inline void visible(const dhsa_problem *p, int64_t b, int64_t i, int64_t 
         *stop = i + k_len - q_len + 1;
         *start = p->window ? DHSA_MAX(0, *stop - p->window) : 0;
     } else {
-        *start = 0;
-        *stop = k_len;
+        const int64_t at = i + k_len - q_len;
+        *start = p->window ? DHSA_MAX(0, at - p->window + 1) : 0;
+        *stop = p->window && p->window < k_len - at ? at + p->window : k_len;
     }
 }
 

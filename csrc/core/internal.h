@@ -53,10 +53,10 @@ dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error);
 /* Checks that num_threads is 1 to DHSA_MAX_THREADS. In problem.c. */
 dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
 /* The number of (query, key) pairs that causality and the window leave visible to `heads` head sets, where the last
- * query has the position of the last key, and the number of them that a selection keeps. The density is the second
- * number divided by the first. In selection.c. */
+ * query has the position of the last key, and the number of them that a selection keeps, which is for q_len queries
+ * from position `first` on. The density is the second number divided by the first. In selection.c. */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads);
-double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s);
+double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s, int64_t first, int64_t q_len);
 /* Seconds of a monotonic clock. In error.c. */
 double dhsa_now(void);
 

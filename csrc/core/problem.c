@@ -144,10 +144,12 @@ static dhsa_status out_check(const dhsa_problem *p, dhsa_error *error)
     if (out->dtype != q->dtype)
         return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q; make it with that", dtype_names[out->dtype],
                          dtype_names[q->dtype]);
-    for (int i = 0; i < 4; i++)
-        if (out->shape[i] != q->shape[i])
-            return dhsa_fail(error, DHSA_ERR_VALUE, "out: dimension %d has size %" PRId64 ", expected %" PRId64 " as q", i,
-                             out->shape[i], q->shape[i]);
+    for (int i = 0; i < 4; i++) {
+        const int64_t want = i == 3 ? p->v.shape[3] : q->shape[i];
+        if (out->shape[i] != want)
+            return dhsa_fail(error, DHSA_ERR_VALUE, "out: dimension %d has size %" PRId64 ", expected %" PRId64 " as %s", i,
+                             out->shape[i], want, i == 3 ? "v" : "q");
+    }
     if (overlaps_itself(out)) return dhsa_fail(error, DHSA_ERR_VALUE, "out: its elements overlap in memory");
     for (int i = 0; i < 3; i++)
         if (share_memory(out, inputs[i])) return dhsa_fail(error, DHSA_ERR_VALUE, "out: shares memory with %s", names[i]);
@@ -161,10 +163,13 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_tensor_check(v, "v", error))) return status;
     if ((status = dtype_check(v, "v", q, error))) return status;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 3; i++)
         if (v->shape[i] != k->shape[i])
             return dhsa_fail(error, DHSA_ERR_VALUE, "v: dimension %d has size %" PRId64 ", expected %" PRId64 " as k", i,
                              v->shape[i], k->shape[i]);
+    if (v->shape[3] > DHSA_MAX_VALUE_DIM)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "v: head_dim %" PRId64 " is not supported yet, at most %d", v->shape[3],
+                         DHSA_MAX_VALUE_DIM);
     if ((status = out_check(p, error))) return status;
     if (p->causal && !p->key_ranges && q->shape[2] > k->shape[2])
         return dhsa_fail(error, DHSA_ERR_VALUE,
@@ -174,8 +179,12 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
     if (p->skip && !(p->skip > 0 && p->skip < 1))
         return dhsa_fail(error, DHSA_ERR_VALUE, "skip: got %g, expected a number above 0 and below 1", p->skip);
     if (p->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", p->window);
-    if (p->window && (!p->causal || p->key_ranges))
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: a sliding window is supported with causal attention only");
+    if (p->window && p->key_ranges)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: cannot be given together with key_ranges, which take its place");
+    if (p->window && q->shape[2] > k->shape[2])
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk with a window", q->shape[2],
+                         k->shape[2]);
     if (p->key_ranges)
         for (int64_t i = 0; i < q->shape[0] * q->shape[2]; i++) {
             const int32_t start = p->key_ranges[2 * i], stop = p->key_ranges[2 * i + 1];
@@ -184,5 +193,10 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
                                  "key_ranges: row %" PRId64 " is [%d, %d), expected 0 <= start <= stop <= %" PRId64, i, start, stop,
                                  k->shape[2]);
         }
+    for (int64_t h = 0; p->sinks && h < q->shape[1]; h++)
+        if (!(fabsf(p->sinks[h]) <= 1e38f) && p->sinks[h] != -INFINITY)
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "sinks: that of head %" PRId64 " is %g, expected a number of at most 1e38 or -inf", h,
+                             (double)p->sinks[h]);
     return dhsa_threads_check(p->num_threads, error);
 }

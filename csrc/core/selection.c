@@ -68,12 +68,28 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
+/* The number of pairs (i, j) with 0 <= i < n and 0 <= j < m in which j is more than `apart` after i. */
+static double pairs_after(int64_t n, int64_t m, int64_t apart)
+{
+    /* i sees m - 1 - apart - i such keys, as long as that is positive. */
+    const int64_t most = m - 1 - apart, rows = DHSA_MIN(n, most);
+    return rows > 0 ? (double)rows * (double)(2 * most - rows + 1) / 2 : 0;
+}
+
 /* The number of pairs that causality and the window leave visible to `heads` head sets, over all batch items. */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
 {
-    const int64_t k_len = p->k.shape[2], first = k_len - p->q.shape[2];
+    const int64_t q_len = p->q.shape[2], k_len = p->k.shape[2], first = k_len - q_len;
     int64_t last = k_len - 1;
     double pairs = 0;
+    if (!p->causal) {
+        /* All pairs but those too far apart on either side. Counted from the ends, a query and a key before it are like a
+         * query and a key after it. */
+        pairs = (double)q_len * (double)k_len;
+        if (p->window && p->window < k_len)
+            pairs -= pairs_after(q_len, q_len, p->window - 1) + pairs_after(q_len, k_len, p->window - 1);
+        return pairs * (double)(p->q.shape[0] * heads);
+    }
     if (p->window && last >= p->window) {
         const int64_t from = DHSA_MAX(first, p->window); /* from here on every query sees `window` keys */
         pairs += (double)(last - from + 1) * (double)p->window;
@@ -85,29 +101,28 @@ double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
 
 /* The number of pairs of a query at the positions [first, last] and a key of an ascending list that it sees. Only
  * keys near the two ends of the list are invisible to some of the queries; all others are counted at once. */
-static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64_t last, int64_t window)
+static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64_t last, int64_t window, int causal)
 {
+    const int64_t ahead = causal ? 0 : window ? window - 1 : INT32_MAX; /* how far after its position a query sees keys */
     int64_t pairs = 0, at = 0;
     if (window)
         for (; at < n && keys[at] + window - 1 < last; at++) {
-            const int64_t from = DHSA_MAX(first, keys[at]), to = keys[at] + window - 1;
+            const int64_t from = DHSA_MAX(first, keys[at] - ahead), to = keys[at] + window - 1;
             pairs += DHSA_MAX(to - from + 1, 0);
         }
-    for (; n > at && keys[n - 1] > first; n--) pairs += DHSA_MAX(last - keys[n - 1] + 1, 0);
+    for (; n > at && keys[n - 1] > first + ahead; n--) pairs += DHSA_MAX(last + ahead - keys[n - 1] + 1, 0);
     return pairs + (n - at) * (last - first + 1);
 }
 
-/* The number of pairs that a selection keeps. The last query has the position of the last key. */
-double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s)
+double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s, int64_t first, int64_t q_len)
 {
-    const int64_t q_len = p->q.shape[2], offset = p->k.shape[2] - q_len;
     const int64_t window =
         p->window < p->k.shape[2] ? p->window : 0; /* a wider window hides no key, and sums with it could overflow */
     double pairs = 0;
     for (int64_t r = 0; r < s->batch * s->heads * s->nq; r++) {
         const int64_t from = r % s->nq * s->query_block, to = DHSA_MIN(from + s->query_block, q_len) - 1;
         const int64_t start = s->indptr[r], n = s->indptr[r + 1] - start;
-        if (n > 0) pairs += (double)pairs_listed(s->indices + start, n, offset + from, offset + to, window);
+        if (n > 0) pairs += (double)pairs_listed(s->indices + start, n, first + from, first + to, window, p->causal);
     }
     return pairs;
 }

@@ -2,7 +2,8 @@
  * It can be used without Python. A function that can fail validates its arguments and returns a status; on failure
  * it fills a dhsa_error, whose message names the argument, what was passed and what was expected. No function prints
  * or aborts.
- * Shapes: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv. The position of query i is i + (Lk - Lq). */
+ * Shapes: q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, E], out [B, H, Lq, E], H = G * Hkv; E may differ from D.
+ * The position of query i is i + (Lk - Lq). */
 #ifndef DHSA_H
 #define DHSA_H
 
@@ -16,7 +17,8 @@ extern "C" {
 /* Limits. dhsa._core exports the same values to Python. */
 /* Queries or keys: an index has 32 bits, and sums of a few lengths must fit as well. */
 #define DHSA_MAX_LENGTH (INT32_MAX / 2)
-#define DHSA_MAX_HEAD_DIM 256
+#define DHSA_MAX_HEAD_DIM 576  /* of queries and keys */
+#define DHSA_MAX_VALUE_DIM 512 /* of values and outputs */
 #define DHSA_MAX_THREADS 1024
 #define DHSA_MAX_STRIDE 1024 /* dhsa_select_config.stride, the number of queries in a row of method xattention */
 /* Attention of at most this many query rows (queries times the heads that share a list) takes the path of a decoding
@@ -50,15 +52,18 @@ typedef struct {
 /* ---- attention ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, D] must not overlap an input */
+    dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, E] must not overlap an input */
     /* NULL, or contiguous [B, H, Lq]: the natural log of the sum of exp(logit), -inf for a query that sees no key */
     float *lse;
     double scale;   /* of either sign, at most 1e38 in magnitude */
     double softcap; /* 0: none; else 1e-30 to 1e38: s = softcap * tanh(s / softcap) after scaling */
-    int64_t window; /* 0: none; else key j is visible to position p only if j > p - window */
-    int causal;     /* 0: every key is visible, and window must be 0 */
+    int64_t window; /* 0: none; else key j is visible to position p only if |j - p| < window */
+    int causal;     /* 0: keys after a position are visible, too */
     /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop). causal is then ignored, and window must be 0. */
     const int32_t *key_ranges;
+    /* NULL, or [H]: one logit for each query head, finite or -inf, that joins the softmax of every query and has no
+     * value, so that the weights of the keys add up to less than 1. It is neither scaled nor capped. lse includes it. */
+    const float *sinks;
     int num_threads; /* >= 1 */
     /* 0: none; else 0 < skip < 1: a tile of keys is left out for a group of query rows if every probability in it is
      * less than skip times the largest one that its row has met before (BLASST, arXiv 2512.12087). See
@@ -177,6 +182,7 @@ typedef struct {
     double scale;         /* factor of the logits (rows) or of the products (block; the paper: 1) */
     double softcap;       /* softcap of the logits (rows) or of the products (block); 0: none */
     int64_t window;       /* 0: none */
+    int bidirectional;    /* 0: causal; else a block may choose keys on both sides of it. */
 } dhsa_score_config;
 
 /* scores [B, S, nq, C], where config->heads determines S = 1, Hkv or H; boundaries [B, n_boundaries] int32, padded
@@ -228,10 +234,10 @@ int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int pa
  * function that takes a config calls this first. scale, softcap, window and whether a network fits the keys are
  * checked in a call. */
 dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundary_config, dhsa_error *error);
-/* Whether causal attention of the last q_len of k_len positions leaves out a visible key in some block. window (0:
- * none) is used in place of that of config. This is the rule that dhsa_prefill follows, and takes constant time.
+/* Whether attention of the last q_len of k_len positions leaves out a visible key in some block. window (0: none) and
+ * causal are used in place of those of config. This is the rule that dhsa_prefill follows, and takes constant time.
  * config must have been checked. */
-int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window);
+int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_len, int64_t window, int causal);
 /* Selection takes two calls. dhsa_select_plan writes to indptr [B * S * nq + 1] the room that the lists need, which
  * depends on shapes only. The caller then allocates indptr[last] indices and calls dhsa_select, which writes the
  * lists and updates indptr: with a mass, lists may be shorter than planned; else indptr does not change. boundaries
@@ -278,9 +284,10 @@ typedef struct {
 } dhsa_stats;
 
 /* Computes boundaries, scores, selection and attention. Attention is exact if no block sees more keys than the
- * budget. problem must be causal and without key_ranges. scale, softcap and window of the score config are taken
- * from the problem, but a block score is not scaled, which does not change the order. boundaries: NULL, or
- * [B, n_boundaries] as dhsa_boundaries writes them, by which methods with chunks then cut the keys. */
+ * budget. problem must be without key_ranges, and causal unless the method is rows, block or window. scale, softcap,
+ * window and bidirectional of the score config are taken from the problem, but a block score is not scaled, which does not change
+ * the order. boundaries: NULL, or [B, n_boundaries] as dhsa_boundaries writes them, by which methods with chunks then cut the keys.
+ */
 dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
                          int64_t n_boundaries, const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
 

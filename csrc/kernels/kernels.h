@@ -21,8 +21,10 @@
  * accesses overlap with arithmetic. If all lines were requested between two products, the requests would have to
  * wait for memory. */
 typedef struct dhsa_ahead {
-    const char *const *row, *const *end;
-    int bytes, at;      /* bytes of a row; offset in the first row of the next line to prefetch */
+    /* Rows from `values` on have value_bytes bytes, those before `bytes`. */
+    const char *const *row, *const *values, *const *end;
+    int bytes, value_bytes;
+    int at;             /* offset in the first row of the next line to prefetch */
     int64_t rate, owed; /* lines for each 2^20 multiplications of a lane; lines due, times 2^20 */
 } dhsa_ahead;
 
@@ -36,7 +38,7 @@ static inline void dhsa_ask(dhsa_ahead *ahead, int done)
         ahead->at += 64;
         if (ahead->at >= ahead->bytes) {
             ahead->at = 0;
-            ahead->row++;
+            if (++ahead->row == ahead->values) ahead->bytes = ahead->value_bytes;
         }
     }
 }

@@ -37,6 +37,7 @@ typedef struct {
     int32_t *own;              /* the memory of boundaries that were allocated here */
     int64_t *indptr;
     int32_t *indices;
+    int32_t *ranges; /* [B, Lq, 2]: bidirectional windows, which depend on positions that a part does not have; or NULL */
     float *lse;
     double pairs;
 } pipeline;
@@ -90,13 +91,15 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
 {
     const int64_t H = l->p->q.shape[1], q_len = l->p->q.shape[2], block = l->config->score.query_block;
     const int64_t from = w->first * block, to = DHSA_MIN((w->first + w->blocks) * block, q_len), n = to - from;
-    const int64_t end = l->p->k.shape[2] - q_len + to;
+    const int64_t end = l->p->causal ? l->p->k.shape[2] - q_len + to : l->p->k.shape[2];
     const int whole = n == q_len;
     dhsa_problem part = *l->p;
     part.q = part_of(&l->p->q, w->b, w->batch, from, to);
     part.out = part_of(&l->p->out, w->b, w->batch, from, to);
     part.k = part_of(&l->p->k, w->b, w->batch, 0, end);
     part.v = part_of(&l->p->v, w->b, w->batch, 0, end);
+    /* The ranges take the place of the window, which stays for how attention divides its work. */
+    if (l->ranges) part.key_ranges = l->ranges + 2 * (w->b * q_len + from);
     if (l->p->lse) part.lse = whole ? l->p->lse + w->b * H * q_len : l->lse;
     const dhsa_selection list = {w->batch, l->head_sets, w->blocks, block, l->indptr, l->indices};
     assert(dhsa_selection_check(&list, w->batch * l->head_sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n, end, NULL) ==
@@ -105,7 +108,7 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     if (!status && l->p->lse && !whole) /* one batch item */
         for (int64_t h = 0; h < H; h++)
             memcpy(l->p->lse + (w->b * H + h) * q_len + from, l->lse + h * n, (size_t)n * sizeof *l->lse);
-    l->pairs += status ? 0 : dhsa_pairs_kept(&part, &list);
+    l->pairs += status ? 0 : dhsa_pairs_kept(l->p, &list, l->p->k.shape[2] - q_len + from, n);
     return status;
 }
 
@@ -172,6 +175,19 @@ static dhsa_status cut_indexed(pipeline *l, const dhsa_boundary_config *config, 
     return DHSA_OK;
 }
 
+/* The keys that each query sees in a bidirectional window, as key_ranges; NULL if there is no memory. */
+static int32_t *window_ranges(const dhsa_problem *p)
+{
+    const int64_t batch = p->q.shape[0], q_len = p->q.shape[2], k_len = p->k.shape[2];
+    int32_t *ranges = dhsa_alloc(batch * q_len, 2 * (int64_t)sizeof *ranges);
+    for (int64_t i = 0; ranges && i < batch * q_len; i++) {
+        const int64_t at = i % q_len + k_len - q_len;
+        ranges[2 * i] = (int32_t)DHSA_MAX(0, at - p->window + 1);
+        ranges[2 * i + 1] = (int32_t)(p->window < k_len - at ? at + p->window : k_len);
+    }
+    return ranges;
+}
+
 static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const int32_t *boundaries,
                               int64_t n_boundaries, const dhsa_select_config *select, dhsa_key_index *const *key_indexes,
                               int64_t same, int keep_means, dhsa_stats *stats, dhsa_error *error)
@@ -191,7 +207,8 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     l.indices = dhsa_alloc(keys, sizeof *l.indices);
     l.lse =
         p->lse ? dhsa_alloc(H, DHSA_MIN(lists / l.head_sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse) : NULL;
-    if (!l.indptr || !l.indices || (p->lse && !l.lse)) {
+    if (!p->causal && p->window) l.ranges = window_ranges(p);
+    if (!l.indptr || !l.indices || (p->lse && !l.lse) || (!p->causal && p->window && !l.ranges)) {
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
@@ -211,6 +228,7 @@ cleanup:
     dhsa_free(l.indptr);
     dhsa_free(l.indices);
     dhsa_free(l.lse);
+    dhsa_free(l.ranges);
     return status;
 }
 
@@ -235,13 +253,19 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
             return dhsa_fail(error, DHSA_ERR_VALUE,
                              "key_indexes: batch items %" PRId64 " and %" PRId64 " share one, expected one for each item", b,
                              key_indexes[b]->item);
-    if (!p->causal || p->key_ranges)
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "%s: sparse attention must be causal and takes no key_ranges",
-                         p->key_ranges ? "key_ranges" : "causal");
+    if (p->key_ranges) return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "key_ranges: sparse attention takes none");
+    if ((status = dhsa_sides_check(config, !p->causal, error))) return status;
+    if (!p->causal && key_indexes)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "key_indexes: only causal attention can use them again");
+    if (!p->causal && p->q.shape[2] > p->k.shape[2])
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk for sparse attention",
+                         p->q.shape[2], p->k.shape[2]);
     const int of_rows = select.score.score == DHSA_SCORE_ROWS;
     select.score.scale = of_rows ? p->scale : 1.0;
     select.score.softcap = of_rows ? p->softcap : 0.0;
     select.score.window = p->window;
+    select.score.bidirectional = !p->causal;
     if (key_indexes && !dhsa_method_has_chunks(select.method))
         return dhsa_fail(error, DHSA_ERR_VALUE, "key_indexes: method %s has no chunks to keep",
                          dhsa_method_find(select.method)->name);
@@ -255,7 +279,7 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: this method cuts no chunks; expected none");
     if (boundaries && (status = dhsa_boundaries_check(boundaries, p->k.shape[0], n_boundaries, p->k.shape[2], error)))
         return status;
-    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window)) return run_exact(p, stats, error);
+    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window, p->causal)) return run_exact(p, stats, error);
     /* Checked before the key indexes are touched: refused arguments leave them unchanged. */
     if (dhsa_method_has_chunks(select.method) && !boundaries &&
         ((status = dhsa_boundary_config_check(boundary_config, error)) ||

@@ -19,11 +19,20 @@ static dhsa_status call_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
     return DHSA_OK;
 }
 
+dhsa_status dhsa_sides_check(const dhsa_select_config *c, int bidirectional, dhsa_error *error)
+{
+    const dhsa_method *method = dhsa_method_find(c->method);
+    if (!bidirectional || method->has_both_sides) return DHSA_OK;
+    return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED,
+                     "causal: method %s selects for causal attention only; rows, block and window serve both sides", method->name);
+}
+
 dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
                              dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
+        (status = dhsa_sides_check(config, config->score.bidirectional, error)) ||
         (status = dhsa_check_pointer(indptr, "indptr", error)))
         return status;
     const int64_t blocks = dhsa_block_count(&config->score, q->shape[2]);
@@ -69,6 +78,7 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
     dhsa_status status;
     int sparse;
     if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
+        (status = dhsa_sides_check(config, config->score.bidirectional, error)) ||
         (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(indptr, "indptr", error)) ||
         (status = dhsa_check_pointer(indices, "indices", error)) || (status = check_indptr(q, k, config, indptr, &sparse, error)))
         return status;
@@ -114,6 +124,8 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     scores_job job = {.scores = scores};
     dhsa_scorer *s = &job.scorer;
     dhsa_status status;
+    if (config && config->bidirectional && config->score == DHSA_SCORE_BLOCK)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "causal: the block score is for causal attention only");
     if ((status = dhsa_score_config_check(config, error)) || (status = call_check(q, k, config, error)) ||
         (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(scores, "scores", error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||

@@ -115,8 +115,8 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
     int causal = 1;
     if (open_tensor(state, args[0], "q", "[B, H, Lq, D]", 0, &p->q, &problem->q) != 0 ||
         open_tensor(state, args[1], "k", "[B, Hkv, Lk, D]", 0, &p->k, &problem->k) != 0 ||
-        open_tensor(state, args[2], "v", "[B, Hkv, Lk, D]", 0, &p->v, &problem->v) != 0 ||
-        open_tensor(state, args[3], "out", "[B, H, Lq, D]", 1, &p->out, &problem->out) != 0) {
+        open_tensor(state, args[2], "v", "[B, Hkv, Lk, E]", 0, &p->v, &problem->v) != 0 ||
+        open_tensor(state, args[3], "out", "[B, H, Lq, E]", 1, &p->out, &problem->out) != 0) {
         goto fail;
     }
     if (args[4] != Py_None) {
@@ -155,6 +155,12 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
         }
         problem->skip_counts = p->skip_counts;
     }
+    if (args[12] != Py_None) {
+        if (dhsa_py_array_open(state, args[12], "sinks", DL_FLOAT, 32, 1, &problem->q.shape[1], 0, &p->sinks) != 0) {
+            goto fail;
+        }
+        problem->sinks = p->sinks.data;
+    }
     return 0;
 fail:
     dhsa_py_problem_release(p);
@@ -163,7 +169,7 @@ fail:
 
 void dhsa_py_problem_release(dhsa_py_problem *p)
 {
-    dhsa_py_view *const views[] = {&p->q, &p->k, &p->v, &p->out, &p->lse, &p->key_ranges};
+    dhsa_py_view *const views[] = {&p->q, &p->k, &p->v, &p->out, &p->lse, &p->key_ranges, &p->sinks};
     for (size_t i = 0; i < sizeof views / sizeof *views; i++) {
         dhsa_py_view_release(views[i]);
     }

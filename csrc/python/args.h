@@ -28,11 +28,11 @@ int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name
 /* All that one attention call borrows. Open it, use .problem without the GIL, and release it. */
 typedef struct {
     dhsa_problem problem;
-    dhsa_py_view q, k, v, out, lse, key_ranges;
+    dhsa_py_view q, k, v, out, lse, key_ranges, sinks;
     int64_t skip_counts[2];
 } dhsa_py_problem;
 
-/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads, skip | None. */
+/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads, skip | None, sinks | None. */
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *problem);
 void dhsa_py_problem_release(dhsa_py_problem *problem);
 

@@ -280,12 +280,13 @@ static PyObject *config_leaves_out(PyObject *object, PyObject *const *args, Py_s
 {
     const dhsa_py_config *self = (const dhsa_py_config *)object;
     int64_t q_len = 0, k_len = 0, window = 0;
-    if (dhsa_py_count("leaves_out", nargs, 3) != 0 || dhsa_py_int(args[0], "q_len", 0, INT32_MAX / 2, &q_len) != 0 ||
+    if (dhsa_py_count("leaves_out", nargs, 4) != 0 || dhsa_py_int(args[0], "q_len", 0, INT32_MAX / 2, &q_len) != 0 ||
         dhsa_py_int(args[1], "k_len", 0, INT32_MAX / 2, &k_len) != 0 ||
         dhsa_py_optional_int(args[2], "window", 1, INT64_MAX, 0, &window) != 0) {
         return NULL;
     }
-    return PyBool_FromLong(dhsa_leaves_out(&self->select, q_len, k_len, window));
+    const int causal = PyObject_IsTrue(args[3]);
+    return causal < 0 ? NULL : PyBool_FromLong(dhsa_leaves_out(&self->select, q_len, k_len, window, causal));
 }
 
 static PyObject *config_num_gaps(PyObject *object, PyObject *length)
@@ -309,7 +310,7 @@ PyObject *dhsa_py_config_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
         {"leaves_out", (PyCFunction)(void (*)(void))config_leaves_out, METH_FASTCALL,
-         "leaves_out($self, q_len, k_len, window, /)\n--\n\nWhether causal attention of the last q_len of k_len positions "
+         "leaves_out($self, q_len, k_len, window, causal, /)\n--\n\nWhether attention of the last q_len of k_len positions "
          "leaves out a visible key. window: None for no sliding window."},
         {"num_gaps", config_num_gaps, METH_O,
          "num_gaps($self, length, /)\n--\n\nThe largest number of gaps at which `length` keys are cut, if boundaries are not "

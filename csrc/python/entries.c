@@ -22,7 +22,7 @@ static double skipped(const dhsa_py_problem *p)
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_dense", nargs, 12) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
+    if (dhsa_py_count("attend_dense", nargs, 13) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
         return NULL;
     }
     dhsa_error error = {DHSA_OK, ""};
@@ -79,7 +79,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_sparse", nargs, 16) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("attend_sparse", nargs, 17) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_py_view indptr, indices;
@@ -93,10 +93,12 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     dhsa_status status = dhsa_problem_check(&p.problem, &error);
     if (status != DHSA_OK) {
         dhsa_py_raise(&error);
-    } else if (open_selection(state, args + 12, &p.problem, &indptr, &indices, &selection) == 0) {
+    } else if (open_selection(state, args + 13, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
         status = dhsa_attend_checked(&p.problem, &selection, &error); /* both are checked */
-        if (status == DHSA_OK) density = dhsa_pairs_kept(&p.problem, &selection) / dhsa_pairs_visible(&p.problem, selection.heads);
+        if (status == DHSA_OK)
+            density = dhsa_pairs_kept(&p.problem, &selection, p.problem.k.shape[2] - p.problem.q.shape[2], p.problem.q.shape[2]) /
+                      dhsa_pairs_visible(&p.problem, selection.heads);
         Py_END_ALLOW_THREADS;
         result = dhsa_py_result(status, &error);
         if (result != NULL) {
@@ -116,7 +118,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
     const dhsa_py_config *config;
-    if (dhsa_py_count("prefill", nargs, 17) != 0 || (config = dhsa_py_config_of(state, args[12])) == NULL ||
+    if (dhsa_py_count("prefill", nargs, 18) != 0 || (config = dhsa_py_config_of(state, args[13])) == NULL ||
         dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
@@ -126,9 +128,9 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     memset(&boundaries, 0, sizeof boundaries);
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
-    if ((args[13] == Py_None || dhsa_py_array_open(state, args[13], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
-        dhsa_py_int(args[15], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[16], "keep_means", 0, 1, &keep_means) == 0 &&
-        dhsa_py_key_indexes_open(state, args[14], p.problem.k.shape[0], &key_indexes) == 0) {
+    if ((args[14] == Py_None || dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
+        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[17], "keep_means", 0, 1, &keep_means) == 0 &&
+        dhsa_py_key_indexes_open(state, args[15], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
@@ -189,7 +191,10 @@ static int score_scaling(PyObject *const *args, const select_args *a, dhsa_score
 {
     /* The block products of the paper are not scaled, so there None means 1. */
     const int64_t head_dim = config->score == DHSA_SCORE_BLOCK ? 1 : a->q.shape[3];
-    return dhsa_py_scaling(args[0], args[1], args[2], head_dim, &config->scale, &config->softcap, &config->window);
+    const int causal = PyObject_IsTrue(args[3]);
+    config->bidirectional = !causal;
+    return causal < 0 ? -1
+                      : dhsa_py_scaling(args[0], args[1], args[2], head_dim, &config->scale, &config->softcap, &config->window);
 }
 
 PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -199,8 +204,8 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
     int threads = 0;
     PyObject *result = NULL;
     const dhsa_py_config *parsed;
-    if (dhsa_py_count("chunk_scores", nargs, 9) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
-        dhsa_py_threads(args[8], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
+    if (dhsa_py_count("chunk_scores", nargs, 10) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
+        dhsa_py_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2], &a) != 0) {
         return NULL;
     }
     dhsa_score_config config = parsed->select.score;
@@ -210,7 +215,7 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
     if (a.boundaries.shape[1] < 2) {
         PyErr_SetString(PyExc_ValueError, "boundaries: expected at least the two entries 0 and Lk");
     } else if (score_scaling(args + 4, &a, &config) == 0 &&
-               dhsa_py_array_open(state, args[7], "scores", DL_FLOAT, 32, 4, shape, 1, &a.output) == 0) {
+               dhsa_py_array_open(state, args[8], "scores", DL_FLOAT, 32, 4, shape, 1, &a.output) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
@@ -252,12 +257,12 @@ PyObject *dhsa_py_select_plan(PyObject *module, PyObject *const *args, Py_ssize_
     select_args a;
     PyObject *result = NULL;
     const dhsa_py_config *parsed;
-    if (dhsa_py_count("select_plan", nargs, 7) != 0 || (parsed = dhsa_py_config_of(state, args[2])) == NULL ||
+    if (dhsa_py_count("select_plan", nargs, 8) != 0 || (parsed = dhsa_py_config_of(state, args[2])) == NULL ||
         select_args_open(state, args, NULL, &a) != 0) {
         return NULL;
     }
     dhsa_select_config config = parsed->select;
-    if (score_scaling(args + 3, &a, &config.score) == 0 && open_indptr(state, args[6], 1, &config.score, &a) == 0) {
+    if (score_scaling(args + 3, &a, &config.score) == 0 && open_indptr(state, args[7], 1, &config.score, &a) == 0) {
         dhsa_error error = {DHSA_OK, ""};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
@@ -276,15 +281,15 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     int threads = 0;
     PyObject *result = NULL;
     const dhsa_py_config *parsed;
-    if (dhsa_py_count("select", nargs, 10) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
-        dhsa_py_threads(args[9], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
+    if (dhsa_py_count("select", nargs, 11) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
+        dhsa_py_threads(args[10], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
         return NULL;
     }
     dhsa_select_config config = parsed->select;
-    if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[7], 1, &config.score, &a) == 0) {
+    if (score_scaling(args + 4, &a, &config.score) == 0 && open_indptr(state, args[8], 1, &config.score, &a) == 0) {
         int64_t *indptr = a.indptr.data;
         const int64_t total[1] = {indptr[a.indptr.shape[0] - 1]};
-        if (dhsa_py_array_open(state, args[8], "indices", DL_INT, 32, 1, total, 1, &a.output) == 0) {
+        if (dhsa_py_array_open(state, args[9], "indices", DL_INT, 32, 1, total, 1, &a.output) == 0) {
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;

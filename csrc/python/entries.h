@@ -7,11 +7,11 @@
 /* X(name, signature): one function of the module, called with positional arguments only. inspect reads the
  * signature. */
 #define DHSA_PY_ENTRIES(X)                                                                                                         \
-    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, /")                \
+    X(attend_dense, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, /")         \
     X(attend_sparse,                                                                                                               \
-      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, indptr, indices, "               \
+      "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, indptr, indices, "        \
       "shape, query_block, /")                                                                                                     \
-    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, config, "               \
+    X(prefill, "$module, q, k, v, out, lse, scale, softcap, window, causal, key_ranges, num_threads, skip, sinks, config, "        \
                "boundaries, key_indexes, same, keep_means, /")                                                                     \
     X(similarity_scores, "$module, k, window, scores, num_threads, /")                                                             \
     X(predictor_logits, "$module, predictor, k, logits, num_threads, /")                                                           \
@@ -19,9 +19,9 @@
     X(boundaries_capacity, "$module, config, length, /")                                                                           \
     X(boundaries, "$module, k, config, boundaries, counts, num_threads, /")                                                        \
     X(attention_ratios, "$module, q, k, window, sliding_window, scale, softcap, ratios, num_threads, /")                           \
-    X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, scores, num_threads, /")                           \
-    X(select_plan, "$module, q, k, config, scale, softcap, window, indptr, /")                                                     \
-    X(select, "$module, q, k, boundaries, config, scale, softcap, window, indptr, indices, num_threads, /")                        \
+    X(chunk_scores, "$module, q, k, boundaries, config, scale, softcap, window, causal, scores, num_threads, /")                   \
+    X(select_plan, "$module, q, k, config, scale, softcap, window, causal, indptr, /")                                             \
+    X(select, "$module, q, k, boundaries, config, scale, softcap, window, causal, indptr, indices, num_threads, /")                \
     X(isa_set, "$module, name, /")                                                                                                 \
     X(isa_current, "$module")                                                                                                      \
     X(build_info, "$module")                                                                                                       \

@@ -75,7 +75,7 @@ static dhsa_span probe_find_tile(const dhsa_probe *b, int64_t from, int64_t to, 
         first = block * b->key_block + index % per * b->tile;
         last = DHSA_MIN(to, (block + 1) * b->key_block);
     }
-    return (dhsa_span){DHSA_MAX(first, from), DHSA_MIN(first + b->tile, last)};
+    return (dhsa_span){.lo = DHSA_MAX(first, from), .end = DHSA_MIN(first + b->tile, last)};
 }
 
 static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t keys, int64_t dim, int64_t key_block)
@@ -112,7 +112,7 @@ void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t k
 static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
 {
     const dhsa_bounds all = dhsa_bounds_of(lo, hi, used);
-    dhsa_span seen = {DHSA_MAX(tile.lo, all.lo_min), DHSA_MIN(tile.end, all.hi_max)};
+    dhsa_span seen = {.lo = DHSA_MAX(tile.lo, all.lo_min), .end = DHSA_MIN(tile.end, all.hi_max)};
     if (b->pair) seen.lo -= (seen.lo - tile.lo) % DHSA_PAIR_STEP; /* begins with a whole square */
     *masked = all.lo_max > seen.lo || all.hi_min < seen.end;
     return seen;

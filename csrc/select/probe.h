@@ -103,7 +103,7 @@ static inline dhsa_probe_run dhsa_probe_start(const dhsa_selector *s, int64_t ro
 static inline dhsa_span dhsa_block_queries(const dhsa_selector *s, int64_t block)
 {
     const int64_t from = block * s->config->score.query_block;
-    return (dhsa_span){from, DHSA_MIN(from + s->config->score.query_block, s->q->shape[2])};
+    return (dhsa_span){.lo = from, .end = DHSA_MIN(from + s->config->score.query_block, s->q->shape[2])};
 }
 
 #endif

@@ -237,7 +237,7 @@ static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_j
     const int64_t first = t->chunk[t->n - 1] + 1, n = job->groups || t->cut ? 0 : DHSA_MIN(TILE, job->n - first);
     const int64_t bytes = s->chunks.row * (s->chunks.kind == DHSA_MEANS_F32 ? 4 : 2);
     *next = (const char *)s->chunks.means + (kv_head * s->chunks.pitch + job->first + first) * bytes;
-    dhsa_ahead ahead = {next, next + (n > 0), (int)(n * bytes), 0, 0, 0};
+    dhsa_ahead ahead = {.row = next, .end = next + (n > 0), .bytes = (int)(n * bytes)};
     ahead.rate = dhsa_ceil_div(dhsa_ceil_div(n * bytes, 64) << 20, (int64_t)panels * t->n * s->q->shape[3]);
     return ahead;
 }

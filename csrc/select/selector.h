@@ -17,6 +17,7 @@ typedef struct {
     int has_mean_queries; /* has no chunks, but uses config->score.mean_queries */
     int has_blocks;       /* uses key blocks of config->key_block keys */
     int has_stride;       /* uses config->stride, a divisor of key_block */
+    int has_both_sides;   /* serves bidirectional attention */
     int has_finite;       /* needs the keys that hold a NaN or inf (finite.h), which are found before begin */
     /* Sets s->arena_size and s->segments and allocates s->state with dhsa_alloc_zeroed. If there is a state, even one
      * that is incomplete because open failed, close frees what it points to, and the selector frees the state itself.

@@ -28,10 +28,10 @@ static topk_scratch topk_lay_out(const dhsa_selector *s, int thread)
     return w;
 }
 
-/* The candidates that are not forced: keys [from, to). */
+/* The candidates that are not forced: keys [from, to), and in bidirectional attention [after, end) too. */
 typedef struct {
     const dhsa_segments *segments;
-    int64_t from, to;
+    int64_t from, to, after, end;
 } free_keys;
 
 static inline int64_t edge(const dhsa_segments *u, int64_t c) { return u->edges ? u->edges[c] : c; }
@@ -42,7 +42,11 @@ static inline int64_t keys_within(const dhsa_segments *u, int64_t c, int64_t fro
     return DHSA_MAX(DHSA_MIN(edge(u, c + 1), to) - DHSA_MAX(edge(u, c), from), 0);
 }
 
-static inline int64_t free_in(const free_keys *f, int64_t c) { return keys_within(f->segments, c, f->from, f->to); }
+static inline int64_t free_in(const free_keys *f, int64_t c)
+{
+    const int64_t before = keys_within(f->segments, c, f->from, f->to);
+    return f->after < f->end ? before + keys_within(f->segments, c, f->after, f->end) : before;
+}
 
 /* Fills w->key, and fills w->alive with the segments that have free keys; returns how many. Segments that score -inf
  * are left out if the others have `enough` keys: most segments of a long prompt are not on the shortlist. */
@@ -134,7 +138,7 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
                             int64_t room)
 {
     const dhsa_segments *u = f->segments;
-    const int64_t forced = span.end - span.lo - (f->to - f->from);
+    const int64_t forced = span.end - span.lo - DHSA_MAX(f->to - f->from, 0) - DHSA_MAX(f->end - f->after, 0);
     double total = 0, held = 0;
     int64_t sure = 0;
     for (int64_t c = u->first; c < u->last; c++) {
@@ -155,7 +159,7 @@ int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, c
                            int32_t *chosen)
 {
     const topk_scratch w = topk_lay_out(s, thread);
-    const free_keys f = {segments, span.lo, span.end};
+    const free_keys f = {segments, span.lo, span.end, span.end, span.end};
     int64_t left = 0, count = 0;
     const uint32_t least = topk_threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
     for (int64_t c = segments->last - 1; c >= segments->first; c--) {
@@ -186,31 +190,41 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
     return end - (to - from);
 }
 
+/* Writes the chosen keys of [from, to), those of segments above the image `least` and *left keys of those that equal
+ * it, below `end`; returns the new end. Written backwards, so that of equal scores the later keys are taken. */
+static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *w, int64_t from, int64_t to, uint32_t least,
+                             int64_t *left, int32_t *end)
+{
+    for (int64_t c = segments->last - 1; c >= segments->first; c--) {
+        if (w->key[c] < least) continue;
+        const int64_t last = DHSA_MIN(edge(segments, c + 1), to);
+        int64_t first = DHSA_MAX(edge(segments, c), from);
+        if (first >= last) continue;
+        if (w->key[c] == least) {
+            first = DHSA_MAX(first, last - *left);
+            *left -= last - first;
+        }
+        end = write_below(end, first, last);
+    }
+    return end;
+}
+
 int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int32_t *list, int64_t room)
 {
     const dhsa_select_config *config = s->config;
     const topk_scratch w = topk_lay_out(s, thread);
-    const int64_t sink = DHSA_MAX(DHSA_MIN(config->sink, span.end) - span.lo, 0);
-    const free_keys f = {segments, span.lo + sink, span.end - config->local};
+    /* Sinks from the first local key on count as local keys. */
+    const int64_t sink_end = DHSA_MIN(DHSA_MAX(config->sink, span.lo), span.local_lo);
+    const int64_t local_end = DHSA_MAX(DHSA_MIN(config->sink, span.end), span.local_end);
+    const free_keys f = {segments, sink_end, span.local_lo, local_end, span.end};
     const int64_t size = config->mass > 0 ? size_by_mass(config, span, &f, &w, room) : room;
-    const int64_t need = size - sink - config->local;
+    const int64_t need = size - (sink_end - span.lo) - (local_end - span.local_lo);
+    int32_t *end = list + size;
     int64_t left = 0;
-    /* Written backwards, so that of equal scores the most recent keys are taken. */
-    int32_t *end = write_below(list + size, f.to, span.end);
-    if (need > 0) {
-        const uint32_t least = topk_threshold(&f, &w, need, &left);
-        for (int64_t c = segments->last - 1; c >= segments->first; c--) {
-            if (w.key[c] < least) continue;
-            const int64_t to = DHSA_MIN(edge(segments, c + 1), f.to);
-            int64_t from = DHSA_MAX(edge(segments, c), f.from);
-            if (from >= to) continue;
-            if (w.key[c] == least) {
-                from = DHSA_MAX(from, to - left);
-                left -= to - from;
-            }
-            end = write_below(end, from, to);
-        }
-    }
-    write_below(end, span.lo, f.from);
+    const uint32_t least = need > 0 ? topk_threshold(&f, &w, need, &left) : 0;
+    if (need > 0 && f.after < f.end) end = write_chosen(segments, &w, f.after, f.end, least, &left, end);
+    end = write_below(end, span.local_lo, local_end);
+    if (need > 0) end = write_chosen(segments, &w, f.from, f.to, least, &left, end);
+    write_below(end, span.lo, sink_end);
     return size;
 }

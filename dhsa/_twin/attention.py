@@ -23,21 +23,18 @@ def check(q: np.ndarray, k: np.ndarray, v: np.ndarray | None = None) -> None:
         raise ValueError(f"k: shape {k.shape} does not go with q's {q.shape}")
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"q: {q.shape[2]} queries for {k.shape[2]} keys")
-    if v is not None and v.shape != k.shape:
-        raise ValueError(f"v: shape {v.shape} is not k's {k.shape}")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v: shape {v.shape} does not go with k's {k.shape}")
 
 
 def visible(q_len: int, k_len: int, *, window: int | None = None, causal: bool = True) -> np.ndarray:
-    """bool [Lq, Lk]: may query i see key j? With p = i + Lk - Lq: ``j <= p``, and ``j > p - window`` where given."""
-    if not causal:
-        if window is not None:
-            raise NotImplementedError("window: needs causal=True")
-        return np.ones((q_len, k_len), bool)
+    """bool [Lq, Lk]: may query i see key j? With p = i + Lk - Lq: ``j <= p`` if causal, and ``|j - p| < window`` where
+    given."""
     position = np.arange(q_len)[:, None] + (k_len - q_len)
     key = np.arange(k_len)[None, :]
-    mask = key <= position
+    mask = key <= position if causal else np.ones((q_len, k_len), bool)
     if window is not None:
-        mask &= key > position - window
+        mask &= abs(key - position) < window
     return mask
 
 
@@ -48,14 +45,14 @@ def logits(q, k, scale, softcap):
         return s if softcap is None else softcap * np.tanh(s / softcap)
 
 
-def _attend_head(q, k, v, mask, scale, softcap):
-    """One head: q [Lq, D], k, v [Lk, D], mask bool [Lq, Lk] -> out [Lq, D], lse [Lq]."""
+def _attend_head(q, k, v, mask, scale, softcap, sink):
+    """One head: q [Lq, D], k [Lk, D], v [Lk, E], mask bool [Lq, Lk], sink a logit -> out [Lq, E], lse [Lq]."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         s = np.where(mask, logits(q, k, scale, softcap), -np.inf)
-        top = s.max(axis=1, keepdims=True, initial=-np.inf)
+        top = s.max(axis=1, keepdims=True, initial=sink)
         top = np.where(top == -np.inf, 0.0, top)
         p = np.where(mask, np.exp(s - top), 0.0)
-        total = p.sum(axis=1, keepdims=True)
+        total = p.sum(axis=1, keepdims=True) + np.exp(sink - top)
         # A NaN or inf in v may reach only the rows that see it, but 0 * NaN is NaN: such values are added row by row.
         bad = ~np.isfinite(v).all(axis=1)
         out = p @ np.where(bad[:, None], 0.0, v)
@@ -67,62 +64,69 @@ def _attend_head(q, k, v, mask, scale, softcap):
     return out, lse
 
 
-def _attend(q, k, v, mask_of, scale, softcap, return_lse):
+def _attend(q, k, v, mask_of, scale, softcap, sinks, return_lse):
     """All heads; ``mask_of(b, h)`` gives the bool [Lq, Lk] mask of one."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     check(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     group = q.shape[1] // k.shape[1]
-    out = np.zeros(q.shape)
+    sinks = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks).astype(np.float64)
+    if sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks: expected shape {q.shape[1:2]}, got {sinks.shape}")
+    out = np.zeros((*q.shape[:3], v.shape[3]))
     lse = np.zeros(q.shape[:3])
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             mask = mask_of(b, h)
-            out[b, h], lse[b, h] = _attend_head(q[b, h], k[b, h // group], v[b, h // group], mask, scale, softcap)
+            out[b, h], lse[b, h] = _attend_head(
+                q[b, h], k[b, h // group], v[b, h // group], mask, scale, softcap, sinks[h]
+            )
     return (out, lse) if return_lse else out
 
 
 def attention(
-    q, k, v, *, scale=None, softcap=None, window=None, causal=True, key_ranges=None, return_lse=False
+    q, k, v, *, scale=None, softcap=None, window=None, causal=True, key_ranges=None, sinks=None, return_lse=False
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Exact attention: ``softmax(mask(cap(scale * q k^T))) v`` with ``cap(s) = softcap * tanh(s / softcap)``.
 
-    q [B, H, Lq, D], k, v [B, Hkv, Lk, D] -> out [B, H, Lq, D], and with ``return_lse`` lse [B, H, Lq] (natural log of
-    the sum of the exponentials of the visible logits). A query that sees no key gives zeros and ``lse = -inf``.
-    ``scale`` None means ``D ** -0.5``. ``key_ranges`` int [B, Lq, 2]: query i of batch b sees the keys
-    [start, stop) in place of ``causal`` and ``window``. NaN and inf reach exactly the rows that see them.
-    Raises ValueError for shapes that do not fit, NotImplementedError for a window without causality.
+    q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, E] -> out [B, H, Lq, E], and with ``return_lse`` lse [B, H, Lq]
+    (natural log of the sum of the exponentials of the visible logits, and of the head's sink). A query that sees no key
+    gives zeros and ``lse = -inf``. ``scale`` None means ``D ** -0.5``. ``key_ranges`` int [B, Lq, 2]: query i of batch
+    b sees the keys [start, stop) in place of ``causal`` and ``window``. ``sinks`` [H]: a logit of each head that joins
+    the softmax, neither scaled nor capped, and has no value. NaN and inf reach exactly the rows that see them.
+    Raises ValueError for shapes that do not fit.
     """
     q_len, k_len = np.shape(q)[2], np.shape(k)[2]
     if key_ranges is None:
         mask = visible(q_len, k_len, window=window, causal=causal)
-        return _attend(q, k, v, lambda b, h: mask, scale, softcap, return_lse)
+        return _attend(q, k, v, lambda b, h: mask, scale, softcap, sinks, return_lse)
     ranges = np.asarray(key_ranges)
     if ranges.shape != (np.shape(q)[0], q_len, 2):
         raise ValueError(f"key_ranges: expected shape {(np.shape(q)[0], q_len, 2)}, got {ranges.shape}")
     key = np.arange(k_len)[None, :]
     return _attend(
-        q, k, v, lambda b, h: (key >= ranges[b, :, :1]) & (key < ranges[b, :, 1:]), scale, softcap, return_lse
+        q, k, v, lambda b, h: (key >= ranges[b, :, :1]) & (key < ranges[b, :, 1:]), scale, softcap, sinks, return_lse
     )
 
 
-def masked_attention(q, k, v, mask, *, scale=None, softcap=None, return_lse=False):
+def masked_attention(q, k, v, mask, *, scale=None, softcap=None, sinks=None, return_lse=False):
     """Attention of each query over the keys that ``mask`` bool [B, H, Lq, Lk] leaves it, otherwise as `attention`."""
-    return _attend(q, k, v, lambda b, h: mask[b, h], scale, softcap, return_lse)
+    return _attend(q, k, v, lambda b, h: mask[b, h], scale, softcap, sinks, return_lse)
 
 
-def sparse_attention(q, k, v, selection, *, scale=None, softcap=None, window=None, return_lse=False):
+def sparse_attention(q, k, v, selection, *, scale=None, softcap=None, window=None, sinks=None, return_lse=False):
     """Exact attention over the keys a selection lists, causality and window applied per token inside a list.
 
-    ``selection`` is anything with ``indptr``, ``indices``, ``shape`` (B, S, nq) and ``query_block``; head h uses list
-    set ``h * S // H``. Shapes, results and errors as in ``attention``.
+    ``selection`` is anything with ``indptr``, ``indices``, ``shape`` (B, S, nq) and ``query_block``, and ``causal`` if
+    that may be False; head h uses list set ``h * S // H``. Shapes, results and errors as in ``attention``.
     """
     q_len, k_len, heads = np.shape(q)[2], np.shape(k)[2], np.shape(q)[1]
     sets = selection.shape[1]
     if sets not in (1, np.shape(k)[1], heads) or selection.shape[2] != -(-q_len // selection.query_block):
         raise ValueError(f"selection: shape {selection.shape} does not go with q's {np.shape(q)}")
-    mask = selection_mask(selection, q_len, k_len) & visible(q_len, k_len, window=window)
-    return _attend(q, k, v, lambda b, h: mask[b, h * sets // heads], scale, softcap, return_lse)
+    seen = visible(q_len, k_len, window=window, causal=getattr(selection, "causal", True))
+    mask = selection_mask(selection, q_len, k_len) & seen
+    return _attend(q, k, v, lambda b, h: mask[b, h * sets // heads], scale, softcap, sinks, return_lse)
 
 
 def selection_mask(selection, q_len: int, k_len: int) -> np.ndarray:

@@ -38,6 +38,11 @@ class Block:
         """[Hs, n, D]: the block's own."""
         return self.q[:, self.begin : self.stop]
 
+    @property
+    def middle(self) -> int | None:
+        """The key at the block's middle; None in causal attention."""
+        return None if self.options["causal"] else self.start + (self.stop - self.begin) // 2
+
     def keys_of(self, h: int) -> np.ndarray:
         """[Lk, D]: the keys that head h of the set reads."""
         return self.k[h * len(self.k) // len(self.q)]

@@ -34,15 +34,20 @@ def chunk_means(k, boundaries) -> np.ndarray:
     return means
 
 
-def candidates(i: int, q_len: int, k_len: int, query_block: int, window: int | None, score: str) -> tuple[int, int]:
+def candidates(
+    i: int, q_len: int, k_len: int, query_block: int, window: int | None, score: str, causal: bool = True
+) -> tuple[int, int]:
     """Candidate keys [lo, end) of query block i.
 
-    ``end`` is the block's nominal end, capped by Lk. The lower edge in a window layer: under "rows" the union of the
-    queries' windows; under "block" upstream's rule, the nominal end (not capped) minus the window, but never above the
-    block's own start, so that windows narrower than a block leave no query without itself.
+    Not causal: all keys, or the union of the queries' windows. Causal: ``end`` is the block's nominal end, capped by
+    Lk. The lower edge in a window layer: under "rows" the union of the queries' windows; under "block" upstream's rule,
+    the nominal end (not capped) minus the window, but never above the block's own start, so that windows narrower than
+    a block leave no query without itself.
     """
     start = k_len - q_len + i * query_block
     end = min(start + query_block, k_len)
+    if not causal:
+        return (0, k_len) if window is None else (max(0, start - window + 1), min(end - 1 + window, k_len))
     if window is None:
         return 0, end
     if score == "rows":
@@ -125,6 +130,7 @@ def chunk_scores(
     window: int | None = None,
     rows: int | None = None,
     bf16: bool = False,
+    causal: bool = True,
 ) -> np.ndarray:
     """The score of each chunk for each block of queries: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
 
@@ -142,7 +148,8 @@ def chunk_scores(
     softmax as it has keys, and its score is made of the probability of one of them. bf16: the mean rows and mean keys
     are rounded to bf16 before the product, which is what the core does where q and k are bf16, and for selection.
 
-    A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. A chunk whose mean
+    A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. With causal=False,
+    which is for "rows" only, keys after the block are candidates too. A chunk whose mean
     key is not finite scores +inf, so that it is picked and the NaN reaches the rows that see it, and is left out of
     every softmax of its KV head; a row with a NaN or +inf product adds nothing.
     """
@@ -152,6 +159,8 @@ def chunk_scores(
         raise ValueError(f"score: expected 'rows' or 'block', got {score!r}")
     if pooling not in ("mean", "mean_sqrt"):
         raise ValueError(f"pooling: expected 'mean' or 'mean_sqrt', got {pooling!r}")
+    if score == "block" and not causal:
+        raise NotImplementedError("causal: the block score is for causal attention only")
     batch, q_heads, q_len, dim = q.shape
     k_len, group = k.shape[2], q_heads // k.shape[1]
     edges = boundary_rows(boundaries, batch, k_len)
@@ -164,7 +173,7 @@ def chunk_scores(
         whole = chunk_means(k, edges)
         for b in range(batch):
             for i in range(blocks):
-                lo, end = candidates(i, q_len, k_len, query_block, window, score)
+                lo, end = candidates(i, q_len, k_len, query_block, window, score, causal)
                 live = np.maximum(edges[b, :-1], lo) < np.minimum(edges[b, 1:], end)
                 queries = q[b, :, i * query_block : (i + 1) * query_block]
                 means, lengths = whole[b].copy(), np.diff(edges[b])

@@ -30,6 +30,7 @@ class Selection(NamedTuple):
     q_len: int
     k_len: int
     boundaries: np.ndarray | None = None  # int32 [B, C + 1]
+    causal: bool = True
 
     def row(self, b: int, s: int, i: int) -> np.ndarray:
         """The keys of query block i, for head set s of batch b."""
@@ -38,8 +39,8 @@ class Selection(NamedTuple):
 
 
 def density(selection: Selection, *, window: int | None = None) -> float:
-    """Share of the (query, key) pairs visible under causality and window that the selection attends to."""
-    seen = visible(selection.q_len, selection.k_len, window=window)
+    """Share of the (query, key) pairs visible under the selection's causality and window that it attends to."""
+    seen = visible(selection.q_len, selection.k_len, window=window, causal=selection.causal)
     kept = selection_mask(selection, selection.q_len, selection.k_len) & seen
     return float(kept.sum() / (seen.sum() * kept.shape[0] * kept.shape[1]))
 
@@ -52,6 +53,20 @@ class Segments(NamedTuple):
     mass: np.ndarray | None = None  # [C]: estimated attention mass on any scale; 0 where the score is +inf
 
 
+def local_span(lo: int, end: int, local: int, middle: int | None) -> tuple[int, int]:
+    """The local keys [from, to) of a block with candidates [lo, end): the last ones, or with ``middle`` (bidirectional
+    attention) those around this key, as far as the candidates reach."""
+    local = min(local, end - lo)
+    first = end - local if middle is None else min(max(middle - local // 2, lo), end - local)
+    return first, first + local
+
+
+def middle_of(i: int, q_len: int, k_len: int, query_block: int) -> int:
+    """The key at the middle of query block i."""
+    start = k_len - q_len + i * query_block
+    return (start + min(start + query_block, k_len)) // 2
+
+
 def topk(
     segments: Segments,
     lo: int,
@@ -62,11 +77,12 @@ def topk(
     local: int = 0,
     mass: float | None = None,
     floor: int | None = None,
+    middle: int | None = None,
 ) -> np.ndarray:
     """The list of a block with candidates [lo, end): ascending keys.
 
-    The candidates among the first ``sink`` keys of the sequence, the last ``local`` candidates, and for the rest of
-    the budget those of the highest score, every key having its segment's; of equal scores the more recent key, so
+    The candidates among the first ``sink`` keys of the sequence, the ``local`` keys of ``local_span``, and for the rest
+    of the budget those of the highest score, every key having its segment's; of equal scores the more recent key, so
     that a segment that only partly fits gives its most recent keys.
 
     With ``mass``, segments are taken whole in that order only until all keys taken, the forced ones first, hold this
@@ -75,7 +91,8 @@ def topk(
     without any, fill the budget.
     """
     keys = np.arange(lo, end)
-    forced = (keys < sink) | (keys >= end - local)
+    near, far = local_span(lo, end, local, middle)
+    forced = (keys < sink) | ((keys >= near) & (keys < far))
     free = keys[~forced]
     segment = np.searchsorted(segments.edges, np.arange(end), side="right") - 1
     free = free[np.lexsort((-free, -segments.score[segment[free]]))]  # best first, the keys of a segment together
@@ -100,20 +117,30 @@ def topk(
 
 
 def is_exact(
-    i: int, q_len: int, k_len: int, query_block: int, least: int | None, dense_tail: int, window: int | None
+    i: int,
+    q_len: int,
+    k_len: int,
+    query_block: int,
+    least: int | None,
+    dense_tail: int,
+    window: int | None,
+    causal: bool = True,
 ) -> bool:
     """Whether query block i sees all visible keys: its candidates end within ``least`` keys (None: all of them do), the
-    window is no wider than that, or it holds one of the last ``dense_tail`` queries."""
-    _, end = candidates(i, q_len, k_len, query_block, window, "rows")
+    window is no wider than that, or it holds one of the last ``dense_tail`` queries. Not causal: it has no more
+    candidates than ``least``, or both sides of a window together are no wider."""
+    lo, end = candidates(i, q_len, k_len, query_block, window, "rows", causal)
+    if not causal:
+        return least is None or end - lo <= least or (window is not None and 2 * window - 1 <= least)
     in_tail = min((i + 1) * query_block, q_len) > q_len - dense_tail
     return least is None or in_tail or end <= least or (window is not None and window <= least)
 
 
-def selection_of(lists, shape, query_block: int, q_len: int, k_len: int, edges=None) -> Selection:
+def selection_of(lists, shape, query_block: int, q_len: int, k_len: int, edges=None, causal: bool = True) -> Selection:
     """A Selection from its lists in CSR order."""
     indptr = np.concatenate([[0], np.cumsum([len(x) for x in lists])]).astype(np.int64)
     edges = None if edges is None else edges.astype(np.int32)
-    return Selection(indptr, np.concatenate(lists).astype(np.int32), shape, query_block, q_len, k_len, edges)
+    return Selection(indptr, np.concatenate(lists).astype(np.int32), shape, query_block, q_len, k_len, edges, causal)
 
 
 def select_from_scores(
@@ -129,6 +156,7 @@ def select_from_scores(
     dense_tail: int = 0,
     window: int | None = None,
     score: str = "rows",
+    causal: bool = True,
 ) -> Selection:
     """The keys each block sees, from chunk scores [B, S, nq, C] of its chunks.
 
@@ -140,6 +168,9 @@ def select_from_scores(
     A block is exact, and sees the union of its queries' windows, if ``end <= budget``, if the window is no wider than
     the budget, or if it holds one of the last ``dense_tail`` queries; budget None makes all blocks exact. Any other
     block sees ``min(budget, candidates)`` keys, which ``topk`` picks.
+
+    With causal=False a block's candidates are all keys, or the union of its queries' two-sided windows; ``dense_tail``
+    does not apply. See ``is_exact`` and ``local_span``.
     Raises ValueError where sink + local exceed the budget.
     """
     scores = np.asarray(scores).astype(np.float64)
@@ -153,13 +184,14 @@ def select_from_scores(
     for b in range(batch):
         for s in range(sets):
             for i in range(blocks):
-                if budget is None or is_exact(i, q_len, k_len, query_block, budget, dense_tail, window):
-                    lists.append(np.arange(*candidates(i, q_len, k_len, query_block, window, "rows")))
+                if budget is None or is_exact(i, q_len, k_len, query_block, budget, dense_tail, window, causal):
+                    lists.append(np.arange(*candidates(i, q_len, k_len, query_block, window, "rows", causal)))
                 else:
-                    lo, end = candidates(i, q_len, k_len, query_block, window, score)
+                    lo, end = candidates(i, q_len, k_len, query_block, window, score, causal)
                     segments = Segments(edges[b], scores[b, s, i])
-                    lists.append(topk(segments, lo, end, budget=budget, sink=sink, local=local))
-    return selection_of(lists, (batch, sets, blocks), query_block, q_len, k_len, edges)
+                    middle = None if causal else middle_of(i, q_len, k_len, query_block)
+                    lists.append(topk(segments, lo, end, budget=budget, sink=sink, local=local, middle=middle))
+    return selection_of(lists, (batch, sets, blocks), query_block, q_len, k_len, edges, causal)
 
 
 def select(
@@ -179,6 +211,7 @@ def select(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Selection:
     """``chunk_scores`` and then ``select_from_scores``; the defaults are those of ``dhsa.Config``, but every chunk is
     scored: for the shortlist of longer prompts see ``method_lists``."""
@@ -197,6 +230,7 @@ def select(
         window=window,
         rows=rows,
         bf16=score == "rows",
+        causal=causal,
     )
     return select_from_scores(
         scores,
@@ -210,13 +244,14 @@ def select(
         dense_tail=dense_tail,
         window=window,
         score=score,
+        causal=causal,
     )
 
 
 class Prefill(NamedTuple):
     """What ``prefill`` returns: the attention, its log-sum-exp, and how it came about."""
 
-    out: np.ndarray  # float64 [B, H, Lq, D]
+    out: np.ndarray  # float64 [B, H, Lq, E]
     lse: np.ndarray  # float64 [B, H, Lq]
     path: str  # "dense", "window" or "sparse"
     density: float
@@ -231,13 +266,14 @@ def prefill(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    sinks=None,
     boundaries=None,
     boundary_options: Mapping[str, Any] | None = None,
     query_block: int = 64,
     budget: int | None = 2048,
     **select_options: Any,
 ) -> Prefill:
-    """boundaries -> chunk scores -> selection -> attention, causal.
+    """boundaries -> chunk scores -> selection -> attention, causal unless causal=False is among the options.
 
     ``boundaries`` int [B, C + 1] or None: cut by ``reference.boundaries(k, query_block=..., **boundary_options)``, for
     row scores with n = L // 4, but at most 8192 or L // 8, and nms 2.
@@ -260,7 +296,9 @@ def prefill(
         window=window,
         **select_options,
     )
-    out, lse = sparse_attention(q, k, v, selection, scale=scale, softcap=softcap, window=window, return_lse=True)
+    out, lse = sparse_attention(
+        q, k, v, selection, scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=True
+    )
     share = density(selection, window=window)
     if share < 1.0:
         return Prefill(out, lse, "sparse", share, selection)

@@ -23,11 +23,11 @@ VERSION = 1  # version of the rows: raise it when a measurement changes, so that
 
 def build_hash() -> str:
     """Return a hash of the compiled core and the Python rules around it, which change what is selected."""
-    from dhsa import _core, functional
+    from dhsa import _core, functional, selecting
     from dhsa.evaluation import cuts
 
     digest = hashlib.sha256()
-    for path in (_core.__file__, functional.__file__, cuts.__file__):
+    for path in (_core.__file__, functional.__file__, selecting.__file__, cuts.__file__):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:12]
 

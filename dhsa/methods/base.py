@@ -36,6 +36,7 @@ class Method:
         has_chunks: whether it selects chunks, and so needs boundaries.
         has_mass: whether its scores are shares of attention mass, so that `Config.mass` may be used.
         reads_keys: whether its lists depend on the values of queries and keys, and not on positions alone.
+        has_both_sides: whether it serves bidirectional attention, in which a block selects keys on both sides of it.
         heads: the default of `Config.heads`.
         paper_fields: the setting of its source as far as it is known: its own options and fields of Config.
     """
@@ -47,6 +48,7 @@ class Method:
     has_chunks: ClassVar[bool] = False
     has_mass: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = True
+    has_both_sides: ClassVar[bool] = False
     heads: ClassVar[str] = "group"
     paper_fields: ClassVar[Mapping[str, Any]] = {}
 

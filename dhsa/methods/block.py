@@ -34,6 +34,7 @@ class Block(Method):
     summary: ClassVar[str] = "fixed blocks by the softmax of the mean query over mean keys"
     source: ClassVar[str] = "MInference, arXiv 2407.02490; MoBA, arXiv 2502.13189"
     cost: ClassVar[str] = "G n / `key_block`"
+    has_both_sides: ClassVar[bool] = True
 
     key_block: int = 128
 
@@ -44,8 +45,8 @@ class Block(Method):
     def twin(block: QueryBlock) -> Segments | np.ndarray:
         """Fixed blocks of keys: per head a softmax of the mean query over the mean keys, summed over heads.
 
-        The mean of the last block is of the keys up to the query block's end. A block without a finite mean is always
-        selected, and left out of the softmax of its KV head. A mean query that is not finite is ignored.
+        The mean of the last block is of the keys up to the end of the candidates. A block without a finite mean is
+        always selected, and left out of the softmax of its KV head. A mean query that is not finite is ignored.
         """
         o = block.options
         edges = np.arange(block.lo // o["key_block"] * o["key_block"], block.end, o["key_block"])

@@ -10,7 +10,7 @@ import numpy as np
 from dhsa._arrays import check_int
 from dhsa._twin.blocks import Block
 from dhsa._twin.scores import chunk_means, row_scores
-from dhsa._twin.selection import Segments
+from dhsa._twin.selection import Segments, local_span
 from dhsa.methods.base import Method
 
 __all__ = ["Rows"]
@@ -42,7 +42,8 @@ def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
     score, _, finite = _row_scores(block, edges, -(-o["rows"] // COARSER), live)
     score[~finite], score[~live] = np.inf, -np.inf
     best = np.maximum.reduceat(score, np.arange(0, len(score), UNITS_OF_GROUP))
-    best[(groups[:-1] < o["sink"]) | (groups[1:] > block.end - o["local"])] = np.inf
+    near, far = local_span(block.lo, block.end, o["local"], block.middle)
+    best[(groups[:-1] < o["sink"]) | ((groups[1:] > near) & (groups[:-1] < far))] = np.inf
     keys = np.maximum(np.minimum(groups[1:], block.end) - np.maximum(groups[:-1], block.lo), 0)
     chosen, held = np.zeros(len(best), bool), 0
     for g in np.lexsort((-np.arange(len(best)), -best)):
@@ -73,6 +74,7 @@ class Rows(Method):
     source: ClassVar[str] = "this project"
     cost: ClassVar[str] = "`rows` G chunks of the shortlist, and an eighth of the rows by all groups of 4 chunks"
     has_chunks: ClassVar[bool] = True
+    has_both_sides: ClassVar[bool] = True
 
     rows: int | None = None
     shortlist: int | None = None

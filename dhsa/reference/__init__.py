@@ -3,9 +3,9 @@
 It is meant to be correct and easy to read: tests compare the C core with it, and it is part of the documentation.
 It is not fast, and it builds Lq x Lk matrices. It needs NumPy only and never calls the extension.
 
-Shapes throughout: q [B, H, Lq, D], k and v [B, Hkv, Lk, D], H = G * Hkv; query i sits at key position i + (Lk - Lq).
-Inputs are arrays of any float dtype; everything is computed and returned in float64. "The paper" is Dynamic
-Hierarchical Sparse Attention, arXiv 2510.24606.
+Shapes throughout: q [B, H, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, E], H = G * Hkv; query i sits at key position
+i + (Lk - Lq). Inputs are arrays of any float dtype; everything is computed and returned in float64. "The paper" is
+Dynamic Hierarchical Sparse Attention, arXiv 2510.24606.
 """
 
 from dhsa._twin.attention import attention, masked_attention, selection_mask, sparse_attention

@@ -42,12 +42,17 @@ def method_blocks(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    causal: bool = True,
 ) -> Iterator[tuple[Block, Segments | np.ndarray | None]]:
     """For every list in CSR order, its Block and the result of the method (None where the block is exact).
 
     The result is Segments, from which ``topk`` selects, or the list itself. Arguments are those of ``dhsa.Config`` and
     of ``dhsa.select``; boundaries int [B, C + 1] or [C + 1] for the methods of chunks.
+
+    Raises NotImplementedError with causal=False for a method that is for causal attention only.
     """
+    if not causal and not registry[method].has_both_sides:
+        raise NotImplementedError(f"causal: method {method} selects for causal attention only")
     q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
     check(q, k)
     q_len, k_len, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
@@ -56,7 +61,7 @@ def method_blocks(
         "query_block": query_block, "key_block": key_block, "stride": stride, "pooling": pooling, "softcap": softcap,
         "rows": max(1, query_block // (4 if method == "hisa" else 2)) if rows is None else rows,
         "shortlist": max(8192, 4 * (budget or 0)) if shortlist is None else shortlist,
-        "window": window, "sink": sink, "local": local,
+        "window": window, "causal": causal, "sink": sink, "local": local,
         "scale": q.shape[3] ** -0.5 if scale is None else scale, "budget": budget, "mass": mass,
     }  # fmt: skip
     least = budget if mass is None else sink + local if floor is None else floor
@@ -67,8 +72,8 @@ def method_blocks(
         for members in head_sets(heads, q.shape[1], k.shape[1]):
             kv = slice(members[0] // group, members[-1] // group + 1)
             for i in range(-(-q_len // query_block)):
-                exact = is_exact(i, q_len, k_len, query_block, least, dense_tail, window)
-                lo, end = candidates(i, q_len, k_len, query_block, window, "rows" if exact else rule)
+                exact = is_exact(i, q_len, k_len, query_block, least, dense_tail, window, causal)
+                lo, end = candidates(i, q_len, k_len, query_block, window, "rows" if exact else rule, causal)
                 room = end - lo if exact or budget is None else min(budget, end - lo)
                 begin = i * query_block
                 here = Block(
@@ -87,10 +92,13 @@ def method_lists(method: str, q, k, *, query_block: int = 64, **options: Any) ->
             found = np.arange(here.lo, here.end)
         elif isinstance(found, Segments):
             bounds = {name: here.options[name] for name in ("sink", "local", "mass")}
-            found = topk(found, here.lo, here.end, budget=here.room, floor=options.get("floor"), **bounds)
+            found = topk(
+                found, here.lo, here.end, budget=here.room, floor=options.get("floor"), middle=here.middle, **bounds
+            )
         lists.append(found)
     q_len, k_len = np.shape(q)[2], np.shape(k)[2]
     sets = len(head_sets(options.get("heads", "group"), np.shape(q)[1], np.shape(k)[1]))
     edges = options.get("boundaries")
     edges = None if edges is None else boundary_rows(edges, len(q), k_len)
-    return selection_of(lists, (len(q), sets, -(-q_len // query_block)), query_block, q_len, k_len, edges)
+    shape = (len(q), sets, -(-q_len // query_block))
+    return selection_of(lists, shape, query_block, q_len, k_len, edges, options.get("causal", True))

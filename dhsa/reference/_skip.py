@@ -29,13 +29,25 @@ class Grouping(NamedTuple):
 
 
 def skip_mask(
-    q, k, skip: float, grouping: Grouping, *, selection=None, scale=None, softcap=None, window=None, causal=True
+    q,
+    k,
+    skip: float,
+    grouping: Grouping,
+    *,
+    selection=None,
+    scale=None,
+    softcap=None,
+    window=None,
+    causal=True,
+    sinks=None,
 ) -> tuple[np.ndarray, float]:
     """bool [B, H, Lq, Lk]: the keys that each query still attends to (`masked_attention` does), and the share of the
-    products of a panel and a tile that are left out. Arguments as in `attention` and `sparse_attention`."""
+    products of a panel and a tile that are left out. Arguments as in `attention` and `sparse_attention`; a sink counts
+    as a logit that each row of its head has met before all keys."""
     q, k = (np.asarray(x).astype(np.float64) for x in (q, k))
     check(q, k)
     batch, heads, q_len, dim = q.shape
+    sinks = np.full(heads, -np.inf) if sinks is None else np.asarray(sinks).astype(np.float64)
     kv_heads, k_len = k.shape[1:3]
     scale = dim**-0.5 if scale is None else float(scale)
     block = q_len if selection is None else selection.query_block
@@ -56,21 +68,22 @@ def skip_mask(
                 for start in range(first, min(first + block, q_len), grouping.queries):
                     item = (slice(h, h + shared), slice(start, min(start + grouping.queries, first + block, q_len)))
                     sees = mask[b][item].reshape(-1, k_len)  # a copy if there are several heads
-                    counts = _leave_out(s[:, item[1]].reshape(-1, k_len), sees, keys, skip, grouping)
+                    met = np.repeat(sinks[h : h + shared], len(sees) // shared)
+                    counts = _leave_out(s[:, item[1]].reshape(-1, k_len), sees, keys, skip, grouping, met)
                     mask[b][item] = sees.reshape(mask[b][item].shape)
                     products, left = products + counts[0], left + counts[1]
     return mask, left / max(products, 1)
 
 
-def _leave_out(s, sees, keys, skip, grouping) -> tuple[int, int]:
-    """Clears in ``sees`` what one item leaves out. s, sees: [rows, Lk]. Returns the products it has, and those left
-    out."""
+def _leave_out(s, sees, keys, skip, grouping, met) -> tuple[int, int]:
+    """Clears in ``sees`` what one item leaves out. s, sees: [rows, Lk]; met [rows]: the largest logits so far. Returns
+    the products it has, and those left out."""
     seen = np.flatnonzero(sees[:, keys].any(axis=0))
     keys = keys[seen[0] :] if len(seen) else keys[:0]
     products = left = 0
     for first in range(0, len(s), grouping.rows):
         rows = np.arange(first, min(first + grouping.rows, len(s)))[:, None]
-        largest = np.full(len(rows), -np.inf)
+        largest = met[rows[:, 0]]
         for at in range(0, len(keys), grouping.keys):
             tile = keys[at : at + grouping.keys]
             mask = sees[rows, tile]

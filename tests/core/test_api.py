@@ -403,15 +403,17 @@ def test_interrupt_is_honoured_on_return(make_qkv):
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
+    def call():
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        while True:  # on a busy machine the alarm may come between two calls
+            _core.attend_dense(q, k, v, out, None, None, None, None, True, None, 1, None, None)
+
     old = signal.signal(signal.SIGALRM, interrupt)
     out = np.empty_like(q)
     dhsa.set_num_threads(1)
     try:
-        # Within the block: on a busy machine the alarm may come between two calls.
         with pytest.raises(KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
-            while True:
-                _core.attend_dense(q, k, v, out, None, None, None, None, True, None, 1, None)
+            call()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)

@@ -107,8 +107,17 @@ CALLS = {
     "batch, scores": (
         lambda: dhsa.chunk_scores(q, k.repeat(2, 0), np.array([[0, 12]]), query_block=5),
         ValueError, r"^k: batch is 2, expected 1 as q"),
-    "head_dim 257": (
-        lambda: dhsa.attention(*[np.zeros((1, 1, 2, 257), np.float32)] * 3), NotImplementedError, r"^q: head_dim 257"),
+    "head_dim 577": (
+        lambda: dhsa.attention(*[np.zeros((1, 1, 2, 577), np.float32)] * 2, np.zeros((1, 1, 2, 8), np.float32)),
+        NotImplementedError, r"^q: head_dim 577 is not supported yet, at most 576"),
+    "values of 513": (
+        lambda: dhsa.attention(q, k, normal(1, 2, 12, 513)),
+        NotImplementedError, r"^v: head_dim 513 is not supported yet, at most 512"),
+    "values of 0": (lambda: dhsa.attention(q, k, v[..., :0]), ValueError, r"^v: dimension 3 has size 0"),
+    "v rank, of another width": (lambda: dhsa.attention(q, k, v[0, ..., :5]), ValueError, r"^v: expected 4 dimensions"),
+    "out of the keys' width": (
+        lambda: dhsa.attention(q, k, v[..., :5], out=np.zeros_like(q)),
+        ValueError, r"^out: dimension 3 has size 8, expected 5 as v"),
     # dtypes, kinds
     "float64": (
         lambda: dhsa.attention(*(x.astype(np.float64) for x in (q, k, v))),
@@ -182,10 +191,35 @@ CALLS = {
     "window bool": (lambda: dhsa.attention(q, k, v, window=True), TypeError, r"^window: expected an int, got bool"),
     "window overflow": (
         lambda: dhsa.attention(q, k, v, window=2**70), ValueError, r"^window: expected 1 to 9223372036854775807, got"),
-    "window without causal": (
-        lambda: dhsa.attention(q, k, v, window=4, causal=False),
-        NotImplementedError, r"^window: "),
-    "sparse without causal": (lambda: dhsa.attention(q, k, v, SPARSE, causal=False), NotImplementedError, r"^causal: "),
+    "both sides, of a causal method": (
+        lambda: dhsa.attention(q, k, v, dhsa.Config(method="hisa", budget=8), causal=False),
+        NotImplementedError, r"^causal: method hisa selects for causal attention only; rows, block and window serve"),
+    "both sides, select": (
+        lambda: dhsa.select(q, k, dhsa.Config(method="dhsa", budget=8), causal=False),
+        NotImplementedError, r"^causal: method dhsa"),
+    "both sides, Lq > Lk": (
+        lambda: dhsa.attention(normal(1, 4, 13, 8), k, v, SPARSE, causal=False), ValueError, r"^q: 13 queries"),
+    "both sides, window, Lq > Lk": (
+        lambda: dhsa.attention(normal(1, 4, 13, 8), k, v, window=4, causal=False), ValueError, r"^q: 13 queries"),
+    "sinks kind": (lambda: dhsa.attention(q, k, v, sinks=[0.0] * 4), TypeError, r"^sinks: expected a NumPy array"),
+    "sinks dtype": (
+        lambda: dhsa.attention(q, k, v, sinks=np.zeros(4, np.float16)),
+        TypeError, r"^sinks: dtype is float16, expected float32$"),
+    "sinks dtype, of halves": (
+        lambda: dhsa.attention(*(x.astype(np.float16) for x in (q, k, v)), sinks=np.zeros(4)),
+        TypeError, r"^sinks: dtype is float64, expected float32 or float16$"),
+    "sinks size": (lambda: dhsa.attention(q, k, v, sinks=normal(2)), ValueError, r"^sinks: expected size 4"),
+    "sinks rank": (lambda: dhsa.attention(q, k, v, sinks=normal(1, 4)), ValueError, r"^sinks: expected 1 dimension"),
+    "sinks scalar": (
+        lambda: dhsa.attention(q, k, v, sinks=np.array(0, np.float32)), ValueError, r"^sinks: expected 1 dimension"),
+    "sinks nan": (
+        lambda: dhsa.attention(q, k, v, SPARSE, sinks=np.float32([0, math.nan, 0, 0])),
+        ValueError, r"^sinks: that of head 1 is -?nan"),
+    "sinks inf": (
+        lambda: dhsa.attention(q, k, v, sinks=np.float32([0, 0, 0, math.inf])),
+        ValueError, r"^sinks: that of head 3 is inf, expected a number of at most 1e38 or -inf"),
+    "sinks beyond 1e38": (
+        lambda: dhsa.attention(q, k, v, sinks=np.float32([-2e38, 0, 0, 0])), ValueError, r"^sinks: that of head 0"),
     "ranges shape": (
         lambda: dhsa.attention(q, k, v, key_ranges=np.zeros((1, 10), int)),
         ValueError, r"^key_ranges: expected 3"),
@@ -268,6 +302,17 @@ SELECTION_CALLS = {
     "score": (lambda: scores(score="best"), ValueError, r"^score: expected one of 'rows', 'block', got 'best'"),
     "pooling": (lambda: scores(pooling=3), TypeError, r"^pooling: expected one of .*got int"),
     "heads": (lambda: scores(heads="any"), ValueError, r"^heads: "),
+    "both sides, block score": (lambda: scores(causal=False), NotImplementedError, r"^causal: the block score"),
+    "sinks of a selection": (
+        lambda: dhsa.sparse_attention(q, k, v, from_indices([0, 0, 0], []), sinks=normal(5)), ValueError, r"^sinks: "),
+    "causal type": (
+        lambda: from_indices([0, 0, 0], [], causal=0), TypeError, r"^causal: expected a bool, got int"),
+    "causal type, mask": (
+        lambda: dhsa.Selection.from_mask(np.ones((1, 1, 4, 4), bool), query_block=2, causal="no"),
+        TypeError, r"^causal: expected a bool, got str"),
+    "mask rows differ after the query": (
+        lambda: dhsa.Selection.from_mask(np.tri(4, dtype=bool)[None, None], query_block=2, causal=False),
+        ValueError, r"^mask: query 0 of \[0, 0\] sees other keys"),
     "query_block 0": (lambda: scores(query_block=0), ValueError, r"^query_block: expected 1 to 65536, got 0"),
     "rows": (lambda: scores(score="rows", rows=6), ValueError, r"^rows: expected 1 to 5, got 6"),
     "pick n": (lambda: dhsa.pick_boundaries([1.0, 2.0], -1, theta=0, nms=0), ValueError, r"^n: "),
@@ -531,8 +576,8 @@ def test_dlpack_arguments(torch):
     with pytest.raises(TypeError, match=r"^q: Nothing has DLPack but no __array_namespace__"):
         dhsa.attention(nothing, k, v)
     with pytest.raises(TypeError, match=r"^k: expected an array"):
-        _core.attend_dense(q, object(), v, np.empty_like(q), None, None, None, None, True, None, 1, None)
-    with pytest.raises(TypeError, match="expected 12 positional arguments, got 2"):
+        _core.attend_dense(q, object(), v, np.empty_like(q), None, None, None, None, True, None, 1, None, None)
+    with pytest.raises(TypeError, match="expected 13 positional arguments, got 2"):
         _core.attend_dense(q, k)
 
 

@@ -82,7 +82,7 @@ def test_entries_take_nothing_else():
     q = np.zeros((1, 1, 4, 8), np.float32)
     for config in (None, dhsa.Config(), ()):
         with pytest.raises(TypeError, match=r"^config: expected a _core\.Config, got "):
-            _core.select_plan(q, q, config, None, None, None, np.empty(2, np.int64))
+            _core.select_plan(q, q, config, None, None, None, True, np.empty(2, np.int64))
         with pytest.raises(TypeError, match=r"^config: expected a _core\.Config, got "):
             _core.boundaries_capacity(config, 4)
 
@@ -102,7 +102,7 @@ def test_it_keeps_the_weights_of_its_network():
     _core.boundaries(k, core, found, counts, 1)
     np.testing.assert_array_equal(found[:, : counts[0]], expected)
     bare = _core.Config(boundaries="predictor")  # a network is needed to cut, not to ask
-    assert not bare.leaves_out(40, 40, None)
+    assert not bare.leaves_out(40, 40, None, True)
     with pytest.raises(ValueError, match=r"^predictor: .* there is none"):
         _core.boundaries(k, bare, np.empty((1, 40), np.int32), counts, 1)
 
@@ -117,7 +117,8 @@ def test_gaps_of_each_length():
         _core.Config().num_gaps(0)
 
 
-def test_leaves_out_is_what_blocks_do():
+@pytest.mark.parametrize("causal", [True, False])
+def test_leaves_out_is_what_blocks_do(causal):
     """Of whole calls in constant time, against the twin's rule of each block; both answers come often."""
     chance, answers = random.Random(5), {True: 0, False: 0}
     for _ in range(4000):
@@ -133,32 +134,35 @@ def test_leaves_out_is_what_blocks_do():
         )  # fmt: skip
         least = budget if mass is None else floor
         assert core.exact_up_to == least
-        expected = not all(is_exact(i, q_len, k_len, block, least, tail, window) for i in range(-(-q_len // block)))
-        assert core.leaves_out(q_len, k_len, window) == expected, (q_len, k_len, window, tail, block, least)
+        blocks = range(-(-q_len // block))
+        expected = not all(is_exact(i, q_len, k_len, block, least, tail, window, causal) for i in blocks)
+        got = core.leaves_out(q_len, k_len, window, causal)
+        assert got == expected, (q_len, k_len, window, tail, block, least)
         answers[expected] += 1
     assert min(answers.values()) > 800
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 30, 90])
 @pytest.mark.parametrize("q_len", [1, 17, 40, 100])
-def test_leaves_out_is_what_a_call_does(window, q_len):
+def test_leaves_out_is_what_a_call_does(window, q_len, causal):
     k = np.random.default_rng(1).standard_normal((1, 1, 100, 8), dtype=np.float32)
     for tail in (0, 8, 100):
         for budget in (8, 50, 120, None):
             config = dhsa.Config(budget=budget, sink=1, local=2, query_block=16, dense_tail=tail)
-            _, _, stats = functional.run(k[:, :, :q_len], k, k, config, window=window)
-            assert (stats.path == "sparse") == config.leaves_out(q_len, 100, window)
+            _, _, stats = functional.run(k[:, :, :q_len], k, k, config, window=window, causal=causal)
+            assert (stats.path == "sparse") == config.leaves_out(q_len, 100, window, causal=causal)
             assert config.exact == (budget is None)
 
 
 def test_leaves_out_of_odd_lengths():
     core = _core.Config(budget=4, dense_tail=2**63 - 1)
-    assert not core.leaves_out(0, 0, None)
-    assert not core.leaves_out(100, 100, None)
-    assert not _core.Config(budget=4, query_block=2**31 - 1).leaves_out(1, 4, None)
-    assert _core.Config(budget=4, query_block=2**31 - 1).leaves_out(2**30 - 1, 2**30 - 1, None)
+    assert not core.leaves_out(0, 0, None, True)
+    assert not core.leaves_out(100, 100, None, True)
+    assert not _core.Config(budget=4, query_block=2**31 - 1).leaves_out(1, 4, None, True)
+    assert _core.Config(budget=4, query_block=2**31 - 1).leaves_out(2**30 - 1, 2**30 - 1, None, True)
     for lengths, name in (((-1, 5), "q_len"), ((1, 2**30), "k_len")):
         with pytest.raises(ValueError, match=f"^{name}: expected 0 to"):
-            core.leaves_out(*lengths, None)
+            core.leaves_out(*lengths, None, True)
     with pytest.raises(ValueError, match=r"^window: expected at least 1"):
-        core.leaves_out(5, 5, 0)
+        core.leaves_out(5, 5, 0, True)

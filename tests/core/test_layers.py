@@ -20,7 +20,7 @@ LAYERS = [
     {"_safetensors"},
     {"methods", "predictor", "selection"},
     {"config", "reference"},
-    {"functional", "labels"},
+    {"functional", "labels", "selecting"},
     {"dhsa"},
     {"commands", "hf", "plot", "sdpa"},
     {"ask", "demo", "doctor", "evaluation", "run", "training"},

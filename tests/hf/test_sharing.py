@@ -110,7 +110,7 @@ def test_run_refuses_boundaries(config, cuts, message):
 def test_the_core_refuses_boundaries():
     """What functional.run checks first, for who calls the core."""
     q, k, v = qkv(q_len=100)
-    args = (q, k, v, torch.empty_like(q), None, None, None, None, True, None, 1, None)
+    args = (q, k, v, torch.empty_like(q), None, None, None, None, True, None, 1, None, None)
     window, cuts = SMALL.replace(method="window"), np.array([[0, 100]], np.int32)
     with pytest.raises(ValueError, match="boundaries: this method cuts no chunks"):
         dhsa._core.prefill(*args, window._core, cuts, None, 0, 1)

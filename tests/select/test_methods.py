@@ -73,7 +73,8 @@ def expected(q, k, config, edges, layer):
         elif not isinstance(found, reference.Segments):
             lists.append(Expected(found, exact=False))
         else:
-            bounds, lengths = {"budget": here.room, "sink": config.sink, "local": config.local}, None
+            bounds = {"budget": here.room, "sink": config.sink, "local": config.local, "middle": here.middle}
+            lengths = None
             if config.mass is not None:
                 bounds |= {"mass": config.mass, "floor": config.floor}
                 lengths = tuple(
@@ -462,9 +463,9 @@ def test_chunks_need_boundaries():
     q, k = normal(1, 2, 64, 8), normal(1, 2, 64, 8)
     core = small()._core
     indptr = np.empty(9, np.int64)
-    _core.select_plan(q, k, core, None, None, None, indptr)
+    _core.select_plan(q, k, core, None, None, None, True, indptr)
     with pytest.raises(ValueError, match=r"^boundaries: expected at least"):
-        _core.select(q, k, None, core, None, None, None, indptr, np.empty(indptr[-1], np.int32), 1)
+        _core.select(q, k, None, core, None, None, None, True, indptr, np.empty(indptr[-1], np.int32), 1)
 
 
 def test_every_method_has_a_twin_or_says_that_it_is_not_there():

@@ -131,8 +131,14 @@ def test_wrong_shapes_are_refused():
         reference.attention(q, k[:, :, :20], v[:, :, :20])
     with pytest.raises(ValueError, match="k: shape"):
         reference.attention(q[:, :3], k, v)
-    with pytest.raises(NotImplementedError, match="window"):
-        reference.attention(q, k, v, causal=False, window=4)
+    with pytest.raises(ValueError, match="v: shape"):
+        reference.attention(q, k, v[:, :, :20])
+    with pytest.raises(ValueError, match="sinks: expected shape"):
+        reference.attention(q, k, v, sinks=np.zeros(3))
+    with pytest.raises(NotImplementedError, match="causal: the block score"):
+        reference.chunk_scores(q, k, [0, 40], query_block=8, causal=False)
+    with pytest.raises(NotImplementedError, match="causal: method hisa"):
+        reference.method_lists("hisa", q, k, causal=False)
 
 
 # ---- boundaries ------------------------------------------------------------------------------------------------

@@ -298,7 +298,7 @@ def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=N
     shape = (q.shape[0], {"all": 1, "group": k.shape[1], "head": q.shape[1]}[config.heads])
     shape += (-(-q.shape[2] // config.query_block), edges.shape[1] - 1)
     scores = np.empty(shape, np.float32)
-    _core.chunk_scores(q, k, edges, asked, *layer, window, scores, 2)  # of means as selection has them
+    _core.chunk_scores(q, k, edges, asked, *layer, window, True, scores, 2)  # of means as selection has them
     want = reference.select_from_scores(
         scores, edges, q_len=q.shape[2], k_len=k.shape[2], query_block=config.query_block, budget=config.budget,
         sink=config.sink, local=config.local, dense_tail=config.dense_tail, window=window,
@@ -504,13 +504,13 @@ def test_a_wrong_plan_is_refused():
     q, k = normal(1, 2, 64, 8), normal(1, 2, 64, 8)
     core = small()._core
     indptr = np.empty(9, np.int64)
-    _core.select_plan(q, k, core, None, None, None, indptr)
+    _core.select_plan(q, k, core, None, None, None, True, indptr)
     cuts = np.array([[0, 30, 64]], np.int32)
     wrong = indptr.copy()
     wrong[3] += 1
     for plan in (wrong, indptr + 1):
         with pytest.raises(ValueError, match="indptr"):
-            _core.select(q, k, cuts, core, None, None, None, plan, np.empty(plan[-1], np.int32), 1)
+            _core.select(q, k, cuts, core, None, None, None, True, plan, np.empty(plan[-1], np.int32), 1)
 
 
 # ---- the pipeline ----------------------------------------------------------------------------------------------------

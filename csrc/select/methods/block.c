@@ -111,6 +111,7 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
 const dhsa_method dhsa_method_block = {.name = "block",
                                        .has_mass = 1,
                                        .has_blocks = 1,
+                                       .has_both_sides = 1,
                                        .open = block_open,
                                        .close = block_close,
                                        .begin = block_begin,

@@ -83,7 +83,7 @@ static int hisa_compare(const void *a, const void *b)
 static dhsa_span hisa_held_by(const dhsa_selector *s, dhsa_span span, int64_t block)
 {
     const int64_t key_block = s->config->key_block;
-    return (dhsa_span){DHSA_MAX(block * key_block, span.lo), DHSA_MIN((block + 1) * key_block, span.end)};
+    return (dhsa_span){.lo = DHSA_MAX(block * key_block, span.lo), .end = DHSA_MIN((block + 1) * key_block, span.end)};
 }
 
 /* Chooses the kept key blocks: those with forced keys, and the best of the others until the kept blocks hold KEPT times

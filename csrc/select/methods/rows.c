@@ -111,7 +111,8 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
         float best = -INFINITY;
         for (int64_t u = DHSA_MAX(g * SUBGROUPS, first); u < DHSA_MIN((g + 1) * SUBGROUPS, last); u++)
             best = DHSA_MAX(best, score[u]);
-        const int forced = segments.edges[g] < s->config->sink || segments.edges[g + 1] > span.end - s->config->local;
+        const int forced =
+            segments.edges[g] < s->config->sink || (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end);
         score[g] = forced ? INFINITY : best;
     }
     return dhsa_topk_segments(s, thread, span, &segments, s->config->shortlist, groups);
@@ -136,5 +137,11 @@ static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
-const dhsa_method dhsa_method_rows = {
-    .name = "rows", .has_mass = 1, .has_chunks = 1, .open = rows_open, .close = rows_close, .begin = rows_begin, .list = rows_list};
+const dhsa_method dhsa_method_rows = {.name = "rows",
+                                      .has_mass = 1,
+                                      .has_chunks = 1,
+                                      .has_both_sides = 1,
+                                      .open = rows_open,
+                                      .close = rows_close,
+                                      .begin = rows_begin,
+                                      .list = rows_list};
