@@ -39,8 +39,6 @@ LEAST = {torch.float32: (64, 96), torch.bfloat16: (32, 48), torch.float16: (32, 
 HIDDEN = -9984.0
 # Masks are read in slices of about this many elements.
 SLICE = 1 << 20
-# Of the core; one that does not have it takes values as wide as keys only.
-MAX_VALUE_DIM: int | None = getattr(_core, "MAX_VALUE_DIM", None)
 
 
 class _Unserved(Exception):
@@ -92,8 +90,8 @@ def scaled_dot_product_attention(
             for all errors here.
         ValueError: shapes do not fit, tensors are not on the CPU, or `attn_mask` stands beside `is_causal`.
         NotImplementedError: dropout; a call that autograd records; masks other than those above (biases, several
-            intervals that differ from query to query); D or Dv above what the core takes, and values of another width
-            than the keys where it does not take them; transforms, recorders and tensor subclasses of torch.
+            intervals that differ from query to query); D above 576 or Dv above 512; transforms, recorders and tensor
+            subclasses of torch.
     """
     try:
         return _Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).run()
@@ -286,10 +284,9 @@ def _check_sizes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         raise _Unserved(ValueError, "query: its last dimension has size 0")
     if dim > _core.MAX_HEAD_DIM:
         raise _Unserved(NotImplementedError, f"query: its last dimension is above {_core.MAX_HEAD_DIM}", f", got {dim}")
-    if MAX_VALUE_DIM is None and width != dim:
-        raise _Unserved(NotImplementedError, "value: its last dimension is not key's", f", got {width} and {dim}")
-    if MAX_VALUE_DIM is not None and width > MAX_VALUE_DIM:
-        raise _Unserved(NotImplementedError, f"value: its last dimension is above {MAX_VALUE_DIM}", f", got {width}")
+    if width > _core.MAX_VALUE_DIM:
+        message = f"value: its last dimension is above {_core.MAX_VALUE_DIM}"
+        raise _Unserved(NotImplementedError, message, f", got {width}")
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

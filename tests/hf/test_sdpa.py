@@ -19,7 +19,6 @@ from dhsa import _core, sdpa  # noqa: E402
 ORIGINAL = F.scaled_dot_product_attention
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-WIDE = sdpa.MAX_VALUE_DIM is not None  # a core that takes values of another width than the keys
 
 
 @pytest.fixture(autouse=True)
@@ -191,12 +190,8 @@ def test_three_and_five_dimensions_of_any_layout():
 def test_values_of_another_width(width):
     q, k, _ = qkv(2, 3)
     v = normal(2, 3, 20, width, seed=3)
-    if WIDE:
-        check(q, k, v)
-        check(q, k, v, is_causal=True)
-    else:
-        with pytest.raises(NotImplementedError, match=f"value: its last dimension is not key's, got {width} and 16"):
-            dhsa.scaled_dot_product_attention(q, k, v)
+    check(q, k, v)
+    check(q, k, v, is_causal=True)
 
 
 @pytest.mark.parametrize("lead", [(0, 3), (2, 0), (0,)])
@@ -355,12 +350,9 @@ def test_widths_above_the_core():
     with pytest.raises(NotImplementedError, match=f"query: its last dimension is above {_core.MAX_HEAD_DIM}, got"):
         dhsa.scaled_dot_product_attention(x, x, x)
     at_most = x[..., :-1]
-    if not WIDE:
-        check(at_most, at_most, at_most)
-        return
-    value = normal(1, 1, 4, sdpa.MAX_VALUE_DIM + 1)
+    value = normal(1, 1, 4, _core.MAX_VALUE_DIM + 1)
     check(at_most, at_most, value[..., :-1])
-    with pytest.raises(NotImplementedError, match=f"value: its last dimension is above {sdpa.MAX_VALUE_DIM}, got"):
+    with pytest.raises(NotImplementedError, match=f"value: its last dimension is above {_core.MAX_VALUE_DIM}, got"):
         dhsa.scaled_dot_product_attention(at_most, at_most, value)
 
 
