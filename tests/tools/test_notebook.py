@@ -37,16 +37,16 @@ NEEDS_THE_MODEL = ("boundaries", "methods")
 FOLDER = Path(__file__).parents[2] / "notebooks"
 DEMO = """
 import sys, torch
-from dhsa import __main__ as command_line, loading
+from dhsa import __main__ as command_line, commands
 
-read = loading.load
+read = commands.load
 
 def load(*args):
     found = read(*args)
     torch.save(found, sys.argv[1])
     return found
 
-loading.load = load
+commands.load = load
 sys.exit(command_line.main(sys.argv[2:]))
 """
 
@@ -86,8 +86,8 @@ def test_notebook_runs(path, monkeypatch, request):
     if path.stem in NEEDS_THE_MODEL:
         assert "loading.load(loading.packaged_model())" in notebook.cells[1].source
         model = request.getfixturevalue("demo")[2]
-        source = "import torch\nfrom dhsa import loading\n"
-        source += f"loading.load = lambda path: torch.load({str(model)!r}, weights_only=False, mmap=True)\n"
+        source = "import torch\nfrom dhsa import commands\n"
+        source += f"commands.load = lambda path: torch.load({str(model)!r}, weights_only=False, mmap=True)\n"
         notebook.cells.insert(0, nbformat.v4.new_code_cell(source))
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": FOLDER}}
