@@ -425,7 +425,8 @@ def _boxes(texts: Mapping[str, str], height: int) -> str:
 def _starts(selection: Selection, length: int) -> np.ndarray:
     """Return the position of the first query of each block."""
     offset = length - selection.q_len if selection.q_len is not None else 0
-    return offset + np.arange(selection.shape[2]) * selection.query_block
+    starts: np.ndarray = offset + np.arange(selection.shape[2]) * selection.query_block
+    return starts
 
 
 def _ends(selection: Selection, length: int) -> np.ndarray:
@@ -433,7 +434,8 @@ def _ends(selection: Selection, length: int) -> np.ndarray:
     query."""
     if not selection.causal:
         return np.full(selection.shape[2], length)
-    return np.minimum(_starts(selection, length) + selection.query_block, length)
+    ends: np.ndarray = np.minimum(_starts(selection, length) + selection.query_block, length)
+    return ends
 
 
 def _local(selection: Selection, length: int, local: int) -> tuple[np.ndarray, np.ndarray]:
