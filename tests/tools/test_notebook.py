@@ -84,7 +84,7 @@ def test_notebook_runs(path, monkeypatch, request):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     if path.stem in NEEDS_THE_MODEL:
-        assert "loading.load(loading.packaged_model())" in notebook.cells[1].source
+        assert "commands.load(commands.packaged_model())" in notebook.cells[1].source
         model = request.getfixturevalue("demo")[2]
         source = "import torch\nfrom dhsa import commands\n"
         source += f"commands.load = lambda path: torch.load({str(model)!r}, weights_only=False, mmap=True)\n"
