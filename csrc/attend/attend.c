@@ -13,11 +13,11 @@
 #include "kernels/half.h"
 
 enum {
-    TILE = 128,         /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
-    TILE_PAIRS = 256,   /* the same for 16-bit products, which are so fast that loading and storing the sums counts */
-    MAX_ROWS = 512,     /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
-    WIDE = 512,         /* fewer rows where one of queries and one of outputs have more elements than this together */
-    MIN_ITEMS = 16,     /* a small problem is divided into about this many items, so that threads can share it */
+    TILE = 128,       /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
+    TILE_PAIRS = 256, /* the same for 16-bit products, which are so fast that loading and storing the sums counts */
+    MAX_ROWS = 512, /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
+    WIDE = 512,     /* fewer rows where one of queries and one of outputs have more elements than this together */
+    MIN_ITEMS = 16, /* a small problem is divided into about this many items, so that threads can share it */
     MIN_ITEMS_PAIRS = 8 /* the same for 16-bit products: every item packs its keys, which counts for more there */
 };
 
@@ -72,7 +72,8 @@ static int64_t attend_lay_out(const attend_plan *pl, char *base, attend_scratch 
     w->s = dhsa_part(base, &used, pl->tile * lanes * 4);
     w->k = dhsa_part(base, &used, pl->tile * pl->padded * size);
     w->v = dhsa_part(base, &used,
-                     pl->pair ? pl->tile * pl->v_padded * size : pl->v_padded / pl->kernels->value_step * pl->v_stride * size);
+                     pl->pair ? pl->tile * pl->v_padded * size
+                              : pl->v_padded / pl->kernels->value_step * pl->v_stride * size);
     w->p = dhsa_part(base, &used, pl->pair ? pl->tile * lanes * 4 : 0);
     w->m = dhsa_part(base, &used, rows * 4);
     w->l = dhsa_part(base, &used, rows * 4);
@@ -91,8 +92,8 @@ static float narrow_value(const attend_plan *pl, uint16_t x)
 
 /* Adds the values of a tile in which some are inf or NaN. 0 times these is NaN, so a row must not read the values of
  * keys that it does not see. */
-static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offset, int n, int count, int base, const int32_t *lo,
-                       const int32_t *hi, float *o)
+static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offset, int n, int count, int base,
+                       const int32_t *lo, const int32_t *hi, float *o)
 {
     const int lanes = pl->kernels->lanes, step = pl->kernels->value_step;
     for (int d = 0; d < pl->v_dim; d++)
@@ -101,8 +102,10 @@ static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offse
             for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
                 const float p = w->s[(ptrdiff_t)j * lanes + r];
                 if (pl->pair)
-                    sum += p *
-                           narrow_value(pl, ((const uint16_t *)w->v)[dhsa_square(d, offset + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
+                    sum +=
+                        p *
+                        narrow_value(
+                            pl, ((const uint16_t *)w->v)[dhsa_square(d, offset + j, dhsa_round_up(n, DHSA_PAIR_STEP))]);
                 else
                     sum += p * ((const float *)w->v)[d / step * pl->v_stride + (offset + j) * step + d % step];
             }
@@ -137,7 +140,10 @@ static void find_item(const attend_plan *pl, int64_t index, item *it)
 /* Row r of an item is query r / heads of head r % heads, so that neighbours in a panel see almost the same keys. If
  * tiles may be left out, it is query r % queries of head r / queries: neighbouring queries of one head agree ten
  * times as often that a tile is negligible. */
-static int64_t item_query(const attend_plan *pl, const item *it, int64_t r) { return pl->least ? r % it->queries : r / pl->heads; }
+static int64_t item_query(const attend_plan *pl, const item *it, int64_t r)
+{
+    return pl->least ? r % it->queries : r / pl->heads;
+}
 
 static int64_t item_head(const attend_plan *pl, const item *it, int64_t r)
 {
@@ -197,7 +203,8 @@ static void find_rows(const attend_plan *pl, const item *it, int64_t at, int n, 
         const dhsa_tensor *t = tensors[which];
         const char *base = dhsa_row(t, it->b, it->kv_head, 0);
         const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
-        for (int j = 0; j < n; j++) rows[j] = base + (it->list.keys ? it->list.keys[at + j] : it->list.start + at + j) * step;
+        for (int j = 0; j < n; j++)
+            rows[j] = base + (it->list.keys ? it->list.keys[at + j] : it->list.start + at + j) * step;
     }
 }
 
@@ -222,14 +229,18 @@ static void pack_values(const attend_plan *pl, attend_scratch *w, const void *co
 
 /* Prepares w->ahead, so that the products of this tile, of n keys, prefetch the rows of the next one, of `next`
  * keys. */
-static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scratch *w, const void *const *rows, int n, int next)
+static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scratch *w, const void *const *rows, int n,
+                              int next)
 {
     const int64_t size = dhsa_dtype_size(pl->p->q.dtype), bytes = pl->dim * size, v_bytes = pl->v_dim * size;
     const int64_t lines = next * (dhsa_ceil_div(bytes, 64) + dhsa_ceil_div(v_bytes, 64));
     const int64_t products = it->panels * n * (pl->dim + pl->v_dim);
     const char *const *first = (const char *const *)rows;
-    w->ahead = (dhsa_ahead){
-        .row = first, .values = first + next, .end = first + 2 * next, .bytes = (int)bytes, .value_bytes = (int)v_bytes};
+    w->ahead = (dhsa_ahead){.row = first,
+                            .values = first + next,
+                            .end = first + 2 * next,
+                            .bytes = (int)bytes,
+                            .value_bytes = (int)v_bytes};
     w->ahead.rate = dhsa_ceil_div(lines << 20, products);
 }
 
@@ -237,8 +248,8 @@ static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scra
 static void add_due(const attend_plan *pl, attend_scratch *w, int n, dhsa_exp_job *meanwhile)
 {
     if (w->due.count)
-        pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->v_dim, w->due.alpha,
-                     w->due.o, &w->ahead, meanwhile);
+        pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->v_dim,
+                     w->due.alpha, w->due.o, &w->ahead, meanwhile);
     w->due.count = 0;
 }
 
@@ -249,7 +260,8 @@ static int far_below(const attend_plan *pl, const float *top, const float *m, in
     const float log2e = 1.44269504088896340736f, softcap = (float)pl->p->softcap, factor = pl->factor;
     for (int r = 0; r < used; r++) {
         if (top[r] == -INFINITY) continue;
-        const float logit = softcap > 0 ? softcap * log2e * tanhf(top[r] * (factor / softcap)) : top[r] * (factor * log2e);
+        const float logit =
+            softcap > 0 ? softcap * log2e * tanhf(top[r] * (factor / softcap)) : top[r] * (factor * log2e);
         if (!(logit < m[r] + pl->least)) return 0;
     }
     return 1;
@@ -257,8 +269,8 @@ static int far_below(const attend_plan *pl, const float *top, const float *m, in
 
 /* Whether the products of a panel and `count` keys may be left out. A product that is not finite is never left out,
  * so that it reaches the output. */
-static int negligible(const attend_plan *pl, attend_scratch *w, int used, int count, int from, const int32_t *lo, const int32_t *hi,
-                      const float *m)
+static int negligible(const attend_plan *pl, attend_scratch *w, int used, int count, int from, const int32_t *lo,
+                      const int32_t *hi, const float *m)
 {
     if (!pl->least) return 0;
     w->done++;
@@ -273,7 +285,8 @@ static int negligible(const attend_plan *pl, attend_scratch *w, int used, int co
 
 /* One panel, of which `used` rows exist, against the packed tile of list entries [at, at + n), whose rows are
  * `rows`. */
-static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, int used, int64_t at, int n, const void *const *rows)
+static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, int used, int64_t at, int n,
+                         const void *const *rows)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int lanes = kn->lanes, dim = (int)pl->dim;
@@ -291,10 +304,11 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
     float *m = w->m + first, *l = w->l + first;
     if (!masked) lo = NULL;
     if (pl->pair)
-        pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)offset * pl->padded, count, dim, w->s,
-                     w->top, &w->ahead);
+        pl->pair->qk((uint16_t *)w->q + first * pl->padded, (uint16_t *)w->k + (ptrdiff_t)offset * pl->padded, count,
+                     dim, w->s, w->top, &w->ahead);
     else
-        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)offset * dim, dim, count, dim, used, w->s, &w->ahead);
+        kn->qk((float *)w->q + first * pl->padded, (float *)w->k + (ptrdiff_t)offset * dim, dim, count, dim, used, w->s,
+               &w->ahead);
     if (negligible(pl, w, used, count, (int)from, lo, hi, m)) return;
     pack_values(pl, w, rows, n);
     /* Products of pairs read past the end of a clipped tile, where probabilities are 0 but values may be inf or NaN. */
@@ -320,8 +334,8 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
     if (guarded)
         pv_guarded(pl, w, offset, n, count, (int)from, w->lo + panel * lanes, hi, o);
     else
-        kn->pv(w->s, (float *)w->v + (ptrdiff_t)offset * kn->value_step, pl->v_stride, count, (int)pl->v_dim, used, w->alpha, o,
-               &w->ahead);
+        kn->pv(w->s, (float *)w->v + (ptrdiff_t)offset * kn->value_step, pl->v_stride, count, (int)pl->v_dim, used,
+               w->alpha, o, &w->ahead);
 }
 
 static void store(const attend_plan *pl, const item *it, attend_scratch *w)
@@ -332,7 +346,8 @@ static void store(const attend_plan *pl, const item *it, attend_scratch *w)
     for (int r = 0; p->lse && r < it->rows; r++) {
         const int64_t head = item_head(pl, it, r), i = it->first + item_query(pl, it, r);
         /* m is in units of log2. If no key was seen, l is 0 and lse is -inf. */
-        p->lse[(it->b * H + head) * q_len + i] = w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
+        p->lse[(it->b * H + head) * q_len + i] =
+            w->l[r] == 0 ? -INFINITY : (float)(w->m[r] * 0.693147180559945309 + log(w->l[r]));
     }
     /* Factors of the output. If no key was seen, the output is zeros. */
     for (int r = 0; r < it->panels * lanes; r++) w->l[r] = w->l[r] == 0 ? 0 : 1 / w->l[r];
@@ -412,8 +427,10 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     /* The division into items depends on the shape and the tier only, never on the number of threads. Under a
      * window, the tiles of an item begin at the first key of its first query. There the division does not depend on
      * the batch either, so that a row has the same bits as alone. */
-    const int64_t fair = dhsa_ceil_div(q_len * pl.head_sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
-                  most = DHSA_MAX((dim + pl.v_dim > WIDE ? MAX_ROWS * WIDE / (dim + pl.v_dim) : MAX_ROWS) / pl.heads, 1);
+    const int64_t fair =
+                      dhsa_ceil_div(q_len * pl.head_sets * (p->window ? 1 : B), pl.pair ? MIN_ITEMS_PAIRS : MIN_ITEMS),
+                  most =
+                      DHSA_MAX((dim + pl.v_dim > WIDE ? MAX_ROWS * WIDE / (dim + pl.v_dim) : MAX_ROWS) / pl.heads, 1);
     const int64_t least = dhsa_ceil_div(pl.kernels->lanes, pl.heads);
     pl.run = DHSA_MIN(pl.block, DHSA_MAX(least, DHSA_MIN(most, dhsa_round_up(fair, least))));
     pl.runs = dhsa_ceil_div(pl.block, pl.run);
@@ -458,6 +475,7 @@ dhsa_status dhsa_attend_sparse(const dhsa_problem *problem, const dhsa_selection
     if (!s) return dhsa_check_pointer(s, "selection", error);
     if (!dhsa_mul(s->batch, s->heads, &rows) || !dhsa_mul(rows, s->nq, &rows) || rows == INT64_MAX) rows = -1;
     /* The number of indices is the last entry of indptr, which is read after the shape has been checked. */
-    status = dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);
+    status =
+        dhsa_selection_check(s, rows + 1, -1, q->shape[0], q->shape[1], k->shape[1], q->shape[2], k->shape[2], error);
     return status ? status : dhsa_attend_checked(problem, s, error);
 }

@@ -72,7 +72,8 @@ static void point(const decode_span *at, const dhsa_tensor *t, int64_t from, int
 {
     const char *base = dhsa_row(t, at->b, at->kv_head, 0);
     const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
-    for (int j = 0; j < n; j++) rows[j] = base + (at->list.keys ? at->list.keys[from + j] : at->list.start + from + j) * step;
+    for (int j = 0; j < n; j++)
+        rows[j] = base + (at->list.keys ? at->list.keys[from + j] : at->list.start + from + j) * step;
 }
 
 /* Row r of a head set is query r / heads of head r % heads. */
@@ -109,13 +110,14 @@ static void decode_merge(const decode_plan *pl, int64_t set, const decode_span *
 }
 
 /* o += P V for the rows of queries [first, first + count) and entries [from, to) of the part. */
-static void add_values(const decode_plan *pl, const decode_scratch *w, int64_t first, int64_t count, int64_t from, int64_t to,
-                       float *o)
+static void add_values(const decode_plan *pl, const decode_scratch *w, int64_t first, int64_t count, int64_t from,
+                       int64_t to, float *o)
 {
     const int64_t r = first * pl->heads;
     if (from < to)
-        pl->kernels->decode_pv(w->s + r * pl->stride + from, pl->stride, (int)(count * pl->heads), w->rows + from, pl->p->v.dtype,
-                               (int)(to - from), (int)pl->p->v.shape[3], o + r * pl->v_padded, pl->v_padded);
+        pl->kernels->decode_pv(w->s + r * pl->stride + from, pl->stride, (int)(count * pl->heads), w->rows + from,
+                               pl->p->v.dtype, (int)(to - from), (int)pl->p->v.shape[3], o + r * pl->v_padded,
+                               pl->v_padded);
 }
 
 static int64_t decode_lay_out(const decode_plan *pl, char *base, decode_scratch *w)
@@ -156,8 +158,8 @@ static void decode_task(void *context, int64_t index, int thread)
         stop = DHSA_MIN(stop, at.hi[i]);
         for (int64_t r = i * pl->heads; r < (i + 1) * pl->heads; r++) {
             const int64_t to = (set * pl->rows + r) * pl->parts + part;
-            pl->kernels->decode_softmax(w.s + r * pl->stride + at.lo[i], (int)(at.hi[i] - at.lo[i]), pl->factor, (float)p->softcap,
-                                        pl->m + to, pl->l + to);
+            pl->kernels->decode_softmax(w.s + r * pl->stride + at.lo[i], (int)(at.hi[i] - at.lo[i]), pl->factor,
+                                        (float)p->softcap, pl->m + to, pl->l + to);
         }
     }
     if (start >= stop) start = stop = n;
@@ -192,7 +194,8 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
         pl.parts = DHSA_MAX(pl.parts, at.parts);
         keys += at.end - at.begin;
     }
-    const int64_t items = n_sets * pl.parts, bytes = keys * (p->q.shape[3] + p->v.shape[3]) * dhsa_dtype_size(p->k.dtype);
+    const int64_t items = n_sets * pl.parts,
+                  bytes = keys * (p->q.shape[3] + p->v.shape[3]) * dhsa_dtype_size(p->k.dtype);
     const int threads = bytes < ALONE ? 1 : (int)DHSA_MIN(items, p->num_threads);
     pl.arena_size = decode_lay_out(&pl, NULL, &w);
     char *memory = NULL;
@@ -205,7 +208,8 @@ dhsa_status dhsa_decode(const dhsa_problem *p, const dhsa_selection *list, dhsa_
         pl.done = dhsa_part(memory, &total, n_sets * (int64_t)sizeof *pl.done);
         pl.arenas = dhsa_part(memory, &total, threads * pl.arena_size);
         if (!laid && !(memory = dhsa_alloc(total, 1)))
-            return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes", (long long)total);
+            return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention: no memory for a workspace of %lld bytes",
+                             (long long)total);
     }
     for (int64_t set = 0; set < n_sets; set++) atomic_init(&pl.done[set], 0);
     dhsa_parallel(items, threads, decode_task, &pl);

@@ -12,7 +12,7 @@
 
 enum { GAPS = 64 /* gaps of one task */ };
 
-/* ---- similarity -------------------------------------------------------------------------------------------------- */
+/* ---- similarity ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const dhsa_kernels *kernels;
@@ -64,7 +64,8 @@ static int64_t ring_size(const similarity_job *job) { return job->window < GAPS 
 static void similarity_task(void *context, int64_t index, int thread)
 {
     const similarity_job *job = context;
-    const int64_t length = job->k->shape[2], b = index / job->tasks, first = index % job->tasks * GAPS, window = job->window;
+    const int64_t length = job->k->shape[2], b = index / job->tasks, first = index % job->tasks * GAPS,
+                  window = job->window;
     float *scores = job->scores + b * length;
     /* The window right of gap j is the window left of gap j + window. The ring keeps its sum until then. */
     const int64_t ring = ring_size(job);
@@ -92,7 +93,8 @@ static dhsa_status window_check(int64_t window, dhsa_error *error)
     return dhsa_fail(error, DHSA_ERR_VALUE, "boundary_window: got %" PRId64 ", expected at least 1", window);
 }
 
-static dhsa_status similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
+static dhsa_status similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads,
+                                     dhsa_error *error)
 {
     const int64_t channels = k->shape[1] * k->shape[3], length = k->shape[2];
     similarity_job job = {
@@ -103,13 +105,15 @@ static dhsa_status similarity_scores(const dhsa_tensor *k, int64_t window, float
     dhsa_part(NULL, &job.arena_size, held * channels * (int64_t)sizeof(float));
     job.arenas = dhsa_alloc(job.arena_size, num_threads);
     if (!job.arenas)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread", held * channels);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for %" PRId64 " channels a thread",
+                         held * channels);
     dhsa_parallel(k->shape[0] * job.tasks, num_threads, similarity_task, &job);
     dhsa_free(job.arenas);
     return DHSA_OK;
 }
 
-dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error)
+dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads,
+                                   dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
@@ -118,7 +122,7 @@ dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *
     return similarity_scores(k, window, scores, num_threads, error);
 }
 
-/* ---- picking ------------------------------------------------------------------------------------------------------ */
+/* ---- picking --------------------------------------------------------------------------------------------------- */
 
 /* A stable sort by the high 32 bits, ascending: least significant digit first, 8 bits a pass. The number of passes is
  * even, so the result is in `items`. */
@@ -198,27 +202,30 @@ static dhsa_status picking_check(int64_t n, double theta, int64_t nms, dhsa_erro
     return DHSA_OK;
 }
 
-dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
-                                 int32_t *boundaries, int64_t *count, dhsa_error *error)
+dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms,
+                                 int64_t instruction, int32_t *boundaries, int64_t *count, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = picking_check(n, theta, nms, error)) || (status = dhsa_check_pointer(scores, "scores", error)) ||
-        (status = dhsa_check_pointer(boundaries, "boundaries", error)) || (status = dhsa_check_pointer(count, "count", error)))
+        (status = dhsa_check_pointer(boundaries, "boundaries", error)) ||
+        (status = dhsa_check_pointer(count, "count", error)))
         return status;
     if (length < 1 || length > DHSA_MAX_LENGTH)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length, DHSA_MAX_LENGTH);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "scores: length is %" PRId64 ", expected 1 to %d", length,
+                         DHSA_MAX_LENGTH);
     if (instruction < 0 || instruction > length)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "instruction: got %" PRId64 ", expected 1 to the length of %" PRId64, instruction,
-                         length);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "instruction: got %" PRId64 ", expected 1 to the length of %" PRId64,
+                         instruction, length);
     return pick(scores, length, n, theta, nms, instruction, boundaries, count, error);
 }
 
-/* ---- a batch -------------------------------------------------------------------------------------------------------- */
+/* ---- a batch --------------------------------------------------------------------------------------------------- */
 
 int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length)
 {
     if (!config || length < 1 || length > DHSA_MAX_LENGTH) return 0;
-    if (config->kind == DHSA_BOUNDARIES_FIXED) return dhsa_ceil_div(length, DHSA_MIN(DHSA_MAX(config->chunk_size, 1), length)) + 1;
+    if (config->kind == DHSA_BOUNDARIES_FIXED)
+        return dhsa_ceil_div(length, DHSA_MIN(DHSA_MAX(config->chunk_size, 1), length)) + 1;
     /* Accepted gaps are more than nms apart, and there are length - 1 gaps. */
     const int64_t apart = DHSA_MIN(DHSA_MAX(config->nms, 0), length) + 1;
     return DHSA_MIN(DHSA_MAX(config->num_chunks, 0), dhsa_ceil_div(length - 1, apart)) + 2;
@@ -317,13 +324,15 @@ static void boundaries_task(void *context, int64_t b, int thread)
     for (int64_t at = job->counts[b]; at < job->capacity; at++) row[at] = (int32_t)job->length;
 }
 
-dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
-                            int64_t *counts, int num_threads, dhsa_error *error)
+dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries,
+                            int64_t capacity, int64_t *counts, int num_threads, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
-        (status = dhsa_boundary_config_check(config, error)) || (status = dhsa_boundary_config_fits(config, k, error)) ||
-        (status = dhsa_check_pointer(boundaries, "boundaries", error)) || (status = dhsa_check_pointer(counts, "counts", error)))
+        (status = dhsa_boundary_config_check(config, error)) ||
+        (status = dhsa_boundary_config_fits(config, k, error)) ||
+        (status = dhsa_check_pointer(boundaries, "boundaries", error)) ||
+        (status = dhsa_check_pointer(counts, "counts", error)))
         return status;
     if (capacity < dhsa_boundaries_capacity(config, k->shape[2]))
         return dhsa_fail(error, DHSA_ERR_VALUE, "capacity: got %" PRId64 ", expected at least %" PRId64, capacity,
@@ -331,8 +340,8 @@ dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *co
     return dhsa_boundaries_checked(k, config, boundaries, capacity, counts, num_threads, error);
 }
 
-dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
-                                    int64_t *counts, int num_threads, dhsa_error *error)
+dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries,
+                                    int64_t capacity, int64_t *counts, int num_threads, dhsa_error *error)
 {
     dhsa_status status = DHSA_OK;
     const int64_t batch = k->shape[0], length = k->shape[2];
@@ -340,7 +349,8 @@ dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_co
     job.errors = dhsa_alloc(batch, sizeof *job.errors);
     job.scores = config->kind == DHSA_BOUNDARIES_FIXED ? NULL : dhsa_alloc(batch, length * (int64_t)sizeof *job.scores);
     if (!job.errors || (!job.scores && config->kind != DHSA_BOUNDARIES_FIXED)) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", length);
+        status =
+            dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", length);
         goto cleanup;
     }
     if (job.scores && (status = score_gaps(k, config, job.scores, num_threads, error))) goto cleanup;
@@ -353,7 +363,7 @@ cleanup:
     return status;
 }
 
-/* ---- keys that follow keys already cut ---------------------------------------------------------------------------- */
+/* ---- keys that follow keys already cut ------------------------------------------------------------------------- */
 
 int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to)
 {
@@ -374,12 +384,14 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
         part.data = dhsa_row(k, 0, 0, from - before);
         part.shape[2] = seen;
         float *scores = dhsa_alloc(seen, sizeof *scores);
-        if (!scores) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps", seen);
+        if (!scores)
+            return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "boundaries: no memory for the scores of %" PRId64 " gaps",
+                             seen);
         if (!(status = score_gaps(&part, config, scores, num_threads, error))) {
             /* The gap before the first of these keys is a boundary already, which excludes the next nms gaps. */
             for (int64_t j = 0; from > 0 && j < DHSA_MIN(config->nms, length); j++) scores[before + j] = -INFINITY;
-            status = pick(scores + before, length, dhsa_boundaries_share(config, from, to), config->theta, config->nms, 0,
-                          boundaries, count, error);
+            status = pick(scores + before, length, dhsa_boundaries_share(config, from, to), config->theta, config->nms,
+                          0, boundaries, count, error);
         }
         dhsa_free(scores);
     }
@@ -387,22 +399,25 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
     return status;
 }
 
-dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error)
+dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length,
+                                  dhsa_error *error)
 {
     if (!boundaries || n < 2)
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: expected at least the two entries 0 and %" PRId64, length);
     for (int64_t b = 0; b < batch; b++) {
         const int32_t *row = boundaries + b * n;
         if (row[0] != 0)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " begins with %d, expected 0", b, row[0]);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " begins with %d, expected 0", b,
+                             row[0]);
         for (int64_t c = 1; c < n; c++)
             if (row[c] < row[c - 1])
-                return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: row %" PRId64 " falls from %d to %d at entry %" PRId64, b,
-                                 row[c - 1], row[c], c);
+                return dhsa_fail(error, DHSA_ERR_VALUE,
+                                 "boundaries: row %" PRId64 " falls from %d to %d at entry %" PRId64, b, row[c - 1],
+                                 row[c], c);
         if (row[n - 1] != length)
             return dhsa_fail(error, DHSA_ERR_VALUE,
-                             "boundaries: row %" PRId64 " ends with %d, expected the number of keys, %" PRId64, b, row[n - 1],
-                             length);
+                             "boundaries: row %" PRId64 " ends with %d, expected the number of keys, %" PRId64, b,
+                             row[n - 1], length);
     }
     return DHSA_OK;
 }

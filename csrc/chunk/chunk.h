@@ -6,7 +6,7 @@
 #include "core/internal.h"
 #include "kernels/kernels.h"
 
-/* ---- boundaries ---------------------------------------------------------------------------------------------- */
+/* ---- boundaries ------------------------------------------------------------------------------------------------ */
 
 /* Cuts keys [from, to) of batch item 0 of k, where the keys before them are cut already. Writes absolute boundaries
  * from `from` to `to`, at most dhsa_boundaries_capacity(config, to - from) entries. config->num_chunks is meant for all
@@ -15,7 +15,8 @@ dhsa_status dhsa_boundaries_after(const dhsa_tensor *k, int64_t from, int64_t to
                                   int32_t *boundaries, int64_t *count, int num_threads, dhsa_error *error);
 int64_t dhsa_boundaries_share(const dhsa_boundary_config *config, int64_t from, int64_t to);
 /* Checks boundaries [batch, n]: each row begins with 0, never decreases and ends with length. */
-dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length, dhsa_error *error);
+dhsa_status dhsa_boundaries_check(const int32_t *boundaries, int64_t batch, int64_t n, int64_t length,
+                                  dhsa_error *error);
 /* dhsa_boundary_config_check checks a config by itself, its network included if it has one. dhsa_boundary_config_fits
  * checks that the network a config needs is there and fits k. */
 dhsa_status dhsa_boundary_config_check(const dhsa_boundary_config *config, dhsa_error *error);
@@ -27,13 +28,13 @@ dhsa_status dhsa_compact_check(const dhsa_compact *compact, dhsa_error *error);
 dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_error *error);
 
 /* The public functions without the suffix, for arguments that have been checked. */
-dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
-                                    int64_t *counts, int num_threads, dhsa_error *error);
-dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_tensor *k, float *logits, int num_threads,
-                                          dhsa_error *error);
+dhsa_status dhsa_boundaries_checked(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries,
+                                    int64_t capacity, int64_t *counts, int num_threads, dhsa_error *error);
+dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_tensor *k, float *logits,
+                                          int num_threads, dhsa_error *error);
 dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads,
                                         dhsa_error *error);
-/* ---- chunk means of one batch item ---------------------------------------------------------------------------- */
+/* ---- chunk means of one batch item ----------------------------------------------------------------------------- */
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
@@ -63,16 +64,19 @@ typedef struct {
 int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
 /* Writes the mean of keys [from, to) of one KV head to mean [dim]; sum [dim] is scratch. Returns 0 if the mean is not
  * finite, and writes zeros then. */
-int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to,
-                    float *mean, float *sum);
+int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
+                    int64_t to, float *mean, float *sum);
 /* Writes a mean [dim] to `to`, in the type that `kind` says. In bf16 it is padded with zeros to `row` elements. */
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to);
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
+                     void *to);
 /* Writes a mean [dim] as entry `at` of `means`, which has the layout of chunks->means. */
-void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, int64_t at);
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+                   int64_t at);
 /* Sets the layout of the means of `capacity` chunks, without memory for them. */
 void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim);
 /* Allocates the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
-int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim);
+int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity,
+                     int64_t dim);
 void dhsa_chunks_close(dhsa_chunks *chunks);
 /* Makes room for `capacity` chunks; the first `used` keep their means. The old memory is freed unless `copy` is set,
  * which says that it belongs to another dhsa_chunks. Returns 0, and changes nothing, if there is no memory. */
@@ -85,7 +89,7 @@ void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t
 void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads);
 
 /* Writes the mean of queries [from, to) of head h, times sign (-1, 0 or 1), to mean [dim]. */
-void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to, float sign,
-                     float *mean);
+void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to,
+                     float sign, float *mean);
 
 #endif

@@ -58,7 +58,8 @@ static int64_t compact_lay_out(const compact_plan *pl, float *base, compact_scra
 }
 
 /* Returns n tokens as rows of fp32 values, *stride apart: in k itself if it holds such rows, otherwise in s->rows. */
-static const float *compact_gather(const compact_plan *pl, compact_scratch *s, int64_t b, int64_t token, int n, ptrdiff_t *stride)
+static const float *compact_gather(const compact_plan *pl, compact_scratch *s, int64_t b, int64_t token, int n,
+                                   ptrdiff_t *stride)
 {
     const int64_t C = pl->net->channels, heads = pl->k->shape[1], dim = pl->k->shape[3];
     if (pl->k->dtype == DHSA_F32 && heads == 1) {
@@ -167,9 +168,11 @@ static void compact_tile_task(void *context, int64_t index, int thread)
     float *logits = pl->logits + b * length + first;
     compact_scratch s;
     compact_lay_out(pl, pl->arenas + thread * pl->arena_size, &s);
-    for (int64_t at = 0; at < tokens; at += lanes) compact_project(pl, &s, b, first - w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
+    for (int64_t at = 0; at < tokens; at += lanes)
+        compact_project(pl, &s, b, first - w + 1, at, (int)DHSA_MIN(lanes, tokens - at));
     compact_pool(pl, &s, tokens);
-    for (int64_t at = 0; at < gaps; at += lanes) compact_classify(pl, &s, at, (int)DHSA_MIN(lanes, gaps - at), logits + at);
+    for (int64_t at = 0; at < gaps; at += lanes)
+        compact_classify(pl, &s, at, (int)DHSA_MIN(lanes, gaps - at), logits + at);
 }
 
 dhsa_status dhsa_compact_check(const dhsa_compact *n, dhsa_error *error)
@@ -182,13 +185,15 @@ dhsa_status dhsa_compact_check(const dhsa_compact *n, dhsa_error *error)
     const int64_t sizes[] = {n->channels, n->width, n->pooled, n->hidden};
     for (int i = 0; i < 4; i++)
         if (sizes[i] < 1 || sizes[i] > 1 << 20)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: a layer has %" PRId64 " units, expected 1 to %d", sizes[i],
-                             1 << 20);
-    if (n->window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", n->window);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: a layer has %" PRId64 " units, expected 1 to %d",
+                             sizes[i], 1 << 20);
+    if (n->window < 1)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", n->window);
     return DHSA_OK;
 }
 
-dhsa_status dhsa_compact_logits(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads, dhsa_error *error)
+dhsa_status dhsa_compact_logits(const dhsa_compact *net, const dhsa_tensor *k, float *logits, int num_threads,
+                                dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_threads_check(num_threads, error)) ||
@@ -205,7 +210,8 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
     if (net->window > length / 2) return DHSA_OK; /* no gap has a full window */
-    compact_plan pl = {.net = net, .k = k, .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32), .logits = logits};
+    compact_plan pl = {
+        .net = net, .k = k, .kernels = dhsa_kernels_for(dhsa_kernels_current(), DHSA_F32), .logits = logits};
     pl.tokens = DHSA_MIN(DHSA_MAX(TILE_TOKENS, 8 * net->window), length);
     pl.pitch = dhsa_round_up(pl.tokens, DHSA_ALIGN / 4);
     pl.gaps = pl.tokens - 2 * net->window + 1;
@@ -213,8 +219,8 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
     compact_scratch unused;
     int64_t most;
     if (!dhsa_mul(pl.pitch, net->pooled, &most) || most > (int64_t)1 << 32)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: a window of %" PRId64 " tokens on each side is too large",
-                         net->window);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY,
+                         "predictor: a window of %" PRId64 " tokens on each side is too large", net->window);
     pl.arena_size = compact_lay_out(&pl, NULL, &unused);
     const int64_t tasks = k->shape[0] * pl.tiles;
     const int threads = (int)DHSA_MIN(tasks, num_threads);
@@ -224,8 +230,8 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
         compact_pack_weights(&pl);
         dhsa_parallel(tasks, threads, compact_tile_task, &pl);
     } else {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " floats", threads,
-                           pl.arena_size);
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " floats",
+                           threads, pl.arena_size);
     }
     dhsa_free(pl.weights);
     dhsa_free(pl.arenas);

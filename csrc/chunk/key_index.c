@@ -21,7 +21,7 @@ enum {
     CHECKED_BYTES = 1 << 15 /* keys that take no more bytes than this are all checked */
 };
 
-/* ---- recognising keys -------------------------------------------------------------------------------------------- */
+/* ---- recognising keys ------------------------------------------------------------------------------------------ */
 
 static uint64_t word(const char *at, int64_t bytes)
 {
@@ -130,7 +130,8 @@ static dhsa_status no_memory(dhsa_error *error, int64_t keys)
 static dhsa_status make_room(dhsa_key_index *p, int64_t chunks, int64_t keys, dhsa_error *error)
 {
     void *edges = p->edges;
-    if (!key_index_grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0, sizeof *p->edges))
+    if (!key_index_grow(&edges, &p->edges_room, chunks + 2 * DHSA_CHUNK_GROUP, p->edges ? p->chunks + 1 : 0,
+                        sizeof *p->edges))
         return no_memory(error, keys);
     p->edges = edges;
     if (p->chunks == 0) p->edges[0] = 0;
@@ -138,7 +139,8 @@ static dhsa_status make_room(dhsa_key_index *p, int64_t chunks, int64_t keys, dh
 }
 
 /* Stores the fingerprints of the keys that are new; those of known keys stay unchanged. */
-static dhsa_status store_fingerprints(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int num_threads, dhsa_error *error)
+static dhsa_status store_fingerprints(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int num_threads,
+                                      dhsa_error *error)
 {
     const int64_t length = k->shape[2];
     void *fingerprints = p->fingerprints;
@@ -151,7 +153,7 @@ static dhsa_status store_fingerprints(dhsa_key_index *p, const dhsa_tensor *k, i
     return DHSA_OK;
 }
 
-/* ---- cutting ----------------------------------------------------------------------------------------------------- */
+/* ---- cutting --------------------------------------------------------------------------------------------------- */
 
 /* Sets the number of chunks, which is not less than before. Some means are no longer valid: a coarse chunk that was not
  * whole has become longer, and the empty chunks that padded a decoding step are replaced. */
@@ -164,8 +166,8 @@ static void set_chunk_count(dhsa_key_index *p, int64_t chunks)
 }
 
 /* Cuts the keys below `end` that are not cut yet. */
-static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t end, const dhsa_boundary_config *config,
-                       int num_threads, dhsa_error *error)
+static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t end,
+                       const dhsa_boundary_config *config, int num_threads, dhsa_error *error)
 {
     const int64_t from = p->chunks > 0 ? p->edges[p->chunks] : 0, room = dhsa_boundaries_capacity(config, end - from);
     int64_t count = 0;
@@ -174,7 +176,8 @@ static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64
     dhsa_tensor row = *k;
     row.data = dhsa_row(k, b, 0, 0);
     row.shape[0] = 1;
-    const dhsa_status status = dhsa_boundaries_after(&row, from, end, config, p->edges + p->chunks, &count, num_threads, error);
+    const dhsa_status status =
+        dhsa_boundaries_after(&row, from, end, config, p->edges + p->chunks, &count, num_threads, error);
     if (status) { /* restores the edge where the new ones begin */
         p->edges[p->chunks] = (int32_t)from;
         return status;
@@ -184,7 +187,8 @@ static dhsa_status cut(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64
 }
 
 /* Whether every step-th key of [from, to) has the fingerprint that is stored. */
-static int fingerprints_match(const dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to, int64_t step)
+static int fingerprints_match(const dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int64_t from, int64_t to,
+                              int64_t step)
 {
     while (from < to && fingerprint_of(k, b, from) == p->fingerprints[from]) from += step;
     return from >= to;
@@ -210,7 +214,8 @@ static int64_t recognise(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int
     if (trusted) {
         const int64_t from = p->turn < old ? p->turn : 0, apart = dhsa_ceil_div(old, SAMPLE);
         p->turn = DHSA_MIN(from + stretch, old);
-        trusted = fingerprints_match(p, k, b, from, p->turn, 1) && fingerprints_match(p, k, b, from % apart, old, apart);
+        trusted =
+            fingerprints_match(p, k, b, from, p->turn, 1) && fingerprints_match(p, k, b, from % apart, old, apart);
     }
     _Atomic int64_t first;
     atomic_init(&first, known);
@@ -223,8 +228,9 @@ static int64_t recognise(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, int
     return atomic_load(&first);
 }
 
-dhsa_status dhsa_key_index_update(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config, int step,
-                                  int64_t same, int num_threads, dhsa_error *error)
+dhsa_status dhsa_key_index_update(dhsa_key_index *p, const dhsa_tensor *k, int64_t b,
+                                  const dhsa_boundary_config *config, int step, int64_t same, int num_threads,
+                                  dhsa_error *error)
 {
     const int64_t length = k->shape[2], end = length - (step != 0), recognised = recognise(p, k, b, same, num_threads);
     const int64_t before = p->known, chunks = p->chunks;
@@ -234,7 +240,8 @@ dhsa_status dhsa_key_index_update(dhsa_key_index *p, const dhsa_tensor *k, int64
     /* In a decoding step, keys that came together in a call that did not use this index are cut like those of a prompt.
      * Keys that came one at a time, and keys that replaced such keys, are not. */
     const int generated = step && p->chunks > 0 && p->chunks == chunks && end <= before;
-    if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end && (status = cut(p, k, b, end, config, num_threads, error)))
+    if (!generated && (p->chunks > 0 ? p->edges[p->chunks] : 0) < end &&
+        (status = cut(p, k, b, end, config, num_threads, error)))
         return status;
     if ((status = store_fingerprints(p, k, b, num_threads, error))) return status;
     p->total = p->chunks;
@@ -247,8 +254,8 @@ dhsa_status dhsa_key_index_update(dhsa_key_index *p, const dhsa_tensor *k, int64
     return DHSA_OK;
 }
 
-dhsa_status dhsa_key_index_assign(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, const int32_t *boundaries, int64_t n,
-                                  int64_t same, int num_threads, dhsa_error *error)
+dhsa_status dhsa_key_index_assign(dhsa_key_index *p, const dhsa_tensor *k, int64_t b, const int32_t *boundaries,
+                                  int64_t n, int64_t same, int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
     dhsa_status status;
@@ -265,11 +272,11 @@ dhsa_status dhsa_key_index_assign(dhsa_key_index *p, const dhsa_tensor *k, int64
     return status;
 }
 
-/* ---- means ------------------------------------------------------------------------------------------------------- */
+/* ---- means ----------------------------------------------------------------------------------------------------- */
 
 /* Writes the mean of n keys, given their sum, as mean number `at` of a KV head. */
-static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64_t at, const float *sum, int64_t n, int64_t dim,
-                float *mean)
+static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64_t at, const float *sum, int64_t n,
+                int64_t dim, float *mean)
 {
     unsigned char *state = c->state + head * c->pitch + at;
     for (int64_t d = 0; d < dim; d++) mean[d] = n > 0 ? sum[d] / (float)n : 0.0f;
@@ -284,8 +291,8 @@ static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64
 /* Writes the means of the last chunks of a decoding step: at the fine level the generated keys and the current key, at
  * the coarse level both as one chunk. The sum of the generated keys is kept between steps; otherwise each step would
  * read all of them again. */
-static void put_last(dhsa_key_index *p, int level, const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t at,
-                     dhsa_chunks *c, float *scratch)
+static void put_last(dhsa_key_index *p, int level, const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b,
+                     int64_t at, dhsa_chunks *c, float *scratch)
 {
     const int64_t from = p->edges[p->chunks], end = k->shape[2] - 1, dim = p->dim;
     if (p->summed < 0 || p->summed < from) {
@@ -310,8 +317,8 @@ static void put_last(dhsa_key_index *p, int level, const dhsa_kernels *kernels, 
 }
 
 dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind kind, const dhsa_kernels *kernels,
-                                 const dhsa_tensor *k, int64_t b, const int32_t *edges, int64_t count, dhsa_chunks *chunks,
-                                 char *arenas, int64_t stride, int num_threads, dhsa_error *error)
+                                 const dhsa_tensor *k, int64_t b, const int32_t *edges, int64_t count,
+                                 dhsa_chunks *chunks, char *arenas, int64_t stride, int num_threads, dhsa_error *error)
 {
     dhsa_level *l = &p->levels[level];
     const int squares = kind != DHSA_MEANS_F32 && kernels->bf16 != NULL;
@@ -321,16 +328,19 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
     }
     if (!l->open) {
         l->done = 0;
-        l->open = dhsa_chunks_open(&l->chunks, kind, squares, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
+        l->open =
+            dhsa_chunks_open(&l->chunks, kind, squares, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
         if (!l->open) {
             dhsa_chunks_close(&l->chunks);
             return no_memory(error, k->shape[2]);
         }
     } else if (count > l->chunks.pitch &&
-               !dhsa_chunks_grow(&l->chunks, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim, l->done, 0)) {
+               !dhsa_chunks_grow(&l->chunks, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim, l->done,
+                                 0)) {
         return no_memory(error, k->shape[2]);
     }
-    if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, p->dim * (int64_t)sizeof *p->sum))) return no_memory(error, k->shape[2]);
+    if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, p->dim * (int64_t)sizeof *p->sum)))
+        return no_memory(error, k->shape[2]);
     const int64_t last = p->total == p->chunks ? 0 : level == DHSA_LEVEL_FINE ? 2 : 1; /* chunks of a decoding step */
     l->chunks.edges = edges;
     l->chunks.chunks = count - last;
@@ -345,7 +355,7 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
     return DHSA_OK;
 }
 
-/* ---- creation, copies, release ----------------------------------------------------------------------------------- */
+/* ---- creation, copies, release --------------------------------------------------------------------------------- */
 
 dhsa_status dhsa_key_index_new(dhsa_key_index **index, dhsa_error *error)
 {
@@ -386,7 +396,8 @@ static void *copy_of(const void *memory, int64_t room, int64_t used, int64_t siz
 dhsa_status dhsa_key_index_copy(const dhsa_key_index *p, dhsa_key_index **twin, dhsa_error *error)
 {
     dhsa_status status;
-    if ((status = dhsa_check_pointer(p, "key_index", error)) || (status = dhsa_key_index_new(twin, error))) return status;
+    if ((status = dhsa_check_pointer(p, "key_index", error)) || (status = dhsa_key_index_new(twin, error)))
+        return status;
     dhsa_key_index *t = *twin;
     *t = *p;
     /* The sum is not copied: it is computed again from the keys. */
@@ -398,7 +409,8 @@ dhsa_status dhsa_key_index_copy(const dhsa_key_index *p, dhsa_key_index **twin, 
     for (int i = 0; i < DHSA_LEVELS; i++) {
         dhsa_level *l = &t->levels[i];
         if (!good) l->open = 0;
-        if (l->open && !dhsa_chunks_grow(&l->chunks, p->kv_heads, l->chunks.pitch, p->dim, l->done, 1)) good = l->open = 0;
+        if (l->open && !dhsa_chunks_grow(&l->chunks, p->kv_heads, l->chunks.pitch, p->dim, l->done, 1))
+            good = l->open = 0;
     }
     if (good) return DHSA_OK;
     dhsa_key_index_free(t);
@@ -422,7 +434,8 @@ int64_t dhsa_key_index_boundaries(const dhsa_key_index *p, int32_t *boundaries)
 int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
 {
     if (!p) return 0;
-    int64_t bytes = p->fingerprints_room * (int64_t)sizeof *p->fingerprints + p->edges_room * (int64_t)sizeof *p->edges +
+    int64_t bytes = p->fingerprints_room * (int64_t)sizeof *p->fingerprints +
+                    p->edges_room * (int64_t)sizeof *p->edges +
                     (p->sum ? p->kv_heads * p->dim * (int64_t)sizeof *p->sum : 0);
     for (int i = 0; i < DHSA_LEVELS; i++) {
         const dhsa_chunks *c = &p->levels[i].chunks;
@@ -431,11 +444,20 @@ int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
     return bytes;
 }
 
-/* ---- as bytes ---------------------------------------------------------------------------------------------------- */
+/* ---- as bytes -------------------------------------------------------------------------------------------------- */
 
-/* A header of so many int64, in this order; then the fingerprints, the edges, and for each level and KV head the states and the
- * means of the first `done` chunks, as they lie in memory. All of the machine's byte order. */
-enum { HEAD_MAGIC = 0, HEAD_DTYPE, HEAD_KV_HEADS, HEAD_DIM, HEAD_KNOWN, HEAD_CHUNKS, HEAD_LEVELS, HEAD_SIZE = 6 + 3 * DHSA_LEVELS };
+/* A header of so many int64, in this order; then the fingerprints, the edges, and for each level and KV head the states
+ * and the means of the first `done` chunks, as they lie in memory. All of the machine's byte order. */
+enum {
+    HEAD_MAGIC = 0,
+    HEAD_DTYPE,
+    HEAD_KV_HEADS,
+    HEAD_DIM,
+    HEAD_KNOWN,
+    HEAD_CHUNKS,
+    HEAD_LEVELS,
+    HEAD_SIZE = 6 + 3 * DHSA_LEVELS
+};
 static const int64_t HEAD_VALUE = INT64_C(0x3149585945414844); /* its last character is the version of this layout */
 
 static void put_bytes(char *to, int64_t *at, const void *from, int64_t size)
@@ -455,7 +477,8 @@ int64_t dhsa_key_index_write(const dhsa_key_index *p, char *bytes)
         if (!l->open) continue;
         of[0] = l->chunks.kind;
         of[1] = l->chunks.squares;
-        of[2] = DHSA_MIN(l->done, most) / DHSA_CHUNK_GROUP * DHSA_CHUNK_GROUP; /* whole squares; the rest is soon made again */
+        of[2] = DHSA_MIN(l->done, most) / DHSA_CHUNK_GROUP *
+                DHSA_CHUNK_GROUP; /* whole squares; the rest is soon made again */
     }
     put_bytes(bytes, &at, head, sizeof head);
     put_bytes(bytes, &at, p->fingerprints, p->known * (int64_t)sizeof *p->fingerprints);
@@ -503,8 +526,8 @@ static int take_level(dhsa_key_index *p, int level, const int64_t *of, const cha
     dhsa_level *l = &p->levels[level];
     const int64_t chunks_of = level == DHSA_LEVEL_FINE ? 1 : DHSA_CHUNK_SUBGROUP, done = of[2];
     if (done == 0) return of[0] >= 0 && of[0] <= DHSA_MEANS_BF16;
-    if ((of[0] != DHSA_MEANS_F32 && of[0] != DHSA_MEANS_BF16) || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) || done < 0 ||
-        done > p->chunks / chunks_of || done % DHSA_CHUNK_GROUP != 0)
+    if ((of[0] != DHSA_MEANS_F32 && of[0] != DHSA_MEANS_BF16) || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) ||
+        done < 0 || done > p->chunks / chunks_of || done % DHSA_CHUNK_GROUP != 0)
         return 0;
     dhsa_chunks plan;
     int64_t cells, need;
@@ -512,7 +535,8 @@ static int take_level(dhsa_key_index *p, int level, const int64_t *of, const cha
     const int64_t size = plan.kind == DHSA_MEANS_F32 ? 4 : 2, row = plan.row * size;
     /* Looked at before memory is asked for, so that this is in proportion to the bytes that are there. */
     if (!dhsa_mul(p->kv_heads, done, &cells) || !dhsa_mul(cells, row + 1, &need) || need > n - *at) return 0;
-    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
+    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP,
+                               p->dim);
     if (!l->open) {
         dhsa_chunks_close(&l->chunks);
         return -1;
@@ -534,14 +558,16 @@ dhsa_status dhsa_key_index_read(const char *bytes, int64_t n, dhsa_key_index **i
 {
     int64_t head[HEAD_SIZE], at = 0;
     dhsa_status status;
-    if ((status = dhsa_check_pointer(bytes, "bytes", error)) || (status = dhsa_key_index_new(index, error))) return status;
+    if ((status = dhsa_check_pointer(bytes, "bytes", error)) || (status = dhsa_key_index_new(index, error)))
+        return status;
     dhsa_key_index *p = *index;
-    int good = take_bytes(head, bytes, n, &at, HEAD_SIZE, sizeof *head) && head[HEAD_MAGIC] == HEAD_VALUE &&
-               head[HEAD_KNOWN] >= 0 && head[HEAD_KNOWN] <= DHSA_MAX_LENGTH && head[HEAD_CHUNKS] >= 0 &&
-               head[HEAD_CHUNKS] <= DHSA_MAX_LENGTH && head[HEAD_DTYPE] >= 0 && head[HEAD_DTYPE] <= DHSA_BF16 &&
-               head[HEAD_KV_HEADS] >= 0 && head[HEAD_KV_HEADS] <= INT32_MAX && head[HEAD_DIM] >= 0 &&
-               head[HEAD_DIM] <= DHSA_MAX_HEAD_DIM &&
-               head[HEAD_KNOWN] * (int64_t)sizeof *p->fingerprints + head[HEAD_CHUNKS] * (int64_t)sizeof *p->edges <= n - at;
+    int good =
+        take_bytes(head, bytes, n, &at, HEAD_SIZE, sizeof *head) && head[HEAD_MAGIC] == HEAD_VALUE &&
+        head[HEAD_KNOWN] >= 0 && head[HEAD_KNOWN] <= DHSA_MAX_LENGTH && head[HEAD_CHUNKS] >= 0 &&
+        head[HEAD_CHUNKS] <= DHSA_MAX_LENGTH && head[HEAD_DTYPE] >= 0 && head[HEAD_DTYPE] <= DHSA_BF16 &&
+        head[HEAD_KV_HEADS] >= 0 && head[HEAD_KV_HEADS] <= INT32_MAX && head[HEAD_DIM] >= 0 &&
+        head[HEAD_DIM] <= DHSA_MAX_HEAD_DIM &&
+        head[HEAD_KNOWN] * (int64_t)sizeof *p->fingerprints + head[HEAD_CHUNKS] * (int64_t)sizeof *p->edges <= n - at;
     if (good) {
         p->dtype = (dhsa_dtype)head[HEAD_DTYPE];
         p->kv_heads = head[HEAD_KV_HEADS];
@@ -556,16 +582,19 @@ dhsa_status dhsa_key_index_read(const char *bytes, int64_t n, dhsa_key_index **i
         p->edges = edges;
         if (good > 0)
             good = take_bytes(fingerprints, bytes, n, &at, head[HEAD_KNOWN], sizeof *p->fingerprints) &&
-                   take_bytes(edges, bytes, n, &at, edge_count, sizeof *p->edges) && (edge_count == 0 || p->edges[0] == 0);
+                   take_bytes(edges, bytes, n, &at, edge_count, sizeof *p->edges) &&
+                   (edge_count == 0 || p->edges[0] == 0);
         p->known = good > 0 ? head[HEAD_KNOWN] : 0;
         p->chunks = p->total = good > 0 ? head[HEAD_CHUNKS] : 0;
     }
     for (int64_t c = 0; good > 0 && c < p->chunks; c++) good = p->edges[c] <= p->edges[c + 1];
     if (good > 0 && p->chunks > 0) good = p->edges[p->chunks] <= p->known;
-    for (int i = 0; good > 0 && i < DHSA_LEVELS; i++) good = take_level(p, i, head + HEAD_LEVELS + 3 * i, bytes, n, &at);
+    for (int i = 0; good > 0 && i < DHSA_LEVELS; i++)
+        good = take_level(p, i, head + HEAD_LEVELS + 3 * i, bytes, n, &at);
     if (good > 0 && at == n) return DHSA_OK;
     dhsa_key_index_free(p);
     *index = NULL;
     if (good < 0) return no_memory(error, head[HEAD_KNOWN]);
-    return dhsa_fail(error, DHSA_ERR_VALUE, "bytes: these %" PRId64 " are no key index that this version has written", n);
+    return dhsa_fail(error, DHSA_ERR_VALUE, "bytes: these %" PRId64 " are no key index that this version has written",
+                     n);
 }

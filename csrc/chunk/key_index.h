@@ -31,16 +31,17 @@ struct dhsa_key_index {
  * keys are cut. The caller says that the first `same` keys are those of the last call, so only a few of them are
  * checked. step: the keys that came one at a time since the last cut are one chunk, and the last key is another;
  * otherwise all keys are cut. */
-dhsa_status dhsa_key_index_update(dhsa_key_index *index, const dhsa_tensor *k, int64_t b, const dhsa_boundary_config *config,
-                                  int step, int64_t same, int num_threads, dhsa_error *error);
+dhsa_status dhsa_key_index_update(dhsa_key_index *index, const dhsa_tensor *k, int64_t b,
+                                  const dhsa_boundary_config *config, int step, int64_t same, int num_threads,
+                                  dhsa_error *error);
 /* The same, but all keys are cut at `boundaries`, [n] padded with Lk, which also replace earlier cuts. */
-dhsa_status dhsa_key_index_assign(dhsa_key_index *index, const dhsa_tensor *k, int64_t b, const int32_t *boundaries, int64_t n,
-                                  int64_t same, int num_threads, dhsa_error *error);
+dhsa_status dhsa_key_index_assign(dhsa_key_index *index, const dhsa_tensor *k, int64_t b, const int32_t *boundaries,
+                                  int64_t n, int64_t same, int num_threads, dhsa_error *error);
 /* Computes the means of a level that are missing, for the chunks with edges [count + 1]. The edges of chunks that the
  * index kept must be those of the last call. *chunks becomes a view of the means. Thread t uses 2 * dim floats at
  * arenas + t * stride. */
 dhsa_status dhsa_key_index_means(dhsa_key_index *index, int level, dhsa_means_kind kind, const dhsa_kernels *kernels,
-                                 const dhsa_tensor *k, int64_t b, const int32_t *edges, int64_t count, dhsa_chunks *chunks,
-                                 char *arenas, int64_t stride, int num_threads, dhsa_error *error);
+                                 const dhsa_tensor *k, int64_t b, const int32_t *edges, int64_t count,
+                                 dhsa_chunks *chunks, char *arenas, int64_t stride, int num_threads, dhsa_error *error);
 
 #endif

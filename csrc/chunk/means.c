@@ -20,14 +20,15 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n)
     return 1;
 }
 
-int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from, int64_t to,
-                    float *mean, float *sum)
+int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
+                    int64_t to, float *mean, float *sum)
 {
     const int64_t dim = k->shape[3];
     const float n = (float)(to - from);
     const ptrdiff_t stride = (ptrdiff_t)(k->stride[2] * dhsa_dtype_size(k->dtype));
     for (int64_t at = from; at < to; at += RUN) {
-        kernels->sum_rows(dhsa_row(k, b, kv_head, at), stride, k->dtype, DHSA_MIN(RUN, to - at), dim, at == from ? mean : sum);
+        kernels->sum_rows(dhsa_row(k, b, kv_head, at), stride, k->dtype, DHSA_MIN(RUN, to - at), dim,
+                          at == from ? mean : sum);
         if (at > from) kernels->add(sum, DHSA_F32, dim, mean);
     }
     for (int64_t d = 0; d < dim; d++) mean[d] /= n; /* divided, not multiplied: see dhsa_mean_query */
@@ -36,8 +37,8 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
     return 0;
 }
 
-void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to, float sign,
-                     float *mean)
+void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to,
+                     float sign, float *mean)
 {
     const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
     const float n = sign < 0 ? -(float)(to - from) : (float)(to - from);
@@ -47,7 +48,8 @@ void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t 
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
 
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to)
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
+                     void *to)
 {
     if (kind == DHSA_MEANS_F32) {
         memcpy(to, mean, (size_t)dim * sizeof *mean);
@@ -57,12 +59,14 @@ void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const fl
     memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * 2);
 }
 
-void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, int64_t at)
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+                   int64_t at)
 {
     const int64_t row = chunks->row;
     uint16_t line[DHSA_MAX_HEAD_DIM];
     if (!chunks->squares) {
-        dhsa_mean_store(kernels, chunks->kind, mean, dim, row, (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2));
+        dhsa_mean_store(kernels, chunks->kind, mean, dim, row,
+                        (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2));
         return;
     }
     dhsa_mean_store(kernels, chunks->kind, mean, dim, row, line);
@@ -77,9 +81,11 @@ void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, in
     chunks->row = kind != DHSA_MEANS_F32 ? dhsa_round_up(dim, DHSA_PAIR_STEP) : dim;
 }
 
-int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity, int64_t dim)
+int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity,
+                     int64_t dim)
 {
-    const int64_t half = kind != DHSA_MEANS_F32, spare = half ? DHSA_PAIR_STEP : 0; /* read past the end by bf16 products */
+    const int64_t half = kind != DHSA_MEANS_F32,
+                  spare = half ? DHSA_PAIR_STEP : 0; /* read past the end by bf16 products */
     int64_t cells;
     dhsa_chunks_plan(chunks, kind, squares, capacity, dim);
     if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
@@ -108,7 +114,8 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
     }
     used = dhsa_round_up(used, 16); /* a square holds 16 means */
     for (int64_t h = 0; h < kv_heads; h++) {
-        memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row, (size_t)(used * row));
+        memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row,
+               (size_t)(used * row));
         memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)used);
     }
     if (!copy) dhsa_chunks_close(&old);

@@ -70,7 +70,8 @@ static int64_t predictor_lay_out(const predictor_plan *pl, float *base, predicto
 }
 
 /* Computes query, key and out-projected values of tokens [at, at + n) of the tile, n <= lanes. */
-static void predictor_project(const predictor_plan *pl, predictor_scratch *s, int64_t b, int64_t token, int64_t at, int n)
+static void predictor_project(const predictor_plan *pl, predictor_scratch *s, int64_t b, int64_t token, int64_t at,
+                              int n)
 {
     const dhsa_kernels *kn = pl->kernels;
     const int64_t C = pl->C, dim = pl->k->shape[3], per_head = C / pl->heads, lanes = kn->lanes, step = kn->value_step;
@@ -114,7 +115,8 @@ static void fill_band(const predictor_plan *pl, predictor_scratch *s, int64_t to
 
 /* Writes the attention weights of token a, in the window that begins at token x, to lane r. The first window of the
  * group begins at token `base`. */
-static void window_weights(const predictor_plan *pl, predictor_scratch *s, int64_t a, int64_t x, int64_t base, int64_t r)
+static void window_weights(const predictor_plan *pl, predictor_scratch *s, int64_t a, int64_t x, int64_t base,
+                           int64_t r)
 {
     const int64_t heads = pl->heads, lanes = pl->kernels->lanes;
     const float *band = s->band + (a * (4 * pl->w - 1) + x - a + pl->width - 1) * heads;
@@ -142,7 +144,8 @@ static void predictor_normalise(const predictor_plan *pl, predictor_scratch *s, 
     for (int r = 0; r < n; r++) scale[r] = 1.0f / sqrtf(scale[r] / (float)C + 1e-5f);
     for (int64_t c = 0; c < C; c++)
         for (int r = 0; r < n; r++)
-            s->out[c * lanes + r] = (s->out[c * lanes + r] - mean[r]) * scale[r] * pl->net->norm_weight[c] + pl->net->norm_bias[c];
+            s->out[c * lanes + r] =
+                (s->out[c * lanes + r] - mean[r]) * scale[r] * pl->net->norm_weight[c] + pl->net->norm_bias[c];
     float ones[DHSA_MAX_LANES];
     void *to[DHSA_MAX_LANES];
     for (int r = 0; r < DHSA_MAX_LANES; r++) ones[r] = 1.0f;
@@ -155,7 +158,8 @@ static void predictor_normalise(const predictor_plan *pl, predictor_scratch *s, 
 static void predictor_encode(const predictor_plan *pl, predictor_scratch *s, int64_t x, int64_t gaps)
 {
     const dhsa_kernels *kn = pl->kernels;
-    const int64_t C = pl->C, heads = pl->heads, lanes = kn->lanes, slots = gaps * pl->width, tokens = pl->width + gaps - 1;
+    const int64_t C = pl->C, heads = pl->heads, lanes = kn->lanes, slots = gaps * pl->width,
+                  tokens = pl->width + gaps - 1;
     const float zeros[DHSA_MAX_LANES] = {0};
     for (int64_t first = 0; first < slots; first += lanes) {
         const int n = (int)DHSA_MIN(lanes, slots - first);
@@ -165,8 +169,8 @@ static void predictor_encode(const predictor_plan *pl, predictor_scratch *s, int
             const int64_t gap = (first + r) / pl->width, token = (first + r) % pl->width;
             window_weights(pl, s, x + gap + token, x + gap, x, r);
         }
-        kn->pv(s->weight, s->value + x * heads * kn->value_step, pl->strip, (int)(tokens * heads), (int)C, kn->lanes, zeros, s->out,
-               NULL);
+        kn->pv(s->weight, s->value + x * heads * kn->value_step, pl->strip, (int)(tokens * heads), (int)C, kn->lanes,
+               zeros, s->out, NULL);
         for (int64_t c = 0; c < C; c++)
             for (int r = 0; r < n; r++) s->out[c * lanes + r] += pl->net->out_proj_bias[c];
         predictor_normalise(pl, s, n, s->window + first * C);
@@ -212,7 +216,8 @@ static void predictor_classify(const predictor_plan *pl, predictor_scratch *s, i
     const void *rows[DHSA_MAX_LANES];
     for (int r = 0; r < n; r++) rows[r] = s->rows + r * inputs;
     pl->kernels->pack_panel(rows, DHSA_F32, n, (int)inputs, 1.0f, s->features);
-    pl->kernels->qk(s->features, pl->net->mlp0_weight, inputs, (int)hidden, (int)inputs, pl->kernels->lanes, s->wide, NULL);
+    pl->kernels->qk(s->features, pl->net->mlp0_weight, inputs, (int)hidden, (int)inputs, pl->kernels->lanes, s->wide,
+                    NULL);
     for (int r = 0; r < n; r++) logits[r] = pl->net->mlp2_bias;
     for (int64_t c = 0; c < hidden; c++)
         for (int r = 0; r < n; r++) {
@@ -258,26 +263,30 @@ static void predictor_tile_task(void *context, int64_t index, int thread)
 dhsa_status dhsa_predictor_width(int64_t channels, const dhsa_tensor *k, dhsa_error *error)
 {
     if (channels == k->shape[1] * k->shape[3]) return DHSA_OK;
-    return dhsa_fail(error, DHSA_ERR_VALUE,
-                     "predictor: made for %" PRId64 " channels, but k has %" PRId64 " (%" PRId64 " heads of %" PRId64
-                     "); train one for this model: python -m dhsa train-boundaries --model MODEL --text FILES --out FILE",
-                     channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
+    return dhsa_fail(
+        error, DHSA_ERR_VALUE,
+        "predictor: made for %" PRId64 " channels, but k has %" PRId64 " (%" PRId64 " heads of %" PRId64
+        "); train one for this model: python -m dhsa train-boundaries --model MODEL --text FILES --out FILE",
+        channels, k->shape[1] * k->shape[3], k->shape[1], k->shape[3]);
 }
 
 dhsa_status dhsa_predictor_check(const dhsa_predictor *p, dhsa_error *error)
 {
     if (!p) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: none given");
-    const void *const needed[] = {p->in_proj_weight, p->in_proj_bias, p->out_proj_weight, p->out_proj_bias, p->norm_weight,
-                                  p->norm_bias,      p->mlp0_weight,  p->mlp0_bias,       p->mlp2_weight};
+    const void *const needed[] = {p->in_proj_weight, p->in_proj_bias, p->out_proj_weight,
+                                  p->out_proj_bias,  p->norm_weight,  p->norm_bias,
+                                  p->mlp0_weight,    p->mlp0_bias,    p->mlp2_weight};
     for (int i = 0; i < 9; i++)
         if (!needed[i]) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: weights are missing");
     if (p->channels < 1 || p->channels > 1 << 20 || p->hidden < 1 || p->hidden > 1 << 24)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " channels and %" PRId64 " hidden units are not supported",
-                         p->channels, p->hidden);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "predictor: %" PRId64 " channels and %" PRId64 " hidden units are not supported", p->channels,
+                         p->hidden);
     if (p->heads < 1 || p->channels % p->heads)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " heads do not divide its %" PRId64 " channels", p->heads,
-                         p->channels);
-    if (p->window < 1) return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", p->window);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: %" PRId64 " heads do not divide its %" PRId64 " channels",
+                         p->heads, p->channels);
+    if (p->window < 1)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "predictor: window is %" PRId64 ", expected at least 1", p->window);
     return DHSA_OK;
 }
 
@@ -292,8 +301,8 @@ dhsa_status dhsa_predictor_logits(const dhsa_predictor *net, const dhsa_tensor *
     return dhsa_predictor_logits_checked(net, k, logits, num_threads, error);
 }
 
-dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_tensor *k, float *logits, int num_threads,
-                                          dhsa_error *error)
+dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_tensor *k, float *logits,
+                                          int num_threads, dhsa_error *error)
 {
     const int64_t length = k->shape[2];
     for (int64_t i = 0; i < k->shape[0] * length; i++) logits[i] = -100.0f;
@@ -319,14 +328,15 @@ dhsa_status dhsa_predictor_logits_checked(const dhsa_predictor *net, const dhsa_
      * arguments of kernels. */
     if (!dhsa_mul(pl.tokens * pl.heads, DHSA_MAX(pl.C, 4 * pl.w), &most) || most > (int64_t)1 << 36 ||
         (pl.width + pl.group) * pl.heads > 1 << 30)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: a window of %" PRId64 " tokens on each side is too large", pl.w);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY,
+                         "predictor: a window of %" PRId64 " tokens on each side is too large", pl.w);
     pl.arena_size = predictor_lay_out(&pl, NULL, &unused);
     const int64_t tasks = k->shape[0] * pl.tiles;
     const int threads = (int)DHSA_MIN(tasks, num_threads);
     pl.arenas = dhsa_alloc(pl.arena_size, threads * (int64_t)sizeof *pl.arenas);
     if (!pl.arenas)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " floats", threads,
-                         pl.arena_size);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "predictor: no memory for %d workspaces of %" PRId64 " floats",
+                         threads, pl.arena_size);
     dhsa_parallel(tasks, threads, predictor_tile_task, &pl);
     dhsa_free(pl.arenas);
     return DHSA_OK;

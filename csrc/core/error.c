@@ -21,7 +21,8 @@ dhsa_status dhsa_fail(dhsa_error *error, dhsa_status status, const char *format,
 void *dhsa_alloc(int64_t count, int64_t size)
 {
     int64_t bytes;
-    if (!dhsa_mul(count, size, &bytes) || bytes > INT64_MAX - DHSA_ALIGN || (uint64_t)bytes > SIZE_MAX - DHSA_ALIGN) return NULL;
+    if (!dhsa_mul(count, size, &bytes) || bytes > INT64_MAX - DHSA_ALIGN || (uint64_t)bytes > SIZE_MAX - DHSA_ALIGN)
+        return NULL;
     void *p = NULL;
     /* At least one cache line, so that an empty array also has a valid, distinct address. */
     return posix_memalign(&p, DHSA_ALIGN, (size_t)dhsa_round_up(DHSA_MAX(bytes, 1), DHSA_ALIGN)) == 0 ? p : NULL;

@@ -40,13 +40,14 @@ dhsa_status dhsa_tensor_check(const dhsa_tensor *t, const char *name, dhsa_error
     if (!t->data) return dhsa_fail(error, DHSA_ERR_VALUE, "%s: has no data", name);
     for (int i = 0; i < 4; i++)
         if (t->shape[i] < 1)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "%s: dimension %d has size %" PRId64 ", expected at least 1", name, i,
-                             t->shape[i]);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "%s: dimension %d has size %" PRId64 ", expected at least 1", name,
+                             i, t->shape[i]);
     if (t->shape[2] > DHSA_MAX_LENGTH)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: length %" PRId64 " is more than the supported %d", name, t->shape[2],
-                         DHSA_MAX_LENGTH);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: length %" PRId64 " is more than the supported %d", name,
+                         t->shape[2], DHSA_MAX_LENGTH);
     if (t->shape[3] > 1 && t->stride[3] != 1)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "%s: last dimension has stride %" PRId64 ", expected 1 (make it contiguous)", name,
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "%s: last dimension has stride %" PRId64 ", expected 1 (make it contiguous)", name,
                          t->stride[3]);
     int64_t low, high, n = t->shape[0];
     for (int i = 1; i < 4; i++)
@@ -62,7 +63,8 @@ static dhsa_status dtype_check(const dhsa_tensor *t, const char *name, const dhs
 {
     if (t->dtype == q->dtype) return DHSA_OK;
     const char *const have = dtype_names[t->dtype], *const want = dtype_names[q->dtype];
-    return dhsa_fail(error, DHSA_ERR_TYPE, "%s: dtype is %s, expected %s as q; cast %s to %s", name, have, want, name, want);
+    return dhsa_fail(error, DHSA_ERR_TYPE, "%s: dtype is %s, expected %s as q; cast %s to %s", name, have, want, name,
+                     want);
 }
 
 dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error *error)
@@ -71,18 +73,21 @@ dhsa_status dhsa_qk_check(const dhsa_tensor *q, const dhsa_tensor *k, dhsa_error
     if ((status = dhsa_tensor_check(q, "q", error)) || (status = dhsa_tensor_check(k, "k", error))) return status;
     if ((status = dtype_check(k, "k", q, error))) return status;
     if (k->shape[0] != q->shape[0])
-        return dhsa_fail(error, DHSA_ERR_VALUE, "k: batch is %" PRId64 ", expected %" PRId64 " as q", k->shape[0], q->shape[0]);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "k: batch is %" PRId64 ", expected %" PRId64 " as q", k->shape[0],
+                         q->shape[0]);
     if (q->shape[1] % k->shape[1] != 0)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " heads do not divide the %" PRId64 " heads of q", k->shape[1],
-                         q->shape[1]);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " heads do not divide the %" PRId64 " heads of q",
+                         k->shape[1], q->shape[1]);
     /* The executor counts the rows of an item, which has all heads of a group, in int. */
     if (q->shape[1] > INT32_MAX / 2)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " heads are more than the supported %d", q->shape[1], INT32_MAX / 2);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " heads are more than the supported %d", q->shape[1],
+                         INT32_MAX / 2);
     if (k->shape[3] != q->shape[3])
-        return dhsa_fail(error, DHSA_ERR_VALUE, "k: head_dim is %" PRId64 ", expected %" PRId64 " as q", k->shape[3], q->shape[3]);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "k: head_dim is %" PRId64 ", expected %" PRId64 " as q", k->shape[3],
+                         q->shape[3]);
     if (q->shape[3] > DHSA_MAX_HEAD_DIM)
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "q: head_dim %" PRId64 " is not supported yet, at most %d", q->shape[3],
-                         DHSA_MAX_HEAD_DIM);
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "q: head_dim %" PRId64 " is not supported yet, at most %d",
+                         q->shape[3], DHSA_MAX_HEAD_DIM);
     return DHSA_OK;
 }
 
@@ -100,8 +105,8 @@ dhsa_status dhsa_scaling_check(double scale, double softcap, dhsa_error *error)
         return dhsa_fail(error, DHSA_ERR_VALUE, "scale: got %g, expected a finite number of at most 1e38", scale);
     if (softcap == 0) return DHSA_OK;
     if (!(softcap >= 1e-30 && softcap <= 1e38 && fabs(scale) / softcap <= 1e38))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "softcap: got %g, expected 1e-30 to 1e38, and at least 1e-38 of the scale",
-                         softcap);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "softcap: got %g, expected 1e-30 to 1e38, and at least 1e-38 of the scale", softcap);
     return DHSA_OK;
 }
 
@@ -142,17 +147,19 @@ static dhsa_status out_check(const dhsa_problem *p, dhsa_error *error)
     dhsa_status status;
     if ((status = dhsa_tensor_check(out, "out", error))) return status;
     if (out->dtype != q->dtype)
-        return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q; make it with that", dtype_names[out->dtype],
-                         dtype_names[q->dtype]);
+        return dhsa_fail(error, DHSA_ERR_TYPE, "out: dtype is %s, expected %s as q; make it with that",
+                         dtype_names[out->dtype], dtype_names[q->dtype]);
     for (int i = 0; i < 4; i++) {
         const int64_t want = i == 3 ? p->v.shape[3] : q->shape[i];
         if (out->shape[i] != want)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "out: dimension %d has size %" PRId64 ", expected %" PRId64 " as %s", i,
-                             out->shape[i], want, i == 3 ? "v" : "q");
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "out: dimension %d has size %" PRId64 ", expected %" PRId64 " as %s", i, out->shape[i],
+                             want, i == 3 ? "v" : "q");
     }
     if (overlaps_itself(out)) return dhsa_fail(error, DHSA_ERR_VALUE, "out: its elements overlap in memory");
     for (int i = 0; i < 3; i++)
-        if (share_memory(out, inputs[i])) return dhsa_fail(error, DHSA_ERR_VALUE, "out: shares memory with %s", names[i]);
+        if (share_memory(out, inputs[i]))
+            return dhsa_fail(error, DHSA_ERR_VALUE, "out: shares memory with %s", names[i]);
     return DHSA_OK;
 }
 
@@ -165,33 +172,35 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
     if ((status = dtype_check(v, "v", q, error))) return status;
     for (int i = 0; i < 3; i++)
         if (v->shape[i] != k->shape[i])
-            return dhsa_fail(error, DHSA_ERR_VALUE, "v: dimension %d has size %" PRId64 ", expected %" PRId64 " as k", i,
-                             v->shape[i], k->shape[i]);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "v: dimension %d has size %" PRId64 ", expected %" PRId64 " as k",
+                             i, v->shape[i], k->shape[i]);
     if (v->shape[3] > DHSA_MAX_VALUE_DIM)
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "v: head_dim %" PRId64 " is not supported yet, at most %d", v->shape[3],
-                         DHSA_MAX_VALUE_DIM);
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "v: head_dim %" PRId64 " is not supported yet, at most %d",
+                         v->shape[3], DHSA_MAX_VALUE_DIM);
     if ((status = out_check(p, error))) return status;
     if (p->causal && !p->key_ranges && q->shape[2] > k->shape[2])
         return dhsa_fail(error, DHSA_ERR_VALUE,
-                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal", q->shape[2],
-                         k->shape[2]);
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal",
+                         q->shape[2], k->shape[2]);
     if ((status = dhsa_scaling_check(p->scale, p->softcap, error))) return status;
     if (p->skip && !(p->skip > 0 && p->skip < 1))
         return dhsa_fail(error, DHSA_ERR_VALUE, "skip: got %g, expected a number above 0 and below 1", p->skip);
-    if (p->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", p->window);
+    if (p->window < 0)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", p->window);
     if (p->window && p->key_ranges)
-        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "window: cannot be given together with key_ranges, which take its place");
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED,
+                         "window: cannot be given together with key_ranges, which take its place");
     if (p->window && q->shape[2] > k->shape[2])
         return dhsa_fail(error, DHSA_ERR_VALUE,
-                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk with a window", q->shape[2],
-                         k->shape[2]);
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk with a window",
+                         q->shape[2], k->shape[2]);
     if (p->key_ranges)
         for (int64_t i = 0; i < q->shape[0] * q->shape[2]; i++) {
             const int32_t start = p->key_ranges[2 * i], stop = p->key_ranges[2 * i + 1];
             if (start < 0 || stop < start || stop > k->shape[2])
                 return dhsa_fail(error, DHSA_ERR_VALUE,
-                                 "key_ranges: row %" PRId64 " is [%d, %d), expected 0 <= start <= stop <= %" PRId64, i, start, stop,
-                                 k->shape[2]);
+                                 "key_ranges: row %" PRId64 " is [%d, %d), expected 0 <= start <= stop <= %" PRId64, i,
+                                 start, stop, k->shape[2]);
         }
     for (int64_t h = 0; p->sinks && h < q->shape[1]; h++)
         if (!(fabsf(p->sinks[h]) <= 1e38f) && p->sinks[h] != -INFINITY)

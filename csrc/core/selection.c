@@ -14,32 +14,37 @@ static int row_is_valid(const int32_t *row, int64_t n, int64_t k_len)
     return !bad;
 }
 
-static dhsa_status explain_row(const int32_t *row, int64_t n, int64_t at, int64_t start, int64_t k_len, dhsa_error *error)
+static dhsa_status explain_row(const int32_t *row, int64_t n, int64_t at, int64_t start, int64_t k_len,
+                               dhsa_error *error)
 {
     for (int64_t j = 0; j < n; j++) {
         if (row[j] < 0 || row[j] >= k_len)
-            return dhsa_fail(error, DHSA_ERR_VALUE, "indices: entry %" PRId64 " (row %" PRId64 ") is %d, expected 0 to %" PRId64,
-                             start + j, at, row[j], k_len - 1);
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "indices: entry %" PRId64 " (row %" PRId64 ") is %d, expected 0 to %" PRId64, start + j,
+                             at, row[j], k_len - 1);
         if (j > 0 && row[j] <= row[j - 1])
             return dhsa_fail(error, DHSA_ERR_VALUE,
-                             "indices: entry %" PRId64 " (row %" PRId64 ") is %d after %d, expected ascending without repeats",
+                             "indices: entry %" PRId64 " (row %" PRId64
+                             ") is %d after %d, expected ascending without repeats",
                              start + j, at, row[j], row[j - 1]);
     }
     return DHSA_OK;
 }
 
-dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int64_t n_indices, int64_t batch, int64_t q_heads,
-                                 int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error)
+dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int64_t n_indices, int64_t batch,
+                                 int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error)
 {
     int64_t rows;
     if (!s) return dhsa_check_pointer(s, "selection", error);
     if (s->batch != batch)
         return dhsa_fail(error, DHSA_ERR_VALUE, "selection: made for batch %" PRId64 ", got %" PRId64, s->batch, batch);
     if (s->heads != 1 && s->heads != kv_heads && s->heads != q_heads)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "selection: has lists for %" PRId64 " heads, expected 1, %" PRId64 " or %" PRId64,
-                         s->heads, kv_heads, q_heads);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "selection: has lists for %" PRId64 " heads, expected 1, %" PRId64 " or %" PRId64, s->heads,
+                         kv_heads, q_heads);
     if (s->query_block < 1)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "selection: query_block is %" PRId64 ", expected at least 1", s->query_block);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "selection: query_block is %" PRId64 ", expected at least 1",
+                         s->query_block);
     const int64_t blocks = q_len / s->query_block + (q_len % s->query_block != 0);
     if (s->nq != blocks)
         return dhsa_fail(error, DHSA_ERR_VALUE,
@@ -47,26 +52,30 @@ dhsa_status dhsa_selection_check(const dhsa_selection *s, int64_t n_indptr, int6
                          " queries in blocks of %" PRId64,
                          s->nq, blocks, q_len, s->query_block);
     if (!dhsa_mul(batch, s->heads, &rows) || !dhsa_mul(rows, blocks, &rows) || n_indptr < 1 || n_indptr - 1 != rows)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has %" PRId64 " entries, expected batch * heads * nq + 1", n_indptr);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has %" PRId64 " entries, expected batch * heads * nq + 1",
+                         n_indptr);
     if (!s->indptr) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: has no data");
-    if (s->indptr[0] != 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", s->indptr[0]);
+    if (s->indptr[0] != 0)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", s->indptr[0]);
     for (int64_t r = 0; r < rows; r++)
         if (s->indptr[r + 1] < s->indptr[r])
-            return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: falls from %" PRId64 " to %" PRId64 " at entry %" PRId64, s->indptr[r],
-                             s->indptr[r + 1], r + 1);
+            return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: falls from %" PRId64 " to %" PRId64 " at entry %" PRId64,
+                             s->indptr[r], s->indptr[r + 1], r + 1);
     if (n_indices < 0) n_indices = s->indptr[rows];
     if (s->indptr[rows] != n_indices)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: ends with %" PRId64 ", expected the number of indices, %" PRId64,
-                         s->indptr[rows], n_indices);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "indptr: ends with %" PRId64 ", expected the number of indices, %" PRId64, s->indptr[rows],
+                         n_indices);
     if (!s->indices && n_indices > 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indices: has no data");
     for (int64_t r = 0; r < rows; r++) {
         const int64_t start = s->indptr[r], n = s->indptr[r + 1] - start;
-        if (n > 0 && !row_is_valid(s->indices + start, n, k_len)) return explain_row(s->indices + start, n, r, start, k_len, error);
+        if (n > 0 && !row_is_valid(s->indices + start, n, k_len))
+            return explain_row(s->indices + start, n, r, start, k_len, error);
     }
     return DHSA_OK;
 }
 
-/* ---- pairs ------------------------------------------------------------------------------------------------------- */
+/* ---- pairs ----------------------------------------------------------------------------------------------------- */
 
 /* The number of pairs (i, j) with 0 <= i < n and 0 <= j < m in which j is more than `apart` after i. */
 static double pairs_after(int64_t n, int64_t m, int64_t apart)
@@ -83,8 +92,8 @@ double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
     int64_t last = k_len - 1;
     double pairs = 0;
     if (!p->causal) {
-        /* All pairs but those too far apart on either side. Counted from the ends, a query and a key before it are like a
-         * query and a key after it. */
+        /* All pairs but those too far apart on either side. Counted from the ends, a query and a key before it are like
+         * a query and a key after it. */
         pairs = (double)q_len * (double)k_len;
         if (p->window && p->window < k_len)
             pairs -= pairs_after(q_len, q_len, p->window - 1) + pairs_after(q_len, k_len, p->window - 1);
@@ -103,7 +112,9 @@ double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads)
  * keys near the two ends of the list are invisible to some of the queries; all others are counted at once. */
 static int64_t pairs_listed(const int32_t *keys, int64_t n, int64_t first, int64_t last, int64_t window, int causal)
 {
-    const int64_t ahead = causal ? 0 : window ? window - 1 : INT32_MAX; /* how far after its position a query sees keys */
+    const int64_t ahead = causal   ? 0
+                          : window ? window - 1
+                                   : INT32_MAX; /* how far after its position a query sees keys */
     int64_t pairs = 0, at = 0;
     if (window)
         for (; at < n && keys[at] + window - 1 < last; at++) {

@@ -49,7 +49,7 @@ typedef struct {
     int64_t stride[4];
 } dhsa_tensor;
 
-/* ---- attention ---------------------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, E] must not overlap an input */
@@ -62,7 +62,7 @@ typedef struct {
     /* NULL, or contiguous [B, Lq, 2]: query i sees keys [start, stop). causal is then ignored, and window must be 0. */
     const int32_t *key_ranges;
     /* NULL, or [H]: one logit for each query head, finite or -inf, that joins the softmax of every query and has no
-     * value, so that the weights of the keys add up to less than 1. It is neither scaled nor capped. lse includes it. */
+     * value, so that the weights of the keys add up to less than 1. It is not scaled or capped. lse includes it. */
     const float *sinks;
     int num_threads; /* >= 1 */
     /* 0: none; else 0 < skip < 1: a tile of keys is left out for a group of query rows if every probability in it is
@@ -94,7 +94,7 @@ dhsa_status dhsa_problem_check(const dhsa_problem *problem, dhsa_error *error);
 dhsa_status dhsa_selection_check(const dhsa_selection *selection, int64_t n_indptr, int64_t n_indices, int64_t batch,
                                  int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len, dhsa_error *error);
 
-/* ---- boundaries --------------------------------------------------------------------------------------------- */
+/* ---- boundaries ------------------------------------------------------------------------------------------------ */
 
 /* The boundary network of the paper (BoundarySimilarityAttn). The caller owns the weights, which are fp32 and
  * contiguous, in the layouts of torch. */
@@ -146,7 +146,8 @@ typedef struct {
 /* The similarity score of each gap. Gap j is between keys j and j + 1. Its score is minus the cosine of the mean of
  * the w keys up to j and the mean of the w keys after it (fewer at the ends), with the KV heads concatenated. scores
  * [B, Lk]; the last entry, which is no gap, is -inf. */
-dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads, dhsa_error *error);
+dhsa_status dhsa_similarity_scores(const dhsa_tensor *k, int64_t window, float *scores, int num_threads,
+                                   dhsa_error *error);
 /* The logits [B, Lk] of the predictor. The first w - 1 and the last w entries are -100. */
 dhsa_status dhsa_predictor_logits(const dhsa_predictor *predictor, const dhsa_tensor *k, float *logits, int num_threads,
                                   dhsa_error *error);
@@ -157,20 +158,21 @@ dhsa_status dhsa_compact_logits(const dhsa_compact *compact, const dhsa_tensor *
  * each more than nms away from those picked before it. instruction > 0: gap L - instruction is picked first, and
  * gaps at or after it are skipped. boundaries has room for min(n, L) + 3 entries and is set to 0, ..., L; *count
  * receives the number of entries. */
-dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms, int64_t instruction,
-                                 int32_t *boundaries, int64_t *count, dhsa_error *error);
+dhsa_status dhsa_pick_boundaries(const float *scores, int64_t length, int64_t n, double theta, int64_t nms,
+                                 int64_t instruction, int32_t *boundaries, int64_t *count, dhsa_error *error);
 /* The largest number of entries in a row of dhsa_boundaries; 0 if config is NULL or the length is not supported. */
 int64_t dhsa_boundaries_capacity(const dhsa_boundary_config *config, int64_t length);
 /* boundaries [B, capacity], rows padded with Lk; counts [B]: the number of entries without padding. */
-dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries, int64_t capacity,
-                            int64_t *counts, int num_threads, dhsa_error *error);
+dhsa_status dhsa_boundaries(const dhsa_tensor *k, const dhsa_boundary_config *config, int32_t *boundaries,
+                            int64_t capacity, int64_t *counts, int num_threads, dhsa_error *error);
 /* The training label: ratios [B, L], computed from q and k in memory linear in L. The attention matrix is the mean over
- * heads of softmax(softcap(scale * q.k)), causal and within the sliding window (0: none). Lq = Lk; window (w) is at most
+ * heads of softmax(softcap(scale * q.k)), causal and within the sliding window (0: none). Lq = Lk; window (w) is at
+ * most
  * 64. A logit that is not finite is an error. */
-dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window, double scale,
-                                  double softcap, double *ratios, int num_threads, dhsa_error *error);
+dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window,
+                                  double scale, double softcap, double *ratios, int num_threads, dhsa_error *error);
 
-/* ---- scores and selection ----------------------------------------------------------------------------------- */
+/* ---- scores and selection -------------------------------------------------------------------------------------- */
 
 typedef struct {
     dhsa_score_kind score;
@@ -190,8 +192,9 @@ typedef struct {
  * before its window, or padding. The block score is the product of the mean query over the heads of a head set and
  * the mean key over its KV heads. The rows score sums squared probabilities over the rows and heads of a head set. A
  * chunk counts in the softmax once for each of its keys, and its score is that of one of its keys. */
-dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
-                              const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error);
+dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
+                              int64_t n_boundaries, const dhsa_score_config *config, float *scores, int num_threads,
+                              dhsa_error *error);
 
 /* How keys are selected. Forced keys, the budget and exact blocks are common to all methods. */
 typedef enum {
@@ -233,7 +236,8 @@ int64_t dhsa_num_chunks(const dhsa_select_config *config, int64_t length, int pa
 /* Checks a config as far as it does not depend on the arrays of a call. boundary_config NULL: keys are not cut. A
  * function that takes a config calls this first. scale, softcap, window and whether a network fits the keys are
  * checked in a call. */
-dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundary_config, dhsa_error *error);
+dhsa_status dhsa_config_check(const dhsa_select_config *select, const dhsa_boundary_config *boundary_config,
+                              dhsa_error *error);
 /* Whether attention of the last q_len of k_len positions leaves out a visible key in some block. window (0: none) and
  * causal are used in place of those of config. This is the rule that dhsa_prefill follows, and takes constant time.
  * config must have been checked. */
@@ -242,12 +246,13 @@ int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_l
  * depends on shapes only. The caller then allocates indptr[last] indices and calls dhsa_select, which writes the
  * lists and updates indptr: with a mass, lists may be shorter than planned; else indptr does not change. boundaries
  * may be NULL for methods without chunks. */
-dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
-                             dhsa_error *error);
+dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config,
+                             int64_t *indptr, dhsa_error *error);
 dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
-                        const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads, dhsa_error *error);
+                        const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads,
+                        dhsa_error *error);
 
-/* ---- keys from call to call --------------------------------------------------------------------------------------- */
+/* ---- keys from call to call ------------------------------------------------------------------------------------ */
 
 /* What is kept from call to call about the keys of one sequence in one layer: how they were cut, the means of their
  * chunks, and a fingerprint of each key, by which a later call recognises it. If a key has changed, everything about
@@ -272,7 +277,7 @@ int64_t dhsa_key_index_write(const dhsa_key_index *index, char *bytes);
 /* A new index of n bytes that dhsa_key_index_write wrote on a machine of this byte order. Any others are refused. */
 dhsa_status dhsa_key_index_read(const char *bytes, int64_t n, dhsa_key_index **index, dhsa_error *error);
 
-/* ---- the pipeline ------------------------------------------------------------------------------------------- */
+/* ---- the pipeline ---------------------------------------------------------------------------------------------- */
 
 typedef enum { DHSA_PATH_DENSE = 0, DHSA_PATH_WINDOW, DHSA_PATH_SPARSE } dhsa_path;
 
@@ -285,11 +290,12 @@ typedef struct {
 
 /* Computes boundaries, scores, selection and attention. Attention is exact if no block sees more keys than the
  * budget. problem must be without key_ranges, and causal unless the method is rows, block or window. scale, softcap,
- * window and bidirectional of the score config are taken from the problem, but a block score is not scaled, which does not change
- * the order. boundaries: NULL, or [B, n_boundaries] as dhsa_boundaries writes them, by which methods with chunks then cut the keys.
- */
-dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
-                         int64_t n_boundaries, const dhsa_select_config *select, dhsa_stats *stats, dhsa_error *error);
+ * window and bidirectional of the score config are taken from the problem, but a block score is not scaled, which does
+ * not change the order. boundaries: NULL, or [B, n_boundaries] as dhsa_boundaries writes them, by which methods with
+ * chunks cut. */
+dhsa_status dhsa_prefill(const dhsa_problem *problem, const dhsa_boundary_config *boundary_config,
+                         const int32_t *boundaries, int64_t n_boundaries, const dhsa_select_config *select,
+                         dhsa_stats *stats, dhsa_error *error);
 
 /* The same for a method with chunks, with a key index for each batch item: key_indexes [B], all distinct. Keys that
  * an index knows are not cut and averaged again, however many queries there are. The caller asserts that the first
@@ -303,7 +309,7 @@ dhsa_status dhsa_prefill_indexed(const dhsa_problem *problem, const dhsa_boundar
                                  dhsa_key_index *const *key_indexes, int64_t same, int keep_means, dhsa_stats *stats,
                                  dhsa_error *error);
 
-/* ---- machine ------------------------------------------------------------------------------------------------ */
+/* ---- machine --------------------------------------------------------------------------------------------------- */
 
 /* The number of CPUs that this process may run on. */
 int dhsa_cpu_count(void);

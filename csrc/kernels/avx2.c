@@ -33,7 +33,8 @@ static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
  * second argument if either is NaN, so x is the second. */
 static inline vf v_exp2(vf x)
 {
-    const vf c = v_max(v_set1(-127.0f), x), n = _mm256_round_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = v_sub(c, n);
+    const vf c = v_max(v_set1(-127.0f), x), n = _mm256_round_ps(c, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+             f = v_sub(c, n);
     vf p = v_fma(v_set1(0x1.41d334p-13f), f, v_set1(0x1.5f456ap-10f));
     p = v_fma(p, f, v_set1(0x1.3b2dbcp-7f));
     p = v_fma(p, f, v_set1(0x1.c6aed4p-5f));
@@ -57,7 +58,8 @@ static inline float v_sum(vf x)
 static inline vm v_range(const int32_t *lo, const int32_t *hi, int j)
 {
     const __m256i at = _mm256_set1_epi32(j), below = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)lo), at);
-    return _mm256_castsi256_ps(_mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)hi), at)));
+    return _mm256_castsi256_ps(
+        _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)hi), at)));
 }
 static inline vf v_pick(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); }
 static inline vm v_eq(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
@@ -66,7 +68,10 @@ static inline vf v_from_bf16(const uint16_t *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
-static inline void v_to_f16(vf x, uint16_t *p) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+static inline void v_to_f16(vf x, uint16_t *p)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline void v_to_bf16(vf x, uint16_t *p)
 {
     const __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);

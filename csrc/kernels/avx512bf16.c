@@ -22,7 +22,8 @@ static inline __m512bh words(const uint16_t *at) { return (__m512bh)_mm512_loadu
 /* acc[i][u] = the products of row i of y and lanes 16 u .. 16 u + 15 of x, summed over `squares` consecutive
  * squares, of whose 16 rows y points to the first of 8. y holds keys and x a panel, or y holds value columns and x
  * probabilities. */
-static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, int squares, __m512 acc[ROWS][2])
+static inline __attribute__((always_inline)) void products(const uint16_t *x, const uint16_t *y, int squares,
+                                                           __m512 acc[ROWS][2])
 {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
@@ -80,7 +81,8 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
 
 static void nothing(void) {}
 
-const dhsa_pair_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
+const dhsa_pair_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values,
+                                                qk,      softmax, finish_exp, pv};
 
 #include "kernels/target_end.h"
 #else

@@ -51,7 +51,8 @@ int dhsa_cpu_runs(const char *isa)
     const int bf16 = avx512 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && (a1 & AVX512_BF16);
     if (strcmp(isa, "avx512bf16") == 0) return bf16;
     const uint32_t tiles = AMX_BF16 | AMX_TILE;
-    if (strcmp(isa, "amx") == 0) return bf16 && (d & tiles) == tiles && (os & tile_state) == tile_state && tiles_granted();
+    if (strcmp(isa, "amx") == 0)
+        return bf16 && (d & tiles) == tiles && (os & tile_state) == tile_state && tiles_granted();
     return 0;
 }
 

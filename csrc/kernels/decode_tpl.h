@@ -46,7 +46,8 @@ K_INLINE void prefetch_unit(const void *row, int d, const int dtype)
 {
     const int size = dtype == DHSA_F32 ? 4 : 2;
     for (int at = 0; at < D_UNIT * size; at += 64)
-        if (D_UNIT * size >= 64 || d * size % 64 == 0) __builtin_prefetch((const char *)row + (ptrdiff_t)d * size + at, 0, 2);
+        if (D_UNIT * size >= 64 || d * size % 64 == 0)
+            __builtin_prefetch((const char *)row + (ptrdiff_t)d * size + at, 0, 2);
 }
 
 static void K_NAME(decode_load)(const void *row, int dtype, int dim, float factor, float *dst)
@@ -60,8 +61,8 @@ static void K_NAME(decode_load)(const void *row, int dtype, int dim, float facto
 }
 
 /* acc[r * keys + i] += the product of one unit of row r and that unit of key i. */
-K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const *k, int d, int dim, vf *acc, const int dtype,
-                          const int rows, const int keys, const int tail)
+K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const *k, int d, int dim, vf *acc,
+                          const int dtype, const int rows, const int keys, const int tail)
 {
 #pragma GCC unroll 16
     for (int i = 0; i < keys; i++) {
@@ -77,8 +78,8 @@ K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const 
 
 /* The products of `rows` query rows and the first D_SUMS / rows of n keys, or all n if there are fewer. rows is a
  * constant after inlining. */
-K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const *k, int n, int dim, float *s, ptrdiff_t s_stride,
-                          const int dtype, const int rows)
+K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const *k, int n, int dim, float *s,
+                          ptrdiff_t s_stride, const int dtype, const int rows)
 {
     const int keys = D_SUMS / rows, ahead = decode_ahead(dim, dtype);
     const void *at[D_SUMS], *next[D_SUMS];
@@ -114,9 +115,9 @@ K_INLINE void decode_qk_as(const float *q, ptrdiff_t q_stride, int rows, const v
     for (int j = 0; j < n; j += D_KEYS) {
         const int end = j + D_KEYS < n ? j + D_KEYS : n;
         int r = 0;
-#define D_ROWS(count)                                                                                                              \
-    for (; r + count <= rows; r += count)                                                                                          \
-        for (int i = j; i < end; i += D_SUMS / count)                                                                              \
+#define D_ROWS(count)                                                                                                  \
+    for (; r + count <= rows; r += count)                                                                              \
+        for (int i = j; i < end; i += D_SUMS / count)                                                                  \
             decode_dots(q + r * q_stride, q_stride, k + i, end - i, dim, s + r * s_stride + i, s_stride, dtype, count);
         D_ROWS(4)
         D_ROWS(2)
@@ -125,8 +126,8 @@ K_INLINE void decode_qk_as(const float *q, ptrdiff_t q_stride, int rows, const v
     }
 }
 
-static void K_NAME(decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n, int dim,
-                              float *s, ptrdiff_t s_stride)
+static void K_NAME(decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n,
+                              int dim, float *s, ptrdiff_t s_stride)
 {
     K_BY_DTYPE(dtype, decode_qk_as, q, q_stride, rows, k, n, dim, s, s_stride);
 }
@@ -134,8 +135,9 @@ static void K_NAME(decode_qk)(const float *q, ptrdiff_t q_stride, int rows, cons
 static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, float *m, float *l)
 {
     static const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    static const int32_t all[16] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX,
-                                    INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
+    static const int32_t all[16] = {INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX,
+                                    INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX,
+                                    INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX};
     const float factor = softcap > 0 ? 1.0f : scale * K_LOG2E, inner = softcap > 0 ? scale / softcap : 0.0f;
     vf top = v_set1(-INFINITY), sum = v_set1(0.0f);
     float line[V_LEN], most = -INFINITY;
@@ -196,8 +198,8 @@ K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *con
         }
 }
 
-K_INLINE void decode_pv_rows(const float *p, ptrdiff_t p_stride, const void *const *v, int n, int dim, float *o, ptrdiff_t o_stride,
-                             const int dtype, const int rows)
+K_INLINE void decode_pv_rows(const float *p, ptrdiff_t p_stride, const void *const *v, int n, int dim, float *o,
+                             ptrdiff_t o_stride, const int dtype, const int rows)
 {
     int d = 0;
     for (; d + D_COLS * D_UNIT <= dim; d += D_COLS * D_UNIT)
@@ -221,14 +223,14 @@ K_INLINE void decode_pv_as(const float *p, ptrdiff_t p_stride, int rows, const v
     }
 }
 
-static void K_NAME(decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n, int dim,
-                              float *o, ptrdiff_t o_stride)
+static void K_NAME(decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n,
+                              int dim, float *o, ptrdiff_t o_stride)
 {
     K_BY_DTYPE(dtype, decode_pv_as, p, p_stride, rows, v, n, dim, o, o_stride);
 }
 
-static void K_NAME(decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
-                                 void *row)
+static void K_NAME(decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim,
+                                 int dtype, void *row)
 {
     float line[D_UNIT];
     for (int d = 0; d < dim; d += D_UNIT) {

@@ -79,8 +79,8 @@ typedef struct dhsa_pair_kernels {
     /* The softmax of dhsa_kernels in two parts. `softmax` computes the maxima and alpha and stores the remaining
      * work in *job; `exp` does that work. Probabilities are rounded into p[(j / 2 * lanes + r) * 2 + j % 2], j < N.
      * s may be overwritten and must stay valid until `exp` returns. top is that of `qk`. */
-    void (*softmax)(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
-                    float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job);
+    void (*softmax)(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
+                    float softcap, float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job);
     void (*exp)(dhsa_exp_job *job);
     /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v(d, j), d < K. v_stride: elements from one group of
      * 16 columns to the next. meanwhile: the job of another panel, part of which may be done while the tile
@@ -104,15 +104,16 @@ typedef struct dhsa_kernels {
      * Vectors that hold only lanes from `rows` on are not computed, here and below. q and s are aligned to
      * DHSA_ALIGN. ahead may be NULL. This is a general matrix product, which chunk scores and the predictor use as
      * well. */
-    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, int rows, float *s, dhsa_ahead *ahead);
+    void (*qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, int rows, float *s,
+               dhsa_ahead *ahead);
 
     /* One online-softmax step of a panel over n keys. Row r sees key j if lo[r] <= base + j < hi[r]; lo NULL: all
      * rows see all keys. s on entry: raw products; on return: probabilities relative to the new maximum. scale >= 0;
      * softcap 0: none. m: the running maximum of the (scaled, softcapped) logits times log2(e), -inf before the
      * first key. l: the running sum of probabilities. alpha receives the factor that rescales earlier sums to the
      * new maximum. */
-    void (*softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                    float *l, float *alpha);
+    void (*softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale,
+                    float softcap, float *m, float *l, float *alpha);
 
     /* top[r] = the largest raw product of a key that row r sees; -inf if it sees none, NaN if one of these is not
      * finite. */
@@ -120,8 +121,8 @@ typedef struct dhsa_kernels {
 
     /* o[d * lanes + r] = o * alpha[r] + sum_{j < n} p[j * lanes + r] * v(j, d), with v packed by pack_values with
      * the same v_stride. */
-    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha, float *o,
-               dhsa_ahead *ahead);
+    void (*pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha,
+               float *o, dhsa_ahead *ahead);
 
     /* Copies n rows, pointers to fp32, fp16 or bf16 elements, into dst[j * dim + d] as fp32. */
     void (*pack_rows)(const void *const *rows, int dtype, int n, int dim, float *dst);
@@ -159,17 +160,17 @@ typedef struct dhsa_kernels {
     /* Loads a row of q, times factor, with zeros past dim. */
     void (*decode_load)(const void *row, int dtype, int dim, float factor, float *dst);
     /* s[r * s_stride + j] = the product of row r and key j, r < rows, j < n. */
-    void (*decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n, int dim, float *s,
-                      ptrdiff_t s_stride);
+    void (*decode_qk)(const float *q, ptrdiff_t q_stride, int rows, const void *const *k, int dtype, int n, int dim,
+                      float *s, ptrdiff_t s_stride);
     /* The softmax of one row. s, scale and softcap are as in `softmax`; *m and *l receive the maximum and the sum of
      * these keys alone. Up to DHSA_DECODE_STEP - 1 elements past the end of s are overwritten. */
     void (*decode_softmax)(float *s, int n, float scale, float softcap, float *m, float *l);
     /* Row r of o += sum_{j < n} p[r * p_stride + j] * v[j]. */
-    void (*decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n, int dim, float *o,
-                      ptrdiff_t o_stride);
+    void (*decode_pv)(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int dtype, int n, int dim,
+                      float *o, ptrdiff_t o_stride);
     /* row = sum_{i < n} weight[i] * (row i of o) / divisor, with columns in order and rounded to dtype. */
-    void (*decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim, int dtype,
-                         void *row);
+    void (*decode_merge)(const float *o, ptrdiff_t o_stride, const float *weight, int n, float divisor, int dim,
+                         int dtype, void *row);
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: this dtype is converted to fp32 while it is packed */
     const struct dhsa_kernels *plain;    /* the table, with wider panels, for all other dtypes; NULL: this one */

@@ -18,7 +18,8 @@ int dhsa_cpu_count(void)
         cpu_set_t *set = dhsa_alloc(1, (int64_t)size);
         if (!set) break;
         CPU_ZERO_S(size, set);
-        const int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0, small = !count && errno == EINVAL;
+        const int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0,
+                  small = !count && errno == EINVAL;
         dhsa_free(set);
         if (count) return count;
         if (!small) break;

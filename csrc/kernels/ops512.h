@@ -47,7 +47,8 @@ static inline float v_sum(vf x) { return _mm512_reduce_add_ps(x); }
 static inline vm v_range(const int32_t *lo, const int32_t *hi, int j)
 {
     const __m512i at = _mm512_set1_epi32(j);
-    return _mm512_mask_cmpgt_epi32_mask(_mm512_cmple_epi32_mask(_mm512_loadu_si512(lo), at), _mm512_loadu_si512(hi), at);
+    return _mm512_mask_cmpgt_epi32_mask(_mm512_cmple_epi32_mask(_mm512_loadu_si512(lo), at), _mm512_loadu_si512(hi),
+                                        at);
 }
 static inline vf v_pick(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); }
 static inline vm v_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
@@ -56,7 +57,10 @@ static inline vf v_from_bf16(const uint16_t *p)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
-static inline void v_to_f16(vf x, uint16_t *p) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+static inline void v_to_f16(vf x, uint16_t *p)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline void v_to_bf16(vf x, uint16_t *p)
 {
     const __m512i u = _mm512_castps_si512(x), high = _mm512_srli_epi32(u, 16);
@@ -104,7 +108,8 @@ static inline void v_transpose(vf *x)
         }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        const __m512 even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        const __m512 even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88),
+                     odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
         const __m512 even2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88),
                      odd2 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
         x[i] = _mm512_shuffle_f32x4(even, even2, 0x88);

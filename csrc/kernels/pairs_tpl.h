@@ -10,10 +10,11 @@
 /* Rounds the probabilities of two keys and the same rows to 16 bits and stores them as pairs. */
 static inline void v_pairs(vf a, vf b, uint16_t *to)
 {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                           19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #if PAIR_FP16
-    const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT), high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i low = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT),
+                  high = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT);
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #else
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
@@ -52,8 +53,8 @@ static void pack_panel(const void *const *rows, int n, int dim, int negate, uint
         for (int d = 0; d < dim; d += STEP) {
             __m512 x[16];
             for (int i = 0; i < 16; i++)
-                x[i] =
-                    r + i < n ? _mm512_castsi512_ps(_mm512_xor_si512(row_words(rows[r + i], d, dim), sign)) : _mm512_setzero_ps();
+                x[i] = r + i < n ? _mm512_castsi512_ps(_mm512_xor_si512(row_words(rows[r + i], d, dim), sign))
+                                 : _mm512_setzero_ps();
             v_transpose(x);
             for (int i = 0; i < 16; i++) _mm512_storeu_ps(dst + ((ptrdiff_t)(d / 2 + i) * LANES + r) * 2, x[i]);
         }
@@ -63,7 +64,8 @@ static void pack_keys(const void *const *rows, int n, int dim, uint16_t *dst)
 {
     const int padded = round_step(dim);
     for (int j = 0; j < n; j++)
-        for (int d = 0; d < padded; d += STEP) _mm512_storeu_si512(dst + dhsa_square(j, d, padded), row_words(rows[j], d, dim));
+        for (int d = 0; d < padded; d += STEP)
+            _mm512_storeu_si512(dst + dhsa_square(j, d, padded), row_words(rows[j], d, dim));
 }
 
 /* The rows of two keys are interleaved first, so that a transposition of 32-bit words completes the layout. */
@@ -102,19 +104,20 @@ static inline exponents exponents_of_job(const dhsa_exp_job *job)
     return (exponents){v_set1(job->factor), v_set1(job->inner), v_set1(job->outer)};
 }
 
-static inline __attribute__((always_inline)) int begin_softmax(const float *s, const float *top, int n, int base, const int32_t *lo,
-                                                               const int32_t *hi, float *m, float *alpha, dhsa_exp_job *job,
-                                                               const int masked, const int capped)
+static inline __attribute__((always_inline)) int begin_softmax(const float *s, const float *top, int n, int base,
+                                                               const int32_t *lo, const int32_t *hi, float *m,
+                                                               float *alpha, dhsa_exp_job *job, const int masked,
+                                                               const int capped)
 {
     vf shift[V_PER];
-    const int rounded =
-        softmax_begin(s, masked ? NULL : top, n, base, lo, hi, exponents_of_job(job), m, alpha, shift, masked, capped, V_PER);
+    const int rounded = softmax_begin(s, masked ? NULL : top, n, base, lo, hi, exponents_of_job(job), m, alpha, shift,
+                                      masked, capped, V_PER);
     for (int u = 0; u < V_PER; u++) v_store(job->shift + u * V_LEN, shift[u]);
     return rounded;
 }
 
-static void softmax(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
-                    float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job)
+static void softmax(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
+                    float softcap, float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job)
 {
     job->s = s;
     job->alpha = alpha;
@@ -138,8 +141,8 @@ static void softmax(float *s, const float *top, int n, int base, const int32_t *
 }
 
 /* Computes the exponentials of at most `pairs` pairs of keys of a job. If n is odd, the last key is not among them. */
-static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked, const int rounded,
-                                                            const int capped)
+static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked,
+                                                            const int rounded, const int capped)
 {
     const exponents e = exponents_of_job(job);
     const vf zero = v_set1(0.0f);
@@ -200,7 +203,8 @@ static void finish_exp(dhsa_exp_job *job)
         if (job->at == job->n) continue;
         const int j = job->n - 1;
         const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
-        vf a = v_exp2_half(exponent(v_load(at), exponents_of_job(job), v_load(job->shift + u * V_LEN), job->rounded, capped));
+        vf a = v_exp2_half(
+            exponent(v_load(at), exponents_of_job(job), v_load(job->shift + u * V_LEN), job->rounded, capped));
         if (job->lo) a = v_pick(v_range(job->lo + u * V_LEN, job->hi + u * V_LEN, job->base + j), a, v_set1(0.0f));
         sum[u] = v_add(sum[u], a);
         v_pairs(a, v_set1(0.0f), job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);

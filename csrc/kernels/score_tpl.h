@@ -10,7 +10,8 @@ K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
 }
 
 /* Sums all rows over `vectors` vectors of columns from d on. The sums stay in registers. */
-K_INLINE void sum_strip(const char *row, ptrdiff_t stride, int64_t n, int64_t d, float *dst, const int dtype, const int vectors)
+K_INLINE void sum_strip(const char *row, ptrdiff_t stride, int64_t n, int64_t d, float *dst, const int dtype,
+                        const int vectors)
 {
     vf sum[8];
 #pragma GCC unroll 8
@@ -90,9 +91,15 @@ K_INLINE void add_keys(const float *p, int n, const float *weight, float *score,
     for (; j < n; j++) score[j] += v_sum(add_rows(p + (ptrdiff_t)j * K_LANES, by, none, square));
 }
 
-static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score) { add_keys(p, n, weight, score, 1); }
+static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score)
+{
+    add_keys(p, n, weight, score, 1);
+}
 
-static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *mass) { add_keys(p, n, weight, mass, 0); }
+static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *mass)
+{
+    add_keys(p, n, weight, mass, 0);
+}
 
 /* Adds key by key, for all rows at once, so that the sums stay in registers. */
 static void K_NAME(weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum)

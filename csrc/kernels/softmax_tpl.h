@@ -13,25 +13,25 @@
 #define K_LANES (V_LEN * V_PER)
 /* A panel need not be full. Calls f(..., per), where per is the number of vectors that hold `rows` lanes and is a
  * constant after inlining. */
-#define K_FOR_ROWS(rows, f, ...)                                                                                                   \
-    do {                                                                                                                           \
-        const int per_ = ((rows) + V_LEN - 1) / V_LEN;                                                                             \
-        if (V_PER > 1 && V_PER <= 4 && per_ == 1)                                                                                  \
-            f(__VA_ARGS__, 1);                                                                                                     \
-        else if (V_PER > 2 && V_PER <= 4 && per_ == 2)                                                                             \
-            f(__VA_ARGS__, 2);                                                                                                     \
-        else                                                                                                                       \
-            f(__VA_ARGS__, V_PER);                                                                                                 \
+#define K_FOR_ROWS(rows, f, ...)                                                                                       \
+    do {                                                                                                               \
+        const int per_ = ((rows) + V_LEN - 1) / V_LEN;                                                                 \
+        if (V_PER > 1 && V_PER <= 4 && per_ == 1)                                                                      \
+            f(__VA_ARGS__, 1);                                                                                         \
+        else if (V_PER > 2 && V_PER <= 4 && per_ == 2)                                                                 \
+            f(__VA_ARGS__, 2);                                                                                         \
+        else                                                                                                           \
+            f(__VA_ARGS__, V_PER);                                                                                     \
     } while (0)
 /* Calls f(..., dtype) with a dtype that is a constant after inlining. f must return nothing. */
-#define K_BY_DTYPE(dtype, f, ...)                                                                                                  \
-    do {                                                                                                                           \
-        if ((dtype) == DHSA_F32)                                                                                                   \
-            f(__VA_ARGS__, DHSA_F32);                                                                                              \
-        else if ((dtype) == DHSA_F16)                                                                                              \
-            f(__VA_ARGS__, DHSA_F16);                                                                                              \
-        else                                                                                                                       \
-            f(__VA_ARGS__, DHSA_BF16);                                                                                             \
+#define K_BY_DTYPE(dtype, f, ...)                                                                                      \
+    do {                                                                                                               \
+        if ((dtype) == DHSA_F32)                                                                                       \
+            f(__VA_ARGS__, DHSA_F32);                                                                                  \
+        else if ((dtype) == DHSA_F16)                                                                                  \
+            f(__VA_ARGS__, DHSA_F16);                                                                                  \
+        else                                                                                                           \
+            f(__VA_ARGS__, DHSA_BF16);                                                                                 \
     } while (0)
 #define K_INLINE static inline __attribute__((always_inline))
 #define K_LOG2E 1.44269504088896340736f
@@ -54,8 +54,8 @@ K_INLINE vf tanh_vf(vf x)
 
 /* The largest product of each row; -inf if the row sees no key. A softcap makes a product of -inf a finite logit, so
  * with a mask and a softcap such a product counts as -FLT_MAX. */
-K_INLINE void softmax_max(const float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, vf *top, const int masked,
-                          const int capped, const int per)
+K_INLINE void softmax_max(const float *s, int64_t n, int base, const int32_t *lo, const int32_t *hi, vf *top,
+                          const int masked, const int capped, const int per)
 {
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) top[u] = v_set1(-INFINITY);
@@ -116,8 +116,9 @@ K_INLINE void softmax_exp(float *s, int n, int base, const int32_t *lo, const in
 
 /* Pass 1: computes the new maximum m, alpha, and the shift of pass 2. known: the largest products, which may be
  * given if there is no mask, else NULL. Returns the argument `rounded` of exponent(). */
-K_INLINE int softmax_begin(const float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi, exponents e,
-                           float *m, float *alpha, vf *shift, const int masked, const int capped, const int per)
+K_INLINE int softmax_begin(const float *s, const float *known, int n, int base, const int32_t *lo, const int32_t *hi,
+                           exponents e, float *m, float *alpha, vf *shift, const int masked, const int capped,
+                           const int per)
 {
     vf top[V_PER], far = v_set1(0.0f);
     if (known)
@@ -150,8 +151,8 @@ K_INLINE void softmax_end(float *l, const float *alpha, const vf *sum, const int
     }
 }
 
-K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                           float *l, float *alpha, const int masked, const int capped, const int per)
+K_INLINE void softmax_tile(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
+                           float *m, float *l, float *alpha, const int masked, const int capped, const int per)
 {
     const exponents e = exponents_of(scale, softcap);
     vf shift[V_PER], sum[V_PER];

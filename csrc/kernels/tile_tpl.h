@@ -21,7 +21,7 @@
 #include "kernels/kernels.h"
 #include "kernels/softmax_tpl.h"
 
-/* ---- products ------------------------------------------------------------------------------------------------ */
+/* ---- products -------------------------------------------------------------------------------------------------- */
 
 /* The products of `rows` keys and one panel, stored or, with `adding`, added. rows is a constant after inlining, so
  * that the sums stay in registers. */
@@ -70,20 +70,23 @@ K_INLINE void qk_panel(const float *q, const float *k, ptrdiff_t k_stride, int n
             dhsa_ask(ahead, QK_ROWS * part);
         }
 #if QK_ROWS > 4
-        for (; j + 4 <= n; j += 4, row += 4 * k_stride, at += 4 * K_LANES) qk_tile(q, row, k_stride, part, at, adding, 4, per);
+        for (; j + 4 <= n; j += 4, row += 4 * k_stride, at += 4 * K_LANES)
+            qk_tile(q, row, k_stride, part, at, adding, 4, per);
 #endif
         for (; j < n; j++, row += k_stride, at += K_LANES) qk_tile(q, row, k_stride, part, at, adding, 1, per);
     }
 }
 
-static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, int rows, float *s, dhsa_ahead *ahead)
+static void K_NAME(qk)(const float *q, const float *k, ptrdiff_t k_stride, int n, int dim, int rows, float *s,
+                       dhsa_ahead *ahead)
 {
     K_FOR_ROWS(rows, qk_panel, q, k, k_stride, n, dim, s, ahead);
 }
 
 /* One strip of value columns, `cols` of which exist. The sums start from zero and are added to o at the end, since
  * short sums round less. */
-K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha, float *o, const int cols, const int per)
+K_INLINE void pv_tile(const float *p, const float *v, int n, const float *alpha, float *o, const int cols,
+                      const int per)
 {
     vf acc[PV_ROWS][V_PER];
 #pragma GCC unroll 16
@@ -124,16 +127,16 @@ K_INLINE void pv_panel(const float *p, const float *v, ptrdiff_t v_stride, int n
     for (int i = 0; d < dim; d++, i++) pv_tile(p, v + i, n, alpha, o + (ptrdiff_t)d * K_LANES, 1, per);
 }
 
-static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha, float *o,
-                       dhsa_ahead *ahead)
+static void K_NAME(pv)(const float *p, const float *v, ptrdiff_t v_stride, int n, int dim, int rows, const float *alpha,
+                       float *o, dhsa_ahead *ahead)
 {
     K_FOR_ROWS(rows, pv_panel, p, v, v_stride, n, dim, alpha, o, ahead);
 }
 
-/* ---- softmax -------------------------------------------------------------------------------------------------- */
+/* ---- softmax --------------------------------------------------------------------------------------------------- */
 
-K_INLINE void softmax_panel(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap, float *m,
-                            float *l, float *alpha, const int per)
+K_INLINE void softmax_panel(float *s, int n, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
+                            float *m, float *l, float *alpha, const int per)
 {
     if (softcap > 0) {
         if (lo)
@@ -148,14 +151,14 @@ K_INLINE void softmax_panel(float *s, int n, int base, const int32_t *lo, const 
     }
 }
 
-static void K_NAME(softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale, float softcap,
-                            float *m, float *l, float *alpha)
+static void K_NAME(softmax)(float *s, int n, int rows, int base, const int32_t *lo, const int32_t *hi, float scale,
+                            float softcap, float *m, float *l, float *alpha)
 {
     K_FOR_ROWS(rows, softmax_panel, s, n, base, lo, hi, scale, softcap, m, l, alpha);
 }
 
-K_INLINE void tops_of(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, float *top, const int masked,
-                      const int per)
+K_INLINE void tops_of(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, float *top,
+                      const int masked, const int per)
 {
     const vf zero = v_set1(0.0f), none = v_set1(-INFINITY);
     vf most[V_PER], poison[V_PER];
@@ -181,7 +184,8 @@ K_INLINE void tops_of(const float *s, int n, int base, const int32_t *lo, const 
     for (int u = 0; u < per; u++) v_store(top + u * V_LEN, v_add(most[u], poison[u]));
 }
 
-K_INLINE void tops_panel(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, float *top, const int per)
+K_INLINE void tops_panel(const float *s, int n, int base, const int32_t *lo, const int32_t *hi, float *top,
+                         const int per)
 {
     if (lo)
         tops_of(s, n, base, lo, hi, top, 1, per);
@@ -194,7 +198,7 @@ static void K_NAME(tops)(const float *s, int n, int rows, int base, const int32_
     K_FOR_ROWS(rows, tops_panel, s, n, base, lo, hi, top);
 }
 
-/* ---- moving and converting ------------------------------------------------------------------------------------ */
+/* ---- moving and converting ------------------------------------------------------------------------------------- */
 
 static float K_NAME(convert)(const void *src, int dtype, int64_t i)
 {
@@ -227,7 +231,10 @@ static void K_NAME(load)(const void *src, int dtype, int64_t n, float *dst)
         load_as(src, n, dst, 0, DHSA_BF16);
 }
 
-static void K_NAME(add)(const void *src, int dtype, int64_t n, float *dst) { K_BY_DTYPE(dtype, load_as, src, n, dst, 1); }
+static void K_NAME(add)(const void *src, int dtype, int64_t n, float *dst)
+{
+    K_BY_DTYPE(dtype, load_as, src, n, dst, 1);
+}
 
 static float K_NAME(dot)(const float *a, const float *b, int64_t n)
 {
@@ -283,7 +290,8 @@ static int K_NAME(pack_values)(const void *const *rows, int dtype, int n, int di
                 poison = v_fma(x, v_set1(0.0f), poison);
                 v_store(part + i, x);
             }
-            for (int i = 0; i < PART && d + i < dim; i += PV_ROWS, at += v_stride) memcpy(at, part + i, PV_ROWS * sizeof *at);
+            for (int i = 0; i < PART && d + i < dim; i += PV_ROWS, at += v_stride)
+                memcpy(at, part + i, PV_ROWS * sizeof *at);
         }
     }
     return v_sum(poison) != 0.0f;
@@ -332,15 +340,15 @@ static void K_NAME(store_panel)(const float *o, const float *factor, int n, int 
     }
 }
 
-/* ---- decoding ------------------------------------------------------------------------------------------------- */
+/* ---- decoding -------------------------------------------------------------------------------------------------- */
 
 #include "kernels/decode_tpl.h"
 
-/* ---- selection ----------------------------------------------------------------------------------------------- */
+/* ---- selection ------------------------------------------------------------------------------------------------- */
 
 #include "kernels/score_tpl.h"
 
-/* ---- the machine's peak --------------------------------------------------------------------------------------- */
+/* ---- the machine's peak ---------------------------------------------------------------------------------------- */
 
 static double K_NAME(fma_work)(int64_t loops)
 {

@@ -1,6 +1,6 @@
 /* labels.c: the label that a boundary predictor is trained on, computed from queries and keys. The
- * result is that of `boundary_ratios` in dhsa/labels.py for their dense attention matrix, which is never formed. Nothing
- * here is used when a model runs. Source: arXiv 2510.24606.
+ * result is that of `boundary_ratios` in dhsa/labels.py for their dense attention matrix, which is never formed.
+ * Nothing here is used when a model runs. Source: arXiv 2510.24606.
  *
  * Gap j needs the attention that rows from j + w on give to 2w columns. In column c these are the rows from c + d on
  * for some d < 2w. So the first 2w - 1 rows of a column are kept one by one, and of all later rows only the sum: 2w
@@ -67,8 +67,10 @@ static void label_visit(void *of, int64_t row, int64_t first, int n, const float
 static void label_stripe_task(void *context, int64_t index, int thread)
 {
     const label_job *job = context;
-    const int64_t length = job->q->shape[2], kv_heads = job->k->shape[1], kept = 2 * job->window - 1, b = index / STRIPES;
-    label_block w = {.rows = {.probe = &job->probe, .q = job->q, .k = job->k, .b = b, .window = job->sliding}, .job = job};
+    const int64_t length = job->q->shape[2], kv_heads = job->k->shape[1], kept = 2 * job->window - 1,
+                  b = index / STRIPES;
+    label_block w = {.rows = {.probe = &job->probe, .q = job->q, .k = job->k, .b = b, .window = job->sliding},
+                     .job = job};
     w.rows.negate = job->scale < 0;
     w.rows.heads = job->q->shape[1] / kv_heads;
     w.near = job->near + b * length * kept;
@@ -121,8 +123,8 @@ static void label_ratio_task(void *context, int64_t b, int thread)
     }
 }
 
-dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window, double scale,
-                                  double softcap, double *ratios, int num_threads, dhsa_error *error)
+dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, int64_t window, int64_t sliding_window,
+                                  double scale, double softcap, double *ratios, int num_threads, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error)) || (status = dhsa_scaling_check(scale, softcap, error)) ||
@@ -130,30 +132,33 @@ dhsa_status dhsa_attention_ratios(const dhsa_tensor *q, const dhsa_tensor *k, in
         return status;
     const int64_t batch = q->shape[0], length = q->shape[2];
     if (k->shape[2] != length)
-        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " keys, expected as many as the %" PRId64 " queries", k->shape[2],
-                         length);
+        return dhsa_fail(error, DHSA_ERR_VALUE, "k: %" PRId64 " keys, expected as many as the %" PRId64 " queries",
+                         k->shape[2], length);
     if (window < 1 || window > MOST_WINDOW)
         return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected 1 to %d", window, MOST_WINDOW);
     if (sliding_window < 0)
         return dhsa_fail(error, DHSA_ERR_VALUE, "sliding_window: got %" PRId64 ", expected at least 1", sliding_window);
     label_job job = {.q = q, .k = k, .scale = scale, .softcap = softcap, .window = window, .ratios = ratios};
     job.sliding = sliding_window < length ? sliding_window : 0;
-    dhsa_probe_plan_as(&job.probe, q->dtype, DHSA_MIN(QUERIES, length) * (q->shape[1] / k->shape[1]), length, q->shape[3]);
+    dhsa_probe_plan_as(&job.probe, q->dtype, DHSA_MIN(QUERIES, length) * (q->shape[1] / k->shape[1]), length,
+                       q->shape[3]);
     num_threads = (int)DHSA_MIN(num_threads, batch * STRIPES);
     job.near = dhsa_alloc_zeroed(batch * length, (2 * window - 1) * (int64_t)sizeof *job.near);
     job.far = dhsa_alloc(batch * length, STRIPES * (int64_t)sizeof *job.far);
     job.bad = dhsa_alloc(batch, STRIPES * (int64_t)sizeof *job.bad);
     job.arenas = dhsa_alloc(job.probe.arena_size, num_threads);
     if (!job.near || !job.far || !job.bad || !job.arenas) {
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention_ratios: no memory for sums over %" PRId64 " keys", length);
+        status =
+            dhsa_fail(error, DHSA_ERR_NO_MEMORY, "attention_ratios: no memory for sums over %" PRId64 " keys", length);
         goto cleanup;
     }
     dhsa_parallel(batch * STRIPES, num_threads, label_stripe_task, &job);
     for (int64_t i = 0; i < batch * STRIPES && !status; i++)
         if (job.bad[i] >= 0)
-            status = dhsa_fail(error, DHSA_ERR_VALUE,
-                               "q: the logits of query %" PRId64 " of batch item %" PRId64 " are not all finite numbers",
-                               job.bad[i], i / STRIPES);
+            status =
+                dhsa_fail(error, DHSA_ERR_VALUE,
+                          "q: the logits of query %" PRId64 " of batch item %" PRId64 " are not all finite numbers",
+                          job.bad[i], i / STRIPES);
     if (status) goto cleanup;
     dhsa_parallel(batch, (int)DHSA_MIN(num_threads, batch), label_ratio_task, &job);
 cleanup:

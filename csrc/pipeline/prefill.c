@@ -18,7 +18,7 @@ static dhsa_status run_exact(const dhsa_problem *p, dhsa_stats *stats, dhsa_erro
     return status;
 }
 
-/* ---- waves ------------------------------------------------------------------------------------------------------ */
+/* ---- waves ----------------------------------------------------------------------------------------------------- */
 
 /* Lists are made and used one wave at a time: query blocks [first, first + blocks) of batch items [b, b + batch). A
  * small call is a single wave; otherwise a wave is a part of one batch item. Waves depend on the shape only. */
@@ -37,7 +37,8 @@ typedef struct {
     int32_t *own;              /* the memory of boundaries that were allocated here */
     int64_t *indptr;
     int32_t *indices;
-    int32_t *ranges; /* [B, Lq, 2]: bidirectional windows, which depend on positions that a part does not have; or NULL */
+    int32_t
+        *ranges; /* [B, Lq, 2]: bidirectional windows, which depend on positions that a part does not have; or NULL */
     float *lse;
     double pairs;
 } pipeline;
@@ -78,8 +79,8 @@ static dhsa_status select_wave(pipeline *l, const wave *w, dhsa_error *error)
         /* The work that the blocks of a batch item share is done once, before its first wave. */
         if (w->first + w->blocks == l->blocks) status = dhsa_selector_begin(&l->selector, w->b + i, error);
         if (!status)
-            status =
-                dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * l->head_sets * w->blocks, l->indices, error);
+            status = dhsa_selector_run(&l->selector, w->first, w->blocks, l->indptr + i * l->head_sets * w->blocks,
+                                       l->indices, error);
     }
     /* Scoring and attention do not need their workspaces at the same time. */
     dhsa_selector_free_arenas(&l->selector);
@@ -102,8 +103,8 @@ static dhsa_status attend_wave(pipeline *l, const wave *w, dhsa_error *error)
     if (l->ranges) part.key_ranges = l->ranges + 2 * (w->b * q_len + from);
     if (l->p->lse) part.lse = whole ? l->p->lse + w->b * H * q_len : l->lse;
     const dhsa_selection list = {w->batch, l->head_sets, w->blocks, block, l->indptr, l->indices};
-    assert(dhsa_selection_check(&list, w->batch * l->head_sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n, end, NULL) ==
-           DHSA_OK);
+    assert(dhsa_selection_check(&list, w->batch * l->head_sets * w->blocks + 1, -1, w->batch, H, l->p->k.shape[1], n,
+                                end, NULL) == DHSA_OK);
     const dhsa_status status = dhsa_attend_checked(&part, &list, error);
     if (!status && l->p->lse && !whole) /* one batch item */
         for (int64_t h = 0; h < H; h++)
@@ -145,31 +146,36 @@ static dhsa_status cut(pipeline *l, const dhsa_boundary_config *config, dhsa_err
     l->capacity = dhsa_boundaries_capacity(config, k->shape[2]);
     l->boundaries = l->own = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *l->own);
     const dhsa_status status =
-        counts && l->own ? dhsa_boundaries_checked(k, config, l->own, l->capacity, counts, l->p->num_threads, error)
-                         : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+        counts && l->own
+            ? dhsa_boundaries_checked(k, config, l->own, l->capacity, counts, l->p->num_threads, error)
+            : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     dhsa_free(counts);
     return status;
 }
 
 /* Updates the key indexes, which cut only the keys that are new to them, and takes the boundaries from them. */
-static dhsa_status cut_indexed(pipeline *l, const dhsa_boundary_config *config, dhsa_key_index *const *key_indexes, int64_t same,
-                               dhsa_error *error)
+static dhsa_status cut_indexed(pipeline *l, const dhsa_boundary_config *config, dhsa_key_index *const *key_indexes,
+                               int64_t same, dhsa_error *error)
 {
     const dhsa_tensor *k = &l->p->k;
     for (int64_t b = 0; b < k->shape[0]; b++) {
-        const dhsa_status status = l->boundaries ? dhsa_key_index_assign(key_indexes[b], k, b, l->boundaries + b * l->capacity,
-                                                                         l->capacity, same, l->p->num_threads, error)
-                                                 : dhsa_key_index_update(key_indexes[b], k, b, config, l->p->q.shape[2] == 1, same,
-                                                                         l->p->num_threads, error);
+        const dhsa_status status = l->boundaries
+                                       ? dhsa_key_index_assign(key_indexes[b], k, b, l->boundaries + b * l->capacity,
+                                                               l->capacity, same, l->p->num_threads, error)
+                                       : dhsa_key_index_update(key_indexes[b], k, b, config, l->p->q.shape[2] == 1,
+                                                               same, l->p->num_threads, error);
         if (status) return status;
     }
     if (l->boundaries) return DHSA_OK;
-    for (int64_t b = 0; b < k->shape[0]; b++) l->capacity = DHSA_MAX(l->capacity, dhsa_key_index_boundaries(key_indexes[b], NULL));
+    for (int64_t b = 0; b < k->shape[0]; b++)
+        l->capacity = DHSA_MAX(l->capacity, dhsa_key_index_boundaries(key_indexes[b], NULL));
     int32_t *boundaries = l->own = dhsa_alloc(k->shape[0], l->capacity * (int64_t)sizeof *boundaries);
-    if (!boundaries) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
+    if (!boundaries)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for %" PRId64 " boundaries", l->capacity);
     for (int64_t b = 0; b < k->shape[0]; b++) {
         int32_t *row = boundaries + b * l->capacity;
-        for (int64_t i = dhsa_key_index_boundaries(key_indexes[b], row); i < l->capacity; i++) row[i] = (int32_t)k->shape[2];
+        for (int64_t i = dhsa_key_index_boundaries(key_indexes[b], row); i < l->capacity; i++)
+            row[i] = (int32_t)k->shape[2];
     }
     l->boundaries = boundaries;
     return DHSA_OK;
@@ -189,8 +195,9 @@ static int32_t *window_ranges(const dhsa_problem *p)
 }
 
 static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config *config, const int32_t *boundaries,
-                              int64_t n_boundaries, const dhsa_select_config *select, dhsa_key_index *const *key_indexes,
-                              int64_t same, int keep_means, dhsa_stats *stats, dhsa_error *error)
+                              int64_t n_boundaries, const dhsa_select_config *select,
+                              dhsa_key_index *const *key_indexes, int64_t same, int keep_means, dhsa_stats *stats,
+                              dhsa_error *error)
 {
     const double start = dhsa_now();
     const int64_t H = p->q.shape[1], q_len = p->q.shape[2];
@@ -206,14 +213,16 @@ static dhsa_status run_sparse(const dhsa_problem *p, const dhsa_boundary_config 
     l.indptr = dhsa_alloc(lists + 1, sizeof *l.indptr);
     l.indices = dhsa_alloc(keys, sizeof *l.indices);
     l.lse =
-        p->lse ? dhsa_alloc(H, DHSA_MIN(lists / l.head_sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse) : NULL;
+        p->lse
+            ? dhsa_alloc(H, DHSA_MIN(lists / l.head_sets * select->score.query_block, q_len) * (int64_t)sizeof *l.lse)
+            : NULL;
     if (!p->causal && p->window) l.ranges = window_ranges(p);
     if (!l.indptr || !l.indices || (p->lse && !l.lse) || (!p->causal && p->window && !l.ranges)) {
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "prefill: no memory for lists of %" PRId64 " keys", keys);
         goto cleanup;
     }
-    if ((status = dhsa_selector_open(&l.selector, dhsa_method_find(select->method), &p->q, &p->k, l.boundaries, l.capacity,
-                                     key_indexes, select, p->num_threads, error)))
+    if ((status = dhsa_selector_open(&l.selector, dhsa_method_find(select->method), &p->q, &p->k, l.boundaries,
+                                     l.capacity, key_indexes, select, p->num_threads, error)))
         goto cleanup;
     stats->path = DHSA_PATH_SPARSE;
     stats->select_seconds = dhsa_now() - start;
@@ -233,8 +242,8 @@ cleanup:
 }
 
 static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
-                       int64_t n_boundaries, const dhsa_select_config *config, dhsa_key_index *const *key_indexes, int64_t same,
-                       int keep_means, dhsa_stats *stats, dhsa_error *error)
+                       int64_t n_boundaries, const dhsa_select_config *config, dhsa_key_index *const *key_indexes,
+                       int64_t same, int keep_means, dhsa_stats *stats, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_check_pointer(config, "select", error)) || (status = dhsa_check_pointer(stats, "stats", error)))
@@ -251,15 +260,17 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     for (int64_t b = 0; key_indexes && b < p->k.shape[0]; b++)
         if (key_indexes[b]->item != b)
             return dhsa_fail(error, DHSA_ERR_VALUE,
-                             "key_indexes: batch items %" PRId64 " and %" PRId64 " share one, expected one for each item", b,
-                             key_indexes[b]->item);
+                             "key_indexes: batch items %" PRId64 " and %" PRId64
+                             " share one, expected one for each item",
+                             b, key_indexes[b]->item);
     if (p->key_ranges) return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "key_ranges: sparse attention takes none");
     if ((status = dhsa_sides_check(config, !p->causal, error))) return status;
     if (!p->causal && key_indexes)
         return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED, "key_indexes: only causal attention can use them again");
     if (!p->causal && p->q.shape[2] > p->k.shape[2])
         return dhsa_fail(error, DHSA_ERR_VALUE,
-                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk for sparse attention",
+                         "q: %" PRId64 " queries are more than the %" PRId64
+                         " keys, expected Lq <= Lk for sparse attention",
                          p->q.shape[2], p->k.shape[2]);
     const int of_rows = select.score.score == DHSA_SCORE_ROWS;
     select.score.scale = of_rows ? p->scale : 1.0;
@@ -279,14 +290,15 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
         return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: this method cuts no chunks; expected none");
     if (boundaries && (status = dhsa_boundaries_check(boundaries, p->k.shape[0], n_boundaries, p->k.shape[2], error)))
         return status;
-    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window, p->causal)) return run_exact(p, stats, error);
+    if (!dhsa_leaves_out(&select, p->q.shape[2], p->k.shape[2], p->window, p->causal))
+        return run_exact(p, stats, error);
     /* Checked before the key indexes are touched: refused arguments leave them unchanged. */
     if (dhsa_method_has_chunks(select.method) && !boundaries &&
         ((status = dhsa_boundary_config_check(boundary_config, error)) ||
          (status = dhsa_boundary_config_fits(boundary_config, &p->k, error))))
         return status;
-    return run_sparse(p, boundary_config, boundaries, boundaries ? n_boundaries : 0, &select, key_indexes, same, keep_means, stats,
-                      error);
+    return run_sparse(p, boundary_config, boundaries, boundaries ? n_boundaries : 0, &select, key_indexes, same,
+                      keep_means, stats, error);
 }
 
 dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
@@ -295,10 +307,13 @@ dhsa_status dhsa_prefill(const dhsa_problem *p, const dhsa_boundary_config *boun
     return run(p, boundary_config, boundaries, n_boundaries, config, NULL, 0, 0, stats, error);
 }
 
-dhsa_status dhsa_prefill_indexed(const dhsa_problem *p, const dhsa_boundary_config *boundary_config, const int32_t *boundaries,
-                                 int64_t n_boundaries, const dhsa_select_config *config, dhsa_key_index *const *key_indexes,
-                                 int64_t same, int keep_means, dhsa_stats *stats, dhsa_error *error)
+dhsa_status dhsa_prefill_indexed(const dhsa_problem *p, const dhsa_boundary_config *boundary_config,
+                                 const int32_t *boundaries, int64_t n_boundaries, const dhsa_select_config *config,
+                                 dhsa_key_index *const *key_indexes, int64_t same, int keep_means, dhsa_stats *stats,
+                                 dhsa_error *error)
 {
     const dhsa_status status = dhsa_check_pointer(key_indexes, "key_indexes", error);
-    return status ? status : run(p, boundary_config, boundaries, n_boundaries, config, key_indexes, same, keep_means, stats, error);
+    return status
+               ? status
+               : run(p, boundary_config, boundaries, n_boundaries, config, key_indexes, same, keep_means, stats, error);
 }

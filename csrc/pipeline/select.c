@@ -12,10 +12,12 @@ static dhsa_status call_check(const dhsa_tensor *q, const dhsa_tensor *k, const 
     dhsa_status status;
     if ((status = dhsa_qk_check(q, k, error))) return status;
     if (q->shape[2] > k->shape[2])
-        return dhsa_fail(error, DHSA_ERR_VALUE, "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk",
-                         q->shape[2], k->shape[2]);
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk", q->shape[2],
+                         k->shape[2]);
     if ((status = dhsa_scaling_check(c->scale, c->softcap, error))) return status;
-    if (c->window < 0) return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", c->window);
+    if (c->window < 0)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "window: got %" PRId64 ", expected at least 1", c->window);
     return DHSA_OK;
 }
 
@@ -24,11 +26,12 @@ dhsa_status dhsa_sides_check(const dhsa_select_config *c, int bidirectional, dhs
     const dhsa_method *method = dhsa_method_find(c->method);
     if (!bidirectional || method->has_both_sides) return DHSA_OK;
     return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED,
-                     "causal: method %s selects for causal attention only; rows, block and window serve both sides", method->name);
+                     "causal: method %s selects for causal attention only; rows, block and window serve both sides",
+                     method->name);
 }
 
-dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, int64_t *indptr,
-                             dhsa_error *error)
+dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config,
+                             int64_t *indptr, dhsa_error *error)
 {
     dhsa_status status;
     if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
@@ -39,7 +42,8 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
     const int64_t lists = q->shape[0] * dhsa_head_sets(&config->score, q, k);
     int64_t unused;
     if (!dhsa_mul(lists * blocks, k->shape[2], &unused))
-        return dhsa_fail(error, DHSA_ERR_VALUE, "query_block: %" PRId64 " makes lists of more keys than 64 bits can count",
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "query_block: %" PRId64 " makes lists of more keys than 64 bits can count",
                          config->score.query_block);
     indptr[0] = 0;
     for (int64_t list = 0; list < lists; list++)
@@ -51,13 +55,14 @@ dhsa_status dhsa_select_plan(const dhsa_tensor *q, const dhsa_tensor *k, const d
 }
 
 /* Checks that indptr is as dhsa_select_plan writes it. *sparse receives whether any block has to be scored. */
-static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config, const int64_t *indptr,
-                                int *sparse, dhsa_error *error)
+static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_select_config *config,
+                                const int64_t *indptr, int *sparse, dhsa_error *error)
 {
     const int64_t blocks = dhsa_block_count(&config->score, q->shape[2]);
     const int64_t lists = q->shape[0] * dhsa_head_sets(&config->score, q, k);
     *sparse = 0;
-    if (indptr[0] != 0) return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", indptr[0]);
+    if (indptr[0] != 0)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "indptr: begins with %" PRId64 ", expected 0", indptr[0]);
     for (int64_t i = 0; i < blocks; i++) {
         dhsa_span span;
         const int64_t size = dhsa_block_keys(config, q->shape[2], k->shape[2], i);
@@ -65,14 +70,15 @@ static dhsa_status check_indptr(const dhsa_tensor *q, const dhsa_tensor *k, cons
         for (int64_t at = i; at < lists * blocks; at += blocks)
             if (indptr[at] < 0 || indptr[at] > INT64_MAX - size || indptr[at + 1] != indptr[at] + size)
                 return dhsa_fail(error, DHSA_ERR_VALUE,
-                                 "indptr: row %" PRId64 " is [%" PRId64 ", %" PRId64 "), expected %" PRId64 " keys", at, indptr[at],
-                                 indptr[at + 1], size);
+                                 "indptr: row %" PRId64 " is [%" PRId64 ", %" PRId64 "), expected %" PRId64 " keys", at,
+                                 indptr[at], indptr[at + 1], size);
     }
     return DHSA_OK;
 }
 
 dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
-                        const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads, dhsa_error *error)
+                        const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads,
+                        dhsa_error *error)
 {
     dhsa_selector s;
     dhsa_status status;
@@ -80,7 +86,8 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
     if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
         (status = dhsa_sides_check(config, config->score.bidirectional, error)) ||
         (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(indptr, "indptr", error)) ||
-        (status = dhsa_check_pointer(indices, "indices", error)) || (status = check_indptr(q, k, config, indptr, &sparse, error)))
+        (status = dhsa_check_pointer(indices, "indices", error)) ||
+        (status = check_indptr(q, k, config, indptr, &sparse, error)))
         return status;
     if (!dhsa_method_find(config->method)->has_chunks)
         boundaries = NULL;
@@ -97,7 +104,7 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
     return status;
 }
 
-/* ---- scores alone ------------------------------------------------------------------------------------------------ */
+/* ---- scores alone ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
     dhsa_scorer scorer;
@@ -118,8 +125,9 @@ static void scores_task(void *context, int64_t index, int thread)
     for (int64_t c = last; c < job->width; c++) score[c] = -INFINITY;
 }
 
-dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries, int64_t n_boundaries,
-                              const dhsa_score_config *config, float *scores, int num_threads, dhsa_error *error)
+dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
+                              int64_t n_boundaries, const dhsa_score_config *config, float *scores, int num_threads,
+                              dhsa_error *error)
 {
     scores_job job = {.scores = scores};
     dhsa_scorer *s = &job.scorer;
@@ -136,8 +144,8 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     job.arenas = dhsa_alloc(s->arena_size, num_threads);
     if (!job.arenas) status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for %d workspaces", num_threads);
     for (int64_t b = 0; b < q->shape[0] && !status; b++) {
-        status =
-            dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size, num_threads, error);
+        status = dhsa_scorer_begin(s, b, boundaries + b * n_boundaries, n_boundaries, job.arenas, s->arena_size,
+                                   num_threads, error);
         if (!status) dhsa_parallel(s->head_sets * s->blocks, num_threads, scores_task, &job);
     }
     dhsa_free(job.arenas);

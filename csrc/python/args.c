@@ -35,7 +35,8 @@ int dhsa_py_int(PyObject *object, const char *name, int64_t min, int64_t max, in
         if (max == INT64_MAX && overflow <= 0) {
             PyErr_Format(PyExc_ValueError, "%s: expected at least %lld, got %S", name, (long long)min, integer);
         } else {
-            PyErr_Format(PyExc_ValueError, "%s: expected %lld to %lld, got %S", name, (long long)min, (long long)max, integer);
+            PyErr_Format(PyExc_ValueError, "%s: expected %lld to %lld, got %S", name, (long long)min, (long long)max,
+                         integer);
         }
         result = -1;
     } else {
@@ -79,8 +80,8 @@ int dhsa_py_double(PyObject *object, const char *name, int infinite, double *val
     return 0;
 }
 
-int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out, double *softcap_out,
-                    int64_t *window_out)
+int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out,
+                    double *softcap_out, int64_t *window_out)
 {
     if (scale == Py_None) {
         *scale_out = head_dim > 0 ? 1.0 / sqrt((double)head_dim) : 1.0; /* an empty head_dim is refused later */
@@ -103,8 +104,10 @@ int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_
 static int open_tensor(const dhsa_py_state *state, PyObject *object, const char *name, const char *axes, int writable,
                        dhsa_py_view *view, dhsa_tensor *tensor)
 {
-    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, writable, tensor) == 0 ? 0
-                                                                                                                             : -1;
+    return dhsa_py_view_open(state, object, name, view) == 0 &&
+                   dhsa_py_view_tensor(view, name, axes, writable, tensor) == 0
+               ? 0
+               : -1;
 }
 
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *p)
@@ -125,8 +128,8 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
         }
         problem->lse = p->lse.data;
     }
-    if (dhsa_py_scaling(args[5], args[6], args[7], problem->q.shape[3], &problem->scale, &problem->softcap, &problem->window) !=
-        0) {
+    if (dhsa_py_scaling(args[5], args[6], args[7], problem->q.shape[3], &problem->scale, &problem->softcap,
+                        &problem->window) != 0) {
         goto fail;
     }
     causal = PyObject_IsTrue(args[8]);
@@ -197,7 +200,8 @@ typedef struct {
 } weight;
 
 /* shape: -1 where any size will do. */
-static int weight_open(const dhsa_py_state *state, PyObject *object, const weight *w, const int64_t *shape, dhsa_py_view *view)
+static int weight_open(const dhsa_py_state *state, PyObject *object, const weight *w, const int64_t *shape,
+                       dhsa_py_view *view)
 {
     if (dhsa_py_array_open(state, object, w->name, DL_FLOAT, 32, w->ndim, shape, 0, view) != 0) {
         return -1;
@@ -370,8 +374,11 @@ int dhsa_py_threads(PyObject *object, int *threads)
     return 0;
 }
 
-int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view, dhsa_tensor *tensor)
+int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view,
+                  dhsa_tensor *tensor)
 {
     const char *axes = *name == 'q' ? "[B, H, Lq, D]" : "[B, Hkv, Lk, D]";
-    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, 0, tensor) == 0 ? 0 : -1;
+    return dhsa_py_view_open(state, object, name, view) == 0 && dhsa_py_view_tensor(view, name, axes, 0, tensor) == 0
+               ? 0
+               : -1;
 }

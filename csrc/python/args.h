@@ -18,12 +18,13 @@ int dhsa_py_optional_int(PyObject *object, const char *name, int64_t min, int64_
 int dhsa_py_double(PyObject *object, const char *name, int infinite, double *value);
 
 /* Converts scale (None: 1 / sqrt(head_dim)), softcap (None: 0) and window (None: 0) of a problem or a score config. */
-int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out, double *softcap_out,
-                    int64_t *window_out);
+int dhsa_py_scaling(PyObject *scale, PyObject *softcap, PyObject *window, int64_t head_dim, double *scale_out,
+                    double *softcap_out, int64_t *window_out);
 
 int dhsa_py_threads(PyObject *object, int *threads);
 /* Opens a tensor "q", "k" or "v" as [B, heads, L, D]. The view must be released. */
-int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view, dhsa_tensor *tensor);
+int dhsa_py_input(const dhsa_py_state *state, PyObject *object, const char *name, dhsa_py_view *view,
+                  dhsa_tensor *tensor);
 
 /* All that one attention call borrows. Open it, use .problem without the GIL, and release it. */
 typedef struct {
@@ -32,7 +33,8 @@ typedef struct {
     int64_t skip_counts[2];
 } dhsa_py_problem;
 
-/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads, skip | None, sinks | None. */
+/* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads, skip | None, sinks |
+ * None. */
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *problem);
 void dhsa_py_problem_release(dhsa_py_problem *problem);
 

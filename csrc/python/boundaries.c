@@ -53,8 +53,9 @@ PyObject *dhsa_py_predictor_logits(PyObject *module, PyObject *const *args, Py_s
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = predictor.compact != NULL ? dhsa_compact_logits(predictor.compact, &tensor, logits.data, threads, &error)
-                                               : dhsa_predictor_logits(predictor.attention, &tensor, logits.data, threads, &error);
+            status = predictor.compact != NULL
+                         ? dhsa_compact_logits(predictor.compact, &tensor, logits.data, threads, &error)
+                         : dhsa_predictor_logits(predictor.attention, &tensor, logits.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }
@@ -103,7 +104,8 @@ PyObject *dhsa_py_pick_boundaries(PyObject *module, PyObject *const *args, Py_ss
 PyObject *dhsa_py_boundaries_capacity(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     int64_t length = 0;
-    if (dhsa_py_count("boundaries_capacity", nargs, 2) != 0 || dhsa_py_int(args[1], "length", 1, INT32_MAX, &length) != 0) {
+    if (dhsa_py_count("boundaries_capacity", nargs, 2) != 0 ||
+        dhsa_py_int(args[1], "length", 1, INT32_MAX, &length) != 0) {
         return NULL;
     }
     const dhsa_py_config *config = dhsa_py_config_of(PyModule_GetState(module), args[0]);
@@ -139,7 +141,8 @@ PyObject *dhsa_py_boundaries(PyObject *module, PyObject *const *args, Py_ssize_t
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_boundaries(&tensor, &cuts, boundaries.data, boundaries.shape[1], counts.data, threads, &error);
+            status =
+                dhsa_boundaries(&tensor, &cuts, boundaries.data, boundaries.shape[1], counts.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }
@@ -162,11 +165,12 @@ PyObject *dhsa_py_attention_ratios(PyObject *module, PyObject *const *args, Py_s
     memset(&q, 0, sizeof q);
     memset(&k, 0, sizeof k);
     memset(&ratios, 0, sizeof ratios);
-    if (dhsa_py_count("attention_ratios", nargs, 8) != 0 || dhsa_py_int(args[2], "window", 1, INT64_MAX, &window) != 0 ||
-        dhsa_py_threads(args[7], &threads) != 0) {
+    if (dhsa_py_count("attention_ratios", nargs, 8) != 0 ||
+        dhsa_py_int(args[2], "window", 1, INT64_MAX, &window) != 0 || dhsa_py_threads(args[7], &threads) != 0) {
         return NULL;
     }
-    if (dhsa_py_input(state, args[0], "q", &q, &q_tensor) == 0 && dhsa_py_input(state, args[1], "k", &k, &k_tensor) == 0) {
+    if (dhsa_py_input(state, args[0], "q", &q, &q_tensor) == 0 &&
+        dhsa_py_input(state, args[1], "k", &k, &k_tensor) == 0) {
         const int64_t shape[2] = {q_tensor.shape[0], q_tensor.shape[2]};
         int64_t unused = 0;
         if (dhsa_py_scaling(args[4], args[5], Py_None, q_tensor.shape[3], &scale, &softcap, &unused) == 0 &&
@@ -175,7 +179,8 @@ PyObject *dhsa_py_attention_ratios(PyObject *module, PyObject *const *args, Py_s
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_attention_ratios(&q_tensor, &k_tensor, window, sliding, scale, softcap, ratios.data, threads, &error);
+            status = dhsa_attention_ratios(&q_tensor, &k_tensor, window, sliding, scale, softcap, ratios.data, threads,
+                                           &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }

@@ -93,7 +93,8 @@ static PyObject *buffer_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     }
     if (self->memory == NULL || self->memory->data == NULL) {
         Py_DECREF(self);
-        PyErr_Format(PyExc_MemoryError, "Buffer: no memory for %lld elements of %d bytes", (long long)count, found->bits / 8);
+        PyErr_Format(PyExc_MemoryError, "Buffer: no memory for %lld elements of %d bytes", (long long)count,
+                     found->bits / 8);
         return NULL;
     }
     return (PyObject *)self;
@@ -136,7 +137,8 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
 {
     static char *keywords[] = {"stream", "max_version", "dl_device", "copy", NULL};
     PyObject *stream = Py_None, *max_version = Py_None, *device = Py_None, *copy = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", keywords, &stream, &max_version, &device, &copy)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO:__dlpack__", keywords, &stream, &max_version, &device,
+                                     &copy)) {
         return NULL;
     }
     if (stream != Py_None || copy == Py_True) {
@@ -155,7 +157,8 @@ static PyObject *buffer_dlpack(PyObject *object, PyObject *args, PyObject *kwarg
         }
     }
     int major = 0, minor = 0;
-    if (max_version != Py_None && (!PyTuple_Check(max_version) || !PyArg_ParseTuple(max_version, "ii", &major, &minor))) {
+    if (max_version != Py_None &&
+        (!PyTuple_Check(max_version) || !PyArg_ParseTuple(max_version, "ii", &major, &minor))) {
         if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "max_version: expected a tuple (major, minor)");
         return NULL;
     }
@@ -193,7 +196,8 @@ static PyObject *buffer_dlpack_device(PyObject *object, PyObject *unused)
 PyObject *dhsa_py_buffer_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
-        {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS, "The memory as a DLPack capsule."},
+        {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS,
+         "The memory as a DLPack capsule."},
         {"__dlpack_device__", buffer_dlpack_device, METH_NOARGS, "(1, 0): the CPU."},
         {NULL, NULL, 0, NULL},
     };

@@ -25,28 +25,28 @@ static const char *const pooling_names[] = {"mean", "mean_sqrt", NULL};
 
 /* X(name, kind, member of dhsa_py_config, smallest int, value of None, names of choices). A floor of None becomes
  * sink + local once these are known. */
-#define CONFIG_FIELDS(X)                                                                                                           \
-    X(method, METHOD, select.method, 0, 0, NULL)                                                                                   \
-    X(budget, OPTIONAL_INT, select.budget, 1, INT64_MAX, NULL)                                                                     \
-    X(mass, SHARE, select.mass, 0, 0, NULL)                                                                                        \
-    X(floor, OPTIONAL_INT, select.floor, 0, INT64_MAX, NULL)                                                                       \
-    X(query_block, INT, select.score.query_block, 1, 0, NULL)                                                                      \
-    X(sink, INT, select.sink, 0, 0, NULL)                                                                                          \
-    X(local, INT, select.local, 0, 0, NULL)                                                                                        \
-    X(dense_tail, INT, select.dense_tail, 0, 0, NULL)                                                                              \
-    X(heads, CHOICE, select.score.heads, 0, 0, heads_names)                                                                        \
-    X(boundaries, CHOICE, boundaries.kind, 0, 0, boundaries_names)                                                                 \
-    X(chunk_size, INT, boundaries.chunk_size, 1, 0, NULL)                                                                          \
-    X(num_chunks, CHUNKS, num_chunks, 0, 0, NULL)                                                                                  \
-    X(boundary_window, INT, boundaries.window, 1, 0, NULL)                                                                         \
-    X(theta, NUMBER, boundaries.theta, 0, 0, NULL)                                                                                 \
-    X(nms, INT, boundaries.nms, 0, 0, NULL)                                                                                        \
-    X(predictor, WEIGHTS, weights, 0, 0, NULL)                                                                                     \
-    X(rows, INT, select.score.mean_queries, 1, 0, NULL)                                                                            \
-    X(rounded, FLAG, select.score.rounded, 0, 0, NULL)                                                                             \
-    X(shortlist, INT, select.shortlist, 0, 0, NULL)                                                                                \
-    X(pooling, CHOICE, select.score.pooling, 0, 0, pooling_names)                                                                  \
-    X(key_block, INT, select.key_block, 1, 0, NULL)                                                                                \
+#define CONFIG_FIELDS(X)                                                                                               \
+    X(method, METHOD, select.method, 0, 0, NULL)                                                                       \
+    X(budget, OPTIONAL_INT, select.budget, 1, INT64_MAX, NULL)                                                         \
+    X(mass, SHARE, select.mass, 0, 0, NULL)                                                                            \
+    X(floor, OPTIONAL_INT, select.floor, 0, INT64_MAX, NULL)                                                           \
+    X(query_block, INT, select.score.query_block, 1, 0, NULL)                                                          \
+    X(sink, INT, select.sink, 0, 0, NULL)                                                                              \
+    X(local, INT, select.local, 0, 0, NULL)                                                                            \
+    X(dense_tail, INT, select.dense_tail, 0, 0, NULL)                                                                  \
+    X(heads, CHOICE, select.score.heads, 0, 0, heads_names)                                                            \
+    X(boundaries, CHOICE, boundaries.kind, 0, 0, boundaries_names)                                                     \
+    X(chunk_size, INT, boundaries.chunk_size, 1, 0, NULL)                                                              \
+    X(num_chunks, CHUNKS, num_chunks, 0, 0, NULL)                                                                      \
+    X(boundary_window, INT, boundaries.window, 1, 0, NULL)                                                             \
+    X(theta, NUMBER, boundaries.theta, 0, 0, NULL)                                                                     \
+    X(nms, INT, boundaries.nms, 0, 0, NULL)                                                                            \
+    X(predictor, WEIGHTS, weights, 0, 0, NULL)                                                                         \
+    X(rows, INT, select.score.mean_queries, 1, 0, NULL)                                                                \
+    X(rounded, FLAG, select.score.rounded, 0, 0, NULL)                                                                 \
+    X(shortlist, INT, select.shortlist, 0, 0, NULL)                                                                    \
+    X(pooling, CHOICE, select.score.pooling, 0, 0, pooling_names)                                                      \
+    X(key_block, INT, select.key_block, 1, 0, NULL)                                                                    \
     X(stride, OPTIONAL_INT, select.stride, 1, 0, NULL)
 
 typedef struct {
@@ -57,7 +57,7 @@ typedef struct {
     const char *const *names;
 } field;
 
-#define CONFIG_FIELD(name, kind, member, min, none, names)                                                                         \
+#define CONFIG_FIELD(name, kind, member, min, none, names)                                                             \
     {#name, FIELD_##kind, offsetof(dhsa_py_config, member), min, none, names},
 static const field fields[] = {CONFIG_FIELDS(CONFIG_FIELD)};
 #define CONFIG_PLACE(name, ...) PLACE_##name,
@@ -67,7 +67,10 @@ _Static_assert(sizeof(dhsa_method_kind) == sizeof(int) && sizeof(dhsa_heads) == 
                    sizeof(dhsa_boundary_kind) == sizeof(int) && sizeof(dhsa_pooling) == sizeof(int),
                "fields of choice are read and written as int");
 
-static const char *choice_name(const field *f, int i) { return f->kind == FIELD_METHOD ? dhsa_method_name(i) : f->names[i]; }
+static const char *choice_name(const field *f, int i)
+{
+    return f->kind == FIELD_METHOD ? dhsa_method_name(i) : f->names[i];
+}
 
 static int parse_choice(const field *f, PyObject *value, int *choice)
 {
@@ -302,7 +305,8 @@ static PyObject *config_reduce(PyObject *object, PyObject *unused)
 {
     (void)object;
     (void)unused;
-    PyErr_SetString(PyExc_TypeError, "Config: cannot be pickled by itself; pickle the dhsa.Config, which creates it again");
+    PyErr_SetString(PyExc_TypeError,
+                    "Config: cannot be pickled by itself; pickle the dhsa.Config, which creates it again");
     return NULL;
 }
 
@@ -310,10 +314,12 @@ PyObject *dhsa_py_config_type(PyObject *module)
 {
     static PyMethodDef methods[] = {
         {"leaves_out", (PyCFunction)(void (*)(void))config_leaves_out, METH_FASTCALL,
-         "leaves_out($self, q_len, k_len, window, causal, /)\n--\n\nWhether attention of the last q_len of k_len positions "
+         "leaves_out($self, q_len, k_len, window, causal, /)\n--\n\nWhether attention of the last q_len of k_len "
+         "positions "
          "leaves out a visible key. window: None for no sliding window."},
         {"num_gaps", config_num_gaps, METH_O,
-         "num_gaps($self, length, /)\n--\n\nThe largest number of gaps at which `length` keys are cut, if boundaries are not "
+         "num_gaps($self, length, /)\n--\n\nThe largest number of gaps at which `length` keys are cut, if boundaries "
+         "are not "
          "fixed."},
         {"__reduce__", config_reduce, METH_NOARGS, "Raises TypeError."},
         {NULL, NULL, 0, NULL},

@@ -56,7 +56,8 @@ typedef struct dl_exchange {
     dl_version version;
     struct dl_exchange *previous; /* an older interface of the same library, or NULL */
     void (*allocate)(void);
-    int (*from_object)(void *object, dl_managed_versioned **out); /* 0: a new reference in *out; else an exception is set */
+    int (*from_object)(void *object,
+                       dl_managed_versioned **out); /* 0: a new reference in *out; else an exception is set */
     void (*to_object)(void);
     void (*borrow)(void);
     void (*stream)(void);

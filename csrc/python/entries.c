@@ -10,7 +10,7 @@
 #include "python/key_index.h"
 #include "select/span.h"
 
-/* ---- attention ---------------------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------------------------- */
 
 /* The share of products that were left out because of the option skip. */
 static double skipped(const dhsa_py_problem *p)
@@ -22,7 +22,8 @@ static double skipped(const dhsa_py_problem *p)
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_dense", nargs, 13) != 0 || dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
+    if (dhsa_py_count("attend_dense", nargs, 13) != 0 ||
+        dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
         return NULL;
     }
     dhsa_error error = {DHSA_OK, ""};
@@ -40,8 +41,8 @@ PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize
 }
 
 /* Opens and checks the arrays of a selection. The core gets their lengths from here, since C sees only pointers. */
-static int open_selection(const dhsa_py_state *state, PyObject *const *args, const dhsa_problem *problem, dhsa_py_view *indptr,
-                          dhsa_py_view *indices, dhsa_selection *selection)
+static int open_selection(const dhsa_py_state *state, PyObject *const *args, const dhsa_problem *problem,
+                          dhsa_py_view *indptr, dhsa_py_view *indices, dhsa_selection *selection)
 {
     int64_t shape[3] = {0, 0, 0};
     static const char *const names[] = {"shape[0]", "shape[1]", "shape[2]"};
@@ -97,7 +98,8 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
         Py_BEGIN_ALLOW_THREADS;
         status = dhsa_attend_checked(&p.problem, &selection, &error); /* both are checked */
         if (status == DHSA_OK)
-            density = dhsa_pairs_kept(&p.problem, &selection, p.problem.k.shape[2] - p.problem.q.shape[2], p.problem.q.shape[2]) /
+            density = dhsa_pairs_kept(&p.problem, &selection, p.problem.k.shape[2] - p.problem.q.shape[2],
+                                      p.problem.q.shape[2]) /
                       dhsa_pairs_visible(&p.problem, selection.heads);
         Py_END_ALLOW_THREADS;
         result = dhsa_py_result(status, &error);
@@ -128,8 +130,10 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     memset(&boundaries, 0, sizeof boundaries);
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
-    if ((args[14] == Py_None || dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
-        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 && dhsa_py_int(args[17], "keep_means", 0, 1, &keep_means) == 0 &&
+    if ((args[14] == Py_None ||
+         dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
+        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 &&
+        dhsa_py_int(args[17], "keep_means", 0, 1, &keep_means) == 0 &&
         dhsa_py_key_indexes_open(state, args[15], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
@@ -138,16 +142,16 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
         Py_BEGIN_ALLOW_THREADS;
         const int64_t n_boundaries = boundaries.data ? boundaries.shape[1] : 0;
         status = key_indexes.items
-                     ? dhsa_prefill_indexed(&p.problem, &cuts, boundaries.data, n_boundaries, &config->select, key_indexes.items,
-                                            same, (int)keep_means, &stats, &error)
+                     ? dhsa_prefill_indexed(&p.problem, &cuts, boundaries.data, n_boundaries, &config->select,
+                                            key_indexes.items, same, (int)keep_means, &stats, &error)
                      : dhsa_prefill(&p.problem, &cuts, boundaries.data, n_boundaries, &config->select, &stats, &error);
         Py_END_ALLOW_THREADS;
         dhsa_py_key_indexes_release(&key_indexes);
         result = dhsa_py_result(status, &error);
         if (result != NULL) {
             Py_DECREF(result);
-            result =
-                Py_BuildValue("(idddd)", (int)stats.path, stats.density, stats.select_seconds, stats.attend_seconds, skipped(&p));
+            result = Py_BuildValue("(idddd)", (int)stats.path, stats.density, stats.select_seconds,
+                                   stats.attend_seconds, skipped(&p));
         }
     }
     dhsa_py_view_release(&boundaries);
@@ -155,7 +159,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     return result;
 }
 
-/* ---- scores and selection ----------------------------------------------------------------------------------- */
+/* ---- scores and selection -------------------------------------------------------------------------------------- */
 
 /* Arguments that chunk_scores, select_plan and select have in common. */
 typedef struct {
@@ -176,7 +180,8 @@ static void select_args_release(select_args *a)
 static int select_args_open(const dhsa_py_state *state, PyObject *const *args, PyObject *boundaries, select_args *a)
 {
     memset(a, 0, sizeof *a);
-    if (dhsa_py_input(state, args[0], "q", &a->q_view, &a->q) == 0 && dhsa_py_input(state, args[1], "k", &a->k_view, &a->k) == 0) {
+    if (dhsa_py_input(state, args[0], "q", &a->q_view, &a->q) == 0 &&
+        dhsa_py_input(state, args[1], "k", &a->k_view, &a->k) == 0) {
         const int64_t shape[2] = {a->k.shape[0], -1};
         if (boundaries == NULL ||
             dhsa_py_array_open(state, boundaries, "boundaries", DL_INT, 32, 2, shape, 0, &a->boundaries) == 0) {
@@ -194,7 +199,8 @@ static int score_scaling(PyObject *const *args, const select_args *a, dhsa_score
     const int causal = PyObject_IsTrue(args[3]);
     config->bidirectional = !causal;
     return causal < 0 ? -1
-                      : dhsa_py_scaling(args[0], args[1], args[2], head_dim, &config->scale, &config->softcap, &config->window);
+                      : dhsa_py_scaling(args[0], args[1], args[2], head_dim, &config->scale, &config->softcap,
+                                        &config->window);
 }
 
 PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -219,7 +225,8 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
         dhsa_error error = {DHSA_OK, ""};
         dhsa_status status;
         Py_BEGIN_ALLOW_THREADS;
-        status = dhsa_chunk_scores(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, a.output.data, threads, &error);
+        status = dhsa_chunk_scores(&a.q, &a.k, a.boundaries.data, a.boundaries.shape[1], &config, a.output.data,
+                                   threads, &error);
         Py_END_ALLOW_THREADS;
         result = dhsa_py_result(status, &error);
     }
@@ -228,7 +235,8 @@ PyObject *dhsa_py_chunk_scores(PyObject *module, PyObject *const *args, Py_ssize
 }
 
 /* Opens indptr and checks its length: B * S * nq + 1. */
-static int open_indptr(const dhsa_py_state *state, PyObject *object, int writable, const dhsa_score_config *config, select_args *a)
+static int open_indptr(const dhsa_py_state *state, PyObject *object, int writable, const dhsa_score_config *config,
+                       select_args *a)
 {
     if (dhsa_py_array_open(state, object, "indptr", DL_INT, 64, 1, NULL, writable, &a->indptr) != 0) {
         return -1;
@@ -245,7 +253,8 @@ static int open_indptr(const dhsa_py_state *state, PyObject *object, int writabl
         rows /= factors[i];
     }
     if (rows != 1) {
-        PyErr_Format(PyExc_ValueError, "indptr: expected B * heads * nq + 1 entries, got %lld", (long long)a->indptr.shape[0]);
+        PyErr_Format(PyExc_ValueError, "indptr: expected B * heads * nq + 1 entries, got %lld",
+                     (long long)a->indptr.shape[0]);
         return -1;
     }
     return 0;
@@ -282,7 +291,8 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     PyObject *result = NULL;
     const dhsa_py_config *parsed;
     if (dhsa_py_count("select", nargs, 11) != 0 || (parsed = dhsa_py_config_of(state, args[3])) == NULL ||
-        dhsa_py_threads(args[10], &threads) != 0 || select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
+        dhsa_py_threads(args[10], &threads) != 0 ||
+        select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
         return NULL;
     }
     dhsa_select_config config = parsed->select;
@@ -293,8 +303,8 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
             dhsa_error error = {DHSA_OK, ""};
             dhsa_status status;
             Py_BEGIN_ALLOW_THREADS;
-            status = dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.data ? a.boundaries.shape[1] : 0, &config, indptr,
-                                 a.output.data, threads, &error);
+            status = dhsa_select(&a.q, &a.k, a.boundaries.data, a.boundaries.data ? a.boundaries.shape[1] : 0, &config,
+                                 indptr, a.output.data, threads, &error);
             Py_END_ALLOW_THREADS;
             result = dhsa_py_result(status, &error);
         }
@@ -303,7 +313,7 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     return result;
 }
 
-/* ---- machine ------------------------------------------------------------------------------------------------ */
+/* ---- machine --------------------------------------------------------------------------------------------------- */
 
 PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
@@ -366,7 +376,8 @@ PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t
         return NULL;
     }
     static const char *const dtypes[] = {[DHSA_F32] = "float32", [DHSA_F16] = "float16", [DHSA_BF16] = "bfloat16"};
-    PyObject *compiled = name_list(dhsa_isa_compiled), *detected = name_list(dhsa_isa_detected), *products = PyList_New(0);
+    PyObject *compiled = name_list(dhsa_isa_compiled), *detected = name_list(dhsa_isa_detected),
+             *products = PyList_New(0);
     PyObject *result = NULL;
     for (int i = 0; products != NULL && i < 3; i++) {
         PyObject *name = dhsa_isa_products() >> i & 1 ? PyUnicode_FromString(dtypes[i]) : NULL;
@@ -376,9 +387,10 @@ PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t
         Py_XDECREF(name);
     }
     if (compiled != NULL && detected != NULL && products != NULL) {
-        result = Py_BuildValue("{s:s,s:l,s:s,s:O,s:O,s:s,s:O,s:i}", "compiler", COMPILER, "c_standard", (long)__STDC_VERSION__,
-                               "limited_api", "3.11", "isa_compiled", compiled, "isa_detected", detected, "isa", dhsa_isa_current(),
-                               "products", products, "cpu_count", dhsa_cpu_count());
+        result =
+            Py_BuildValue("{s:s,s:l,s:s,s:O,s:O,s:s,s:O,s:i}", "compiler", COMPILER, "c_standard",
+                          (long)__STDC_VERSION__, "limited_api", "3.11", "isa_compiled", compiled, "isa_detected",
+                          detected, "isa", dhsa_isa_current(), "products", products, "cpu_count", dhsa_cpu_count());
     }
     Py_XDECREF(compiled);
     Py_XDECREF(detected);

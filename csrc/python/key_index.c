@@ -161,7 +161,8 @@ static PyObject *key_index_reduce(PyObject *object, PyObject *unused)
 {
     (void)object;
     (void)unused;
-    PyErr_SetString(PyExc_TypeError, "KeyIndex: cannot be pickled; a new one learns what it needs from the keys it is first given");
+    PyErr_SetString(PyExc_TypeError,
+                    "KeyIndex: cannot be pickled; a new one learns what it needs from the keys it is first given");
     return NULL;
 }
 
@@ -172,7 +173,8 @@ PyObject *dhsa_py_key_index_type(PyObject *module)
         {"__deepcopy__", key_index_twin, METH_O, "An independent copy."},
         {"__reduce__", key_index_reduce, METH_NOARGS, "Raises TypeError."},
         {"to_bytes", key_index_to_bytes, METH_NOARGS, "What it holds, for a file."},
-        {"from_bytes", key_index_from_bytes, METH_O | METH_CLASS, "The one that to_bytes wrote; ValueError for other bytes."},
+        {"from_bytes", key_index_from_bytes, METH_O | METH_CLASS,
+         "The one that to_bytes wrote; ValueError for other bytes."},
         {NULL, NULL, 0, NULL},
     };
     static PyGetSetDef getters[] = {
@@ -205,7 +207,8 @@ int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64
         return 0;
     }
     if (!PyTuple_Check(object) || PyTuple_Size(object) != want) {
-        PyErr_Format(PyExc_ValueError, "key_indexes: expected a tuple of %lld, one a batch item, or None", (long long)want);
+        PyErr_Format(PyExc_ValueError, "key_indexes: expected a tuple of %lld, one a batch item, or None",
+                     (long long)want);
         return -1;
     }
     p->items = dhsa_alloc(want, sizeof *p->items);

@@ -17,7 +17,8 @@ typedef struct {
 } dhsa_py_key_indexes;
 
 /* Opens a tuple of `want` KeyIndex objects, or None. Returns 0, or -1 with an exception. */
-int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64_t want, dhsa_py_key_indexes *key_indexes);
+int dhsa_py_key_indexes_open(const dhsa_py_state *state, PyObject *object, int64_t want,
+                             dhsa_py_key_indexes *key_indexes);
 void dhsa_py_key_indexes_release(dhsa_py_key_indexes *key_indexes);
 
 #endif

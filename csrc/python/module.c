@@ -9,8 +9,9 @@
 #include "python/key_index.h"
 #include "python/tensor.h"
 
-#define METHOD(name, signature)                                                                                                    \
-    {#name, (PyCFunction)(void (*)(void))dhsa_py_##name, METH_FASTCALL, #name "(" signature ")\n--\n\nSee csrc/include/dhsa.h."},
+#define METHOD(name, signature)                                                                                        \
+    {#name, (PyCFunction)(void (*)(void))dhsa_py_##name, METH_FASTCALL,                                                \
+     #name "(" signature ")\n--\n\nSee csrc/include/dhsa.h."},
 static PyMethodDef methods[] = {DHSA_PY_ENTRIES(METHOD){NULL, NULL, 0, NULL}};
 #undef METHOD
 
@@ -20,8 +21,9 @@ static int add_limits(PyObject *module)
     static const struct {
         const char *name;
         long value;
-    } limits[] = {{"MAX_LENGTH", DHSA_MAX_LENGTH},   {"MAX_HEAD_DIM", DHSA_MAX_HEAD_DIM}, {"MAX_VALUE_DIM", DHSA_MAX_VALUE_DIM},
-                  {"MAX_THREADS", DHSA_MAX_THREADS}, {"MAX_STRIDE", DHSA_MAX_STRIDE},     {"DECODE_ROWS", DHSA_DECODE_ROWS}};
+    } limits[] = {{"MAX_LENGTH", DHSA_MAX_LENGTH},       {"MAX_HEAD_DIM", DHSA_MAX_HEAD_DIM},
+                  {"MAX_VALUE_DIM", DHSA_MAX_VALUE_DIM}, {"MAX_THREADS", DHSA_MAX_THREADS},
+                  {"MAX_STRIDE", DHSA_MAX_STRIDE},       {"DECODE_ROWS", DHSA_DECODE_ROWS}};
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (PyModule_AddIntConstant(module, limits[i].name, limits[i].value) != 0) return -1;
     return 0;

@@ -22,7 +22,8 @@ static const char *dtype_name(dl_dtype dtype, char *buffer, size_t size)
         return "bool";
     }
     if (dtype.code >= sizeof names / sizeof *names) {
-        snprintf(buffer, size, "an unknown dtype (DLPack code %u, %u bits)", (unsigned)dtype.code, (unsigned)dtype.bits);
+        snprintf(buffer, size, "an unknown dtype (DLPack code %u, %u bits)", (unsigned)dtype.code,
+                 (unsigned)dtype.bits);
     } else if (dtype.lanes != 1) {
         snprintf(buffer, size, "%s%u with %u lanes", names[dtype.code], (unsigned)dtype.bits, (unsigned)dtype.lanes);
     } else {
@@ -110,8 +111,8 @@ static int open_buffer(PyObject *object, const char *name, dhsa_py_view *view)
         return -1;
     }
     if (!parse_format(b->format, b->itemsize, &view->dtype)) {
-        PyErr_Format(PyExc_TypeError, "%s: unsupported dtype (buffer format '%s'); byte order must be the machine's", name,
-                     b->format ? b->format : "B");
+        PyErr_Format(PyExc_TypeError, "%s: unsupported dtype (buffer format '%s'); byte order must be the machine's",
+                     name, b->format ? b->format : "B");
         return -1;
     }
     view->data = b->buf;
@@ -129,8 +130,8 @@ static int open_buffer(PyObject *object, const char *name, dhsa_py_view *view)
         }
         /* A stride of a dimension of size 0 or 1 is never used, and NumPy may have any value there. */
         if (b->shape[i] > 1 && b->strides[i] % b->itemsize != 0) {
-            PyErr_Format(PyExc_ValueError, "%s: stride %zd of dimension %d is not a multiple of the element size %zd", name,
-                         b->strides[i], i, b->itemsize);
+            PyErr_Format(PyExc_ValueError, "%s: stride %zd of dimension %d is not a multiple of the element size %zd",
+                         name, b->strides[i], i, b->itemsize);
             return -1;
         }
         view->stride[i] = b->strides[i] / b->itemsize;
@@ -141,7 +142,8 @@ static int open_buffer(PyObject *object, const char *name, dhsa_py_view *view)
 static int read_dl_tensor(const dl_tensor *t, const char *name, dhsa_py_view *view)
 {
     if (t->device.type != DL_CPU) {
-        PyErr_Format(PyExc_ValueError, "%s: expected a tensor on the CPU, got DLPack device type %d", name, (int)t->device.type);
+        PyErr_Format(PyExc_ValueError, "%s: expected a tensor on the CPU, got DLPack device type %d", name,
+                     (int)t->device.type);
         return -1;
     }
     if (check_ndim(t->ndim, name) != 0) {
@@ -370,8 +372,8 @@ int dhsa_py_array_open(const dhsa_py_state *state, PyObject *object, const char 
     int64_t contiguous = 1;
     for (int i = ndim - 1; i >= 0; i--) {
         if (shape != NULL && shape[i] >= 0 && view->shape[i] != shape[i]) {
-            PyErr_Format(PyExc_ValueError, "%s: expected size %lld in dimension %d, got %lld", name, (long long)shape[i], i,
-                         (long long)view->shape[i]);
+            PyErr_Format(PyExc_ValueError, "%s: expected size %lld in dimension %d, got %lld", name,
+                         (long long)shape[i], i, (long long)view->shape[i]);
             goto fail;
         }
         if (view->shape[i] > 1 && view->stride[i] != contiguous) {

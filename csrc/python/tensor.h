@@ -42,7 +42,8 @@ void dhsa_py_view_release(dhsa_py_view *view);
 
 /* Converts a view to one of the tensors q, k, v and out: 4 dimensions (`axes` names them in messages), fp32, fp16 or
  * bf16, last stride 1. */
-int dhsa_py_view_tensor(const dhsa_py_view *view, const char *name, const char *axes, int writable, dhsa_tensor *tensor);
+int dhsa_py_view_tensor(const dhsa_py_view *view, const char *name, const char *axes, int writable,
+                        dhsa_tensor *tensor);
 
 /* Opens a view and checks that it is a C-contiguous array of `ndim` dimensions with the dtype of `code` and `bits`.
  * shape[i] < 0 or shape NULL allows any size. */

@@ -21,17 +21,18 @@ void dhsa_mean_queries_pack(void *of, int64_t first, int n, float *panel, int32_
     const void *rows[DHSA_MAX_LANES];
     (void)lo, (void)hi;
     for (int r = 0; r < n; r++) {
-        const int64_t from = m->queries.lo + (first + r) / m->heads * m->run, count = DHSA_MIN(m->run, m->queries.end - from);
+        const int64_t from = m->queries.lo + (first + r) / m->heads * m->run,
+                      count = DHSA_MIN(m->run, m->queries.end - from);
         float *row = m->rows + r * dim;
-        m->kernels->sum_rows(dhsa_row(q, m->s->b, m->head + (first + r) % m->heads, from), (ptrdiff_t)stride, q->dtype, count, dim,
-                             row);
+        m->kernels->sum_rows(dhsa_row(q, m->s->b, m->head + (first + r) % m->heads, from), (ptrdiff_t)stride, q->dtype,
+                             count, dim, row);
         for (int64_t d = 0; d < dim; d++) row[d] /= (float)count;
         rows[r] = row;
     }
     m->kernels->pack_panel(rows, DHSA_F32, n, (int)dim, dhsa_probe_sign(m->s), panel);
 }
 
-/* ---- mean keys of blocks ------------------------------------------------------------------------------------------ */
+/* ---- mean keys of blocks --------------------------------------------------------------------------------------- */
 
 int dhsa_block_means_open(dhsa_block_means *m, const dhsa_selector *s)
 {
@@ -54,8 +55,8 @@ void dhsa_block_means_begin(dhsa_block_means *m, const dhsa_selector *s)
     dhsa_chunks_fill(s->kernels, s->k, s->b, &m->chunks, 0, s->arenas, s->arena_stride, s->num_threads);
 }
 
-const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, int64_t kv_head, int64_t u, int64_t end, float *cut,
-                             float *sum, int *good)
+const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, int64_t kv_head, int64_t u, int64_t end,
+                             float *cut, float *sum, int *good)
 {
     if (m->edges[u + 1] > end) {
         *good = dhsa_chunk_mean(s->kernels, s->k, s->b, kv_head, m->edges[u], end, cut, sum);
@@ -66,7 +67,7 @@ const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, 
     return (const float *)m->chunks.means + at * s->k->shape[3];
 }
 
-/* ---- key blocks --------------------------------------------------------------------------------------------------- */
+/* ---- key blocks ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     dhsa_mean_queries rows;
@@ -91,7 +92,8 @@ int dhsa_coarse_open(dhsa_coarse *c, const dhsa_selector *s, int64_t run)
     const int64_t queries = DHSA_MIN(s->config->score.query_block, s->q->shape[2]);
     coarse_job unused;
     c->run = run;
-    dhsa_probe_plan(&c->probe, DHSA_PROBE_KEYS, dhsa_ceil_div(queries, run) * DHSA_MIN(s->heads_per_set, s->group), blocks, dim, 1);
+    dhsa_probe_plan(&c->probe, DHSA_PROBE_KEYS, dhsa_ceil_div(queries, run) * DHSA_MIN(s->heads_per_set, s->group),
+                    blocks, dim, 1);
     c->arena_size = coarse_lay_out(c, dim, NULL, &unused);
     return dhsa_block_means_open(&c->means, s);
 }
@@ -105,7 +107,8 @@ static const float *coarse_keys(void *of, int64_t first, int n, float *tile, ptr
     const int64_t dim = s->q->shape[3], kv_head = w->rows.head / s->group;
     for (int j = 0; j < n; j++) {
         int good;
-        const float *mean = dhsa_block_mean(&w->coarse->means, s, kv_head, first + j, w->cut_end, w->mean, w->sum, &good);
+        const float *mean =
+            dhsa_block_mean(&w->coarse->means, s, kv_head, first + j, w->cut_end, w->mean, w->sum, &good);
         memcpy(tile + j * dim, mean, (size_t)dim * sizeof *tile);
         if (!good) tile[j * dim] = NAN; /* rows that see this block do not count */
     }
@@ -113,12 +116,13 @@ static const float *coarse_keys(void *of, int64_t first, int n, float *tile, ptr
     return tile;
 }
 
-void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, char *arena,
-                       float *score)
+void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span,
+                       char *arena, float *score)
 {
     const int64_t first = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group);
     const int64_t from = span.lo / s->config->key_block, to = dhsa_ceil_div(span.end, s->config->key_block);
-    coarse_job w = {{s, c->probe.kernels, dhsa_block_queries(s, block), c->run, 0, heads, NULL}, c, span.end, NULL, NULL};
+    coarse_job w = {
+        {s, c->probe.kernels, dhsa_block_queries(s, block), c->run, 0, heads, NULL}, c, span.end, NULL, NULL};
     coarse_lay_out(c, s->q->shape[3], arena, &w);
     for (int64_t u = from; u < to; u++) score[u] = 0;
     dhsa_probe_run run = dhsa_probe_start(s, dhsa_mean_queries_count(&w.rows), from, to);
@@ -126,5 +130,6 @@ void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set
     run.pack = dhsa_mean_queries_pack;
     run.keys = coarse_keys;
     run.score = score;
-    for (w.rows.head = first; w.rows.head < first + s->heads_per_set; w.rows.head += heads) dhsa_probe_do(&c->probe, &run, arena);
+    for (w.rows.head = first; w.rows.head < first + s->heads_per_set; w.rows.head += heads)
+        dhsa_probe_do(&c->probe, &run, arena);
 }

@@ -35,8 +35,8 @@ void dhsa_block_means_close(dhsa_block_means *m);
 void dhsa_block_means_begin(dhsa_block_means *m, const dhsa_selector *s);
 /* Returns the mean of key block u of a KV head, over its keys below `end` only. *good says whether it is finite. If
  * `end` cuts the block, the mean is computed in cut [dim], with sum [dim] as scratch. */
-const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, int64_t kv_head, int64_t u, int64_t end, float *cut,
-                             float *sum, int *good);
+const float *dhsa_block_mean(const dhsa_block_means *m, const dhsa_selector *s, int64_t kv_head, int64_t u, int64_t end,
+                             float *cut, float *sum, int *good);
 
 typedef struct {
     dhsa_probe probe;
@@ -52,7 +52,7 @@ int dhsa_coarse_open(dhsa_coarse *c, const dhsa_selector *s, int64_t run);
 void dhsa_coarse_close(dhsa_coarse *c);
 /* Writes score[u] of each key block u with a candidate: the probabilities of the mean queries over the mean keys,
  * summed over the mean queries of all heads of the set. A key block that reaches past span.end is cut there. */
-void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, char *arena,
-                       float *score);
+void dhsa_coarse_score(const dhsa_coarse *c, const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span,
+                       char *arena, float *score);
 
 #endif

@@ -32,7 +32,8 @@ static int finite_is_bad(const dhsa_selector *s, int64_t kv_head, int64_t key)
 static void finite_task(void *context, int64_t index, int thread)
 {
     const dhsa_selector *s = context;
-    const int64_t k_len = s->k->shape[2], pieces = dhsa_ceil_div(k_len, KEYS), row = index / pieces, from = index % pieces * KEYS;
+    const int64_t k_len = s->k->shape[2], pieces = dhsa_ceil_div(k_len, KEYS), row = index / pieces,
+                  from = index % pieces * KEYS;
     const int64_t heads = s->k->shape[1] / s->flag_rows;
     (void)thread;
     for (int64_t j = from; j < DHSA_MIN(from + KEYS, k_len); j++) {

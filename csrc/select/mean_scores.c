@@ -26,7 +26,8 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
         dhsa_mean_query(s->kernels, s->q, s->b, job->set * members + h, job->from, job->to, 1.0f, h == 0 ? query : one);
         if (h > 0) s->kernels->add(one, DHSA_F32, dim, query);
     }
-    const double factor = s->config->scale * (root ? sqrt((double)(job->to - job->from)) : 1.0) / (double)(members * s->kv_per_set);
+    const double factor =
+        s->config->scale * (root ? sqrt((double)(job->to - job->from)) : 1.0) / (double)(members * s->kv_per_set);
     for (int64_t c = 0; c < job->n; c++) {
         const int64_t at = job->first + c;
         const double length = (double)(s->chunks.edges[at + 1] - s->chunks.edges[at]);
@@ -35,7 +36,8 @@ unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, i
             sum += s->kernels->dot(query, means + (h * s->chunks.pitch + at) * dim, dim);
         score[c] = (float)(sum * factor * (root ? sqrt(length) : 1.0));
         int good = 1;
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++) good &= s->chunks.state[h * s->chunks.pitch + at] == DHSA_CHUNK_GOOD;
+        for (int64_t h = kv; h < kv + s->kv_per_set; h++)
+            good &= s->chunks.state[h * s->chunks.pitch + at] == DHSA_CHUNK_GOOD;
         finite &= !good || isfinite(score[c]);
     }
     /* If queries of the block are not finite, all chunks score 0. */

@@ -109,7 +109,8 @@ void dhsa_probe_plan_as(dhsa_probe *b, dhsa_dtype dtype, int64_t rows, int64_t k
 
 /* Returns the part of a tile that at least one row of a panel sees. *masked: whether some row does not see all of
  * it. */
-static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile, int *masked)
+static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_t *hi, int used, dhsa_span tile,
+                            int *masked)
 {
     const dhsa_bounds all = dhsa_bounds_of(lo, hi, used);
     dhsa_span seen = {.lo = DHSA_MAX(tile.lo, all.lo_min), .end = DHSA_MIN(tile.end, all.hi_max)};
@@ -119,8 +120,9 @@ static dhsa_span probe_clip(const dhsa_probe *b, const int32_t *lo, const int32_
 }
 
 /* Computes the probabilities of one panel and tile, relative to the maximum so far. Returns the keys they belong to. */
-static dhsa_span probe_multiply(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t p, int used,
-                                dhsa_span tile, const float *keys, ptrdiff_t stride, float *s, float *l, float *alpha)
+static dhsa_span probe_multiply(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t p,
+                                int used, dhsa_span tile, const float *keys, ptrdiff_t stride, float *s, float *l,
+                                float *alpha)
 {
     const int64_t lanes = b->kernels->lanes;
     const int32_t *lo = w->lo + p * lanes, *hi = w->hi + p * lanes;
@@ -130,11 +132,13 @@ static dhsa_span probe_multiply(const dhsa_probe *b, const dhsa_probe_run *run, 
     if (n <= 0) return seen;
     const int64_t padded = dhsa_round_up(b->dim, DHSA_PAIR_STEP);
     if (b->pair)
-        b->pair->qk((const uint16_t *)(w->panel + p * padded * lanes), (const uint16_t *)keys + (seen.lo - tile.lo) * padded, n,
-                    (int)b->dim, s, w->top, NULL);
+        b->pair->qk((const uint16_t *)(w->panel + p * padded * lanes),
+                    (const uint16_t *)keys + (seen.lo - tile.lo) * padded, n, (int)b->dim, s, w->top, NULL);
     else
-        b->kernels->qk(w->panel + p * b->dim * lanes, keys + (seen.lo - tile.lo) * stride, stride, n, (int)b->dim, used, s, NULL);
-    b->kernels->softmax(s, n, used, (int)seen.lo, masked ? lo : NULL, hi, run->scale, run->softcap, w->m + p * lanes, l, alpha);
+        b->kernels->qk(w->panel + p * b->dim * lanes, keys + (seen.lo - tile.lo) * stride, stride, n, (int)b->dim, used,
+                       s, NULL);
+    b->kernels->softmax(s, n, used, (int)seen.lo, masked ? lo : NULL, hi, run->scale, run->softcap, w->m + p * lanes, l,
+                        alpha);
     return seen;
 }
 
@@ -158,7 +162,8 @@ static void probe_find_weights(const float *l, int64_t lanes, int used, float *w
 }
 
 /* One pass over the keys; what is kept is written to w->part. */
-static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t panels)
+static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at,
+                             int64_t panels)
 {
     const int64_t lanes = b->kernels->lanes, tiles = probe_count_tiles(b, run->from, run->to);
     for (int64_t i = 0; i < tiles; i++) {
@@ -168,18 +173,20 @@ static void probe_first_pass(const dhsa_probe *b, const dhsa_probe_run *run, con
         const float *keys = run->keys(run->of, tile.lo, (int)(tile.end - tile.lo), w->tile, &stride);
         for (int64_t p = 0; p < panels; p++) {
             const int used = (int)DHSA_MIN(lanes, run->rows - at - p * lanes);
-            float *part = w->part + p * b->part_rows * lanes, *s = b->way == DHSA_PROBE_KEYS ? part + i * b->tile * lanes : w->s;
+            float *part = w->part + p * b->part_rows * lanes,
+                  *s = b->way == DHSA_PROBE_KEYS ? part + i * b->tile * lanes : w->s;
             float *alpha = b->way == DHSA_PROBE_TWICE ? w->alpha : w->alpha + (p * b->tiles + i) * lanes;
             const dhsa_span seen = probe_multiply(b, run, w, p, used, tile, keys, stride, s, w->l + p * lanes, alpha);
             if (seen.lo < seen.end && probe_by_block(b))
-                probe_reduce(s, (int)(seen.end - seen.lo), (int)lanes, used, b->way == DHSA_PROBE_TOPS, part + i * lanes);
+                probe_reduce(s, (int)(seen.end - seen.lo), (int)lanes, used, b->way == DHSA_PROBE_TOPS,
+                             part + i * lanes);
         }
     }
 }
 
 /* Passes probabilities to the method, or adds them to run->score where the method has no visit function. */
-static void probe_visit(const dhsa_probe *b, const dhsa_probe_run *run, int64_t row, int64_t first, int n, const float *p,
-                        const float *weight)
+static void probe_visit(const dhsa_probe *b, const dhsa_probe_run *run, int64_t row, int64_t first, int n,
+                        const float *p, const float *weight)
 {
     if (run->visit) {
         run->visit(run->of, row, first, n, p, weight);
@@ -215,7 +222,8 @@ static void probe_hand_on(const dhsa_probe *b, const dhsa_probe_run *run, const 
 }
 
 /* Computes the probabilities again. They are relative to the final maxima, which do not change any more. */
-static void probe_second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at, int64_t panels)
+static void probe_second_pass(const dhsa_probe *b, const dhsa_probe_run *run, const probe_scratch *w, int64_t at,
+                              int64_t panels)
 {
     const int64_t lanes = b->kernels->lanes, tiles = probe_count_tiles(b, run->from, run->to);
     for (int64_t i = 0; i < tiles; i++) {
@@ -292,8 +300,8 @@ const float *dhsa_probe_read_keys(void *of, int64_t first, int n, float *tile, p
     return tile;
 }
 
-const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
-                                  int64_t step, int n, float *tile, ptrdiff_t *stride)
+const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head,
+                                  int64_t at, int64_t step, int n, float *tile, ptrdiff_t *stride)
 {
     const int64_t dim = k->shape[3];
     if (k->dtype == DHSA_F32) { /* no copy is needed */

@@ -72,8 +72,8 @@ typedef struct {
 void dhsa_probe_pack_queries(void *of, int64_t first, int n, float *panel, int32_t *lo, int32_t *hi);
 const float *dhsa_probe_read_keys(void *of, int64_t first, int n, float *tile, ptrdiff_t *stride);
 /* Returns n keys of a KV head as fp32 values, `step` apart, from key `at` on: in place, or copied to tile. */
-const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t at,
-                                  int64_t step, int n, float *tile, ptrdiff_t *stride);
+const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head,
+                                  int64_t at, int64_t step, int n, float *tile, ptrdiff_t *stride);
 
 /* The sign of the scale. The rows are multiplied by it, so that the largest product is the largest logit. */
 static inline float dhsa_probe_sign(const dhsa_selector *s) { return s->config->score.scale < 0 ? -1.0f : 1.0f; }

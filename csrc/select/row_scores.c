@@ -10,8 +10,8 @@
 #include "select/scorer.h"
 
 enum {
-    TILE = 128,             /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */
-    PANELS = 8,             /* the most panels that share a tile of means */
+    TILE = 128, /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */
+    PANELS = 8, /* the most panels that share a tile of means */
     PRODUCTS = 1024 * 1024, /* the most bytes that their probabilities take, so that these stay in L2 */
 };
 
@@ -55,7 +55,10 @@ static int64_t product_rows(int64_t chunks) { return dhsa_round_up(chunks + TILE
 
 static int64_t max_tiles(const dhsa_scorer *s) { return dhsa_ceil_div(s->most + TILE - 1, TILE) + 1; }
 
-static int64_t panel_bytes(const dhsa_scorer *s) { return s->kernels->lanes * (s->bf16 ? s->chunks.row * 2 : s->q->shape[3] * 4); }
+static int64_t panel_bytes(const dhsa_scorer *s)
+{
+    return s->kernels->lanes * (s->bf16 ? s->chunks.row * 2 : s->q->shape[3] * 4);
+}
 
 /* Bytes of one mean in the layout of the products. */
 static int64_t mean_bytes(const dhsa_scorer *s) { return s->chunks.row * (s->bf16 ? 2 : 4); }
@@ -77,7 +80,8 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
         int64_t bytes;
     } parts[] = {
         {&w->mean, 2 * dim * 4}, /* comes first: dhsa_chunks_fill uses this memory too */
-        {&w->products, DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->most) * lanes * 4), panels * product_rows(s->most) * lanes * 4)},
+        {&w->products,
+         DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->most) * lanes * 4), panels * product_rows(s->most) * lanes * 4)},
         {&w->tiles, max_tiles(s) * (int64_t)sizeof *w->tiles},
         {&w->alpha, panels * max_tiles(s) * lanes * 4},
         {&w->m, panels * lanes * 4},
@@ -114,15 +118,17 @@ static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int6
 {
     const int64_t bytes = s->q->shape[3] * dhsa_dtype_size(s->q->dtype);
     for (int64_t i = from; i < DHSA_MIN(from + DHSA_MIN(s->step, 8), to); i++)
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)dhsa_row(s->q, s->b, h, i) + byte);
+        for (int64_t byte = 0; byte < bytes; byte += 64)
+            __builtin_prefetch((const char *)dhsa_row(s->q, s->b, h, i) + byte);
 }
 
 /* Packs mean queries [at, at + n) of a KV head into a panel. */
-static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n, row_scores_scratch *w,
-                      int panel)
+static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n,
+                      row_scores_scratch *w, int panel)
 {
     const dhsa_means_kind kind = s->chunks.kind;
-    const int64_t dim = s->q->shape[3], head = s->config->heads == DHSA_HEADS_HEAD ? job->set : kv_head * s->heads_per_kv;
+    const int64_t dim = s->q->shape[3],
+                  head = s->config->heads == DHSA_HEADS_HEAD ? job->set : kv_head * s->heads_per_kv;
     const int64_t bytes = dim * (kind == DHSA_MEANS_F32 ? 4 : 2);
     /* The rows are multiplied by the sign of the scale, so that the largest product is the largest logit. */
     const float sign = s->config->scale < 0 ? -1.0f : s->config->scale > 0 ? 1.0f : 0.0f;
@@ -130,8 +136,8 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     for (int r = 0; r < n; r++) {
         const int64_t from = job->from + (at + r) / s->heads_per_kv * s->step;
         prefetch_queries(s, head + (at + r) % s->heads_per_kv, from + s->step, job->to);
-        dhsa_mean_query(s->kernels, s->q, s->b, head + (at + r) % s->heads_per_kv, from, DHSA_MIN(from + s->step, job->to), sign,
-                        w->mean);
+        dhsa_mean_query(s->kernels, s->q, s->b, head + (at + r) % s->heads_per_kv, from,
+                        DHSA_MIN(from + s->step, job->to), sign, w->mean);
         /* All products of such a row are infinite or NaN, but a softcap would make infinite ones finite. With a NaN the
          * row does not count. */
         if (!dhsa_all_finite(s->kernels, w->mean, dim)) w->mean[0] = NAN;
@@ -146,7 +152,8 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
 }
 
 /* Finds the chunks of tile `index`. cut: the state of the cut chunk, if there is one. */
-static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t index, unsigned char cut, tile *t)
+static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t index,
+                      unsigned char cut, tile *t)
 {
     const int64_t whole = job->n - (job->cut_end != 0), base = job->first % TILE, tiles = whole_tiles(job, whole);
     const unsigned char *state = s->chunks.state + kv_head * s->chunks.pitch + job->first;
@@ -157,7 +164,8 @@ static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         t->chunk[0] = (int32_t)whole;
         t->n = cut == DHSA_CHUNK_GOOD;
     } else if (job->groups) {
-        const int64_t first = index * (TILE / DHSA_CHUNK_GROUP), last = DHSA_MIN(first + TILE / DHSA_CHUNK_GROUP, job->n_groups);
+        const int64_t first = index * (TILE / DHSA_CHUNK_GROUP),
+                      last = DHSA_MIN(first + TILE / DHSA_CHUNK_GROUP, job->n_groups);
         for (int64_t g = first; g < last; g++) {
             const int64_t from = job->groups[g] * DHSA_CHUNK_GROUP - job->first;
             for (int64_t c = DHSA_MAX(from, 0); c < DHSA_MIN(from + DHSA_CHUNK_GROUP, whole); c++)
@@ -231,8 +239,8 @@ static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, r
 }
 
 /* Returns what the products of tile t prefetch: the means of the next tile, or nothing if they are not consecutive. */
-static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t, int panels,
-                                        const char **next)
+static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t,
+                                        int panels, const char **next)
 {
     const int64_t first = t->chunk[t->n - 1] + 1, n = job->groups || t->cut ? 0 : DHSA_MIN(TILE, job->n - first);
     const int64_t bytes = s->chunks.row * (s->chunks.kind == DHSA_MEANS_F32 ? 4 : 2);
@@ -251,7 +259,8 @@ static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t 
 
 /* Computes the denominators of the rows of a panel: the sum of the probabilities of all keys, where each key has that
  * of its chunk. The probabilities of a tile are relative to the maximum up to that tile; alpha rescales them. */
-static void panel_weights(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, row_scores_scratch *w)
+static void panel_weights(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel,
+                          row_scores_scratch *w)
 {
     const int lanes = s->kernels->lanes;
     float *l = w->l + panel * lanes;
@@ -261,7 +270,8 @@ static void panel_weights(const dhsa_scorer *s, const dhsa_block_job *job, int64
         if (t->n == 0) continue;
         const float *alpha = w->alpha + (panel * max_tiles(s) + index) * lanes;
         for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
-        s->kernels->weigh_keys(w->products + (panel * product_rows(live(job)) + t->row) * lanes, t->n, w->score, alpha, w->weight);
+        s->kernels->weigh_keys(w->products + (panel * product_rows(live(job)) + t->row) * lanes, t->n, w->score, alpha,
+                               w->weight);
     }
     /* A row whose plain sum is not finite keeps it, so that add_panel leaves the row out. */
     for (int r = 0; r < lanes; r++)
@@ -270,8 +280,8 @@ static void panel_weights(const dhsa_scorer *s, const dhsa_block_job *job, int64
 
 /* Adds the squared probabilities of rows [0, n) of a panel to score, and the probabilities to mass unless it is
  * NULL. */
-static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, int n, row_scores_scratch *w,
-                      float *score, float *mass)
+static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, int n,
+                      row_scores_scratch *w, float *score, float *mass)
 {
     const int lanes = s->kernels->lanes;
     const float *l = w->l + panel * lanes;
@@ -284,7 +294,8 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t t
         const float *products = w->products + (panel * product_rows(live(job)) + t->row) * lanes;
         const float *alpha = w->alpha + (panel * max_tiles(s) + index) * lanes;
         for (int sums = 0; sums < 1 + (mass != NULL); sums++) {
-            void (*const add)(const float *, int, const float *, float *) = sums ? s->kernels->add_sums : s->kernels->add_squares;
+            void (*const add)(const float *, int, const float *, float *) =
+                sums ? s->kernels->add_sums : s->kernels->add_squares;
             float *to = sums ? mass : score;
             if (t->in_one_piece) {
                 add(products, t->n, w->weight, to + t->chunk[0]);
@@ -301,11 +312,12 @@ static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t t
 
 /* Adds the squared probabilities of one KV head to score [n], and the probabilities to mass. Returns the state of its
  * last chunk, up to where the block cuts it. */
-static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, row_scores_scratch *w,
-                                   float *score, float *mass)
+static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head,
+                                   row_scores_scratch *w, float *score, float *mass)
 {
     const dhsa_kernels *kn = s->kernels;
-    const int64_t lanes = kn->lanes, n = job->n, tiles = whole_tiles(job, n - (job->cut_end != 0)) + (job->cut_end != 0);
+    const int64_t lanes = kn->lanes, n = job->n,
+                  tiles = whole_tiles(job, n - (job->cut_end != 0)) + (job->cut_end != 0);
     const int64_t rows = dhsa_ceil_div(job->to - job->from, s->step) * s->heads_per_kv;
     const float scale = s->config->scale == 0 ? 1.0f : (float)fabs(s->config->scale);
     const int most = panels_at_once(s, live(job));
@@ -316,7 +328,8 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
             pack_rows(s, job, kv_head, at + p * lanes, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, p);
         if (job->cut_end) {
             const int64_t from = s->chunks.edges[job->first + n - 1];
-            const int finite = dhsa_chunk_mean(kn, s->k, s->b, kv_head, from, job->cut_end, w->mean, w->mean + s->q->shape[3]);
+            const int finite =
+                dhsa_chunk_mean(kn, s->k, s->b, kv_head, from, job->cut_end, w->mean, w->mean + s->q->shape[3]);
             cut = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
         for (int64_t i = 0; i < panels * lanes; i++) {
@@ -338,12 +351,14 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
                             w->l + p * lanes, w->alpha + (p * max_tiles(s) + index) * lanes);
             }
         }
-        for (int p = 0; p < panels; p++) add_panel(s, job, tiles, p, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, score, mass);
+        for (int p = 0; p < panels; p++)
+            add_panel(s, job, tiles, p, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, score, mass);
     }
     return job->cut_end ? cut : s->chunks.state[kv_head * s->chunks.pitch + job->first + n - 1];
 }
 
-unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass)
+unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score,
+                              float *mass)
 {
     unsigned char last = DHSA_CHUNK_GOOD;
     row_scores_scratch w;

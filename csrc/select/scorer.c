@@ -6,7 +6,7 @@
 
 #include "select/scorer.h"
 
-/* ---- one block -------------------------------------------------------------------------------------------------- */
+/* ---- one block ------------------------------------------------------------------------------------------------- */
 
 /* Returns the index of the first entry of edges [0, n) that is at least x (above: more than x), or n. */
 static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
@@ -22,8 +22,8 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     return low;
 }
 
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups, char *arena,
-                     float *score, float *mass, int64_t *first, int64_t *last)
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups,
+                     char *arena, float *score, float *mass, int64_t *first, int64_t *last)
 {
     const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
     const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
@@ -55,10 +55,11 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
     }
 }
 
-/* ---- the scorer -------------------------------------------------------------------------------------------------- */
+/* ---- the scorer ------------------------------------------------------------------------------------------------ */
 
-dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int rounded, dhsa_key_index *const *key_indexes, int level, dhsa_error *error)
+dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k,
+                             const dhsa_score_config *config, int64_t n_boundaries, int rounded,
+                             dhsa_key_index *const *key_indexes, int level, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
     const int row_scores = config->score == DHSA_SCORE_ROWS;
@@ -88,7 +89,8 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->arena_size = row_scores ? dhsa_row_scores_plan(s) : dhsa_mean_plan(s);
     if (opened) return DHSA_OK;
     dhsa_scorer_close(s);
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks", n_boundaries - 1);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory for the means of %" PRId64 " chunks",
+                     n_boundaries - 1);
 }
 
 void dhsa_scorer_close(dhsa_scorer *s)
@@ -103,8 +105,8 @@ dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundari
     const int64_t count = search(boundaries, n_boundaries, s->k->shape[2], 0); /* the padding is left out */
     s->b = b;
     if (s->key_indexes)
-        return dhsa_key_index_means(s->key_indexes[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count, &s->chunks,
-                                    arenas, stride, num_threads, error);
+        return dhsa_key_index_means(s->key_indexes[b], s->level, s->chunks.kind, s->kernels, s->k, b, boundaries, count,
+                                    &s->chunks, arenas, stride, num_threads, error);
     s->chunks.edges = boundaries;
     s->chunks.chunks = count;
     dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, 0, arenas, stride, num_threads);

@@ -37,8 +37,9 @@ typedef struct {
 
 /* Allocates the means of chunks for rows of n_boundaries boundaries, unless key_indexes (may be NULL) keep them, at
  * `level`. rounded: row scores use bf16 means, whatever the dtype of q and k. Arguments have been checked. */
-dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k, const dhsa_score_config *config,
-                             int64_t n_boundaries, int rounded, dhsa_key_index *const *key_indexes, int level, dhsa_error *error);
+dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k,
+                             const dhsa_score_config *config, int64_t n_boundaries, int rounded,
+                             dhsa_key_index *const *key_indexes, int level, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
 /* Computes the chunk means of batch item b for its boundaries, in parallel. Thread t uses scratch at arenas + t *
  * stride. */
@@ -48,14 +49,15 @@ dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundari
  * score is never NaN; empty chunks get -inf, and chunks without a finite mean +inf. groups: NULL, or [n_groups]: chunks
  * outside these groups get -inf. mass: NULL, or (row scores only) it receives the attention mass of the same chunks, 0
  * where the chunk is empty or its mean is not finite. */
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups, char *arena,
-                     float *score, float *mass, int64_t *first, int64_t *last);
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups,
+                     char *arena, float *score, float *mass, int64_t *first, int64_t *last);
 
 /* Row scores, in row_scores.c. Sets s->step and s->panels and returns the bytes of scratch that a thread needs. */
 int64_t dhsa_row_scores_plan(dhsa_scorer *s);
 /* Writes the scores [n] of one query block, and unless mass is NULL the mass of each chunk. kv is the first KV head of
  * the set. Returns the state of the last chunk, up to where the block cuts it. */
-unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score, float *mass);
+unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score,
+                              float *mass);
 /* The same two functions for the scores of the paper, in mean_scores.c. */
 int64_t dhsa_mean_plan(const dhsa_scorer *s);
 unsigned char dhsa_mean_score(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score);

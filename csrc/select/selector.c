@@ -28,7 +28,8 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
     s->num_threads = dhsa_select_threads(num_threads, s->head_sets * s->blocks);
     dhsa_status status = DHSA_OK;
     if (method->has_finite && !dhsa_finite_open(s))
-        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "%s: no memory for flags of %" PRId64 " keys", method->name, k->shape[2]);
+        status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "%s: no memory for flags of %" PRId64 " keys", method->name,
+                           k->shape[2]);
     if (!status && method->open) status = method->open(s, error);
     s->arena_stride = s->arena_size;
     for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->segments * 4); /* scratch of dhsa_topk */
@@ -67,7 +68,7 @@ dhsa_status dhsa_selector_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
     return s->method->begin ? s->method->begin(s, b, error) : DHSA_OK;
 }
 
-/* ---- all blocks -------------------------------------------------------------------------------------------------- */
+/* ---- all blocks ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const dhsa_selector *selector;
@@ -99,7 +100,8 @@ dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blo
 {
     const int64_t lists = s->head_sets * blocks;
     list_job job = {s, first, blocks, indptr, dhsa_alloc(lists, sizeof *job.counts), indices};
-    if (!job.counts) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the lengths of %" PRId64 " lists", lists);
+    if (!job.counts)
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the lengths of %" PRId64 " lists", lists);
     for (int64_t at = 0; at < lists; at++)
         indptr[at + 1] = indptr[at] + dhsa_block_keys(s->config, s->q->shape[2], s->k->shape[2], first + at % blocks);
     dhsa_parallel(lists, s->num_threads, selector_task, &job);

@@ -29,7 +29,8 @@ typedef struct {
     dhsa_status (*begin)(dhsa_selector *s, int64_t b, dhsa_error *error);
     /* Writes the list of (set, block), keys of `span` in ascending order, to list [room]. Returns the number of keys:
      * `room`, unless a share of mass decides. Called in a task of `thread`, only for blocks that are not exact. */
-    int64_t (*list)(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list, int64_t room);
+    int64_t (*list)(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
+                    int64_t room);
 } dhsa_method;
 
 struct dhsa_selector {
@@ -59,7 +60,10 @@ struct dhsa_selector {
 };
 
 /* The scratch memory of `thread`, aligned to DHSA_ALIGN. */
-static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread) { return s->arenas + thread * s->arena_stride; }
+static inline char *dhsa_selector_arena(const dhsa_selector *s, int thread)
+{
+    return s->arenas + thread * s->arena_stride;
+}
 
 /* Returns the method of a kind, or NULL if there is none. In methods/registry.c. */
 const dhsa_method *dhsa_method_find(dhsa_method_kind kind);
@@ -82,9 +86,12 @@ dhsa_status dhsa_selector_run(const dhsa_selector *s, int64_t first, int64_t blo
                               dhsa_error *error);
 /* The number of threads that get a workspace: no more than there are lists, but up to 16 in any case for the work that
  * all lists share. */
-static inline int dhsa_select_threads(int num_threads, int64_t lists) { return (int)DHSA_MIN(num_threads, DHSA_MAX(lists, 16)); }
+static inline int dhsa_select_threads(int num_threads, int64_t lists)
+{
+    return (int)DHSA_MIN(num_threads, DHSA_MAX(lists, 16));
+}
 
-/* ---- from scores to a list, topk.c --------------------------------------------------------------------------- */
+/* ---- from scores to a list, topk.c ----------------------------------------------------------------------------- */
 
 /* Segments: runs of consecutive keys that are scored as one. Segment c holds keys [edges[c], edges[c + 1]), or key c
  * alone if edges is NULL. Segments [first, last) hold all candidates of the block, and may reach past them at both
@@ -93,18 +100,20 @@ typedef struct {
     const int32_t *edges;
     int64_t first, last;
     const float *score; /* [c]: of segment c, not NaN. The highest come first; +inf is always taken, if there is room */
-    const float *mass;  /* [c]: estimated attention mass on any scale; finite, >= 0; 0 where the score is +inf; or NULL */
+    const float
+        *mass; /* [c]: estimated attention mass on any scale; finite, >= 0; 0 where the score is +inf; or NULL */
 } dhsa_segments;
 
 /* Writes the list of a block, ascending, to list [room] and returns its length. The sinks and local keys are always on
  * it; other keys are taken by the score of their segment until the list is full, or until it holds the share of mass
  * asked for. Of equal scores, and within a segment that only partly fits, the most recent keys are taken first. */
-int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int32_t *list, int64_t room);
+int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int32_t *list,
+                  int64_t room);
 /* Chooses whole segments, best first, until they hold `keys` candidates (all segments if there are fewer), writes them
  * to `chosen` in ascending order and returns how many. `chosen` has room for all segments. Of equal scores the most
  * recent are taken first. */
-int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int64_t keys,
-                           int32_t *chosen);
+int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments,
+                           int64_t keys, int32_t *chosen);
 /* Writes keys [from, to) to list and returns how many. */
 int64_t dhsa_write_keys(int32_t *list, int64_t from, int64_t to);
 

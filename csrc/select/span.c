@@ -7,7 +7,8 @@ dhsa_span dhsa_span_candidates(const dhsa_score_config *config, int64_t q_len, i
     const int64_t window = config->window;
     if (config->bidirectional) {
         const int64_t last = DHSA_MIN(nominal, k_len) - 1; /* the position of the last query */
-        const dhsa_span all = {.lo = 0, .end = k_len}, near = {.lo = DHSA_MAX(start - window + 1, 0), .end = last + window};
+        const dhsa_span all = {.lo = 0, .end = k_len},
+                        near = {.lo = DHSA_MAX(start - window + 1, 0), .end = last + window};
         return window == 0 ? all : window < k_len - last ? near : (dhsa_span){.lo = near.lo, .end = k_len};
     }
     dhsa_span span = {.lo = 0, .end = DHSA_MIN(nominal, k_len)};
@@ -26,10 +27,12 @@ int64_t dhsa_head_sets(const dhsa_score_config *config, const dhsa_tensor *q, co
 /* Sets the local keys of a span: the last ones, or in bidirectional attention those around the middle of the block. */
 static void set_local(const dhsa_select_config *c, int64_t q_len, int64_t k_len, int64_t block, dhsa_span *span)
 {
-    const int64_t first = k_len - q_len + block * c->score.query_block, last = DHSA_MIN(first + c->score.query_block, k_len);
+    const int64_t first = k_len - q_len + block * c->score.query_block,
+                  last = DHSA_MIN(first + c->score.query_block, k_len);
     const int64_t local = DHSA_MIN(c->local, span->end - span->lo);
     span->local_lo = span->end - local;
-    if (c->score.bidirectional) span->local_lo = DHSA_MIN(DHSA_MAX((first + last) / 2 - local / 2, span->lo), span->end - local);
+    if (c->score.bidirectional)
+        span->local_lo = DHSA_MIN(DHSA_MAX((first + last) / 2 - local / 2, span->lo), span->end - local);
     span->local_end = span->local_lo + local;
 }
 
@@ -61,8 +64,8 @@ int dhsa_leaves_out(const dhsa_select_config *config, int64_t q_len, int64_t k_l
     c.score.bidirectional = !causal;
     const int64_t all = dhsa_block_count(&c.score, q_len);
     if (!causal) {
-        /* The number of candidates grows with the block until the windows begin after key 0, and shrinks once they end at
-         * the last key, so that the largest number is near the block where the first of these happens. */
+        /* The number of candidates grows with the block until the windows begin after key 0, and shrinks once they end
+         * at the last key, so that the largest number is near the block where the first of these happens. */
         const int64_t turn = window ? (DHSA_MIN(window, k_len) - (k_len - q_len)) / c.score.query_block : 0;
         for (int64_t block = turn - 1; block <= turn + 1; block++)
             if (!dhsa_span_exact(&c, q_len, k_len, DHSA_MAX(DHSA_MIN(block, all - 1), 0), &span)) return 1;

@@ -155,8 +155,8 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
     return DHSA_MIN(DHSA_MAX(size, config->floor), room);
 }
 
-int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int64_t keys,
-                           int32_t *chosen)
+int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments,
+                           int64_t keys, int32_t *chosen)
 {
     const topk_scratch w = topk_lay_out(s, thread);
     const free_keys f = {segments, span.lo, span.end, span.end, span.end};
@@ -192,8 +192,8 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
 
 /* Writes the chosen keys of [from, to), those of segments above the image `least` and *left keys of those that equal
  * it, below `end`; returns the new end. Written backwards, so that of equal scores the later keys are taken. */
-static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *w, int64_t from, int64_t to, uint32_t least,
-                             int64_t *left, int32_t *end)
+static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *w, int64_t from, int64_t to,
+                             uint32_t least, int64_t *left, int32_t *end)
 {
     for (int64_t c = segments->last - 1; c >= segments->first; c--) {
         if (w->key[c] < least) continue;
@@ -209,7 +209,8 @@ static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *
     return end;
 }
 
-int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int32_t *list, int64_t room)
+int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments, int32_t *list,
+                  int64_t room)
 {
     const dhsa_select_config *config = s->config;
     const topk_scratch w = topk_lay_out(s, thread);

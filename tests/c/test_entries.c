@@ -25,15 +25,15 @@ static void require(int good, const char *what, int line)
     exit(1);
 }
 
-#define REFUSED(call, text)                                                                                                        \
-    do {                                                                                                                           \
-        error = (dhsa_error){DHSA_OK, ""};                                                                                         \
-        require((call) != DHSA_OK && strstr(error.message, text), #call, __LINE__);                                                \
+#define REFUSED(call, text)                                                                                            \
+    do {                                                                                                               \
+        error = (dhsa_error){DHSA_OK, ""};                                                                             \
+        require((call) != DHSA_OK && strstr(error.message, text), #call, __LINE__);                                    \
     } while (0)
-#define SERVED(call)                                                                                                               \
-    do {                                                                                                                           \
-        error = (dhsa_error){DHSA_OK, ""};                                                                                         \
-        require((call) == DHSA_OK, #call, __LINE__);                                                                               \
+#define SERVED(call)                                                                                                   \
+    do {                                                                                                               \
+        error = (dhsa_error){DHSA_OK, ""};                                                                             \
+        require((call) == DHSA_OK, #call, __LINE__);                                                                   \
     } while (0)
 
 static dhsa_tensor tensor(float *data) { return (dhsa_tensor){data, DHSA_F32, {1, H, L, D}, {H * L * D, L * D, D, 1}}; }
@@ -48,7 +48,8 @@ static dhsa_problem problem(void)
 
 static dhsa_boundary_config cuts(void)
 {
-    return (dhsa_boundary_config){.kind = DHSA_BOUNDARIES_SIMILARITY, .num_chunks = 12, .window = 4, .theta = -INFINITY, .nms = 2};
+    return (dhsa_boundary_config){
+        .kind = DHSA_BOUNDARIES_SIMILARITY, .num_chunks = 12, .window = 4, .theta = -INFINITY, .nms = 2};
 }
 
 static dhsa_select_config choice(void)
@@ -96,7 +97,8 @@ static void boundaries(void)
     c.chunk_size = 7;
     require(dhsa_boundaries_capacity(&c, 15) == 4, "edges of 15 keys in chunks of 7", __LINE__);
     require(dhsa_boundaries_capacity(NULL, 15) == 0, "no config, no room", __LINE__);
-    require(dhsa_boundaries_capacity(&c, 0) == 0 && dhsa_boundaries_capacity(&c, -1) == 0, "no keys, no room", __LINE__);
+    require(dhsa_boundaries_capacity(&c, 0) == 0 && dhsa_boundaries_capacity(&c, -1) == 0, "no keys, no room",
+            __LINE__);
     require(dhsa_boundaries_capacity(&c, INT64_MAX) == 0, "more keys than there may be, no room", __LINE__);
 }
 
@@ -198,8 +200,8 @@ static void configs(void)
                 p.causal = mode % 2;
                 p.window = mode < 2 ? 0 : 20;
                 SERVED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error));
-                require((stats.path == DHSA_PATH_SPARSE) == dhsa_leaves_out(&c, L, L, p.window, p.causal), "what a call does",
-                        __LINE__);
+                require((stats.path == DHSA_PATH_SPARSE) == dhsa_leaves_out(&c, L, L, p.window, p.causal),
+                        "what a call does", __LINE__);
             }
     require(strcmp(dhsa_method_name(DHSA_METHOD_ORACLE), "oracle") == 0, "the name of a method", __LINE__);
     require(!dhsa_method_name((dhsa_method_kind)99), "no such method", __LINE__);
@@ -240,7 +242,8 @@ static void pipeline(void)
     b = cuts();
     b.nms = -1;
     REFUSED(dhsa_prefill_indexed(&p, &b, NULL, 0, &c, key_indexes, 0, 0, &stats, &error), "nms: ");
-    require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "key_indexes stay", __LINE__);
+    require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "key_indexes stay",
+            __LINE__);
     b = cuts();
     /* A key index serves one batch item, never two. */
     dhsa_problem two = p;
@@ -249,7 +252,8 @@ static void pipeline(void)
     two.out.data = twins;
     dhsa_key_index *both[] = {index, index};
     REFUSED(dhsa_prefill_indexed(&two, &b, NULL, 0, &c, both, 0, 0, &stats, &error), "key_indexes: ");
-    require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "it stays", __LINE__);
+    require(dhsa_key_index_boundaries(index, NULL) == edges && dhsa_key_index_bytes(index) == bytes, "it stays",
+            __LINE__);
     SERVED(dhsa_key_index_copy(index, &twin, &error));
     both[1] = twin;
     SERVED(dhsa_prefill_indexed(&two, &b, NULL, 0, &c, both, 0, 1, &stats, &error));
@@ -259,8 +263,8 @@ static void pipeline(void)
     char *file = malloc((size_t)written);
     require(written > 0 && file && dhsa_key_index_write(index, file) == written, "an index as bytes", __LINE__);
     SERVED(dhsa_key_index_read(file, written, &twin, &error));
-    require(dhsa_key_index_boundaries(twin, NULL) == edges && dhsa_key_index_write(twin, NULL) == written, "it is as it was",
-            __LINE__);
+    require(dhsa_key_index_boundaries(twin, NULL) == edges && dhsa_key_index_write(twin, NULL) == written,
+            "it is as it was", __LINE__);
     dhsa_key_index_free(twin);
     REFUSED(dhsa_key_index_read(NULL, 0, &twin, &error), "bytes: ");
     REFUSED(dhsa_key_index_read(file, 0, &twin, &error), "bytes: ");
@@ -282,7 +286,8 @@ static void pipeline(void)
     require(dhsa_key_index_boundaries(NULL, NULL) == 0 && dhsa_key_index_bytes(NULL) == 0, "of no index", __LINE__);
 }
 
-/* ---- tiers -------------------------------------------------------------------------------------------------------------- */
+/* ---- tiers
+ * -------------------------------------------------------------------------------------------------------------- */
 
 static pthread_barrier_t barrier;
 

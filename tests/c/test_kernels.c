@@ -1,7 +1,7 @@
 /* test_kernels.c: compares every kernel of every tier that this CPU supports with the scalar tier on the same rows.
  * Every buffer ends at a guard page, so that a read or write past it always crashes. Prints the number of comparisons;
- * exits with 1 if there is a difference. Built and run by tests/core/test_programs.py, for this CPU and, if a cross compiler
- * and an emulator are installed, for 64-bit Arm. */
+ * exits with 1 if there is a difference. Built and run by tests/core/test_programs.py, for this CPU and, if a cross
+ * compiler and an emulator are installed, for 64-bit Arm. */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -45,7 +45,8 @@ static void *guarded(size_t bytes)
 {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (bytes + page - 1) / page + 1;
     char *base = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (n_made == sizeof made / sizeof *made || base == MAP_FAILED || mprotect(base + (pages - 1) * page, page, PROT_NONE) != 0) {
+    if (n_made == sizeof made / sizeof *made || base == MAP_FAILED ||
+        mprotect(base + (pages - 1) * page, page, PROT_NONE) != 0) {
         perror("guarded");
         _exit(2);
     }
@@ -67,7 +68,8 @@ static void near(const char *what, int a, int b, float got, float want, float to
 {
     checks++;
     if ((isnan(got) && isnan(want)) || got == want || fabsf(got - want) <= tolerance) return;
-    if (failures++ < 20) printf("%s %s (%d, %d): got %.9g, want %.9g, tolerance %.3g\n", kn->isa, what, a, b, got, want, tolerance);
+    if (failures++ < 20)
+        printf("%s %s (%d, %d): got %.9g, want %.9g, tolerance %.3g\n", kn->isa, what, a, b, got, want, tolerance);
 }
 
 /* Random rows of one dtype and pointers to them. */
@@ -79,7 +81,8 @@ static const void **random_rows(int n, int dim, int dtype)
             rows[r] = random_floats((size_t)dim);
         } else {
             uint16_t *half = guarded((size_t)dim * 2);
-            for (int d = 0; d < dim; d++) half[d] = dtype == DHSA_F16 ? dhsa_to_f16(uniform()) : dhsa_to_bf16(uniform());
+            for (int d = 0; d < dim; d++)
+                half[d] = dtype == DHSA_F16 ? dhsa_to_f16(uniform()) : dhsa_to_bf16(uniform());
             rows[r] = half;
         }
     }
@@ -90,7 +93,8 @@ static const void **random_rows(int n, int dim, int dtype)
 static void split(const float *panel, int part, int dim, float *out)
 {
     for (int d = 0; d < dim; d++)
-        for (int r = 0; r < ref->lanes; r++) out[d * ref->lanes + r] = panel[(ptrdiff_t)d * kn->lanes + part * ref->lanes + r];
+        for (int r = 0; r < ref->lanes; r++)
+            out[d * ref->lanes + r] = panel[(ptrdiff_t)d * kn->lanes + part * ref->lanes + r];
 }
 
 static void test_products(int n, int dim)
@@ -111,7 +115,8 @@ static void test_products(int n, int dim)
     const void **rows = random_rows(n, dim, DHSA_F32);
     const int step = kn->value_step, ref_step = ref->value_step;
     float *v = floats((size_t)dhsa_round_up(dim, step) * n), *v_ref = floats((size_t)dhsa_round_up(dim, ref_step) * n);
-    float *o = random_floats((size_t)dim * lanes), *o_part = floats((size_t)dim * small), *alpha = random_floats((size_t)lanes);
+    float *o = random_floats((size_t)dim * lanes), *o_part = floats((size_t)dim * small),
+          *alpha = random_floats((size_t)lanes);
     float *alpha_part = floats((size_t)small), *before = floats((size_t)dim * lanes);
     memcpy(before, o, sizeof(float) * (size_t)dim * lanes);
     if (kn->pack_values(rows, DHSA_F32, n, dim, (ptrdiff_t)n * step, v) |
@@ -119,7 +124,8 @@ static void test_products(int n, int dim)
         near("finite values", n, dim, 1, 0, 0);
     const int skip = n > 1;
     for (int used = 1; used < lanes; used += 5) { /* a panel that is not full has the same values in its used rows */
-        float *part = floats((size_t)n * lanes), *sum = floats((size_t)dim * lanes), *full = floats((size_t)dim * lanes);
+        float *part = floats((size_t)n * lanes), *sum = floats((size_t)dim * lanes),
+              *full = floats((size_t)dim * lanes);
         memcpy(sum, o, sizeof(float) * (size_t)dim * lanes);
         memcpy(full, o, sizeof(float) * (size_t)dim * lanes);
         kn->qk(q, k, dim, n, dim, used, part, NULL);
@@ -135,8 +141,8 @@ static void test_products(int n, int dim)
         split(before, part, dim, o_part);
         split(s, part, n, s_part);
         split(alpha, part, 1, alpha_part);
-        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, small, alpha_part, o_part,
-                NULL);
+        ref->pv(s_part + skip * small, v_ref + skip * ref_step, (ptrdiff_t)n * ref_step, n - skip, dim, small,
+                alpha_part, o_part, NULL);
         for (int d = 0; d < dim; d++)
             for (int r = 0; r < small; r++)
                 near("pv", d, part * small + r, o[(ptrdiff_t)d * lanes + part * small + r], o_part[d * small + r],
@@ -147,7 +153,8 @@ static void test_products(int n, int dim)
 static void test_softmax(int n, int masked, float softcap)
 {
     const int lanes = kn->lanes, small = ref->lanes;
-    float *s = floats((size_t)n * lanes), *m = floats((size_t)lanes), *l = floats((size_t)lanes), *alpha = floats((size_t)lanes);
+    float *s = floats((size_t)n * lanes), *m = floats((size_t)lanes), *l = floats((size_t)lanes),
+          *alpha = floats((size_t)lanes);
     float *s2 = floats((size_t)n * small), *m2 = floats((size_t)small), *l2 = floats((size_t)small),
           *alpha2 = floats((size_t)small);
     float *s0 = floats((size_t)n * lanes), *m0 = floats((size_t)lanes), *l0 = floats((size_t)lanes);
@@ -344,7 +351,8 @@ static void test_moves(int n, int dim, int dtype)
             if (dtype == DHSA_F32)
                 near("store_panel", r, d, ((float *)out[r])[d], want, 0);
             else
-                near("store_panel", r, d, ((uint16_t *)out[r])[d], dtype == DHSA_F16 ? dhsa_to_f16(want) : dhsa_to_bf16(want), 0);
+                near("store_panel", r, d, ((uint16_t *)out[r])[d],
+                     dtype == DHSA_F16 ? dhsa_to_f16(want) : dhsa_to_bf16(want), 0);
         }
     float *sum = random_floats((size_t)dim), *copy = floats((size_t)dim);
     memcpy(copy, sum, sizeof(float) * (size_t)dim);
@@ -361,7 +369,8 @@ static void test_conversions(int dtype)
     for (int i = 0; i < 65536; i++) half[i] = (uint16_t)i;
     kn->load(half, dtype, 65536, got);
     for (int i = 0; i < 65536; i++)
-        near("widen", i, dtype, got[i], dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i), 0);
+        near("widen", i, dtype, got[i], dtype == DHSA_F16 ? dhsa_from_f16((uint16_t)i) : dhsa_from_bf16((uint16_t)i),
+             0);
     const int lanes = kn->lanes;
     float *panel = floats((size_t)lanes), *one = floats((size_t)lanes);
     uint16_t back[DHSA_MAX_LANES];
@@ -381,7 +390,8 @@ static void test_conversions(int dtype)
         for (int r = 0; r < 4; r++) {
             const uint16_t want = dtype == DHSA_F16 ? dhsa_to_f16(tries[r]) : dhsa_to_bf16(tries[r]);
             if (isnan(tries[r]))
-                near("narrow NaN", i, r, isnan(dtype == DHSA_F16 ? dhsa_from_f16(back[r]) : dhsa_from_bf16(back[r])), 1, 0);
+                near("narrow NaN", i, r, isnan(dtype == DHSA_F16 ? dhsa_from_f16(back[r]) : dhsa_from_bf16(back[r])), 1,
+                     0);
             else
                 near("narrow", i, r, back[r], want, 0);
         }
@@ -408,12 +418,14 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
     for (int d = 0; d < K; d++) {
         for (int r = 0; r < lanes; r++) {
             const uint16_t want = r < used && d < dim ? ((const uint16_t *)queries[r])[d] ^ (n % 2 ? 0x8000 : 0) : 0;
-            near("pairs pack_panel", d, r, q[((ptrdiff_t)(d / 2) * lanes + r) * 2 + d % 2] & (want ? 0xffff : 0x7fff), want, 0);
+            near("pairs pack_panel", d, r, q[((ptrdiff_t)(d / 2) * lanes + r) * 2 + d % 2] & (want ? 0xffff : 0x7fff),
+                 want, 0);
         }
         for (int j = 0; j < n; j++)
             near("pairs pack_keys", j, d, k[dhsa_square(j, d, K)], d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
         for (int j = 0; j < N; j++)
-            near("pairs pack_values", j, d, v[dhsa_square(d, j, N)], j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
+            near("pairs pack_values", j, d, v[dhsa_square(d, j, N)],
+                 j < n && d < dim ? ((const uint16_t *)keys[j])[d] : 0, 0);
     }
     half->qk(q, k, n, dim, s, top, NULL);
     for (int j = 0; j < n; j++)
@@ -466,11 +478,13 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
             for (int r = 0; r < lanes; r++) {
                 double sum = (double)before[(ptrdiff_t)d * lanes + r] * alpha[r];
                 for (int j = 0; j < n; j++)
-                    sum += (double)number(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]) * number(v[dhsa_square(d, j, N)]);
+                    sum += (double)number(p[((ptrdiff_t)(j / 2) * lanes + r) * 2 + j % 2]) *
+                           number(v[dhsa_square(d, j, N)]);
                 near("pairs pv", d, r, o[(ptrdiff_t)d * lanes + r], (float)sum, 1e-6f * (float)(n + 4));
             }
     }
-    uint16_t *last = (uint16_t *)keys[n - 1], bad[] = {fp16 ? 0x7c00 : 0x7f80, fp16 ? 0xfc00 : 0xff80, fp16 ? 0x7e01 : 0x7fc1};
+    uint16_t *last = (uint16_t *)keys[n - 1],
+             bad[] = {fp16 ? 0x7c00 : 0x7f80, fp16 ? 0xfc00 : 0xff80, fp16 ? 0x7e01 : 0x7fc1};
     for (int i = 0; i < 3; i++) {
         last[dim - 1] = bad[i];
         near("pairs not finite", n, i, (float)(half->pack_values(keys, n, dim, v) != 0), 1, 0);
@@ -498,7 +512,8 @@ static const void **keys_of(int n, int dim, int dtype)
 static void test_decode(int n, int dim, int dtype, int rows)
 {
     const int padded = (int)dhsa_round_up(dim, DHSA_DECODE_STEP), stride = n + DHSA_DECODE_STEP - 1;
-    const void **queries = random_rows(rows, dim, dtype), **keys = keys_of(n, dim, dtype), **values = keys_of(n, dim, dtype);
+    const void **queries = random_rows(rows, dim, dtype), **keys = keys_of(n, dim, dtype),
+               **values = keys_of(n, dim, dtype);
     const size_t sums = (size_t)rows * padded, scores = (size_t)rows * stride;
     float *q = floats(sums), *o = floats(2 * sums), *s = floats(scores), *q2 = floats(sums), *s2 = floats(scores);
     for (int r = 0; r < rows; r++) {
@@ -528,7 +543,10 @@ static void test_decode(int n, int dim, int dtype, int rows)
         for (int d = 0; d < dim; d++) {
             double sum = 6.0 * s[r * stride] * number(values[0], dtype, d);
             for (int j = 0; j < n; j++) sum += 0.5 * s[r * stride + j] * number(values[j], dtype, d);
-            const float rounding = dtype == DHSA_F32 ? 0 : dtype == DHSA_F16 ? 0x1p-11f : 0x1p-8f, want = (float)(sum / 7);
+            const float rounding = dtype == DHSA_F32   ? 0
+                                   : dtype == DHSA_F16 ? 0x1p-11f
+                                                       : 0x1p-8f,
+                        want = (float)(sum / 7);
             near("decode_pv", r, d, number(row, dtype, d), want, 1e-6f * (float)(n + 6) + rounding * fabsf(want));
         }
     }

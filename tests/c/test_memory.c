@@ -44,7 +44,8 @@ static int tries(dhsa_method_kind method, double mass, int64_t *indptr, int32_t 
     const int chunks = dhsa_method_has_chunks(method);
     int32_t edges[LK / 10 + 1];
     for (int i = 0; i <= LK / 10; i++) edges[i] = 10 * i;
-    dhsa_select_config c = {.method = method, .budget = BUDGET, .mass = mass, .floor = mass > 0 ? 48 : 0, .sink = 4, .local = 16};
+    dhsa_select_config c = {
+        .method = method, .budget = BUDGET, .mass = mass, .floor = mass > 0 ? 48 : 0, .sink = 4, .local = 16};
     c.shortlist = method == DHSA_METHOD_ROWS && mass == 0 ? 128 : 0;
     c.key_block = 16;
     c.stride = 4;
@@ -64,7 +65,8 @@ static int tries(dhsa_method_kind method, double mass, int64_t *indptr, int32_t 
             dhsa_select(&x, &y, chunks ? edges : NULL, chunks ? LK / 10 + 1 : 0, &c, indptr, indices, 1, &error);
         const int done = asked <= failed;
         if (held != 0 || status != (done ? DHSA_OK : DHSA_ERR_NO_MEMORY)) {
-            printf("method %d, allocation %d: status %d, %lld pieces left\n", (int)method, failed, (int)status, (long long)held);
+            printf("method %d, allocation %d: status %d, %lld pieces left\n", (int)method, failed, (int)status,
+                   (long long)held);
             return -1;
         }
         if (done) return failed;

@@ -35,7 +35,8 @@ static dhsa_status block_open(dhsa_selector *s, dhsa_error *error)
     s->arena_size = block_lay_out(s, NULL).size;
     dhsa_block_means *means = s->state = dhsa_alloc_zeroed(1, sizeof *means);
     if (means && dhsa_block_means_open(means, s)) return DHSA_OK;
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "block: no memory for the means of %" PRId64 " blocks of keys", s->segments);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "block: no memory for the means of %" PRId64 " blocks of keys",
+                     s->segments);
 }
 
 static void block_close(dhsa_selector *s) { dhsa_block_means_close(s->state); }
@@ -49,9 +50,9 @@ static dhsa_status block_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 
 /* Adds the probabilities of one head to the mass of all segments. state says which key blocks of its KV head have a
  * finite mean, and last_key is the mean of the last key block, up to the end of the query block. */
-static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, int64_t to, const dhsa_segments *segments,
-                           const unsigned char *state, const float *means, const float *last_key, int last_good,
-                           const block_parts *w)
+static void block_add_head(const dhsa_selector *s, int64_t head, int64_t from, int64_t to,
+                           const dhsa_segments *segments, const unsigned char *state, const float *means,
+                           const float *last_key, int last_good, const block_parts *w)
 {
     const dhsa_kernels *kn = s->kernels;
     const int64_t dim = s->q->shape[3];
@@ -79,7 +80,8 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     const dhsa_block_means *state = s->state;
     const dhsa_chunks *blocks = &state->chunks;
     const int64_t length = s->config->key_block, dim = s->k->shape[3];
-    const int64_t from = block * s->config->score.query_block, to = DHSA_MIN(from + s->config->score.query_block, s->q->shape[2]);
+    const int64_t from = block * s->config->score.query_block,
+                  to = DHSA_MIN(from + s->config->score.query_block, s->q->shape[2]);
     const block_parts w = block_lay_out(s, dhsa_selector_arena(s, thread));
     dhsa_segments segments = {state->edges, span.lo / length, dhsa_ceil_div(span.end, length), w.score, w.mass};
     const int64_t last = segments.last - 1, first_head = set * s->heads_per_set;
@@ -92,7 +94,8 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
         if (h == first_head || h % s->group == 0) { /* the next KV head */
             means = (const float *)blocks->means + kv * blocks->pitch * dim;
             good = blocks->state + kv * blocks->pitch;
-            last_key = dhsa_block_mean(state, s, kv, last, span.end, w.key, w.sum, &last_good); /* of keys below span.end */
+            last_key =
+                dhsa_block_mean(state, s, kv, last, span.end, w.key, w.sum, &last_good); /* of keys below span.end */
             /* As in exact attention, a NaN must reach the queries that see it, so such a key block is always picked. */
             for (int64_t c = segments.first; c < segments.last; c++)
                 if (c == last ? !last_good : good[c] != DHSA_CHUNK_GOOD) w.score[c] = INFINITY;

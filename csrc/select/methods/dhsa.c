@@ -8,8 +8,8 @@ static dhsa_status dhsa_method_open(dhsa_selector *s, dhsa_error *error)
 {
     dhsa_scorer *scorer = s->state = dhsa_alloc_zeroed(1, sizeof *scorer);
     if (!scorer) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "scores: no memory");
-    const dhsa_status status =
-        dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0, s->key_indexes, DHSA_LEVEL_FINE, error);
+    const dhsa_status status = dhsa_scorer_open(scorer, s->q, s->k, &s->config->score, s->n_boundaries, 0,
+                                                s->key_indexes, DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->segments = scorer->capacity;
     s->arena_size = scorer->arena_size; /* scratch of the scorer, then the scores */
@@ -21,12 +21,12 @@ static void dhsa_method_close(dhsa_selector *s) { dhsa_scorer_close(s->state); }
 
 static dhsa_status dhsa_method_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
-    return dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas, s->arena_stride,
-                             s->num_threads, error);
+    return dhsa_scorer_begin(s->state, b, s->boundaries + b * s->n_boundaries, s->n_boundaries, s->arenas,
+                             s->arena_stride, s->num_threads, error);
 }
 
-static int64_t dhsa_method_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
-                                int64_t room)
+static int64_t dhsa_method_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
+                                int32_t *list, int64_t room)
 {
     const dhsa_scorer *scorer = s->state;
     char *arena = dhsa_selector_arena(s, thread);

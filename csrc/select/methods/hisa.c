@@ -65,7 +65,8 @@ static const float *hisa_keys(void *of, int64_t first, int n, float *tile, ptrdi
     const dhsa_selector *s = w->rows.s;
     const int64_t kv_head = w->rows.head / s->group;
     const int32_t *at = w->keys + first;
-    if (at[n - 1] - at[0] == n - 1) return dhsa_probe_load_keys(s->kernels, s->k, s->b, kv_head, at[0], 1, n, tile, stride);
+    if (at[n - 1] - at[0] == n - 1)
+        return dhsa_probe_load_keys(s->kernels, s->k, s->b, kv_head, at[0], 1, n, tile, stride);
     for (int j = 0; j < n; j++)
         s->kernels->load(dhsa_row(s->k, s->b, kv_head, at[j]), s->k->dtype, s->k->shape[3], tile + j * s->k->shape[3]);
     *stride = s->k->shape[3];
@@ -167,12 +168,13 @@ static dhsa_status hisa_open(dhsa_selector *s, dhsa_error *error)
     hisa_parts unused;
     hisa_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     if (!st || !dhsa_coarse_open(&st->coarse, s, dhsa_ceil_div(c->score.query_block, c->score.mean_queries)))
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys", (long long)blocks);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "hisa: no memory for the means of %lld blocks of keys",
+                         (long long)blocks);
     /* The key blocks of forced keys and the last one that is kept may hold more keys than are wanted. */
     st->most = c->budget >= k_len ? k_len : DHSA_MIN((KEPT + 1) * c->budget + 4 * c->key_block, k_len);
     const dhsa_probe_way way = st->most > FEW ? DHSA_PROBE_TWICE : DHSA_PROBE_KEYS;
-    dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group), st->most, dim,
-                    1);
+    dhsa_probe_plan(&st->fine, way, dhsa_ceil_div(queries, st->coarse.run) * DHSA_MIN(s->heads_per_set, s->group),
+                    st->most, dim, 1);
     s->segments = 2 * st->most + 1;
     s->arena_size = hisa_lay_out(s, NULL, &unused);
     return DHSA_OK;

@@ -20,13 +20,14 @@ static int64_t oracle_lay_out(const dhsa_selector *s, char *arena, oracle_parts 
     return used;
 }
 
-static int64_t oracle_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
-                           int64_t room)
+static int64_t oracle_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
+                           int32_t *list, int64_t room)
 {
     const dhsa_probe *probe = s->state;
     const dhsa_span queries = dhsa_block_queries(s, block);
     char *arena = dhsa_selector_arena(s, thread);
-    const int64_t first = set * s->heads_per_set, heads = DHSA_MIN(s->heads_per_set, s->group); /* query heads of a KV head */
+    const int64_t first = set * s->heads_per_set,
+                  heads = DHSA_MIN(s->heads_per_set, s->group); /* query heads of a KV head */
     dhsa_probe_queries rows = dhsa_selector_queries(s, probe, heads, queries.lo);
     oracle_parts w;
     oracle_lay_out(s, arena, &w);
@@ -52,10 +53,12 @@ static dhsa_status oracle_open(dhsa_selector *s, dhsa_error *error)
     dhsa_probe *probe = s->state = dhsa_alloc_zeroed(1, sizeof *probe);
     if (!probe) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "oracle: no memory");
     const int64_t queries = DHSA_MIN(s->config->score.query_block, s->q->shape[2]);
-    dhsa_probe_plan(probe, DHSA_PROBE_TWICE, queries * DHSA_MIN(s->heads_per_set, s->group), s->k->shape[2], s->q->shape[3], 1);
+    dhsa_probe_plan(probe, DHSA_PROBE_TWICE, queries * DHSA_MIN(s->heads_per_set, s->group), s->k->shape[2],
+                    s->q->shape[3], 1);
     s->segments = s->k->shape[2];
     s->arena_size = oracle_lay_out(s, NULL, &unused);
     return DHSA_OK;
 }
 
-const dhsa_method dhsa_method_oracle = {.name = "oracle", .has_mass = 1, .has_finite = 1, .open = oracle_open, .list = oracle_list};
+const dhsa_method dhsa_method_oracle = {
+    .name = "oracle", .has_mass = 1, .has_finite = 1, .open = oracle_open, .list = oracle_list};

@@ -60,10 +60,12 @@ static const float *proxy_keys(void *of, int64_t first, int n, float *tile, ptrd
     const dhsa_tensor *k = w->s->k;
     const proxy_state *st = w->s->state;
     const int64_t kv_head = w->head / w->s->group, step = w->s->config->stride, dim = k->shape[3];
-    if (st->kv == 1) return dhsa_probe_load_keys(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
+    if (st->kv == 1)
+        return dhsa_probe_load_keys(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
     const ptrdiff_t apart = (ptrdiff_t)(k->stride[1] * dhsa_dtype_size(k->dtype));
     for (int j = 0; j < n; j++)
-        w->s->kernels->sum_rows(dhsa_row(k, w->s->b, kv_head, (first + j) * step), apart, k->dtype, st->kv, dim, tile + j * dim);
+        w->s->kernels->sum_rows(dhsa_row(k, w->s->b, kv_head, (first + j) * step), apart, k->dtype, st->kv, dim,
+                                tile + j * dim);
     for (int64_t d = 0; d < n * dim; d++) tile[d] /= (float)st->kv;
     *stride = dim;
     return tile;
@@ -75,13 +77,14 @@ static int64_t proxy_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     const proxy_state *st = s->state;
     const dhsa_select_config *c = s->config;
     char *arena = dhsa_selector_arena(s, thread);
-    proxy_block w = {.s = s, .queries = dhsa_block_queries(s, block), .head = set * s->heads_per_set / st->heads * st->heads};
+    proxy_block w = {
+        .s = s, .queries = dhsa_block_queries(s, block), .head = set * s->heads_per_set / st->heads * st->heads};
     proxy_lay_out(s, arena, &w);
     float *score = w.score, *mass = c->mass > 0 ? w.mass : NULL;
     const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
     for (int64_t u = first; u < last; u++) score[u] = 0;
-    dhsa_probe_run run = dhsa_probe_start(s, dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride), span.lo / c->stride,
-                                          dhsa_ceil_div(span.end, c->stride));
+    dhsa_probe_run run = dhsa_probe_start(s, dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride),
+                                          span.lo / c->stride, dhsa_ceil_div(span.end, c->stride));
     run.of = &w;
     run.pack = proxy_pack;
     run.keys = proxy_keys;
@@ -104,14 +107,16 @@ static dhsa_status proxy_open(dhsa_selector *s, dhsa_error *error)
     if (opened) {
         st->heads = DHSA_MAX(s->heads_per_set, s->group);
         st->kv = st->heads / s->group;
-        dhsa_probe_plan(&st->probe, DHSA_PROBE_TOPS, dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
+        dhsa_probe_plan(&st->probe, DHSA_PROBE_TOPS,
+                        dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
                         dhsa_ceil_div(k_len, c->stride), dim, c->key_block / c->stride);
         st->edges = dhsa_block_edges(k_len, c->key_block);
         opened = st->edges && (c->mass == 0 || dhsa_coarse_open(&st->own, s, RUN));
         s->arena_size = proxy_lay_out(s, NULL, &unused);
     }
     return opened ? DHSA_OK
-                  : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys", (long long)s->segments);
+                  : dhsa_fail(error, DHSA_ERR_NO_MEMORY, "proxy: no memory for %lld blocks of keys",
+                              (long long)s->segments);
 }
 
 static void proxy_close(dhsa_selector *s)

@@ -62,8 +62,8 @@ static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
     rows_state *state = s->state = dhsa_alloc_zeroed(1, sizeof *state);
     if (!state) return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory");
     rows_parts unused;
-    dhsa_status status =
-        dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->key_indexes, DHSA_LEVEL_FINE, error);
+    dhsa_status status = dhsa_scorer_open(&state->fine, s->q, s->k, &config->score, s->n_boundaries, 1, s->key_indexes,
+                                          DHSA_LEVEL_FINE, error);
     if (status) return status;
     s->segments = state->fine.capacity;
     s->arena_size = rows_lay_out(state, config->mass > 0, NULL, &unused);
@@ -75,7 +75,8 @@ static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
     state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);
     state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
     if (!state->edges || !state->group_edges)
-        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups", state->groups);
+        return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups",
+                         state->groups);
     status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, 1, s->key_indexes,
                               DHSA_LEVEL_COARSE, error);
     s->arena_size = rows_lay_out(state, 0, NULL, &unused);
@@ -86,20 +87,21 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     rows_state *state = s->state;
     const int32_t *boundaries = s->boundaries + b * s->n_boundaries;
-    const dhsa_status status =
-        dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas, s->arena_stride, s->num_threads, error);
+    const dhsa_status status = dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas,
+                                                 s->arena_stride, s->num_threads, error);
     if (status || !state->edges) return status;
     for (int64_t u = 0; u < state->edges_size; u++)
         state->edges[u] = boundaries[DHSA_MIN(u * DHSA_CHUNK_SUBGROUP, s->n_boundaries - 1)];
     for (int64_t g = 0; g <= state->groups; g++)
         state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
-    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride, s->num_threads, error);
+    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride,
+                             s->num_threads, error);
 }
 
 /* Writes the groups on the shortlist of a block, ascending, to `groups`; returns how many. The groups of forced keys
  * are on it, since these keys belong to the softmax of the scores. */
-static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, float *score,
-                              int32_t *groups)
+static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
+                              float *score, int32_t *groups)
 {
     const rows_state *state = s->state;
     dhsa_segments segments = {.edges = state->group_edges, .score = score};
@@ -111,8 +113,8 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
         float best = -INFINITY;
         for (int64_t u = DHSA_MAX(g * SUBGROUPS, first); u < DHSA_MIN((g + 1) * SUBGROUPS, last); u++)
             best = DHSA_MAX(best, score[u]);
-        const int forced =
-            segments.edges[g] < s->config->sink || (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end);
+        const int forced = segments.edges[g] < s->config->sink ||
+                           (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end);
         score[g] = forced ? INFINITY : best;
     }
     return dhsa_topk_segments(s, thread, span, &segments, s->config->shortlist, groups);

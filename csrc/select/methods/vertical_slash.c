@@ -19,7 +19,7 @@ typedef struct {
     int32_t *columns, *diagonals; /* [sets, Lk], best first; diagonal d: each query and the key d before it */
 } vertical_slash_state;
 
-/* ---- attention of the last queries ------------------------------------------------------------------------------ */
+/* ---- attention of the last queries ----------------------------------------------------------------------------- */
 
 /* Scratch memory of one thread, after that of the probe. diagonal has room on both sides for rows that see no key
  * there. */
@@ -114,7 +114,7 @@ static dhsa_status vertical_slash_begin(dhsa_selector *s, int64_t b, dhsa_error 
     return DHSA_OK;
 }
 
-/* ---- lists -------------------------------------------------------------------------------------------------------- */
+/* ---- lists ----------------------------------------------------------------------------------------------------- */
 
 /* Marks those of keys [from, to) that are not marked yet, the most recent ones first and `most` at most; returns how
  * many. */
@@ -132,16 +132,18 @@ static int64_t vertical_slash_mark(uint64_t *marks, int64_t from, int64_t to, in
     return done;
 }
 
-static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
-                                   int64_t room)
+static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
+                                   int32_t *list, int64_t room)
 {
     const vertical_slash_state *st = s->state;
     const int64_t k_len = s->k->shape[2], offset = k_len - s->q->shape[2];
     const dhsa_span queries = dhsa_block_queries(s, block);
-    const int64_t from = span.lo + DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0), to = span.end - s->config->local;
+    const int64_t from = span.lo + DHSA_MAX(DHSA_MIN(s->config->sink, span.end) - span.lo, 0),
+                  to = span.end - s->config->local;
     int64_t left = room - (from - span.lo) - (span.end - to);
     int64_t used = 0;
-    uint64_t *marks = dhsa_part(dhsa_selector_arena(s, thread), &used, dhsa_ceil_div(k_len, 64) * (int64_t)sizeof *marks);
+    uint64_t *marks =
+        dhsa_part(dhsa_selector_arena(s, thread), &used, dhsa_ceil_div(k_len, 64) * (int64_t)sizeof *marks);
     memset(marks + from / 64, 0, (size_t)(dhsa_ceil_div(DHSA_MAX(to, from), 64) - from / 64) * sizeof *marks);
     if (dhsa_finite_next(s, set, from, to) < to) /* usually there is none */
         for (int64_t j = to - 1; j >= from; j--)
@@ -149,12 +151,14 @@ static int64_t vertical_slash_list(const dhsa_selector *s, int64_t set, int64_t 
     int64_t half = left - left / 2;
     left -= half;
     for (const int32_t *d = st->diagonals + set * k_len; half > 0; d++)
-        half -= vertical_slash_mark(marks, DHSA_MAX(offset + queries.lo - *d, from), DHSA_MIN(offset + queries.end - *d, to), half);
+        half -= vertical_slash_mark(marks, DHSA_MAX(offset + queries.lo - *d, from),
+                                    DHSA_MIN(offset + queries.end - *d, to), half);
     for (const int32_t *j = st->columns + set * k_len; left > 0; j++)
         if (*j >= from && *j < to) left -= vertical_slash_mark(marks, *j, *j + 1, left);
     int64_t n = dhsa_write_keys(list, span.lo, from);
     for (int64_t word = from / 64; word * 64 < to; word++)
-        for (uint64_t bits = marks[word]; bits; bits &= bits - 1) list[n++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
+        for (uint64_t bits = marks[word]; bits; bits &= bits - 1)
+            list[n++] = (int32_t)(word * 64 + __builtin_ctzll(bits));
     return n + dhsa_write_keys(list + n, to, span.end);
 }
 
@@ -164,13 +168,15 @@ static dhsa_status vertical_slash_open(dhsa_selector *s, dhsa_error *error)
     vertical_slash_probe unused;
     vertical_slash_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     if (st) {
-        dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, DHSA_MIN(PROBE_QUERIES, s->q->shape[2]), k_len, s->q->shape[3], 1);
+        dhsa_probe_plan(&st->probe, DHSA_PROBE_TWICE, DHSA_MIN(PROBE_QUERIES, s->q->shape[2]), k_len, s->q->shape[3],
+                        1);
         s->arena_size = vertical_slash_lay_out(s, NULL, &unused);
         st->columns = dhsa_alloc(s->head_sets * k_len, sizeof *st->columns);
         st->diagonals = dhsa_alloc(s->head_sets * k_len, sizeof *st->diagonals);
     }
     if (st && st->columns && st->diagonals) return DHSA_OK;
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "vertical_slash: no memory for the columns of %lld keys", (long long)k_len);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "vertical_slash: no memory for the columns of %lld keys",
+                     (long long)k_len);
 }
 
 static void vertical_slash_close(dhsa_selector *s)

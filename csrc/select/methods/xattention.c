@@ -64,15 +64,16 @@ static const float *xattention_keys(void *of, int64_t first, int n, float *tile,
     const int64_t to = DHSA_MIN(from + n * stride, w->span.end), kv_head = w->head / w->s->group;
     *pitch = (ptrdiff_t)(stride * dim);
     const float *lie = (const float *)dhsa_row(k, w->s->b, kv_head, from);
-    if (k->dtype == DHSA_F32 && k->stride[2] == dim && to - from == n * stride) return lie; /* a group is one row already */
+    if (k->dtype == DHSA_F32 && k->stride[2] == dim && to - from == n * stride)
+        return lie; /* a group is one row already */
     for (int64_t j = from; j < to; j++)
         w->s->kernels->load(dhsa_row(k, w->s->b, kv_head, j), k->dtype, dim, tile + (j - from) * dim);
     memset(tile + (to - from) * dim, 0, (size_t)((from + n * stride - to) * dim) * sizeof *tile);
     return tile;
 }
 
-static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
-                               int64_t room)
+static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
+                               int32_t *list, int64_t room)
 {
     const xattention_state *st = s->state;
     const dhsa_select_config *c = s->config;
@@ -81,8 +82,8 @@ static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t bloc
     xattention_lay_out(s, arena, &w);
     const int64_t first = span.lo / c->key_block, last = dhsa_ceil_div(span.end, c->key_block);
     for (int64_t u = first; u < last; u++) w.score[u] = 0;
-    dhsa_probe_run run = dhsa_probe_start(s, dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride), span.lo / c->stride,
-                                          dhsa_ceil_div(span.end, c->stride));
+    dhsa_probe_run run = dhsa_probe_start(s, dhsa_ceil_div(w.queries.end - w.queries.lo, c->stride),
+                                          span.lo / c->stride, dhsa_ceil_div(span.end, c->stride));
     run.of = &w;
     run.pack = xattention_pack;
     run.keys = xattention_keys;
@@ -107,13 +108,15 @@ static dhsa_status xattention_open(dhsa_selector *s, dhsa_error *error)
     xattention_state *st = s->state = dhsa_alloc_zeroed(1, sizeof *st);
     s->segments = dhsa_ceil_div(k_len, c->key_block);
     if (st) {
-        dhsa_probe_plan(&st->probe, DHSA_PROBE_SUMS, dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
+        dhsa_probe_plan(&st->probe, DHSA_PROBE_SUMS,
+                        dhsa_ceil_div(DHSA_MIN(c->score.query_block, s->q->shape[2]), c->stride),
                         dhsa_ceil_div(k_len, c->stride), c->stride * dim, c->key_block / c->stride);
         st->edges = dhsa_block_edges(k_len, c->key_block);
         s->arena_size = xattention_lay_out(s, NULL, &unused);
     }
     if (st && st->edges) return DHSA_OK;
-    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "xattention: no memory for %lld blocks of keys", (long long)s->segments);
+    return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "xattention: no memory for %lld blocks of keys",
+                     (long long)s->segments);
 }
 
 static void xattention_close(dhsa_selector *s) { dhsa_free(((xattention_state *)s->state)->edges); }
