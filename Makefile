@@ -88,9 +88,9 @@ test-debug: $(VENV)/.test
 	$(DEBUG_ENV) $(PY) -P -c 'from dhsa import _core; assert "/build/debug/" in _core.__file__, _core.__file__'
 	$(MAKE) --jobs=2 --output-sync=target $(DEBUG_HALVES)
 
-test-debug-lists: DEBUG_TESTS := methods select
-test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels key_index key_index_histories \
-    predictor selection skip
+test-debug-lists: DEBUG_TESTS := both_sides methods select
+test-debug-rest: DEBUG_TESTS := arenas attend bad_input compact cuts decode entries labels key_index \
+    key_index_bytes key_index_histories predictor selection skip wide
 $(DEBUG_HALVES): # 5: ARGS chose no test of this half
 	$(DEBUG_ENV) $(VENV)/bin/pytest -q --capture=sys -k 'not memory and not avx512' \
 	    $(foreach name,$(DEBUG_TESTS),$(wildcard tests/*/test_$(name).py)) $(ARGS) || [ $$? = 5 ]

@@ -123,6 +123,12 @@ class Foreign:
 
             return Foreign(torch.from_dlpack(x))
 
+        float32 = "torch.float32"
+
+        @staticmethod
+        def astype(x, dtype):
+            return Foreign(x.tensor.to(getattr(__import__("torch"), dtype.rpartition(".")[2])))
+
     def __init__(self, tensor, versioned=True):
         self.tensor, self.versioned = tensor, versioned
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
@@ -182,6 +188,12 @@ def test_any_dlpack_array(torch, make_qkv, dtype, versioned):
     selection = dhsa.select(arrays[0], arrays[1], SMALL, boundaries=cuts)
     sparse = dhsa.sparse_attention(*arrays, selection)
     assert torch.equal(sparse.tensor, dhsa.attention(*tensors, SMALL))
+    narrow, sinks = tensors[2][..., :9], torch.tensor([1.0, -2.0, 0.5, 3.0])
+    want = dhsa.attention(*tensors[:2], narrow, sinks=sinks)
+    for given in (sinks, sinks.to(tensors[0].dtype)):
+        out = dhsa.attention(*arrays[:2], Foreign(narrow, versioned), sinks=Foreign(given, versioned))
+        assert torch.equal(out.tensor, want)
+        assert out.tensor.shape == (1, 4, 20, 9)
 
 
 @pytest.mark.parametrize(

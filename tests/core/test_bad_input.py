@@ -201,6 +201,12 @@ CALLS = {
         lambda: dhsa.attention(normal(1, 4, 13, 8), k, v, SPARSE, causal=False), ValueError, r"^q: 13 queries"),
     "both sides, window, Lq > Lk": (
         lambda: dhsa.attention(normal(1, 4, 13, 8), k, v, window=4, causal=False), ValueError, r"^q: 13 queries"),
+    "both sides, key indexes": (
+        lambda: dhsa.functional.run(q, k, v, SPARSE, key_indexes=(_core.KeyIndex(),), causal=False),
+        NotImplementedError, r"^key_indexes: only causal attention"),
+    "both sides, boundaries unsorted": (
+        lambda: dhsa.functional.run(q, k, v, SPARSE, boundaries=cut([0, 7, 5, 12]), causal=False),
+        ValueError, r"^boundaries: "),
     "sinks kind": (lambda: dhsa.attention(q, k, v, sinks=[0.0] * 4), TypeError, r"^sinks: expected a NumPy array"),
     "sinks dtype": (
         lambda: dhsa.attention(q, k, v, sinks=np.zeros(4, np.float16)),

@@ -381,6 +381,19 @@ def test_selection_remembers_that_it_is_not_causal(window):
     ) != selection  # fmt: skip
 
 
+def test_more_queries_than_keys_take_lists_that_were_made_by_hand():
+    """Where nothing is causal, positions do not matter. Selecting needs them."""
+    q, k, v = normal(1, 2, 70, 8), normal(1, 1, 40, 8, seed=1), normal(1, 1, 40, 8, seed=2)
+    everything = dhsa.Selection.from_indices(
+        40 * np.arange(6), np.tile(np.arange(40), 5), shape=(1, 1, 5), query_block=16, causal=False
+    )
+    out, _, stats = functional.run_selected(q, k, v, everything)
+    np.testing.assert_allclose(out, dhsa.attention(q, k, v, causal=False), atol=1e-6)
+    assert stats.density == 1
+    with pytest.raises(ValueError, match=r"^q: 70 queries are more than the 40 keys"):
+        dhsa.select(q, k, small(), causal=False)
+
+
 @few
 @given(
     q_len=st.integers(1, 40),
