@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import MASSY, check, isa, normal, row_of, small  # noqa: F401
+from test_methods import MASSY, check, normal, row_of, small
+from tiers import every_tier
 
 import dhsa
 from dhsa import functional, reference
@@ -28,10 +29,11 @@ def bounds_of(method):
 # ---- lists against the twins -----------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 20, 21, 50, 90, 2**62])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("method", METHODS)
-def test_method(isa, method, heads, window):  # noqa: F811
+def test_method(tier, method, heads, window):
     """With a budget of 40, a two-sided window of 20 is exact: it shows at most 39 keys to a query."""
     q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
     got, chosen = check(q, k, small(method=method, heads=heads), window=window, scale=0.5, softcap=3.0, **BOTH)
@@ -82,11 +84,12 @@ def test_method_of_any_size(method, q_len, more, block, budget, data, window, ke
     check(q, k, small(**options, method=method), window=window, **BOTH)
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("share", [0.05, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize("method", [method for method in METHODS if method in MASSY])
-def test_mass(isa, method, share, heads, window):  # noqa: F811
+def test_mass(tier, method, share, heads, window):
     q, k = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1)
     edges = dhsa.boundaries(k, dhsa.Config()) if method == "rows" else None
     for bounds in ({"budget": None}, {"budget": 60}, {"budget": 120, "floor": 48}):
@@ -97,23 +100,26 @@ def test_mass(isa, method, share, heads, window):  # noqa: F811
             assert len(set(np.diff(got.indptr).tolist())) > 5  # the data decide
 
 
+@every_tier
 @pytest.mark.parametrize("dim", [1, 33, 300, 576])
 @pytest.mark.parametrize("method", METHODS)
-def test_method_of_any_head_dim_and_group(isa, method, dim):  # noqa: F811
+def test_method_of_any_head_dim_and_group(tier, method, dim):
     q, k = normal(1, 5, 70, dim), normal(1, 1, 70, dim, seed=1)
     check(q, k, small(method=method, budget=24), **BOTH)
     check(q, np.repeat(k, 5, 1), small(method=method, budget=24, heads="all"), **BOTH)
 
 
+@every_tier
 @pytest.mark.parametrize("method", sorted(registry))
-def test_wide_heads_of_causal_selection(isa, method):  # noqa: F811
+def test_wide_heads_of_causal_selection(tier, method):
     q, k = normal(1, 2, 70, 576), normal(1, 1, 70, 576, seed=1)
     check(q, k, small(method=method, dense_tail=0, budget=24))
 
 
+@every_tier
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
 @pytest.mark.parametrize("method", [method for method in METHODS if registry[method].reads_keys])
-def test_not_finite_keys_are_always_selected(isa, method, heads):  # noqa: F811
+def test_not_finite_keys_are_always_selected(tier, method, heads):
     q, k = normal(1, 4, 128, 8), normal(1, 2, 128, 8, seed=1)
     k[0, 1, 97, 2] = np.nan
     q[0, 1, 70, 3] = np.inf
@@ -124,9 +130,10 @@ def test_not_finite_keys_are_always_selected(isa, method, heads):  # noqa: F811
         assert all(97 in row_of(got, last * 8 + i) for i in range(8))
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 58, 100])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-def test_shortlist(isa, heads, window):  # noqa: F811
+def test_shortlist(tier, heads, window):
     q, k = normal(2, 4, 450, 8), normal(2, 2, 500, 8, seed=1)
     for options in ({}, {"sink": 0, "local": 0}, {"boundaries": "fixed", "chunk_size": 3}):
         config = small(**{"budget": 70, "shortlist": 130, "rows": 9, "heads": heads, **options})
@@ -192,9 +199,10 @@ def test_methods_of_causal_attention_are_refused(method):
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("heads", ["all", "group", "head"])
-def test_chunk_scores(isa, heads, window):  # noqa: F811
+def test_chunk_scores(tier, heads, window):
     q, k = normal(2, 6, 83, 16), normal(2, 3, 110, 16, seed=1)
     edges = np.array([[0, 4, 4, 17, 60, 63, 100, 110, 110], [0, 1, 2, 40, 41, 70, 90, 100, 110]], np.int32)
     options = {"query_block": 16, "score": "rows", "heads": heads, "window": window, "causal": False}
@@ -209,9 +217,10 @@ def test_chunk_scores(isa, heads, window):  # noqa: F811
 # ---- attention over these lists --------------------------------------------------------------------------------------
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 60])
 @pytest.mark.parametrize("method", METHODS)
-def test_attention_is_select_then_attend(isa, method, window):  # noqa: F811
+def test_attention_is_select_then_attend(tier, method, window):
     q, k, v = normal(2, 4, 150, 8), normal(2, 2, 183, 8, seed=1), normal(2, 2, 183, 12, seed=2)
     sinks = normal(4, seed=3)
     for bounds in bounds_of(method):
@@ -302,7 +311,8 @@ def test_paths(options, window, path):
         assert stats.density == selection.density() == 1
 
 
-def test_prefill_against_the_reference(isa):  # noqa: F811
+@every_tier
+def test_prefill_against_the_reference(tier):
     q, k, v = (np.round(normal(1, h, 120, 8, seed=h) * 2) for h in (4, 2, 2))
     sinks = normal(4)
     config = small(boundaries="fixed", chunk_size=4)
@@ -320,8 +330,9 @@ def test_prefill_against_the_reference(isa):  # noqa: F811
         np.testing.assert_allclose(lse, want.lse, rtol=1e-5, atol=1e-5)
 
 
+@every_tier
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves(torch, isa, dtype):  # noqa: F811
+def test_halves(torch, tier, dtype):
     q, k, v = (torch.from_numpy(normal(1, h, 190, 72, seed=h)).to(getattr(torch, dtype)) for h in (4, 2, 2))
     config = small(query_block=32, budget=64)
     for window in (None, 90):
@@ -331,8 +342,9 @@ def test_halves(torch, isa, dtype):  # noqa: F811
         np.testing.assert_allclose(out, want, atol=2e-2)
 
 
+@every_tier
 @pytest.mark.parametrize("window", [None, 40])
-def test_a_nan_in_a_value_reaches_the_rows_that_attend_to_it(isa, window):  # noqa: F811
+def test_a_nan_in_a_value_reaches_the_rows_that_attend_to_it(tier, window):
     q, k, v = normal(1, 4, 150, 8), normal(1, 2, 183, 8, seed=1), normal(1, 2, 183, 8, seed=2)
     config = small(heads="head")
     seen = dhsa.select(q, k, config, window=window, causal=False).mask(causal=True)
