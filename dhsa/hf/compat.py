@@ -27,6 +27,7 @@ __all__ = [
     "outside_graphs",
     "packed_mask_function",
     "reads_mask",
+    "reads_text",
 ]
 
 # Attributes that transformers sets in a config for the attention implementation, and that are not settings of the
@@ -68,6 +69,22 @@ def reads_mask(model: torch.nn.Module) -> str | None:
         if kind in _READS_MASK or isinstance(getattr(module, "indexer", None), torch.nn.Module):
             return kind
     return None
+
+
+# Settings of the models of pictures and sounds, one of which the config of each of their attention modules has.
+_OF_PICTURES_AND_SOUNDS = ("image_size", "patch_size", "num_channels", "num_mel_bins", "conv_dim")
+
+
+def reads_text(module: torch.nn.Module) -> bool:
+    """Whether an attention module's tokens are those of a text, and not parts of a picture or a sound.
+
+    Recognized by its config: a vocabulary and none of the settings of pictures and sounds. A module without a config is
+    taken for one of text.
+    """
+    config = getattr(module, "config", None)
+    if config is None:
+        return True
+    return hasattr(config, "vocab_size") and not any(hasattr(config, name) for name in _OF_PICTURES_AND_SOUNDS)
 
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
