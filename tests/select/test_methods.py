@@ -57,7 +57,7 @@ def check_row(got, here, found, config):
     if not isinstance(found, reference.Segments):
         np.testing.assert_array_equal(got, found)
         return
-    bounds = {"budget": here.room, "sink": config.sink, "local": config.local}
+    bounds = {"budget": here.room, "sink": config.sink, "local": config.local, "middle": here.middle}
     if config.mass is not None:
         bounds |= {"mass": config.mass, "floor": config.floor}
         least, most = (
