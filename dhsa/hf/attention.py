@@ -21,7 +21,7 @@ from .switching import DEFAULT, EXACT, STATE, State
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
-__all__ = ["attend", "attention_forward"]
+__all__ = ["attend", "attention_forward", "one_sided"]
 
 
 @outside_graphs
@@ -57,8 +57,8 @@ def attention_forward(
 
     Raises NotImplementedError for what is not supported: training, dropout, attention weights as output, sinks of
     another shape, position biases, paged caches, cross-attention, masks with more than a few intervals a query,
-    transforms of torch.func, forward-mode derivatives, torch.jit.trace. The forward pass of a module in eval mode also works while
-    autograd records; computing a gradient through it raises NotImplementedError.
+    transforms of torch.func, forward-mode derivatives, torch.jit.trace. The forward pass of a module in eval mode also
+    works while autograd records; computing a gradient through it raises NotImplementedError.
     """
     refuse_unsupported(module, query, key, value, attention_mask, dropout, kwargs)
     sinks = sinks_in(query, s_aux, kwargs)
@@ -110,7 +110,7 @@ def attend(
     if not causal:
         _refuse_half_a_mask(attention_mask, q_len, sliding_window)
         memory = None
-    hindrance = _one_sided(module, config)
+    hindrance = one_sided(module, config)
     stretches = plan(
         attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None, sides=not hindrance
     )
@@ -218,7 +218,7 @@ def _two_sided_stretches(part: MaskPart, ranges: np.ndarray, config: Config, sid
     return [Stretch("ranged", row, row.table(ranges), of_sides=True) for row in rows]
 
 
-def _one_sided(module: torch.nn.Module, config: Config) -> str:
+def one_sided(module: torch.nn.Module, config: Config) -> str:
     """Why bidirectional attention of `module` runs exact whatever `config` says, as a reason of a record; else ""."""
     if config.exact:
         return ""
@@ -337,8 +337,8 @@ def _attend_to_intervals(
     options: dict[str, Any],
 ) -> list[RunStats]:
     """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`. Each interval
-    is one call, and its result is weighted by its share of the softmax's sum. The sinks are in the first one only: there
-    they count once."""
+    is one call, and its result is weighted by its share of the softmax's sum. Only the first call has the sinks, which
+    count once."""
     total = lse = None
     done = []
     for j in range(ranges.shape[1]):

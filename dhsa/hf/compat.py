@@ -52,8 +52,8 @@ def _refuse_older() -> None:
 
 
 # Models whose layers read the mask tensor themselves and expect [batch, heads or 1, queries, keys]: Doge adds its own
-# values to it. No attribute or signature shows this.
-_READS_MASK = ("doge",)
+# values to it, DeepSeek 4 appends columns for compressed keys. No attribute or signature shows this.
+_READS_MASK = ("doge", "deepseek_v4")
 
 
 def reads_mask(model: torch.nn.Module) -> str | None:

@@ -98,8 +98,8 @@ def key_range_mask(
 ) -> torch.Tensor | None:
     """The mask for attention implementation "dhsa", in the signature of transformers' AttentionMaskInterface.
 
-    Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded and no window
-    hides a key. Else returns a range table, int32 [batch_size, m, q_length, 2]. It never makes a [q_length, kv_length]
+    Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded, no window hides
+    a key and the layers know that they are causal. Else returns a range table, int32 [batch_size, m, q_length, 2]. It never makes a [q_length, kv_length]
     tensor.
 
     A query that is itself padding (its own entry of `attention_mask` is False) sees no key, and its output is zeros.
@@ -115,10 +115,12 @@ def key_range_mask(
         # Encoders pass no cache: `kv_length` is then the number of queries. transformers makes no mask here. This
         # function does, because some modules do not say that they are not causal.
         return torch.tensor([0, _TO_THE_LAST], dtype=torch.int32, device="cpu").repeat(batch_size, 1, q_length, 1)
+    # The layers of such a model say that they are not causal, and would read None as full attention.
+    told = getattr(kwargs.get("config"), "use_bidirectional_attention", None) not in (True, "all")
     if tracing():
         return traced_ranges(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-            allow_is_causal_skip, use_vmap, "allow_is_bidirectional_skip" in kwargs,
+            allow_is_causal_skip and told, use_vmap, "allow_is_bidirectional_skip" in kwargs,
         )  # fmt: skip
     refuse_transforms(attention_mask=attention_mask, q_offset=q_offset, q_length=q_length)
     if attention_mask is not None:
@@ -157,7 +159,7 @@ def key_range_mask(
 
     aligned = first + q_length == kv_length
     cut = local_size is not None and first + q_length > local_size
-    if padding is None and aligned and not cut:
+    if padding is None and aligned and not cut and told:
         return None
     rows = causal_rows(batch_size, q_length, kv_length, first, local_size)
     return torch.from_numpy(without_padding(rows, padding, first))
@@ -453,8 +455,9 @@ def least_stretch(config: Config) -> Least | None:
 
 def two_sided(ranges: np.ndarray) -> list[MaskPart] | None:
     """Ranges [B, Lq, 2] of as many queries as keys, one interval a query, as bidirectional attention: in each row, the
-    tokens of one stretch see all of each other, or those nearer than a window, and what lies outside is padding. Returns
-    the stretches of the rows, those without a token left out, or one of row None where all rows are alike. Returns None
+    tokens of one stretch see all of each other, or those nearer than a window, and what lies outside is padding.
+
+    Returns the stretches of the rows, those without a token left out, or one of row None where all rows are alike; None
     for any other mask, causal ones above all."""
     at = np.arange(ranges.shape[1])
     if not (ranges[..., 1] > at + 1).any():

@@ -63,8 +63,8 @@ def refuse_unsupported(
 def sinks_in(query: torch.Tensor, s_aux: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """The sinks [H] among the arguments, which models call `s_aux` or `sinks`; None if there are none.
 
-    Raises TypeError if they are no tensor of floating-point numbers, NotImplementedError for another shape (sinks of each
-    token, for example)."""
+    Raises TypeError if they are no tensor of floating-point numbers, NotImplementedError for another shape (sinks of
+    each token, for example)."""
     given = {name: x for name, x in (("s_aux", s_aux), ("sinks", kwargs.get("sinks"))) if x is not None}
     for name, x in given.items():
         if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
@@ -72,8 +72,8 @@ def sinks_in(query: torch.Tensor, s_aux: torch.Tensor | None, kwargs: dict[str, 
             raise TypeError(f"{name}: expected a tensor of floating-point numbers, got {got}")
         if x.ndim != 1 or x.shape[0] != query.shape[1]:
             raise NotImplementedError(
-                f'{name}: expected one logit for each query head, shape [{query.shape[1]}], got {list(x.shape)}; "dhsa" '
-                'has no other attention sinks, use attn_implementation="eager"'
+                f"{name}: expected one logit for each query head, shape [{query.shape[1]}], got {list(x.shape)}; "
+                '"dhsa" has no other attention sinks, use attn_implementation="eager"'
             )
     if len(given) > 1:
         raise ValueError("s_aux and sinks: expected one of them, got both")

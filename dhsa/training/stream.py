@@ -74,7 +74,9 @@ def layer_keys(
             if not plain:
                 raise UserError(f"model: layer {layer} is not plain causal self-attention; it has no labels")
             if sinks_in(query, options.get("s_aux"), options) is not None:
-                raise UserError(f"model: layer {layer} has attention sinks, which labels do not count; it has no labels")
+                raise UserError(
+                    f"model: layer {layer} has attention sinks, which labels do not count; it has no labels"
+                )
             try:
                 ratios = dhsa.attention_ratios(
                     query,
