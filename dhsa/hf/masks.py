@@ -99,10 +99,11 @@ def key_range_mask(
     """The mask for attention implementation "dhsa", in the signature of transformers' AttentionMaskInterface.
 
     Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded, no window hides
-    a key and the layers know that they are causal. Else returns a range table, int32 [batch_size, m, q_length, 2]. It never makes a [q_length, kv_length]
-    tensor.
+    a key and the layers know that they are causal. Else returns a range table, int32 [batch_size, m, q_length, 2]. It
+    never makes a [q_length, kv_length] tensor.
 
-    A query that is itself padding (its own entry of `attention_mask` is False) sees no key, and its output is zeros.
+    In a causal pattern, a query that is itself padding (its own entry of `attention_mask` is False) sees no key, and its
+    output is zeros.
     Two kinds of such queries see what transformers says all the same, because `generate` reads their logits in a
     right-padded row: the last query, and one before a real token (in assisted generation, prompt and candidates are one
     call).
@@ -479,14 +480,18 @@ def _two_sided_row(table: np.ndarray, row: int | None) -> MaskPart | None:
     if not seen[first:last].all():
         return None
     at = np.arange(len(table))
-    window: int | None = int((stop - at)[first:last].max())
-    if window >= last - first:
-        begins, ends, window = first, last, None
-    else:
-        begins, ends = np.maximum(at - window + 1, first), np.minimum(at + window, last)
+    window, tokens = int((stop - at)[first:last].max()), last - first
+    if window >= tokens:  # every token sees all of them; padding farther away from them than a window may see fewer
+        fewer = np.flatnonzero(seen & (stop - start < tokens))
+        one = int(fewer[0]) if len(fewer) else 0
+        window = (
+            2 * len(table) if not len(fewer) else one + 1 - int(start[one]) if one >= last else int(stop[one]) - one
+        )
+    begins, ends = np.maximum(at - window + 1, first), np.minimum(at + window, last)
     if not (((start == begins) & (stop == ends)) | ~seen).all():
         return None
-    return MaskPart(row, first, last, first, last, window, int((stop - start)[first:last].sum()))
+    pairs = int((stop - start)[first:last].sum())
+    return MaskPart(row, first, last, first, last, window if window < tokens else None, pairs)
 
 
 def ranged_rows(ranges: np.ndarray, row: int | None) -> list[MaskPart]:
