@@ -116,9 +116,7 @@ def plot_selection(
     shares, edges = key_shares(selection, batch=batch, head=head)
     length = int(edges[-1])
     blocks = len(shares)
-    offset = length - selection.q_len if selection.q_len is not None else 0
-    ends = _ends(selection, length)
-    attended, visible = _pairs(selection, batch, head, offset, length, ends)
+    attended, visible = _pairs(selection, batch, head, length)
     density = attended / np.maximum(visible, 1)
 
     figure = Figure(figsize=(11.5, 8.6), facecolor=_PAPER)
@@ -133,7 +131,10 @@ def plot_selection(
     side = figure.add_subplot(grid[1, 1], sharey=main)
 
     main.imshow(
-        _colours(shares, edges, ends, config), aspect="auto", interpolation="nearest", extent=(0, length, blocks, 0)
+        _colours(shares, edges, selection, config),
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0, length, blocks, 0),
     )
     main.set_xlabel("key position (tokens)", color=_INK)
     main.set_ylabel(f"query block ({selection.query_block} queries each)", color=_INK)
@@ -175,7 +176,7 @@ def plot_selection(
             f"{length:,} keys in {count}{blocks} query blocks{budget}; {whole:.0%} of the visible keys are attended to"
         )
     figure.text(0.075, 0.9, subtitle, fontsize=11, color=_QUIET, va="center")
-    _legend(figure, config)
+    _legend(figure, config, selection.causal)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
@@ -281,7 +282,7 @@ def plot_methods(
         else:
             kept = mass_kept(selections[name], array, batch=batch, head=head)
             shares, edges = key_shares(selections[name], batch=batch, head=head, bins=256)
-            image = _colours(shares, edges, _ends(selections[name], array.shape[1]), config)
+            image = _colours(shares, edges, selections[name], config)
             title = f"{name}\n{kept.mean():.1%} of the attention"
         axis.imshow(image, aspect="auto", interpolation="nearest", extent=(0, array.shape[1], len(array), 0))
         axis.set_title(title, fontsize=9, color=_INK)
@@ -348,7 +349,8 @@ def tokens_html(
         why[keys] = "score"
         forced = np.arange(end)[np.isin(np.arange(end), keys)]
         why[forced[forced < config.sink]] = "sink"
-        why[forced[forced >= end - config.local]] = "local"
+        near, far = (int(x[block]) for x in _local(selection, len(row), config.local))
+        why[forced[(forced >= near) & (forced < far)]] = "local"
         lost = np.flatnonzero(why == "left out")
         lost = lost[np.argsort(-row[lost], kind="stable")]
         missed = set(lost[np.cumsum(row[lost]) <= row[lost].sum() / 2].tolist())
@@ -420,30 +422,56 @@ def _boxes(texts: Mapping[str, str], height: int) -> str:
     return f'<div style="display:grid;grid-template-columns:1fr 1fr;gap:10px">{"".join(parts)}</div>'
 
 
-def _ends(selection: Selection, length: int) -> np.ndarray:
-    """Return the position after the last query of each block."""
+def _starts(selection: Selection, length: int) -> np.ndarray:
+    """Return the position of the first query of each block."""
     offset = length - selection.q_len if selection.q_len is not None else 0
-    return np.minimum(offset + (np.arange(selection.shape[2]) + 1) * selection.query_block, length)
+    starts: np.ndarray = offset + np.arange(selection.shape[2]) * selection.query_block
+    return starts
 
 
-def _pairs(
-    selection: Selection, batch: int, head: int, offset: int, length: int, ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _ends(selection: Selection, length: int) -> np.ndarray:
+    """Return the position after the last key that any query of each block sees: in causal attention, after its last
+    query."""
+    if not selection.causal:
+        return np.full(selection.shape[2], length)
+    ends: np.ndarray = np.minimum(_starts(selection, length) + selection.query_block, length)
+    return ends
+
+
+def _local(selection: Selection, length: int, local: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the local keys [start, stop) of each block."""
+    starts = _starts(selection, length)
+    stops = np.minimum(starts + selection.query_block, length)
+    if selection.causal:
+        return stops - local, stops
+    first, end = np.zeros(len(starts), np.int64), np.full(len(starts), length)
+    if selection.window is not None:
+        width = min(selection.window, length)
+        first, end = np.maximum(starts - width + 1, 0), np.minimum(stops - 1 + width, length)
+    near = np.maximum(np.minimum(np.maximum((starts + stops) // 2 - local // 2, first), end - local), first)
+    return near, np.minimum(near + local, end)
+
+
+def _pairs(selection: Selection, batch: int, head: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return, for each block, the (query, key) pairs on its list and those that causality and the window allow."""
-    blocks = len(ends)
+    blocks = selection.shape[2]
     first = (batch * selection.shape[1] + head) * blocks
     indptr = selection.indptr[first : first + blocks + 1]
     keys = selection.indices[indptr[0] : indptr[-1]].astype(np.int64)
-    window = selection.window or length
-    starts = offset + np.arange(blocks) * selection.query_block
+    window = length if selection.window is None else min(selection.window, length)
+    ahead = 0 if selection.causal else window - 1  # how far after its position a query sees keys
+    starts = _starts(selection, length)
+    stops = np.minimum(starts + selection.query_block, length)
     block = np.repeat(np.arange(blocks), np.diff(indptr))
-    queries = np.minimum(ends[block], keys + window) - np.maximum(starts[block], keys)
+    queries = np.minimum(stops[block], keys + window) - np.maximum(starts[block], keys - ahead)
     attended = np.bincount(block, np.maximum(queries, 0), minlength=blocks)
-    seen = np.concatenate([[0], np.cumsum(np.minimum(np.arange(length) + 1, window))])  # pairs of all earlier queries
-    return attended, seen[ends] - seen[np.minimum(starts, length)]
+    at = np.arange(length)
+    visible = np.minimum(at + ahead + 1, length) - np.maximum(at - window + 1, 0)
+    seen = np.concatenate([[0], np.cumsum(visible)])  # pairs of all earlier queries
+    return attended, seen[stops] - seen[np.minimum(starts, length)]
 
 
-def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Config | None) -> Any:
+def _colours(shares: np.ndarray, edges: np.ndarray, selection: Selection, config: Config | None) -> Any:
     """Return the RGB values of the map.
 
     Future keys are grey, forced keys have one colour, and the keys selected by score go from pale to strong.
@@ -455,9 +483,11 @@ def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Co
     image = colormaps["YlOrRd"](strength)[..., :3]
     image[shares == 0] = to_rgb(_LEFT_OUT)
     starts, stops = edges[:-1][None, :], edges[1:][None, :]
+    ends = _ends(selection, int(edges[-1]))
     image[np.broadcast_to(starts >= ends[:, None], shares.shape)] = to_rgb(_UNSEEN)
     if config is not None and not config.exact:
-        forced = (stops <= config.sink) | ((starts >= ends[:, None] - config.local) & (starts < ends[:, None]))
+        near, far = _local(selection, int(edges[-1]), config.local)
+        forced = (stops <= config.sink) | ((starts >= near[:, None]) & (starts < far[:, None]))
         image[forced & (shares > 0)] = _FORCED
         # A block that sees every key (within the budget, or in the dense tail) has no keys selected by score.
         complete = ((shares == 1) | (stops > ends[:, None])).all(axis=1, keepdims=True)
@@ -465,7 +495,7 @@ def _colours(shares: np.ndarray, edges: np.ndarray, ends: np.ndarray, config: Co
     return image
 
 
-def _legend(figure: Figure, config: Config | None) -> None:
+def _legend(figure: Figure, config: Config | None, causal: bool) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
@@ -473,8 +503,9 @@ def _legend(figure: Figure, config: Config | None) -> None:
         Patch(facecolor=colormaps["YlOrRd"](0.35), label="few of the keys here selected"),
         Patch(facecolor=colormaps["YlOrRd"](0.9), label="all of them"),
         Patch(facecolor=_LEFT_OUT, edgecolor="#c9c6bd", label="left out"),
-        Patch(facecolor=_UNSEEN, label="in the future"),
     ]
+    if causal:
+        handles.append(Patch(facecolor=_UNSEEN, label="in the future"))
     if config is not None and not config.exact:
         handles.insert(0, Patch(facecolor=_FORCED, label="always in: sinks, local, blocks within budget or dense"))
     figure.legend(

@@ -73,8 +73,8 @@ def _attend(q, k, v, mask_of, scale, softcap, sinks, return_lse):
     sinks = np.full(q.shape[1], -np.inf) if sinks is None else np.asarray(sinks).astype(np.float64)
     if sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks: expected shape {q.shape[1:2]}, got {sinks.shape}")
-    out = np.zeros((*q.shape[:3], v.shape[3]))
-    lse = np.zeros(q.shape[:3])
+    out: np.ndarray = np.zeros((*q.shape[:3], v.shape[3]))
+    lse: np.ndarray = np.zeros(q.shape[:3])
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             mask = mask_of(b, h)

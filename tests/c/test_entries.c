@@ -187,16 +187,20 @@ static void configs(void)
     c = choice();
     c.score.query_block = 0;
     REFUSED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error), "query_block: ");
-    require(!dhsa_leaves_out(&c, L, L, 0) && !dhsa_leaves_out(NULL, L, L, 0), "no config, no answer", __LINE__);
+    require(!dhsa_leaves_out(&c, L, L, 0, 1) && !dhsa_leaves_out(NULL, L, L, 0, 1), "no config, no answer", __LINE__);
     b = cuts();
     c = choice();
     for (int64_t budget = 6; budget <= L; budget += 15)
-        for (int64_t tail = 0; tail <= L; tail += 24) {
-            c.budget = budget;
-            c.dense_tail = tail;
-            SERVED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error));
-            require((stats.path == DHSA_PATH_SPARSE) == dhsa_leaves_out(&c, L, L, 0), "what a call does", __LINE__);
-        }
+        for (int64_t tail = 0; tail <= L; tail += 24)
+            for (int mode = 0; mode < 4; mode++) {
+                c.budget = budget;
+                c.dense_tail = tail;
+                p.causal = mode % 2;
+                p.window = mode < 2 ? 0 : 20;
+                SERVED(dhsa_prefill(&p, &b, NULL, 0, &c, &stats, &error));
+                require((stats.path == DHSA_PATH_SPARSE) == dhsa_leaves_out(&c, L, L, p.window, p.causal), "what a call does",
+                        __LINE__);
+            }
     require(strcmp(dhsa_method_name(DHSA_METHOD_ORACLE), "oracle") == 0, "the name of a method", __LINE__);
     require(!dhsa_method_name((dhsa_method_kind)99), "no such method", __LINE__);
     require(dhsa_num_chunks(&c, 800, 0) == 200 && dhsa_num_chunks(&c, 803, 1) == 800, "gaps", __LINE__);

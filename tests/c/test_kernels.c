@@ -557,7 +557,7 @@ static void test_decode_softmax(int n, float softcap)
 
 int main(void)
 {
-    static const int dims[] = {1, 3, 8, 20, 64, 80, 256}, counts[] = {1, 2, 7, 13, 64};
+    static const int dims[] = {1, 3, 8, 20, 64, 80, 256, 576}, counts[] = {1, 2, 7, 13, 64};
     ref = dhsa_kernels_find("scalar");
     for (int tier = 0; dhsa_isa_detected(tier); tier++) {
         kn = dhsa_kernels_find(dhsa_isa_detected(tier));

@@ -23,6 +23,9 @@ CASES = {
     "negative scale": (1, 2, 1, 60, 800, 20, {"scale": -0.9}, 0.05),
     "not causal": (1, 2, 1, 60, 900, 20, {"causal": False}, 0.05),
     "zero scale": (1, 2, 1, 60, 600, 20, {"scale": 0.0}, 0.5),
+    "both sides": (1, 4, 2, 400, 900, 24, {"causal": False, "window": 500}, 0.1),
+    "sinks": (2, 4, 2, 300, 900, 64, {"sinks": np.float32([4, -2, -np.inf, 60])}, 0.1),
+    "head_dim 512": (1, 4, 1, 300, 700, 512, {}, 0.3),
 }
 
 
@@ -44,11 +47,11 @@ def exactly(q):
     return [x.float().numpy() for x in q]
 
 
-def grouping(tier, dtype, batch, sets, heads, q_len, block=None, window=None):
+def grouping(tier, dtype, batch, sets, heads, q_len, block=None, window=None, dim=64):
     """The executor's: see attend() in csrc/attend/attend.c; `heads` share a list, of which there are `sets`."""
     pair = dtype != "float32" and dtype in dhsa.build_info()["products"]
     lanes = 32 if pair else LANES[tier]
-    least, most = -(-lanes // heads), max(512 // heads, 1)
+    least, most = -(-lanes // heads), max(min(512, 512 * 512 // (2 * dim)) // heads, 1)
     fair = -(-q_len * (1 if window else batch) * sets // (8 if pair else 16))
     run = max(least, min(most, -(-fair // least) * least))
     return reference.Grouping(256 if pair else 128, lanes, min(block or q_len, run))
@@ -57,18 +60,18 @@ def grouping(tier, dtype, batch, sets, heads, q_len, block=None, window=None):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_tier_leaves_out_what_the_reference_does(make, name, dtype, tier):
+def test_every_tier_leaves_out_what_the_reference_does(torch, make, name, dtype, tier):
     *shape, options, skip = CASES[name]
     b, h, hkv, lq = shape[:4]
     dhsa.set_isa(tier)
     q, k, v = make(*shape, dtype, options.get("scale"))
     config = dhsa.Config(budget=None, skip=skip)
-    out, lse, stats = functional.run(q, k, v, config, return_lse=True, **options)
+    given = {name: torch.from_numpy(x) if name == "sinks" else x for name, x in options.items()}
+    out, lse, stats = functional.run(q, k, v, config, return_lse=True, **given)
     q, k, v = exactly((q, k, v))
-    mask, share = reference.skip_mask(
-        q, k, skip, grouping(tier, dtype, b, hkv, h // hkv, lq, window=options.get("window")), **options
-    )
-    scaling = {name: options[name] for name in ("scale", "softcap") if name in options}
+    groups = grouping(tier, dtype, b, hkv, h // hkv, lq, window=options.get("window"), dim=shape[5])
+    mask, share = reference.skip_mask(q, k, skip, groups, **options)
+    scaling = {name: options[name] for name in ("scale", "softcap", "sinks") if name in options}
     want, want_lse = reference.masked_attention(q, k, v, mask, return_lse=True, **scaling)
     assert stats.skipped == pytest.approx(share, abs=1e-12)
     assert 0.01 < share < 0.9 or name == "zero scale"

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the demo extra: matplotlib")
 
 import dhsa
-from dhsa.plot import chunks_html, key_shares, mass_kept, plot_methods, tokens_html
+from dhsa.plot import chunks_html, key_shares, mass_kept, plot_methods, plot_selection, tokens_html
 
 LENGTH, SIZE = 300, 32
 CONFIG = dhsa.Config(budget=96, query_block=SIZE, sink=8, local=40, dense_tail=0)
@@ -98,6 +98,38 @@ def test_tokens_are_shaded_by_why_they_are_seen(text):
             tokens_html(tokens, selections, block, mass=mass, config=CONFIG)
     with pytest.raises(ValueError, match="tokens: expected 300, got 299"):
         tokens_html(tokens[1:], selections, 7, mass=mass, config=CONFIG)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_selections_on_both_sides(make_qkv, window, tmp_path):
+    """No key is in the future; local keys lie around their block; the share of each block is that of the mask."""
+    q, k, _ = make_qkv(1, 2, 1, LENGTH - 20, LENGTH, 16)
+    selection = dhsa.select(q, k, CONFIG, window=window, causal=False)
+    figure = plot_selection(selection, tmp_path / "both.png", config=CONFIG)
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    seen = selection.mask(causal=True)[0, 0]
+    visible = np.abs(np.arange(LENGTH) - np.arange(20, LENGTH)[:, None]) < (window or 1000)
+    blocks = range(0, len(seen), SIZE)
+    want = [seen[i : i + SIZE].sum() / visible[i : i + SIZE].sum() for i in blocks]
+    main, side = (next(a for a in figure.axes if a.get_xlabel().startswith(x)) for x in ("key", "share"))
+    np.testing.assert_allclose([bar.get_width() for bar in side.patches], want)
+    assert not any("future" in text.get_text() for text in figure.legends[0].get_texts())
+    image = np.asarray(main.images[0].get_array())
+    shares, edges = key_shares(selection)
+    assert len(edges) == LENGTH + 1
+    np.testing.assert_array_equal((image == 1).all(-1), shares == 0)
+    forced = np.isclose(image, (0.64, 0.70, 0.76), atol=0.01).all(-1)
+    for i in range(1, 8):
+        middle = 20 + i * SIZE + SIZE // 2
+        assert forced[i, middle - 20 : middle + 20].all()
+        assert forced[i].sum() == 40 + (8 if window is None or i < 3 else 0)
+    tokens = [f"t{i}" for i in range(LENGTH)]
+    mass = np.full((9, LENGTH), 1 / LENGTH)
+    box = tokens_html(tokens, {"both": selection}, 4, mass=mass, config=CONFIG).split("<b>")[2]
+    styles = re.findall(r'<span style="([^"]*)">', box)
+    assert len(styles) == LENGTH
+    green = [i for i, style in enumerate(styles) if style.startswith("background:#cfe0c8")]
+    assert green == list(range(20 + 4 * SIZE + SIZE // 2 - 20, 20 + 4 * SIZE + SIZE // 2 + 20))
 
 
 def test_tokens_are_coloured_by_chunk():

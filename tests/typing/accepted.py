@@ -41,8 +41,12 @@ def arrays(q: Float32, k: Float32, v: Float32) -> None:
     assert_type(pair, tuple[Float32, Float32])
     assert [x.dtype for x in pair] == [np.float32, np.float32]
 
-    selection = dhsa.select(q, k, config)
+    with_sinks = dhsa.attention(q, k, v, sinks=np.zeros(q.shape[1], np.float32), causal=False, return_lse=True)
+    assert_type(with_sinks, tuple[Float32, Float32])
+
+    selection = dhsa.select(q, k, config, causal=True)
     assert_type(selection, dhsa.Selection)
+    assert_type(selection.causal, bool)
     assert_type(selection.density(), float)
     assert_type(selection.shape, tuple[int, int, int])
     assert_type(dhsa.sparse_attention(q, k, v, selection), Float32)
