@@ -102,11 +102,10 @@ def key_range_mask(
     a key and the layers know that they are causal. Else returns a range table, int32 [batch_size, m, q_length, 2]. It
     never makes a [q_length, kv_length] tensor.
 
-    In a causal pattern, a query that is itself padding (its own entry of `attention_mask` is False) sees no key, and its
-    output is zeros.
-    Two kinds of such queries see what transformers says all the same, because `generate` reads their logits in a
-    right-padded row: the last query, and one before a real token (in assisted generation, prompt and candidates are one
-    call).
+    In a causal pattern, a query that is itself padding (its own entry of `attention_mask` is False) sees no key, and
+    its output is zeros. Two kinds of such queries see what transformers says all the same, because `generate` reads
+    their logits in a right-padded row: the last query, and one before a real token (in assisted generation, prompt and
+    candidates are one call).
 
     Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
