@@ -20,6 +20,7 @@ import torch
 from growth import growth_rows, memory_rows
 from harness import DTYPES, RESULTS, Job, check, interleave, machine, row, run_jobs
 from peers import GEMMA2, GEMMA3, Shape, at, flex, flop, inputs, sdpa, tokens
+from wide import ENCODERS, GEMMA4, both_sides, wide
 
 import dhsa
 
@@ -326,6 +327,10 @@ def jobs_of(args: argparse.Namespace, dtypes: list[torch.dtype]) -> list[Job]:
         grid = [(dim, kv) for dim in (64, 128, 256) for kv in (8, 4, 2, 1) if (dim, kv) != GEMMA2[:0:-1]]  # done above
         for dim, kv_heads in grid if not args.quick else ((64, 4), (128, 4)):
             add("dense", dense, Shape(8, kv_heads, dim), 4096, dtype, repeats, threads)
+        add("wide", wide, GEMMA4, 4096, dtype, repeats, threads)
+        for shape in ENCODERS:
+            for length in (n for n in wanted if n in (8192, 32768)):
+                add("sides", both_sides, shape, length, dtype, times(length), threads)
         for shape in (GEMMA2, GEMMA3):
             add("softcap", softcapped, shape, 8192, dtype, repeats, threads)
         for shape in (GEMMA2, GEMMA3):
@@ -370,6 +375,8 @@ SECTIONS = (
     "window",
     "executor",
     "whole",
+    "wide",
+    "sides",
     "selecting",
     "boundaries",
     "short",

@@ -151,6 +151,8 @@ TITLES = {
     "window": "Sliding window",
     "executor": "Sparse executor alone, lists of budget 2,048",
     "whole": "Whole DHSA call, selection included",
+    "wide": "Heads of 512",
+    "sides": "Bidirectional DHSA call, selection included",
     "selecting": "The share of it that selection takes",
     "boundaries": "Boundary networks and their labels, 8K",
     "decode": "Decoding",

@@ -224,7 +224,7 @@ class _Watch:
             return Reason("layers", "it is not among layers=")
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        return reason(state.config, q, k, mask, options.get("sliding_window"), causal)
+        return reason(module, state.config, q, k, mask, options.get("sliding_window"), causal)
 
 
 def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:

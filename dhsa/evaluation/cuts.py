@@ -73,11 +73,13 @@ class Cuts:
         plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
         if plain or config is None or not config.leaves_out(q.shape[2], k.shape[2], layer["window"]):
             return _run(q, k, v, config, **options)
+        if self.label and options.get("sinks") is not None:
+            raise NotImplementedError("cuts=label: labels are of attention without sinks, which this model has (s_aux)")
         start = perf_counter()
         cuts = self.boundaries(q, k, config, **layer)
         self.selection = dhsa.select(q, k, config, boundaries=cuts, **layer)
         chosen = perf_counter()
-        kept: dict[str, Any] = {name: options[name] for name in ("out", "return_lse") if name in options}
+        kept: dict[str, Any] = {name: options[name] for name in ("out", "return_lse", "sinks") if name in options}
         made = dhsa.sparse_attention(q, k, v, self.selection, **layer, **kept)
         done = perf_counter()
         out, lse = made if options.get("return_lse") else (made, None)

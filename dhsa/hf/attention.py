@@ -13,15 +13,15 @@ from dhsa.selection import Selection
 
 from . import break_even, switching
 from .caches import Memory, recall
-from .compat import outside_graphs
-from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranges_of
+from .compat import outside_graphs, reads_text
+from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranged_rows, ranges_of, two_sided
 from .records import record
-from .refusals import forward_only, gradients_wanted, refuse_unsupported
+from .refusals import forward_only, gradients_wanted, refuse_unsupported, sinks_in
 from .switching import EXACT, STATE, State
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
-__all__ = ["attend", "attention_forward"]
+__all__ = ["attend", "attention_forward", "one_sided"]
 
 
 @outside_graphs
@@ -41,32 +41,37 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """The attention function of implementation "dhsa", in the signature that transformers calls.
 
-    query [B, H, Lq, D]; key, value [B, Hkv, Lk, D], not repeated over a group. The last stride is 1, the others are
-    free. All have one dtype, float32, float16 or bfloat16, and are on the CPU. Returns ([B, Lq, H, D] contiguous,
-    None). Under torch.autocast the dtypes may differ: all are cast to that of autocast, which the result has as well.
+    query [B, H, Lq, D]; key [B, Hkv, Lk, D] and value [B, Hkv, Lk, E], not repeated over a group. The last stride is 1,
+    the others are free. All have one dtype, float32, float16 or bfloat16, and are on the CPU. Returns ([B, Lq, H, E]
+    contiguous, None). Under torch.autocast the dtypes may differ: all are cast to that of autocast, which the result
+    has as well. `s_aux` (or `sinks`) [H]: a logit for each query head that joins the softmax and has no value.
 
     `attention_mask` is None for plain attention: causal with the last query at the last key, within `sliding_window`,
     or full if the module or `is_causal` says that it is not causal. Otherwise it is a range table of this package's
     mask function, a 2-D padding mask, or a complete 4-D mask; see `masks.ranges_of`. Queries that see no key give
     zeros. A mask may contain stretches of plain causal or sliding-window attention: padded, packed or static-cache
     prompts, or long stretches between spans of bidirectional attention. The model's config applies to these as to an
-    unmasked prompt. Everything else is exact.
+    unmasked prompt. So it does where every token of a text sees all tokens on both sides of it, or those within a
+    symmetric window, if the method of selection serves both sides; queries that are padding then give zeros. Everything
+    else is exact.
 
-    Raises NotImplementedError for what is not supported: training, dropout, attention weights as output, sinks (s_aux),
-    position biases, paged caches, cross-attention, masks with more than a few intervals a query, transforms of
-    torch.func, forward-mode derivatives, torch.jit.trace. The forward pass of a module in eval mode also works while
-    autograd records; computing a gradient through it raises NotImplementedError.
+    Raises NotImplementedError for what is not supported: training, dropout, attention weights as output, sinks of
+    another shape, position biases, paged caches, cross-attention, masks with more than a few intervals a query,
+    transforms of torch.func, forward-mode derivatives, torch.jit.trace. The forward pass of a module in eval mode also
+    works while autograd records; computing a gradient through it raises NotImplementedError.
     """
-    refuse_unsupported(module, query, key, value, attention_mask, dropout, s_aux, kwargs)
+    refuse_unsupported(module, query, key, value, attention_mask, dropout, kwargs)
+    sinks = sinks_in(query, s_aux, kwargs)
     query, key, value = cast(query, key, value)
-    recorded = gradients_wanted(module, query, key, value)
+    inputs = (query, key, value) if sinks is None else (query, key, value, sinks)
+    recorded = gradients_wanted(module, *inputs)
     others = (attention_mask, scaling, sliding_window, softcap, is_causal)
     if tracing():
-        return traced_attention(module, query, key, value, *others), None
-    refuse_transforms(query=query, key=key, value=value, attention_mask=attention_mask)
+        return traced_attention(module, query, key, value, *others, sinks), None
+    refuse_transforms(query=query, key=key, value=value, attention_mask=attention_mask, sinks=sinks)
     if recorded:
-        return forward_only(lambda q, k, v: attend(module, q, k, v, *others), query, key, value), None
-    return attend(module, query, key, value, *others), None
+        return forward_only(lambda q, k, v, s=None: attend(module, q, k, v, *others, sinks=s), *inputs), None
+    return attend(module, query, key, value, *others, sinks=sinks), None
 
 
 def attend(
@@ -79,10 +84,11 @@ def attend(
     sliding_window: int | None,
     softcap: float | None,
     is_causal: bool | None,
+    sinks: torch.Tensor | None = None,
     in_graph: bool = False,
 ) -> torch.Tensor:
     """`attention_forward` for real tensors whose arguments were checked. `in_graph`: whether an operator calls it."""
-    batch, heads, q_len, dim = query.shape
+    batch, heads, q_len, _ = query.shape
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
@@ -98,16 +104,21 @@ def attend(
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
 
     # The core writes into a view, so that the layout that transformers expects needs no copy.
-    out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device="cpu")
+    out = torch.empty((batch, q_len, heads, value.shape[3]), dtype=query.dtype, device="cpu")
     view = out.transpose(1, 2)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         _refuse_half_a_mask(attention_mask, q_len, sliding_window)
-        config, memory = EXACT, None  # no method is defined for encoders
-    stretches = plan(attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None)
-    if sum((s.q_stop - s.q_start) * (batch if s.row is None else 1) for _, s, _ in stretches) < batch * q_len:
+        memory = None
+    hindrance = one_sided(module, config)
+    stretches = plan(
+        attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None, sides=not hindrance
+    )
+    parts = [stretch.part for stretch in stretches]
+    if sum((s.q_stop - s.q_start) * (batch if s.row is None else 1) for s in parts) < batch * q_len:
         out.zero_()  # queries outside all stretches see no key
-    runner = _Runner(state, memory, layer, sliding_window, config, unseen, {"scale": scaling, "softcap": softcap})
+    options = {"scale": scaling, "softcap": softcap, "sinks": None if sinks is None else sinks.detach().float()}
+    runner = _Runner(state, memory, layer, sliding_window, config, unseen, hindrance, options)
     done = []
     for stretch in stretches:
         s = stretch.part
@@ -119,7 +130,8 @@ def attend(
         pairs = s.pairs * (batch if s.row is None else 1)
         done += [(stats, pairs) for stats in runner.run(stretch, q_len, *inputs)]
     if memory is not None:
-        memory.done(all(stats.path == "sparse" for stats, _ in done))
+        plain = all(stretch.way == "plain" for stretch in stretches)
+        memory.done(plain and all(stats.path == "sparse" for stats, _ in done))
     record(module, layer, sliding_window, query, key, done, runner.reason)
     return out
 
@@ -128,17 +140,20 @@ class Stretch(NamedTuple):
     """A part of a call that is computed at once. `way` is one of
 
     - "plain": causal within a window; the config applies;
+    - "sides": every query sees the keys on both sides of it within a window; the config applies;
     - "full": every query sees every key;
     - "ranged": one interval of keys for each query, `table` [B, n, 2];
     - "listed": several intervals, `table` is (indptr, indices, spans) of `masks.key_lists`;
     - "joined": several intervals, `table` [B, m, n, 2]: one call for each, the results weighted by their shares of the
       softmax's sum.
 
-    Intervals are relative to the first key of the part."""
+    Intervals are relative to the first key of the part. `of_sides`: whether the part is bidirectional attention that
+    runs exact."""
 
-    way: Literal["plain", "full", "ranged", "listed", "joined"]
+    way: Literal["plain", "sides", "full", "ranged", "listed", "joined"]
     part: MaskPart
     table: Any = None
+    of_sides: bool = False
 
 
 def plan(
@@ -151,20 +166,28 @@ def plan(
     config: Config,
     *,
     alone: bool,
+    sides: bool,
 ) -> list[Stretch]:
-    """The stretches of a call, in order. `alone`: nothing is stored about the keys of earlier calls.
+    """The stretches of a call, in order. `alone`: nothing is stored about the keys of earlier calls. `sides`: whether
+    bidirectional attention may leave keys out.
 
-    Queries that see no key are in no stretch.
+    Queries that see no key are in no stretch, nor is padding where bidirectional attention leaves keys out.
     """
     whole = MaskPart(None, 0, q_len, 0, k_len, sliding_window if causal else None, 1)
     if attention_mask is None:
-        return [Stretch("plain" if causal else "full", whole)]
+        if causal:
+            return [Stretch("plain", whole)]
+        if sides and q_len == k_len and config.leaves_out(q_len, k_len, causal=False):
+            return [Stretch("sides", whole)]
+        return [Stretch("full", whole, of_sides=True)]
     ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal)
     if ranges.shape[1] > 1:
         if (lists := key_lists(ranges, k_len)) is not None:
             return [Stretch("listed", whole, lists)]
         return [Stretch("joined", whole, ranges)]
     ranges = ranges[:, 0]
+    if q_len == k_len > 1 and (found := two_sided(ranges)) is not None:
+        return [stretch for part in found for stretch in _two_sided_stretches(part, ranges, config, sides)]
     parts = None if q_len == 1 and alone else mask_parts(ranges, least_stretch(config), late=k_len - q_len)
     one = (
         parts is not None
@@ -183,6 +206,27 @@ def plan(
         # No key could be left out here, and one call with the table computes exactly what the mask says.
         return [Stretch("ranged", whole, ranges)]
     return [Stretch("ranged", p, p.table(ranges)) if p.ranged else Stretch("plain", p) for p in parts]
+
+
+def _two_sided_stretches(part: MaskPart, ranges: np.ndarray, config: Config, sides: bool) -> list[Stretch]:
+    """The stretches of the tokens of a batch row (or of all rows, if they are alike) that see each other."""
+    tokens = part.q_stop - part.q_start
+    if sides and config.leaves_out(tokens, tokens, part.window, causal=False):
+        return [Stretch("sides", part)]
+    # Exact: padding sees what the mask says too. Each row is a call of its own, and has the bits that it has alone.
+    rows = ranged_rows(ranges, part.row)
+    return [Stretch("ranged", row, row.table(ranges), of_sides=True) for row in rows]
+
+
+def one_sided(module: torch.nn.Module, config: Config) -> str:
+    """Why bidirectional attention of `module` runs exact whatever `config` says, as a reason of a record; else ""."""
+    if config.exact:
+        return ""
+    if not config.options.has_both_sides:
+        return f"bidirectional: method={config.method!r} selects keys for causal attention only"
+    if not reads_text(module):
+        return "bidirectional: attention between the parts of a picture or a sound runs exact"
+    return ""
 
 
 def _refuse_half_a_mask(attention_mask: torch.Tensor | None, q_len: int, sliding_window: int | None) -> None:
@@ -209,9 +253,11 @@ class _Runner:
         kind: int | None,
         config: Config,
         unseen: str,
+        hindrance: str,
         options: dict[str, Any],
     ) -> None:
         self._state, self._memory, self._layer, self._kind, self._unseen = state, memory, layer, kind, unseen
+        self._hindrance = hindrance
         self._config, self._options = config, options
         self._exact = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
         self.reason = ""
@@ -227,12 +273,11 @@ class _Runner:
     ) -> list[RunStats]:
         """Computes one stretch, into `out`. `q_len`: the number of queries of the whole call."""
         options: dict[str, Any] = {**self._options, "out": out}
-        if stretch.way != "plain" and self._config.leaves_out(q.shape[2], k.shape[2], self._kind):
-            several = stretch.way in ("listed", "joined")
-            of = "gives queries several intervals of keys" if several else "is neither causal nor a sliding window"
-            self.reason = self.reason or f"mask: a part of it {of}, which runs exact"
+        self.reason = self.reason or self._why_exact(stretch, q.shape[2], k.shape[2])
+        if stretch.way == "sides":
+            return [self._chosen(stretch.part, q, k, v, self._config, causal=False, **options)]
         if stretch.way == "full":
-            return [functional.run(q, k, v, self._config, causal=False, **options)[2]]
+            return [functional.run(q, k, v, self._exact, causal=False, **options)[2]]
         if stretch.way == "ranged":
             return [functional.run(q, k, v, self._exact, key_ranges=stretch.table, **options)[2]]
         if stretch.way == "listed":
@@ -242,18 +287,40 @@ class _Runner:
         if stretch.way == "joined":
             return _attend_to_intervals(q, k, v, stretch.table, out, self._options)
         alone = q.shape[2] == 1 < q_len  # a stretch of one query is no decoding step
-        return [self._plain(stretch.part, q, k, v, self._exact if alone else self._config, **options)]
+        return [self._chosen(stretch.part, q, k, v, self._exact if alone else self._config, **options)]
 
-    def _plain(
-        self, s: MaskPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
+    def _why_exact(self, stretch: Stretch, q_len: int, k_len: int) -> str:
+        """The reason why a stretch runs exact although the config would leave keys out; else ""."""
+        if stretch.way in ("plain", "sides"):
+            return ""
+        if stretch.of_sides:
+            return self._hindrance if self._config.leaves_out(k_len, k_len, self._kind, causal=False) else ""
+        if not self._config.leaves_out(q_len, k_len, self._kind):
+            return ""
+        several = stretch.way in ("listed", "joined")
+        of = "gives queries several intervals of keys" if several else "is neither causal nor a sliding window"
+        return f"mask: a part of it {of}, which runs exact"
+
+    def _chosen(
+        self,
+        s: MaskPart,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: Config,
+        *,
+        causal: bool = True,
+        **options: Any,
     ) -> RunStats:
-        if why := break_even.reason(config, q, k, s.window):
+        """Attention to the keys that `config` selects: causal, or with causal=False on both sides."""
+        if why := break_even.reason(config, q, k, s.window, causal=causal):
             self.reason = self.reason or why
             config = break_even.fallback(config.skip)
-        elif not self.reason and not config.exact:
+        elif not self.reason and not config.exact and causal:
             self.reason = self._unseen
-        if self._memory is not None and not config.exact:
+        if self._memory is not None and not config.exact and causal:
             options |= self._memory.of(s.row, s.k_start)
+        options["causal"] = causal
         if self._state is not None and config.share is not None and q.shape[2] > 1:  # steps share nothing
             where = s[:5]
             sharing = self._state.sharing
@@ -270,11 +337,14 @@ def _attend_to_intervals(
     options: dict[str, Any],
 ) -> list[RunStats]:
     """Exact attention of queries that see several intervals of keys, `ranges` [B, m, Lq, 2], into `out`. Each interval
-    is one call, and its result is weighted by its share of the softmax's sum."""
+    is one call, and its result is weighted by its share of the softmax's sum. Only the first call has the sinks, which
+    count once."""
     total = lse = None
     done = []
     for j in range(ranges.shape[1]):
         table = np.ascontiguousarray(ranges[:, j])
+        if j == 1:
+            options = {**options, "sinks": None}
         part, part_lse, stats = functional.run(query, key, value, EXACT, key_ranges=table, return_lse=True, **options)
         done.append(stats)
         if total is None:

@@ -57,12 +57,12 @@ STEP = {"float32": 3, "bfloat16": 4, "float16": 4}
 STEP_BYTES = 2 << 20
 
 
-def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None) -> str:
-    """The reason why causal attention of q to k, the last query at the last key, runs exact although `config` leaves
-    keys out, as a sentence; "" if it does not run exact."""
+def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None, *, causal: bool = True) -> str:
+    """The reason why attention of q to k, the last query at the last key, runs exact although `config` leaves keys out,
+    as a sentence; "" if it does not run exact. `causal`: False of bidirectional attention."""
     k_len = k.shape[2]
-    step = q.shape[2] == 1 and not config.exact
-    if config.break_even == 0 or not (step or config.leaves_out(q.shape[2], k_len, window)):
+    step = q.shape[2] == 1 and causal and not config.exact
+    if config.break_even == 0 or not (step or config.leaves_out(q.shape[2], k_len, window, causal=causal)):
         return ""
     if config.break_even is not None:
         if k_len >= config.break_even:
@@ -75,7 +75,7 @@ def reason(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None)
         if config.exact_up_to >= k_len or k_len >= least or 2 * k[:1].numel() * k.element_size() < STEP_BYTES:
             return ""
         return f"break-even: {k_len:,} keys are fewer than the {least:,} from which a step that selects keys is faster"
-    exact, sparse = seconds(config, q, k, window)
+    exact, sparse = seconds(config, q, k, window, causal=causal)
     if sparse - exact <= max(NOISE * exact, WORTH):
         return ""
     return (
@@ -90,11 +90,13 @@ def fallback(skip: float | None) -> Config:
     return Config(budget=None, skip=skip)
 
 
-def seconds(config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None) -> tuple[float, float]:
+def seconds(
+    config: Config, q: torch.Tensor, k: torch.Tensor, window: int | None, *, causal: bool = True
+) -> tuple[float, float]:
     """The estimated seconds of an exact and of a sparse call on the machine of COSTS, for one row of the batch: a row
     must not be treated differently in a batch than alone. On other machines only their quotient is meaningful."""
     costs = COSTS[_multiplied_as(str(q.dtype).removeprefix("torch."), _core.isa_current())]
-    kept, visible, listed, keys = work(config, q.shape[2], k.shape[2], window)
+    kept, visible, listed, keys = work(config, q.shape[2], k.shape[2], window, causal=causal)
     group = q.shape[1] // k.shape[1]
     sparse = costs.pair * kept + costs.gather * listed / group
     if config.share != "selections":  # else nearly all layers use the selection of another
@@ -113,8 +115,11 @@ class Work(NamedTuple):
     keys: int
 
 
-def work(config: Config, q_len: int, k_len: int, window: int | None) -> Work:
+def work(config: Config, q_len: int, k_len: int, window: int | None, *, causal: bool = True) -> Work:
     width = k_len if window is None else window
+    if not causal:
+        kept = q_len * min(2 * width - 1, k_len, config.exact_up_to)
+        return Work(kept, _pairs_of_sides(q_len, k_len, width), kept / config.query_block, k_len)
     block = config.query_block
     tail = q_len - (q_len - config.dense_tail) // block * block if config.dense_tail else 0
     kept = _pairs(tail, k_len, width) + _pairs(q_len - tail, k_len - tail, min(width, config.exact_up_to))
@@ -126,6 +131,14 @@ def _pairs(q_len: int, k_len: int, width: int) -> int:
     past = k_len - q_len
     rising = min(max(0, width - past), q_len)  # queries whose window reaches back to the first key
     return rising * (2 * past + rising + 1) // 2 + (q_len - rising) * width
+
+
+def _pairs_of_sides(q_len: int, k_len: int, width: int) -> int:
+    """Pairs of the last `q_len` of `k_len` positions that are nearer to each other than `width`."""
+    width = min(width, k_len)
+    after = min(q_len, width - 1)  # queries whose window reaches beyond the last key
+    later = (q_len - after) * (width - 1) + after * (after - 1) // 2  # keys after their query
+    return _pairs(q_len, k_len, width) + later
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,6 +27,7 @@ __all__ = [
     "outside_graphs",
     "packed_mask_function",
     "reads_mask",
+    "reads_text",
 ]
 
 # Attributes that transformers sets in a config for the attention implementation, and that are not settings of the
@@ -51,8 +52,8 @@ def _refuse_older() -> None:
 
 
 # Models whose layers read the mask tensor themselves and expect [batch, heads or 1, queries, keys]: Doge adds its own
-# values to it. No attribute or signature shows this.
-_READS_MASK = ("doge",)
+# values to it, DeepSeek 4 appends columns for compressed keys. No attribute or signature shows this.
+_READS_MASK = ("doge", "deepseek_v4")
 
 
 def reads_mask(model: torch.nn.Module) -> str | None:
@@ -68,6 +69,22 @@ def reads_mask(model: torch.nn.Module) -> str | None:
         if kind in _READS_MASK or isinstance(getattr(module, "indexer", None), torch.nn.Module):
             return kind
     return None
+
+
+# Settings of the models of pictures and sounds, one of which the config of each of their attention modules has.
+_OF_PICTURES_AND_SOUNDS = ("image_size", "patch_size", "num_channels", "num_mel_bins", "conv_dim")
+
+
+def reads_text(module: torch.nn.Module) -> bool:
+    """Whether an attention module's tokens are those of a text, and not parts of a picture or a sound.
+
+    Recognized by its config: a vocabulary and none of the settings of pictures and sounds. A module without a config is
+    taken for one of text.
+    """
+    config = getattr(module, "config", None)
+    if config is None:
+        return True
+    return hasattr(config, "vocab_size") and not any(hasattr(config, name) for name in _OF_PICTURES_AND_SOUNDS)
 
 
 def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

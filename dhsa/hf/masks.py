@@ -32,7 +32,9 @@ __all__ = [
     "least_stretch",
     "mask_parts",
     "padding_of",
+    "ranged_rows",
     "ranges_of",
+    "two_sided",
     "without_padding",
 ]
 
@@ -54,9 +56,9 @@ _TO_THE_LAST = np.iinfo(np.int32).max
 class MaskPart(NamedTuple):
     """Queries [q_start, q_stop) of batch row `row` (None: of every row) and the keys [k_start, k_stop) that they see.
 
-    Not `ranged`: causally, within `window` if given, the last query at the last of the keys. `ranged`: as the table
-    says (bidirectional spans, and stretches that are too short for a call of their own). `pairs` counts the (query,
-    key) pairs of one row."""
+    Not `ranged`: causally, within `window` if given, the last query at the last of the keys; of `two_sided`, keys on
+    both sides. `ranged`: as the table says (bidirectional spans, and stretches that are too short for a call of their
+    own). `pairs` counts the (query, key) pairs of one row."""
 
     row: int | None
     q_start: int
@@ -96,26 +98,29 @@ def key_range_mask(
 ) -> torch.Tensor | None:
     """The mask for attention implementation "dhsa", in the signature of transformers' AttentionMaskInterface.
 
-    Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded and no window
-    hides a key. Else returns a range table, int32 [batch_size, m, q_length, 2]. It never makes a [q_length, kv_length]
-    tensor.
+    Returns None where the queries are the last `q_length` of `kv_length` positions, nothing is padded, no window hides
+    a key and the layers know that they are causal. Else returns a range table, int32 [batch_size, m, q_length, 2]. It
+    never makes a [q_length, kv_length] tensor.
 
-    A query that is itself padding (its own entry of `attention_mask` is False) sees no key, and its output is zeros.
-    Two kinds of such queries see what transformers says all the same, because `generate` reads their logits in a
-    right-padded row: the last query, and one before a real token (in assisted generation, prompt and candidates are one
-    call).
+    In a causal pattern, a query that is itself padding (its own entry of `attention_mask` is False) sees no key, and
+    its output is zeros. Two kinds of such queries see what transformers says all the same, because `generate` reads
+    their logits in a right-padded row: the last query, and one before a real token (in assisted generation, prompt and
+    candidates are one call).
 
     Raises NotImplementedError if some query would see keys in more than MAX_INTERVALS intervals.
     """
+    sides = "allow_is_bidirectional_skip" in kwargs and not use_vmap  # as transformers calls it for encoders
     everything = mask_function is bidirectional_mask_function and local_size is None and not use_vmap
     if everything and attention_mask is None and kwargs.get("allow_is_bidirectional_skip"):
         # Encoders pass no cache: `kv_length` is then the number of queries. transformers makes no mask here. This
         # function does, because some modules do not say that they are not causal.
         return torch.tensor([0, _TO_THE_LAST], dtype=torch.int32, device="cpu").repeat(batch_size, 1, q_length, 1)
+    # The layers of such a model say that they are not causal, and would read None as full attention.
+    told = getattr(kwargs.get("config"), "use_bidirectional_attention", None) not in (True, "all")
     if tracing():
         return traced_ranges(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-            allow_is_causal_skip, use_vmap, "allow_is_bidirectional_skip" in kwargs,
+            allow_is_causal_skip and told, use_vmap, "allow_is_bidirectional_skip" in kwargs,
         )  # fmt: skip
     refuse_transforms(attention_mask=attention_mask, q_offset=q_offset, q_length=q_length)
     if attention_mask is not None:
@@ -125,8 +130,12 @@ def key_range_mask(
     first = q_offset - kv_offset
     padding = padding_of(attention_mask, kv_offset, kv_length)
 
+    at = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    if sides and _follows_sides(mask_function, local_size, *at):
+        rows = _two_sided_rows(batch_size, q_length, kv_length, first, local_size)
+        return torch.from_numpy(without_padding(rows, padding, None))
     plain = allow_is_causal_skip and not use_vmap
-    if plain and not _follows(mask_function, local_size, batch_size, q_length, kv_length, q_offset, kv_offset):
+    if plain and not _follows(mask_function, local_size, *at):
         plain = False  # a pattern of another kind, for instance chunked attention, which also names a local size
     if not plain:
         # Any other pattern: evaluate it some queries at a time, and store only the ends of each row's intervals.
@@ -150,7 +159,7 @@ def key_range_mask(
 
     aligned = first + q_length == kv_length
     cut = local_size is not None and first + q_length > local_size
-    if padding is None and aligned and not cut:
+    if padding is None and aligned and not cut and told:
         return None
     rows = causal_rows(batch_size, q_length, kv_length, first, local_size)
     return torch.from_numpy(without_padding(rows, padding, first))
@@ -179,8 +188,23 @@ def causal_rows(
     return ranges
 
 
-def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) -> np.ndarray:
-    """The range table [B, m, Lq, 2] of `ranges` [B, Lq, 2] without the keys that are padding."""
+def _two_sided_rows(batch_size: int, q_length: int, kv_length: int, first: int, radius: int | None) -> np.ndarray:
+    """int32 [B, Lq, 2]: the interval of each query from position `first` on that sees all keys, or those at most
+    `radius` away from it."""
+    ranges = np.empty((batch_size, q_length, 2), np.int32)
+    ranges[..., 0], ranges[..., 1] = 0, kv_length
+    if radius is not None:
+        position = np.arange(first, first + q_length, dtype=np.int64)
+        ranges[..., 0] = np.clip(position - radius, 0, kv_length)
+        ranges[..., 1] = np.clip(position + radius + 1, 0, kv_length)
+        ranges[ranges[..., 0] >= ranges[..., 1]] = 0
+    return ranges
+
+
+def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int | None) -> np.ndarray:
+    """The range table [B, m, Lq, 2] of `ranges` [B, Lq, 2] without the keys that are padding, and without the keys of
+    queries that are padding. `first`: the position of the first query, or None: queries that are padding see keys, as
+    transformers lets them in encoders, whose convolutions may read their outputs."""
     if padding is None:
         return ranges[:, None]
     # [B, m, 1, 2]; keys past the mask's end are hidden, as in transformers' sdpa.
@@ -189,13 +213,8 @@ def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) 
     start = np.maximum(ranges[:, None, :, 0], real[..., 0])
     stop = np.minimum(ranges[:, None, :, 1], real[..., 1])
     table = np.stack([start, stop], axis=-1)
-    # Queries that are padding. Those past the mask's end are not: transformers hides only their keys.
-    position = np.arange(first, first + ranges.shape[1])
-    known = (position >= 0) & (position < padding.shape[1])
-    known[-1] = False
-    served = padding.copy()
-    served[:, :-1] |= padding[:, 1:]
-    table[:, :, known] *= served[:, None, position[known], None]
+    if first is not None:
+        _hide_padding(table, padding, first)
     table[table[..., 0] >= table[..., 1]] = 0
     if table.shape[1] == 1:
         return table
@@ -203,6 +222,16 @@ def without_padding(ranges: np.ndarray, padding: np.ndarray | None, first: int) 
     order = np.argsort(table[..., 1] == 0, axis=1, kind="stable")
     table = np.take_along_axis(table, order[..., None], axis=1)
     return table[:, : max(1, int((table[..., 1] > 0).sum(axis=1).max()))]
+
+
+def _hide_padding(table: np.ndarray, padding: np.ndarray, first: int) -> None:
+    # Queries that are padding. Those past the mask's end are not: transformers hides only their keys.
+    position = np.arange(first, first + table.shape[2])
+    known = (position >= 0) & (position < padding.shape[1])
+    known[-1] = False
+    served = padding.copy()
+    served[:, :-1] |= padding[:, 1:]
+    table[:, :, known] *= served[:, None, position[known], None]
 
 
 def _follows(
@@ -221,15 +250,40 @@ def _follows(
     """
     if mask_function is causal_mask_function and window is None:
         return True
-    probes = sorted({0, q_length // 2, max(q_length - 2, 0), q_length - 1})
-    q = torch.tensor(probes, device="cpu")[None, None, :, None] + q_offset
-    kv = torch.arange(kv_length, device="cpu")[None, None, None, :] + kv_offset
-    batch = torch.arange(batch_size, device="cpu")[:, None, None, None]
-    found = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.long, device="cpu"), q, kv)
+    found, q, kv = _probed(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset)
     expected = kv <= q
     if window is not None:
         expected = expected & (kv > q - window)
     return bool((found == expected).all())
+
+
+def _follows_sides(
+    mask_function: Callable,
+    radius: int | None,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+) -> bool:
+    """Whether `mask_function` is bidirectional attention of all keys or of those at most `radius` away, judged as
+    `_follows` does."""
+    if radius is None:
+        return mask_function is bidirectional_mask_function
+    found, q, kv = _probed(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset)
+    return bool((found == ((kv - q).abs() <= radius)).all())
+
+
+def _probed(
+    mask_function: Callable, batch_size: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `mask_function` says about all keys for four queries, and the positions of these queries and of the keys."""
+    probes = sorted({0, q_length // 2, max(q_length - 2, 0), q_length - 1})
+    q = torch.tensor(probes, device="cpu")[None, None, :, None] + q_offset
+    kv = torch.arange(kv_length, device="cpu")[None, None, None, :] + kv_offset
+    batch = torch.arange(batch_size, device="cpu")[:, None, None, None]
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device="cpu")
+    return mask_function(batch, head, q, kv), q, kv
 
 
 # ---- any mask an attention function may meet -------------------------------------------------------------------------
@@ -397,6 +451,53 @@ def least_stretch(config: Config) -> Least | None:
     if config.exact:
         return None
     return Least(8 * max(config.dense_tail, config.query_block), config.exact_up_to + 1)
+
+
+def two_sided(ranges: np.ndarray) -> list[MaskPart] | None:
+    """Ranges [B, Lq, 2] of as many queries as keys, one interval a query, as bidirectional attention: in each row, the
+    tokens of one stretch see all of each other, or those nearer than a window, and what lies outside is padding.
+
+    Returns the stretches of the rows, those without a token left out, or one of row None where all rows are alike; None
+    for any other mask, causal ones above all."""
+    at = np.arange(ranges.shape[1])
+    if not (ranges[..., 1] > at + 1).any():
+        return None
+    if (ranges[1:] == ranges[:1]).all():
+        found = [_two_sided_row(ranges[0], None)]
+    else:
+        found = [_two_sided_row(table, row) for row, table in enumerate(ranges)]
+    parts = [part for part in found if part is not None]
+    return [part for part in parts if part.pairs] if len(parts) == len(found) else None
+
+
+def _two_sided_row(table: np.ndarray, row: int | None) -> MaskPart | None:
+    start, stop = table.astype(np.int64).T
+    seen = stop > start
+    if not seen.any():
+        return MaskPart(row, 0, 0, 0, 0, None, 0)
+    first, last = int(start[seen].min()), int(stop.max())
+    if not seen[first:last].all():
+        return None
+    at = np.arange(len(table))
+    window, tokens = int((stop - at)[first:last].max()), last - first
+    if window >= tokens:  # every token sees all of them; padding farther away from them than a window may see fewer
+        fewer = np.flatnonzero(seen & (stop - start < tokens))
+        one = int(fewer[0]) if len(fewer) else 0
+        window = (
+            2 * len(table) if not len(fewer) else one + 1 - int(start[one]) if one >= last else int(stop[one]) - one
+        )
+    begins, ends = np.maximum(at - window + 1, first), np.minimum(at + window, last)
+    if not (((start == begins) & (stop == ends)) | ~seen).all():
+        return None
+    pairs = int((stop - start)[first:last].sum())
+    return MaskPart(row, first, last, first, last, window if window < tokens else None, pairs)
+
+
+def ranged_rows(ranges: np.ndarray, row: int | None) -> list[MaskPart]:
+    """Batch row `row` of `ranges` [B, Lq, 2] (None: each of them) as a ranged part."""
+    rows = range(len(ranges)) if row is None else (row,)
+    parts = (_ranged(ranges[one], one, 0, ranges.shape[1]) for one in rows)
+    return [part for part in parts if part is not None]
 
 
 def mask_parts(

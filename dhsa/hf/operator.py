@@ -33,19 +33,20 @@ def _attention(
     sliding_window: int | None,
     softcap: float | None,
     is_causal: bool | None,
+    sinks: torch.Tensor | None = None,  # last, so that programs exported before it existed can be loaded
 ) -> torch.Tensor:
     if frozen is None:
         assert handle is not None  # a graph has either the handle or the words
         module = waiting(int(handle))
     else:
         module = thawed(frozen)
-    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal, in_graph=True)
+    return attend(module, query, key, value, mask, scaling, sliding_window, softcap, is_causal, sinks, in_graph=True)
 
 
 @_attention.register_fake
-def _(query: torch.Tensor, *_: object) -> torch.Tensor:
-    batch, heads, q_len, dim = query.shape
-    return query.new_empty((batch, q_len, heads, dim))
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+    batch, heads, q_len, _dim = query.shape
+    return query.new_empty((batch, q_len, heads, value.shape[3]))
 
 
 @torch.library.custom_op(
@@ -71,7 +72,7 @@ def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (*torch.ops.dhsa.no_backward(gradient, *ctx.shapes), *[None] * 7)
+    return (*torch.ops.dhsa.no_backward(gradient, *ctx.shapes), *[None] * 8)
 
 
 _attention.register_autograd(_backward, setup_context=_keep_shapes)

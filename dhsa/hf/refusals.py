@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["NO_BACKWARD", "check_contents", "check_padding", "forward_only", "gradients_wanted", "refuse_unsupported"]
+__all__ = [
+    "NO_BACKWARD",
+    "check_contents",
+    "check_padding",
+    "forward_only",
+    "gradients_wanted",
+    "refuse_unsupported",
+    "sinks_in",
+]
 
 NO_BACKWARD = (
     '"dhsa" has no backward pass: run the model under torch.no_grad() or torch.inference_mode(), or train it with '
@@ -20,7 +28,6 @@ def refuse_unsupported(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     dropout: float,
-    s_aux: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> None:
     """Raises NotImplementedError for every argument that would otherwise be ignored, ValueError for shapes."""
@@ -31,9 +38,6 @@ def refuse_unsupported(
         )
     if kwargs.get("output_attentions"):
         raise NotImplementedError(f'output_attentions=True: "dhsa" never forms the attention weights; {other}')
-    for name, sinks in (("s_aux", s_aux), ("sinks", kwargs.get("sinks"))):
-        if sinks is not None:
-            raise NotImplementedError(f'{name}: "dhsa" has no learned attention sinks; {other}')
     for name in ("position_bias", "head_mask", "cache", "block_table", "indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'{name}: "dhsa" does not know this argument and cannot ignore it; {other}')
@@ -54,6 +58,26 @@ def refuse_unsupported(
             f"query {tuple(query.shape)} and key {tuple(key.shape)}: "
             "expected [B, H, Lq, D] and [B, Hkv, Lk, D] with Lq <= Lk"
         )
+
+
+def sinks_in(query: torch.Tensor, s_aux: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The sinks [H] among the arguments, which models call `s_aux` or `sinks`; None if there are none.
+
+    Raises TypeError if they are no tensor of floating-point numbers, NotImplementedError for another shape (sinks of
+    each token, for example)."""
+    given = {name: x for name, x in (("s_aux", s_aux), ("sinks", kwargs.get("sinks"))) if x is not None}
+    for name, x in given.items():
+        if not isinstance(x, torch.Tensor) or not x.dtype.is_floating_point:
+            got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected a tensor of floating-point numbers, got {got}")
+        if x.ndim != 1 or x.shape[0] != query.shape[1]:
+            raise NotImplementedError(
+                f"{name}: expected one logit for each query head, shape [{query.shape[1]}], got {list(x.shape)}; "
+                '"dhsa" has no other attention sinks, use attn_implementation="eager"'
+            )
+    if len(given) > 1:
+        raise ValueError("s_aux and sinks: expected one of them, got both")
+    return next(iter(given.values()), None)
 
 
 def check_padding(mask: Any, batch: int | None = None) -> None:

@@ -70,45 +70,43 @@ class Sharing:
         *,
         window: int | None,
         out: torch.Tensor,
+        causal: bool = True,
+        sinks: torch.Tensor | None = None,
         key_indexes: tuple[Any, ...] | None = None,
         same: int = 0,
         keep_means: bool = True,
         **options: Any,
     ) -> RunStats:
-        """`functional.run` of causal attention, with the result of an earlier layer of this forward if there is one.
+        """`functional.run`, with the result of an earlier layer of this forward if there is one.
 
         layer: the layer's index. kind: its sliding window. where: which stretch (row, q_start, q_stop, k_start, k_stop)
         of the layer's queries and keys q and k are; lengths alone would not distinguish two rows of a batch.
         """
         held = self._stack[-1][1] if self._stack else None
         known: dict[str, Any] = {"key_indexes": key_indexes, "same": same, "keep_means": keep_means}
-        if held is None or layer is None or not config.leaves_out(q.shape[2], k.shape[2], window):
-            return functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
+        seen: dict[str, Any] = {"window": window, "causal": causal, **options}
+        run: dict[str, Any] = {**seen, "sinks": sinks, "out": out}
+        if held is None or layer is None or not config.leaves_out(q.shape[2], k.shape[2], window, causal=causal):
+            return functional.run(q, k, v, config, **run, **known)[2]
         cuts_only = config.share == "boundaries"
         row, *stretch = where
         row = row or 0  # a single row is named by either
-        key = (row, *stretch[2:], k.shape) if cuts_only else (row, *stretch, kind, window, q.shape, k.shape)
+        key = (row, *stretch[2:], k.shape) if cuts_only else (row, *stretch, kind, window, causal, q.shape, k.shape)
         found: _Found | None = held.get(key)
         start = perf_counter()
         if found is None or layer <= found.layer:  # the same layer again: another forward pass
             if cuts_only and key_indexes is not None:  # these have the boundaries of earlier keys
-                stats = functional.run(q, k, v, config, window=window, out=out, **options, **known)[2]
+                stats = functional.run(q, k, v, config, **run, **known)[2]
                 held[key] = _Found(layer, _padded([index.boundaries for index in key_indexes], k.shape[2]))
                 return stats
-            made = (
-                functional.boundaries(k, config)
-                if cuts_only
-                else functional.select(q, k, config, window=window, **options)
-            )
+            made = functional.boundaries(k, config) if cuts_only else functional.select(q, k, config, **seen)
             found = held[key] = _Found(layer, made)
         seconds = perf_counter() - start
         if cuts_only:
-            options |= known
-            _, _, stats = functional.run(q, k, v, config, boundaries=found.value, window=window, out=out, **options)
+            _, _, stats = functional.run(q, k, v, config, boundaries=found.value, **run, **known)
         else:
-            _, _, stats = functional.run_selected(
-                q, k, v, found.value, skip=config.skip, window=window, out=out, **options
-            )
+            del run["causal"]  # the selection remembers it
+            _, _, stats = functional.run_selected(q, k, v, found.value, skip=config.skip, **run)
         return stats._replace(select_seconds=stats.select_seconds + seconds)
 
 

@@ -17,10 +17,10 @@ from dhsa._arrays import torch_tangent
 from dhsa.config import Config
 
 from . import switching
-from .compat import exporting
+from .compat import exporting, reads_text
 from .handles import HANDLE, number_of
 from .refusals import check_padding
-from .switching import STATE, State
+from .switching import EXACT, STATE, State
 
 __all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing"]
 
@@ -66,6 +66,8 @@ def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
             'torch.export: boundaries="predictor" cannot be written into a program; patch the model with others'
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal and not reads_text(module):  # what the program does not contain about the module
+        config = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
     return json.dumps({"layer": layer, "is_causal": bool(causal), "config": config.to_dict()})
 
 
@@ -94,6 +96,7 @@ def traced_attention(
     sliding_window: int | None,
     softcap: float | None,
     is_causal: bool | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """`attention.attend` as one operator of the graph.
 
@@ -108,8 +111,8 @@ def traced_attention(
             'use attn_implementation="eager"'
         )
     if not torch.compiler.is_compiling():  # under a dispatch mode, where the operator would fail with a dual tensor
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tangent := torch_tangent(tensor):
+        for name, tensor in (("query", query), ("key", key), ("value", value), ("sinks", sinks)):
+            if tensor is not None and (tangent := torch_tangent(tensor)):
                 raise NotImplementedError(f'{name}: {tangent}; use attn_implementation="eager"')
     handle = frozen = None
     if type(query) is not torch.Tensor or _exporting():
@@ -118,7 +121,7 @@ def traced_attention(
         noted = getattr(module, HANDLE, None)  # models that were loaded as "dhsa" and never patched have none
         handle = torch.tensor(_number_of(module), device="cpu") if noted is None else noted.number
     return torch.ops.dhsa.attention(
-        query, key, value, attention_mask, handle, frozen, scaling, sliding_window, softcap, is_causal
+        query, key, value, attention_mask, handle, frozen, scaling, sliding_window, softcap, is_causal, sinks
     )
 
 

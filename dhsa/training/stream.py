@@ -15,6 +15,7 @@ import dhsa
 from dhsa import hf
 from dhsa.commands import UserError
 from dhsa.hf import masks
+from dhsa.hf.refusals import sinks_in
 
 __all__ = ["LayerKeys", "layer_keys"]
 
@@ -72,6 +73,10 @@ def layer_keys(
             plain, window = _plain(module, query, key, mask, options.get("sliding_window"))
             if not plain:
                 raise UserError(f"model: layer {layer} is not plain causal self-attention; it has no labels")
+            if sinks_in(query, options.get("s_aux"), options) is not None:
+                raise UserError(
+                    f"model: layer {layer} has attention sinks, which labels do not count; it has no labels"
+                )
             try:
                 ratios = dhsa.attention_ratios(
                     query,

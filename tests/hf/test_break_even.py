@@ -217,7 +217,7 @@ def test_the_doctor_says_why():
     assert any("Nothing was left out in any layer" in warning for warning in check.warnings)
     assert check.ok
     q, k = shaped((4, 2, 16), 400)
-    assert in_words(SPARSE.replace(break_even=500), q, k, None, None, True).kind == "break-even"
+    assert in_words(model, SPARSE.replace(break_even=500), q, k, None, None, True).kind == "break-even"
 
 
 def test_evaluation_measures_sparse_in_any_case():

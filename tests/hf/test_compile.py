@@ -241,7 +241,7 @@ def test_a_module_that_is_gone_is_an_error():
     ("kwargs", "match"),
     [
         ({"dropout": 0.1}, "no attention dropout"),
-        ({"s_aux": torch.zeros(4)}, "no learned attention sinks"),
+        ({"s_aux": torch.zeros(1, 4, 1, 1)}, "one logit for each query head"),
         ({"position_bias": torch.zeros(1, 4, 200, 200)}, "position_bias"),
         ({"output_attentions": True}, "output_attentions=True"),
     ],

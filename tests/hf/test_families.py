@@ -378,12 +378,6 @@ def refuses(model, match, **arguments):
     assert 'attn_implementation="eager"' in str(raised.value)
 
 
-def test_sinks_are_refused():
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "sliding_window": WINDOW}
-    config = transformers.GptOssConfig(**{**SIZES, "num_hidden_layers": 2, **experts})
-    refuses(transformers.GptOssForCausalLM(config), "s_aux.*learned attention sinks", input_ids=tokens(1, 20))
-
-
 def test_attention_bias_is_refused():
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL, **sizes))
@@ -429,7 +423,7 @@ def test_cross_attention_of_a_class_of_its_own_is_refused():
 
 @pytest.mark.parametrize("name", ["sinks", "indices", "block_indices"])
 def test_arguments_of_newer_models_are_not_ignored(name):
-    """Sinks by another name; keys that a model has chosen itself."""
+    """Sinks of each token, by another name; keys that a model has chosen itself."""
     x = torch.randn(1, 2, 20, 16)
     with pytest.raises(NotImplementedError, match=name):
         dhsa.hf.attention_forward(torch.nn.Module(), x, x, x, None, **{name: torch.zeros(1, 2, 20, 4)})

@@ -123,37 +123,6 @@ def test_a_mask_that_ends_before_the_keys_hides_the_rest():
         assert seen[~known].equal(want[0, 0][~known])
 
 
-@pytest.mark.parametrize("side", [8, 33])
-def test_two_sided_windows_are_exact(side):
-    """Shifted, the band of an encoder looks like a sliding window's; no method is defined for it."""
-    q, k, v = qkv(q_len=300)
-    at = torch.arange(300)
-    band = (at[None] - at[:, None]).abs() < side
-    few = dhsa.Config(budget=side, query_block=8, sink=0, local=4, dense_tail=0, break_even=0)
-    for layer in (Layer(), Layer(is_causal=False)):
-        layer.__dict__["_dhsa_state"] = dhsa.hf.switching.State(few, None, ())
-        out, _ = attention_forward(layer, q, k, v, band[None, None], sliding_window=side)
-        torch.testing.assert_close(out.transpose(1, 2).double(), masked_softmax(q, k, v, band), rtol=0, atol=1e-5)
-        assert dhsa.last_run(layer)[0].path != "sparse"
-
-
-def test_bidirectional_gemma3_is_exact():
-    model = transformers.Gemma3TextModel(
-        transformers.Gemma3TextConfig(
-            **{**SIZES, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
-            layer_types=["sliding_attention", "full_attention"],
-            use_bidirectional_attention=True,
-            attn_implementation="eager",
-        )
-    ).eval()
-    ids = tokens(1, 400)
-    expected = model(ids).last_hidden_state
-    with dhsa.patched(model, dhsa.Config(budget=24, query_block=8, sink=0, local=8, dense_tail=0, break_even=0)):
-        got = model(ids).last_hidden_state
-        assert {run.path for run in dhsa.last_run(model)} <= {"dense", "window"}
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
-
-
 @pytest.mark.parametrize("lengths", [[1, 600], [2, 600], [70, 600], [1, 1, 600], [600, 1, 600], [600, 1, 1]])
 def test_a_short_text_among_long_ones_leaves_them_sparse(lengths):
     model = build("llama")

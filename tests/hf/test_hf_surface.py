@@ -79,8 +79,8 @@ def test_any_input_that_asks_for_gradients(which):
     assert torch.equal(out.detach(), expected)
     with pytest.raises(NotImplementedError, match=REFUSAL):
         out.sum().backward()
-    with pytest.raises(NotImplementedError, match="s_aux"):  # everything else is refused as before
-        dhsa.hf.attention_forward(module, *inputs, None, s_aux=torch.zeros(4))
+    with pytest.raises(NotImplementedError, match="position_bias"):  # everything else is refused as before
+        dhsa.hf.attention_forward(module, *inputs, None, position_bias=torch.zeros(4))
 
 
 @pytest.mark.skipif(not GRAPHS, reason="graphs hold dhsa's operators from torch 2.13 on")

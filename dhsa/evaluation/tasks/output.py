@@ -44,9 +44,8 @@ def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[
     found: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings}
     cuts = {setting: Cuts(setting.cuts) for setting in settings if setting.cuts}
 
-    def layer(index: int, q: Any, k: Any, v: Any, window: int | None, scale: float, softcap: float | None) -> None:
+    def layer(index: int, q: Any, k: Any, v: Any, **options: Any) -> None:
         wanted = [s for s in settings if index >= first[s] and (engine.layers is None or index in engine.layers)]
-        options: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap}
         for setting, facts in losses(q, k, v, {s: s.at(index) for s in wanted}, cuts, **options).items():
             found[setting].append({"layer": index, **facts})
 
@@ -61,7 +60,7 @@ def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[
 
 @contextmanager
 def _watched(layer: Any) -> Iterator[None]:
-    """Call layer(index, q, k, v, window, scale, softcap) before each attention of implementation "dhsa"."""
+    """Call layer(index, q, k, v, window=, scale=, softcap=, sinks=) before each attention of implementation "dhsa"."""
     from transformers import AttentionInterface
 
     from dhsa import hf
@@ -70,7 +69,9 @@ def _watched(layer: Any) -> Iterator[None]:
         window = options.get("sliding_window")
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        layer(module.layer_idx, q, k, v, window, scale, options.get("softcap"))
+        sinks = hf.refusals.sinks_in(q, options.get("s_aux"), options)
+        own = {"window": window, "scale": scale, "softcap": options.get("softcap")}
+        layer(module.layer_idx, q, k, v, **own, sinks=None if sinks is None else sinks.detach().float())
         return hf.attention_forward(module, q, k, v, mask, *rest, **options)
 
     AttentionInterface.register(hf.IMPLEMENTATION, watching)
@@ -90,22 +91,24 @@ def losses(
     window: int | None,
     scale: float,
     softcap: float | None,
+    sinks: Any = None,
 ) -> dict[Setting, dict[str, float]]:
     """Return {setting: mass, error, agreement, density and seconds} of one layer: q [1, H, L, D], k and v [1, Hkv, L,
     D].
 
     settings: with their Config in this layer; those that leave nothing out here are missing from the result. `cuts`:
-    the boundaries of the settings that have their own, for all layers of a prompt.
+    the boundaries of the settings that have their own, for all layers of a prompt. `sinks` [H] are in the outputs that
+    are compared; masses are shares of the attention to keys.
     """
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
-    exact = dhsa.attention(q, k, v, **options).float()
+    exact = dhsa.attention(q, k, v, sinks=sinks, **options).float()
     norm = float(exact.norm())
     made: dict[Setting, dict[str, float]] = {}
     lists: dict[Setting, Any] = {}
     for setting, config in settings.items():
         own = (cuts or {}).get(setting)
         with refusals(setting):
-            out, _, stats = (own or dhsa.functional).run(q, k, v, config, **options)
+            out, _, stats = (own or dhsa.functional).run(q, k, v, config, sinks=sinks, **options)
         if stats.path != "sparse":
             continue
         made[setting] = {
