@@ -11,7 +11,8 @@ def code_of(text):
 
 
 def small_models(monkeypatch):
-    """Has `from_pretrained` of transformers return a small Gemma 2 and a tokenizer of characters; returns the model."""
+    """Has `from_pretrained` of transformers return a small Gemma 2 (of AutoModel: a ModernBERT) and a tokenizer of
+    characters; returns the Gemma 2."""
     import torch
     import transformers
 
@@ -23,12 +24,23 @@ def small_models(monkeypatch):
     model = transformers.Gemma2ForCausalLM(config).eval()
 
     class Tokenizer:
-        def __call__(self, text, return_tensors=None, add_special_tokens=True):
+        def __call__(self, text, return_tensors=None, add_special_tokens=True, padding=False):
+            if isinstance(text, list):
+                rows = [torch.tensor([2 + ord(c) % 120 for c in one[:3000]]) for one in text]
+                ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                return transformers.BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
             ids = [2 + ord(c) % 120 for c in text[:3000]]
             if return_tensors == "pt":
                 return transformers.BatchEncoding({"input_ids": torch.tensor([ids])})
             return transformers.BatchEncoding({"input_ids": ids})
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
+    encoder = transformers.ModernBertConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        local_attention=64, global_attn_every_n_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        cls_token_id=1, sep_token_id=1,
+    )  # fmt: skip
+    encoder = transformers.ModernBertModel(encoder).eval()
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda name, **options: encoder)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: Tokenizer())
     return model

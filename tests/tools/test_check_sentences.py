@@ -83,10 +83,14 @@ def test_masks_that_fall_back():
 
 
 def test_bidirectional_attention_is_a_note():
-    found = dhsa.check(build("gemma3", use_bidirectional_attention=True), tokens(1, 50), SPARSE.replace(budget=40))
+    model, ids = build("gemma3", use_bidirectional_attention=True), tokens(1, 300)
+    found = dhsa.check(model, ids, SPARSE.replace(method="xattention"))
     assert found.ok
     assert {x.path for x in found.layers} <= {"dense", "window"}
-    assert "attention is not causal" in one(found.notes, "causal")
+    assert "method='xattention' selects keys for causal attention only" in one(found.notes, "bidirectional")
+    found = dhsa.check(model, ids, SPARSE)
+    assert [x.path for x in found.layers] == ["window", "sparse"] * 2
+    assert "32 keys on each side are within the budget of 96" in one(found.notes, "ran exact")
 
 
 def test_layers_that_were_not_asked_for_are_a_note():

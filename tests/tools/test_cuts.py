@@ -189,7 +189,8 @@ def test_losses_are_of_these_cuts(engine):  # noqa: F811
     layers, kept = [1, 3], []
     assert [[entry["layer"] for entry in facts["layers_seen"]] for facts in found.values()] == [layers] * 3
 
-    def layer(index, q, k, v, window, scale, softcap):
+    def layer(index, q, k, v, window, scale, softcap, sinks):
+        assert sinks is None
         if index in layers:
             kept.append((q.clone(), k.clone(), v.clone(), {"window": window, "scale": scale, "softcap": softcap}))
 
@@ -279,7 +280,7 @@ def test_networks_of_single_layers(engine):  # noqa: F811
     some = type(engine)(engine.model, engine.tokenizer, layers=[1, 3])
     kept = {}
 
-    def layer(index, q, k, v, window, scale, softcap):
+    def layer(index, q, k, v, window, scale, softcap, sinks):
         kept[index] = (q.clone(), k.clone(), v.clone(), {"window": window, "scale": scale, "softcap": softcap})
 
     with output._watched(layer):

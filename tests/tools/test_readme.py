@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pages import code_of, small_models
-from weights import compact_weights
 
 import dhsa
 from dhsa import ask
-from dhsa.training import command as training
+from dhsa import run as running
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -54,23 +53,16 @@ def test_snippet_on_arrays():
     assert np.array_equal(names["out"], dhsa.attention(q, k, v, dhsa.Config(budget=1024)))
 
 
-def test_snippet_on_a_predictor(tmp_path, monkeypatch):
-    pytest.importorskip("safetensors", reason="needs the predictor extra: safetensors")
-    monkeypatch.chdir(tmp_path)
-    dhsa.BoundaryPredictor.from_state_dict(compact_weights(16)).save("mine.safetensors")
-    (code,) = (s for s in SNIPPETS if "mine.safetensors" in s)
-    names = {"dhsa": dhsa}
-    exec(code, names)
-    config = names["config"]
-    assert (config.boundaries, config.predictor.channels) == ("predictor", 16)
-    (command,) = re.findall(r"`python -m (dhsa train-boundaries [^`]*)`", TEXT)
+def test_command_that_runs_a_program():
     parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
-    assert str(parser.parse_args(command.split()[2:]).out) == "mine.safetensors"
+    running.add_arguments(parser)
+    (line,) = re.findall(r"^`python -m dhsa run (.*)`$", TEXT, re.M)
+    args = parser.parse_args(shlex.split(line))
+    assert args.replace_sdpa
 
 
 def test_every_snippet_is_run():
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 2
 
 
 def test_files_named_exist():

@@ -64,12 +64,13 @@ def _watched(layer: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     from dhsa import hf
+    from dhsa.hf.refusals import sinks_in
 
     def watching(module: Any, q: Any, k: Any, v: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         window = options.get("sliding_window")
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        sinks = hf.refusals.sinks_in(q, options.get("s_aux"), options)
+        sinks = sinks_in(q, options.get("s_aux"), options)
         own = {"window": window, "scale": scale, "softcap": options.get("softcap")}
         layer(module.layer_idx, q, k, v, **own, sinks=None if sinks is None else sinks.detach().float())
         return hf.attention_forward(module, q, k, v, mask, *rest, **options)
