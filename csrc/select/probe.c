@@ -10,9 +10,8 @@
 #include "core/arena.h"
 
 enum {
-    TILE_FLOATS = 64 * 1024, /* elements of a tile: one of long keys has fewer keys, so that it stays in L2 */
-    PANELS = 12,             /* the most panels that share a tile */
-    PART_BYTES = 1 << 20     /* the most bytes that the parts of these panels take */
+    PANELS = 12,         /* the most panels that share a tile */
+    PART_BYTES = 1 << 20 /* the most bytes that the parts of these panels take */
 };
 
 /* Scratch memory of one thread; pointers into its arena. */
@@ -84,8 +83,8 @@ static void probe_plan(dhsa_probe *b, dhsa_probe_way way, int64_t rows, int64_t 
     b->way = way;
     b->dim = dim;
     b->key_block = DHSA_MIN(key_block, keys); /* a key block is no longer than all keys */
-    b->tile = DHSA_MAX(DHSA_MIN(DHSA_PROBE_TILE, TILE_FLOATS / dim), 16);
-    if (probe_by_block(b)) b->tile = DHSA_MIN(b->tile, b->key_block);
+    /* Products of pairs write whole squares, so their tiles must be a whole number of these. */
+    b->tile = probe_by_block(b) ? DHSA_MIN(DHSA_PROBE_TILE, b->key_block) : DHSA_PROBE_TILE;
     b->tiles = probe_count_tiles(b, 0, keys);
     b->part_rows = way == DHSA_PROBE_TWICE ? 0 : way == DHSA_PROBE_KEYS ? b->tiles * b->tile : b->tiles;
     const int64_t lanes = b->kernels->lanes, fit = PART_BYTES / DHSA_MAX(b->part_rows * lanes * 4, 1);

@@ -23,6 +23,7 @@ CASES = {
     "wide gaps": ((1, 2, 1, 400, 16), {"window": 64}),
     "one gap": ((1, 1, 1, 16, 8), {}),
     "gemma": ((1, 4, 1, 1000, 256), {}),
+    "head_dim 576": ((1, 4, 1, 200, 576), {}),
 }
 
 
@@ -118,7 +119,7 @@ def test_logits_that_are_no_numbers_are_refused(bad, which):
         ({"k": np.zeros((1, 3, 20, 8), np.float32)}, ValueError, r"^k: 3 heads do not divide"),
         ({"k": np.zeros((1, 1, 20, 8), np.float64)}, TypeError, r"^k: "),
         ({"q": np.zeros((2, 20, 8), np.float32)}, ValueError, r"^q: expected 4 dimensions"),
-        ({"q": np.zeros((1, 2, 9, 600), "f4"), "k": np.zeros((1, 1, 9, 600), "f4")}, NotImplementedError, "^q: "),
+        ({"q": np.zeros((1, 2, 9, 577), "f4"), "k": np.zeros((1, 1, 9, 577), "f4")}, NotImplementedError, "^q: "),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, message):
