@@ -16,7 +16,7 @@ enum {
     TILE = 128,       /* keys of a tile: its scores stay in L1, the packed tile and the queries in L2 */
     TILE_PAIRS = 256, /* the same for 16-bit products, which are so fast that loading and storing the sums counts */
     MAX_ROWS = 512, /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
-    WIDE = 512,     /* fewer rows where one of queries and one of outputs have more elements than this together */
+    WIDE = 1024,    /* fewer rows where one of queries and one of outputs have more elements than this together */
     MIN_ITEMS = 16, /* a small problem is divided into about this many items, so that threads can share it */
     MIN_ITEMS_PAIRS = 8 /* the same for 16-bit products: every item packs its keys, which counts for more there */
 };

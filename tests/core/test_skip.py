@@ -51,7 +51,7 @@ def grouping(tier, dtype, batch, sets, heads, q_len, block=None, window=None, di
     """The executor's: see attend() in csrc/attend/attend.c; `heads` share a list, of which there are `sets`."""
     pair = dtype != "float32" and dtype in dhsa.build_info()["products"]
     lanes = 32 if pair else LANES[tier]
-    least, most = -(-lanes // heads), max(min(512, 512 * 512 // (2 * dim)) // heads, 1)
+    least, most = -(-lanes // heads), max(min(512, 512 * 1024 // (2 * dim)) // heads, 1)
     fair = -(-q_len * (1 if window else batch) * sets // (8 if pair else 16))
     run = max(least, min(most, -(-fair // least) * least))
     return reference.Grouping(256 if pair else 128, lanes, min(block or q_len, run))
