@@ -107,6 +107,8 @@ class KeyIndex:
     @property
     def nbytes(self) -> int: ...
 
+Past = KeyIndex  # its former name
+
 class Buffer:
     def __new__(cls, shape: tuple[int, ...], dtype: str, /) -> Buffer: ...
     def __dlpack__(

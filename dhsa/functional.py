@@ -11,6 +11,7 @@ selecting.py.
 
 from __future__ import annotations
 
+import warnings
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, overload
 
@@ -121,6 +122,8 @@ def run(
     key_indexes: tuple[_core.KeyIndex, ...] | None = None,
     same: int = 0,
     keep_means: bool = True,
+    pasts: tuple[_core.KeyIndex, ...] | None = None,
+    keep: bool | None = None,
 ) -> tuple[ArrayT, ArrayT | None, RunStats]:
     """Compute `attention` and report what was done: (out, lse or None, RunStats).
 
@@ -149,7 +152,13 @@ def run(
         same: how many of the keys the caller states to be those of the last call. Of many such keys, a KeyIndex
             compares only some in each call; it compares all other keys.
         keep_means: whether to keep the means of chunks, which take most of the memory of a KeyIndex.
+        pasts: the former name of `key_indexes`.
+        keep: the former name of `keep_means`.
     """
+    if pasts is not None or keep is not None:
+        warnings.warn("pasts and keep: now named key_indexes and keep_means", DeprecationWarning, stacklevel=2)
+        key_indexes = pasts if key_indexes is None else key_indexes
+        keep_means = keep_means if keep is None else keep
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
     kind, q, k, v, target, lse, key_ranges, sinks = _open(q, k, v, out, return_lse, key_ranges, sinks)

@@ -52,7 +52,8 @@ static int module_exec(PyObject *module)
     state->key_index_type = dhsa_py_key_index_type(module);
     state->config_type = dhsa_py_config_type(module);
     if (result != 0 || state->key_index_type == NULL || state->config_type == NULL ||
-        PyModule_AddObjectRef(module, "KeyIndex", state->key_index_type) != 0) {
+        PyModule_AddObjectRef(module, "KeyIndex", state->key_index_type) != 0 ||
+        PyModule_AddObjectRef(module, "Past", state->key_index_type) != 0) { /* its former name */
         return -1;
     }
     return PyModule_AddObjectRef(module, "Config", state->config_type);

@@ -91,7 +91,14 @@ def test_stub_has_the_extensions_functions():
     tree = ast.parse((ROOT / "dhsa" / "_core.pyi").read_text())
     stub = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     constants = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
-    assert {*stub, *constants} == {name for name in dir(_core) if not name.startswith("__")}
+    aliases = {
+        node.targets[0].id: node.value.id
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)
+    }
+    assert {*stub, *constants, *aliases} == {name for name in dir(_core) if not name.startswith("__")}
+    assert aliases == {"Past": "KeyIndex"}
+    assert _core.Past is _core.KeyIndex
     assert all(type(getattr(_core, name)) is int for name in constants)
     for name, node in stub.items():
         if isinstance(node, ast.FunctionDef):

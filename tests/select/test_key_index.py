@@ -350,3 +350,14 @@ def test_given_boundaries_take_the_place_of_cuts(pieces, seed):
             assert index.boundaries == [0, *inner, end]
         np.testing.assert_array_equal(out, expected(q, k[:, :, :end], v[:, :, :end], config, index))
         at = end
+
+
+def test_former_names():
+    k, v = keys_and_values(300)
+    q, index, other = normal(1, 4, 300, 16), _core.KeyIndex(), _core.KeyIndex()
+    want, _ = run(q, k, v, ROWS, index, keep_means=False)
+    with pytest.warns(DeprecationWarning, match="now named key_indexes and keep_means"):
+        out, _, _ = functional.run(q, k, v, ROWS, pasts=(other,), keep=False)
+    np.testing.assert_array_equal(out, want)
+    assert other.boundaries == index.boundaries
+    assert other.nbytes == index.nbytes
