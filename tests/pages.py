@@ -11,7 +11,7 @@ def code_of(text):
 
 
 def small_models(monkeypatch):
-    """Has `from_pretrained` of transformers return a small Gemma 2 (of AutoModel: a ModernBERT) and a tokenizer of
+    """Has `from_pretrained` of transformers return a small Gemma 2 (of AutoModel: a BERT) and a tokenizer of
     characters; returns the Gemma 2."""
     import torch
     import transformers
@@ -35,12 +35,11 @@ def small_models(monkeypatch):
             return transformers.BatchEncoding({"input_ids": ids})
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
-    encoder = transformers.ModernBertConfig(
+    encoder = transformers.BertConfig(  # the oldest releases cannot switch a ModernBERT
         vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        local_attention=64, global_attn_every_n_layers=2, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-        cls_token_id=1, sep_token_id=1,
+        max_position_embeddings=3000, pad_token_id=0,
     )  # fmt: skip
-    encoder = transformers.ModernBertModel(encoder).eval()
+    encoder = transformers.BertModel(encoder).eval()
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda name, **options: encoder)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: Tokenizer())
     return model

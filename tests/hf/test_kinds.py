@@ -24,9 +24,8 @@ def built(name):
     try:
         model = kinds.build(name)
         kinds.outcomes(model, name)
-        model.set_attn_implementation("dhsa")  # not every model could be switched in every release
-        assert model.config._attn_implementation == "dhsa"
-        model.set_attn_implementation("eager")
+        with dhsa.patched(model):  # not every model could be switched in every release
+            assert model.config._attn_implementation == "dhsa"
     except Exception as error:
         pytest.skip(f"transformers {transformers.__version__} cannot run {name} itself, or not switch it: {error}")
     return model
