@@ -42,8 +42,8 @@ eval: $(VENV)/.demo
 train-boundaries: $(VENV)/.demo
 	$(PY) -m dhsa train-boundaries $(ARGS)
 
-# Two processes share the files of tests: -n 0 in ARGS, or WORKERS=0, runs them in one, as debuggers need (--pdb). torch's
-# threads are not to spin while they wait, or those of one process would take the time of the other.
+# Two processes share the files of tests; WORKERS=0 runs them in one, as debuggers need (--pdb). Threads of torch must
+# not spin while they wait, or those of one process would take the time of the other.
 test: export OMP_WAIT_POLICY ?= PASSIVE
 test: $(VENV)/.test
 	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

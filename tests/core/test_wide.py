@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import every_tier
 
 import dhsa
 from dhsa import _core, functional, reference
 
-TIERS = dhsa.build_info()["isa_detected"]
 DTYPES = ["float32", "float16", "bfloat16"]
 # D, E: DeepSeek V3 and its latent heads, Gemma 4, and widths that fill no vector or end a strip
 WIDTHS = [(192, 128), (576, 512), (512, 512), (96, 64), (64, 96), (300, 257), (33, 7), (7, 33), (1, 40), (40, 1)]
@@ -89,11 +89,10 @@ def all_cases(widths, dtype):
     return found
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_every_shape_and_case(torch, widths, dtype, tier):
-    dhsa.set_isa(tier)
     for q, k, v, sinks, options, want in all_cases(widths, dtype):
         out, lse = dhsa.attention(q, k, v, sinks=sinks, return_lse=True, **options)
         assert out.shape == (*q.shape[:3], widths[1])
@@ -119,22 +118,20 @@ def all_lists(widths, dtype, causal):
     return found
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(192, 128), (576, 512), (64, 96), (33, 7)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_lists(torch, widths, dtype, causal, tier):
-    dhsa.set_isa(tier)
     for q, k, v, sinks, selection, options, want in all_lists(widths, dtype, causal):
         out, lse = dhsa.sparse_attention(q, k, v, selection, sinks=sinks, **options)
         close(wide(out), lse.numpy(), *want, dtype)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("widths", [(192, 128), (576, 512), (64, 96)])
 @pytest.mark.parametrize("method", ["rows", "dhsa", "block", "hisa"])
 def test_sparse(widths, method, tier):
-    dhsa.set_isa(tier)
     q, k, v = make(4, 2, 150, 200, *widths)
     sinks = some_sinks(4)
     config = dhsa.Config(method=method, budget=48, sink=4, local=12, query_block=32, dense_tail=0)
@@ -148,12 +145,11 @@ def test_sparse(widths, method, tier):
     np.testing.assert_array_equal(lse, again_lse)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lq", [40, 4])
 def test_key_ranges(torch, lq, dtype, tier):
     """Some ranges are empty: such a query gives zeros, and the sink is all that its softmax has."""
-    dhsa.set_isa(tier)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make(4, 2, lq, 150, 96, 64))
     rng = np.random.default_rng(1)
     ranges = np.sort(rng.integers(0, 151, (2, lq, 2)), axis=-1).astype(np.int32)
@@ -199,14 +195,13 @@ def float64_attention(torch, q, k, v):
     return s.masked_fill(hidden, -math.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(192, 128), (576, 512), (512, 512), (64, 96)])
 @pytest.mark.parametrize("kind", ["random", "large logits", "long flat tail"])
 def test_rounds_no_worse_than_torch(torch, widths, dtype, kind, tier):
     """Many rows, and one, which takes the other path."""
     generator = torch.Generator().manual_seed(1)
-    dhsa.set_isa(tier)
     for lq in (400, 1):
         q, k, v = (
             torch.randn(4 if lq == 1 else 1, h, n, d, generator=generator)
@@ -231,12 +226,11 @@ def test_rounds_no_worse_than_torch(torch, widths, dtype, kind, tier):
 # ---- sinks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lq", [70, 2])
 def test_sinks_of_any_size(torch, lq, dtype, tier):
     """-inf is no sink, to the bit; one far below all logits is as good as none; a huge one takes all the weight."""
-    dhsa.set_isa(tier)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make(4, 2, lq, 150, 40, 24))
     none, none_lse = dhsa.attention(q, k, v, return_lse=True)
     out, lse = dhsa.attention(q, k, v, sinks=torch.full((4,), -math.inf), return_lse=True)
@@ -312,12 +306,11 @@ def test_sinks_do_not_change_what_is_selected():
 # ---- NaN, threads, memory --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(192, 128), (576, 512), (33, 7)])
 @pytest.mark.parametrize("lq", [100, 4])
 def test_bad_values_reach_the_rows_that_see_them(torch, widths, dtype, lq, tier):
-    dhsa.set_isa(tier)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make(4, 2, lq, 150, *widths, batch=1))
     sinks = torch.from_numpy(some_sinks(4))
     position = np.arange(lq)[:, None] + 150 - lq
@@ -339,11 +332,10 @@ def test_bad_values_reach_the_rows_that_see_them(torch, widths, dtype, lq, tier)
         )
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lq", [200, 2])
 def test_same_bits_for_any_number_of_threads(torch, lq, dtype, tier):
-    dhsa.set_isa(tier)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make(6, 2, lq, 500, 192, 128))
     sinks = torch.from_numpy(some_sinks(6))
     sparse = dhsa.Config(budget=96, sink=16, local=40, query_block=48)
@@ -384,12 +376,11 @@ def test_limits_are_those_of_the_core():
 # ---- two-sided windows -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@every_tier
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 2, 63, 128, 129, 299, 300, 2**40, 2**63 - 1])
 def test_two_sided_windows(torch, window, dtype, tier):
     """Against the reference, by many rows and by few; a window wider than the keys is none."""
-    dhsa.set_isa(tier)
     for lq in (290, 3):
         q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in make(4, 2, lq, 300, 24, 24, batch=1))
         out, lse, stats = functional.run(q, k, v, window=window, causal=False, return_lse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import MASSY, check, normal, row_of, small
+from test_methods import MASSY, any_size, check, drawn_options, normal, row_of, small
 from tiers import every_tier
 
 import dhsa
@@ -63,23 +63,10 @@ def test_method_options(method, options, window):
 
 
 @few
-@given(
-    q_len=st.integers(1, 60),
-    more=st.integers(0, 60),
-    block=st.integers(1, 40),
-    budget=st.integers(1, 60),
-    data=st.data(),
-    window=st.none() | st.integers(1, 130),
-    key_block=st.integers(1, 30),
-)
+@any_size
 @pytest.mark.parametrize("method", METHODS)
 def test_method_of_any_size(method, q_len, more, block, budget, data, window, key_block):
-    sink = data.draw(st.integers(0, budget))
-    local = data.draw(st.integers(0, budget - sink))
-    options = {"query_block": block, "budget": budget, "sink": sink, "local": local, "key_block": key_block}
-    if method in MASSY and data.draw(st.booleans()):
-        options |= {"mass": data.draw(st.sampled_from([0.1, 0.5, 0.9, 1.0]))}
-        options |= {"floor": data.draw(st.none() | st.integers(sink + local, budget))}
+    options = drawn_options(data, method, query_block=block, budget=budget, key_block=key_block)
     q, k = normal(1, 2, q_len, 4, seed=block), normal(1, 2, q_len + more, 4, seed=budget + 100)
     check(q, k, small(**options, method=method), window=window, **BOTH)
 

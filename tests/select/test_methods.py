@@ -118,6 +118,28 @@ def check(q, k, config, *, edges=None, **layer):
     return got, sum(not want.exact for want in lists)
 
 
+# What a method of any size is tried with, and the options that go with a budget.
+any_size = given(
+    q_len=st.integers(1, 60),
+    more=st.integers(0, 60),
+    block=st.integers(1, 40),
+    budget=st.integers(1, 60),
+    data=st.data(),
+    window=st.none() | st.integers(1, 130),
+    key_block=st.integers(1, 30),
+)
+
+
+def drawn_options(data, method, **options):
+    sink = data.draw(st.integers(0, options["budget"]))
+    local = data.draw(st.integers(0, options["budget"] - sink))
+    options |= {"sink": sink, "local": local}
+    if method in MASSY and data.draw(st.booleans()):
+        options |= {"mass": data.draw(st.sampled_from([0.1, 0.5, 0.9, 1.0]))}
+        options |= {"floor": data.draw(st.none() | st.integers(sink + local, options["budget"]))}
+    return options
+
+
 # ---- against the twins -----------------------------------------------------------------------------------------------
 
 
@@ -146,23 +168,10 @@ def test_method_options(method, options, window):
 
 
 @few
-@given(
-    q_len=st.integers(1, 60),
-    more=st.integers(0, 60),
-    block=st.integers(1, 40),
-    budget=st.integers(1, 60),
-    data=st.data(),
-    window=st.none() | st.integers(1, 130),
-    key_block=st.integers(1, 30),
-)
+@any_size
 @pytest.mark.parametrize("method", TWINS)
 def test_method_of_any_size(method, q_len, more, block, budget, data, window, key_block):
-    sink = data.draw(st.integers(0, budget))
-    local = data.draw(st.integers(0, budget - sink))
-    options = {"query_block": block, "budget": budget, "sink": sink, "local": local, "key_block": key_block}
-    if method in MASSY and data.draw(st.booleans()):
-        options |= {"mass": data.draw(st.sampled_from([0.1, 0.5, 0.9, 1.0]))}
-        options |= {"floor": data.draw(st.none() | st.integers(sink + local, budget))}
+    options = drawn_options(data, method, query_block=block, budget=budget, key_block=key_block)
     q, k = normal(1, 2, q_len, 4, seed=block), normal(1, 2, q_len + more, 4, seed=budget + 100)
     check(q, k, small(**options, method=method, dense_tail=data.draw(st.integers(0, 70))), window=window)
 
