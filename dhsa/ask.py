@@ -99,10 +99,7 @@ def run(args: argparse.Namespace) -> int:
     text = commands.read_text(args.text)
 
     with commands.progress(console) as step:
-        with step("finding the model"):
-            source = commands.find_model(args.model)
-        with step(f"loading {source.name} into {args.dtype}"):
-            tokenizer, model = commands.load(source, args.dtype)
+        source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
         with step("tokenizing"):
             prompt = _Prompt(tokenizer, text, args.tokens)
     if (most := getattr(model.config.get_text_config(), "max_position_embeddings", None)) and len(prompt) > most:

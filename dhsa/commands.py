@@ -24,6 +24,7 @@ __all__ = [
     "load",
     "logits",
     "model_layers",
+    "open_model",
     "packaged_model",
     "prepare",
     "progress",
@@ -105,6 +106,14 @@ def _smollm2() -> Path:
     if len(found) != 1:
         raise UserError(f"--model smollm2: {len(found)} GGUF files in {spec.origin}, expected one; {install}")
     return found[0]
+
+
+def open_model(step: Callable[..., Any], name: Path | str | None, dtype: str) -> tuple[Path, Any, Any]:
+    """(path, tokenizer, model) of the model that a command is given, in steps of its progress."""
+    with step("finding the model"):
+        source = find_model(name)
+    with step(f"loading {source.name} into {dtype}"):
+        return source, *load(source, dtype)
 
 
 def load(source: Path, dtype: str = "float32") -> tuple[Any, Any]:

@@ -38,10 +38,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 132)
     text = commands.read_text(args.text)
     with commands.progress(console) as step:
-        with step("finding the model"):
-            source = commands.find_model(args.model)
-        with step(f"loading {source.name} into {args.dtype}"):
-            tokenizer, model = commands.load(source, args.dtype)
+        source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
         with step("tokenizing"):
             ids = commands.tokenize(tokenizer, text, args.tokens)
         import dhsa

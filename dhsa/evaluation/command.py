@@ -222,10 +222,7 @@ def _measure(
     from dhsa.evaluation.tasks import Context
 
     groups = texts.sources(args.text)
-    with step("finding the model"):
-        source = commands.find_model(args.model)
-    with step(f"loading {source.name} into {args.dtype}"):
-        tokenizer, model = commands.load(source, args.dtype)
+    source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
     import dhsa
     from dhsa.evaluation.engine import Engine, weights_products
 

@@ -234,43 +234,28 @@ def _hide_padding(table: np.ndarray, padding: np.ndarray, first: int) -> None:
     table[:, :, known] *= served[:, None, position[known], None]
 
 
-def _follows(
-    mask_function: Callable,
-    window: int | None,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int,
-    kv_offset: int,
-) -> bool:
+def _follows(mask_function: Callable, window: int | None, *at: int) -> bool:
     """Whether `mask_function` is causal attention with this window, judged by the whole key rows of four queries.
+    `at`: as in `_probed`.
 
     Only called where transformers says that the pattern is one of its own and unmodified, so this only distinguishes
     between these. A chunked pattern differs from a sliding one in all rows but the last of each chunk.
     """
     if mask_function is causal_mask_function and window is None:
         return True
-    found, q, kv = _probed(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset)
+    found, q, kv = _probed(mask_function, *at)
     expected = kv <= q
     if window is not None:
         expected = expected & (kv > q - window)
     return bool((found == expected).all())
 
 
-def _follows_sides(
-    mask_function: Callable,
-    radius: int | None,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int,
-    kv_offset: int,
-) -> bool:
+def _follows_sides(mask_function: Callable, radius: int | None, *at: int) -> bool:
     """Whether `mask_function` is bidirectional attention of all keys or of those at most `radius` away, judged as
     `_follows` does."""
     if radius is None:
         return mask_function is bidirectional_mask_function
-    found, q, kv = _probed(mask_function, batch_size, q_length, kv_length, q_offset, kv_offset)
+    found, q, kv = _probed(mask_function, *at)
     return bool((found == ((kv - q).abs() <= radius)).all())
 
 
