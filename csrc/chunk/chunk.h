@@ -38,11 +38,11 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
-/* How means are stored for products. Selection by row scores rounds them to bf16 on every tier, so that all tiers
- * choose by the same means. It only needs the order of scores, and the means of many keys then take little memory.
- * Scores that a caller asks for, and the paper's scores, use fp32 means, but row scores of bf16 input always use bf16
- * means. */
-typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16 } dhsa_means_kind;
+/* How means are stored for products. Selection by row scores quantizes them (dhsa_quantize), since it only needs the
+ * order of scores: they are whole numbers up to 127, which are stored as bytes, or as bf16 where that is what the CPU
+ * multiplies. Their products have no rounding error, so that all tiers choose by the same numbers. Scores that a caller
+ * asks for, and the paper's scores, use fp32 means. */
+typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16, DHSA_MEANS_I8, DHSA_MEANS_KINDS } dhsa_means_kind;
 
 /* A shortlist takes or leaves out a group of DHSA_CHUNK_GROUP neighbouring chunks as a whole; their means fill whole
  * squares (dhsa_square). The coarse stage scores the means of subgroups of DHSA_CHUNK_SUBGROUP chunks, and the score of
@@ -53,10 +53,12 @@ typedef struct {
     dhsa_means_kind kind;
     const int32_t *edges; /* [chunks + 1], without the padding */
     int64_t chunks;
-    int64_t row;          /* elements of a stored mean: dim, in bf16 rounded up to DHSA_PAIR_STEP */
+    int64_t row;          /* elements of a stored mean: dim, rounded up to what the products take */
     int64_t pitch;        /* means from one KV head to the next */
     int squares;          /* means are in the layout that 16-bit products take keys in, dhsa_square() */
-    void *means;          /* [kv_heads, pitch, row] fp32 or bf16; zeros where the state is not good */
+    void *means;          /* [kv_heads, pitch, row]; zeros where the state is not good */
+    float *scale;         /* [kv_heads, pitch]: factors of the means; not for DHSA_MEANS_F32 */
+    int32_t *bias;        /* [kv_heads, pitch]: as dhsa_byte_kernels takes it; only for DHSA_MEANS_I8 */
     unsigned char *state; /* [kv_heads, pitch] */
     int bad;              /* at least one mean is not finite */
 } dhsa_chunks;
@@ -66,18 +68,36 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
  * finite, and writes zeros then. */
 int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
                     int64_t to, float *mean, float *sum);
-/* Writes a mean [dim] to `to`, in the type that `kind` says. In bf16 it is padded with zeros to `row` elements. */
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
-                     void *to);
-/* Writes a mean [dim] as entry `at` of `means`, which has the layout of chunks->means. */
-void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+/* Divides x [n], finite, by its largest magnitude / 127 and rounds to whole numbers, half to even. Returns that
+ * divisor, or 0 if x is so small that all numbers are 0. */
+float dhsa_quantize(const float *x, int64_t n, int8_t *to);
+/* Writes a mean [dim] to `to`, in the type that `kind` says, padded with zeros to `row` elements, and its factor and
+ * bias. */
+void dhsa_mean_store(dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to, float *scale,
+                     int32_t *bias);
+/* Writes a mean [dim] as entry `at` of `means`, which has the layout of chunks->means, and of scale and bias, which are
+ * not used where chunks have none. */
+void dhsa_mean_put(const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, float *scale, int32_t *bias,
                    int64_t at);
+/* The bytes of an element of a mean. */
+static inline int64_t dhsa_means_size(dhsa_means_kind kind)
+{
+    return kind == DHSA_MEANS_F32 ? 4 : kind == DHSA_MEANS_BF16 ? 2 : 1;
+}
 /* Sets the layout of the means of `capacity` chunks, without memory for them. */
 void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim);
 /* Allocates the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity,
                      int64_t dim);
 void dhsa_chunks_close(dhsa_chunks *chunks);
+/* What is stored of the chunks of a KV head, as arrays with one entry of `size` bytes for each chunk: states, means,
+ * and scale and bias where there are any. Returns the number of arrays. */
+typedef struct {
+    char *at;
+    int64_t size;
+} dhsa_chunks_part;
+enum { DHSA_CHUNKS_PARTS = 4 };
+int dhsa_chunks_parts(const dhsa_chunks *chunks, int64_t head, dhsa_chunks_part *part);
 /* Makes room for `capacity` chunks; the first `used` keep their means. The old memory is freed unless `copy` is set,
  * which says that it belongs to another dhsa_chunks. Returns 0, and changes nothing, if there is no memory. */
 int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t used, int copy);

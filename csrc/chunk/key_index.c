@@ -285,7 +285,7 @@ static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64
         *state = DHSA_CHUNK_BAD;
         memset(mean, 0, (size_t)dim * sizeof *mean);
     }
-    dhsa_mean_put(kernels, c, mean, dim, c->means, head * c->pitch + at);
+    dhsa_mean_put(c, mean, dim, c->means, c->scale, c->bias, head * c->pitch + at);
 }
 
 /* Writes the means of the last chunks of a decoding step: at the fine level the generated keys and the current key, at
@@ -321,7 +321,7 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
                                  dhsa_chunks *chunks, char *arenas, int64_t stride, int num_threads, dhsa_error *error)
 {
     dhsa_level *l = &p->levels[level];
-    const int squares = kind != DHSA_MEANS_F32 && kernels->bf16 != NULL;
+    const int squares = kind == DHSA_MEANS_BF16 && kernels->bf16 != NULL;
     if (l->open && (l->chunks.kind != kind || l->chunks.squares != squares)) {
         dhsa_chunks_close(&l->chunks);
         l->open = 0;
@@ -439,15 +439,17 @@ int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
                     (p->sum ? p->kv_heads * p->dim * (int64_t)sizeof *p->sum : 0);
     for (int i = 0; i < DHSA_LEVELS; i++) {
         const dhsa_chunks *c = &p->levels[i].chunks;
-        if (p->levels[i].open) bytes += p->kv_heads * c->pitch * (c->row * (c->kind == DHSA_MEANS_F32 ? 4 : 2) + 1);
+        dhsa_chunks_part part[DHSA_CHUNKS_PARTS];
+        const int parts = p->levels[i].open ? dhsa_chunks_parts(c, 0, part) : 0;
+        for (int j = 0; j < parts; j++) bytes += p->kv_heads * c->pitch * part[j].size;
     }
     return bytes;
 }
 
 /* ---- as bytes -------------------------------------------------------------------------------------------------- */
 
-/* A header of so many int64, in this order; then the fingerprints, the edges, and for each level and KV head the states
- * and the means of the first `done` chunks, as they lie in memory. All of the machine's byte order. */
+/* A header of so many int64, in this order; then the fingerprints, the edges, and for each level and KV head the parts
+ * (dhsa_chunks_parts) of the first `done` chunks, as they lie in memory. All of the machine's byte order. */
 enum {
     HEAD_MAGIC = 0,
     HEAD_DTYPE,
@@ -458,7 +460,7 @@ enum {
     HEAD_LEVELS,
     HEAD_SIZE = 6 + 3 * DHSA_LEVELS
 };
-static const int64_t HEAD_VALUE = INT64_C(0x3149585945414844); /* its last character is the version of this layout */
+static const int64_t HEAD_VALUE = INT64_C(0x3249585945414844); /* its last character is the version of this layout */
 
 static void put_bytes(char *to, int64_t *at, const void *from, int64_t size)
 {
@@ -485,10 +487,11 @@ int64_t dhsa_key_index_write(const dhsa_key_index *p, char *bytes)
     put_bytes(bytes, &at, p->edges, (p->chunks > 0 ? p->chunks + 1 : 0) * (int64_t)sizeof *p->edges);
     for (int i = 0; i < DHSA_LEVELS; i++) {
         const dhsa_chunks *c = &p->levels[i].chunks;
-        const int64_t done = head[HEAD_LEVELS + 3 * i + 2], row = c->row * (c->kind == DHSA_MEANS_F32 ? 4 : 2);
+        const int64_t done = head[HEAD_LEVELS + 3 * i + 2];
         for (int64_t h = 0; done > 0 && h < p->kv_heads; h++) {
-            put_bytes(bytes, &at, c->state + h * c->pitch, done);
-            put_bytes(bytes, &at, (const char *)c->means + h * c->pitch * row, done * row);
+            dhsa_chunks_part part[DHSA_CHUNKS_PARTS];
+            const int parts = dhsa_chunks_parts(c, h, part);
+            for (int j = 0; j < parts; j++) put_bytes(bytes, &at, part[j].at, done * part[j].size);
         }
     }
     return at;
@@ -510,13 +513,41 @@ static int state_fits(int state, int32_t from, int32_t to)
     return from == to ? state == DHSA_CHUNK_EMPTY : state == DHSA_CHUNK_GOOD || state == DHSA_CHUNK_BAD;
 }
 
-static int means_finite(const void *means, int64_t n, dhsa_means_kind kind)
+/* Whether n floats are finite and, where they are factors, not negative. */
+static int floats_fit(const void *floats, int64_t n, int factors)
 {
-    const uint32_t *wide = means;
-    const uint16_t *narrow = means;
-    int bad = 0; /* no way out of the loops, so that a compiler makes vectors of them */
-    for (int64_t i = 0; kind == DHSA_MEANS_F32 && i < n; i++) bad |= (wide[i] & 0x7F800000u) == 0x7F800000u;
-    for (int64_t i = 0; kind != DHSA_MEANS_F32 && i < n; i++) bad |= (narrow[i] & 0x7F80u) == 0x7F80u;
+    const uint32_t *bits = floats;
+    int bad = 0; /* no way out of the loop, so that a compiler makes vectors of it */
+    for (int64_t i = 0; i < n; i++) bad |= (bits[i] & 0x7F800000u) == 0x7F800000u || (factors && bits[i] >> 31);
+    return !bad;
+}
+
+/* Whether the means of the first `done` chunks of a KV head are what dhsa_mean_store writes. */
+static int means_fit(const dhsa_chunks *c, int64_t head, int64_t done)
+{
+    const int64_t at = head * c->pitch, n = done * c->row;
+    int bad = 0;
+    if (c->kind == DHSA_MEANS_F32) return floats_fit((const float *)c->means + at * c->row, n, 0);
+    if (!floats_fit(c->scale + at, done, 1)) return 0;
+    if (c->kind == DHSA_MEANS_BF16) { /* whole numbers up to 127 */
+        const uint16_t *mean = (const uint16_t *)c->means + at * c->row;
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t bits = (uint32_t)mean[i] << 16;
+            float x;
+            memcpy(&x, &bits, sizeof x);
+            bad |= !(x >= -127.0f && x <= 127.0f) || (float)(int32_t)x != x;
+        }
+        return !bad;
+    }
+    for (int64_t i = 0; i < done; i++) {
+        const int8_t *mean = (const int8_t *)c->means + (at + i) * c->row;
+        int32_t sum = 0;
+        for (int64_t d = 0; d < c->row; d++) {
+            sum += mean[d];
+            bad |= mean[d] == INT8_MIN;
+        }
+        bad |= c->bias[at + i] != -128 * sum;
+    }
     return !bad;
 }
 
@@ -525,14 +556,14 @@ static int take_level(dhsa_key_index *p, int level, const int64_t *of, const cha
 {
     dhsa_level *l = &p->levels[level];
     const int64_t chunks_of = level == DHSA_LEVEL_FINE ? 1 : DHSA_CHUNK_SUBGROUP, done = of[2];
-    if (done == 0) return of[0] >= 0 && of[0] <= DHSA_MEANS_BF16;
-    if ((of[0] != DHSA_MEANS_F32 && of[0] != DHSA_MEANS_BF16) || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) ||
+    if (done == 0) return of[0] >= 0 && of[0] < DHSA_MEANS_KINDS;
+    if (of[0] < 0 || of[0] >= DHSA_MEANS_KINDS || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) ||
         done < 0 || done > p->chunks / chunks_of || done % DHSA_CHUNK_GROUP != 0)
         return 0;
     dhsa_chunks plan;
     int64_t cells, need;
     dhsa_chunks_plan(&plan, (dhsa_means_kind)of[0], (int)of[1], done, p->dim);
-    const int64_t size = plan.kind == DHSA_MEANS_F32 ? 4 : 2, row = plan.row * size;
+    const int64_t row = plan.row * dhsa_means_size(plan.kind);
     /* Looked at before memory is asked for, so that this is in proportion to the bytes that are there. */
     if (!dhsa_mul(p->kv_heads, done, &cells) || !dhsa_mul(cells, row + 1, &need) || need > n - *at) return 0;
     l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP,
@@ -543,11 +574,12 @@ static int take_level(dhsa_key_index *p, int level, const int64_t *of, const cha
     }
     l->done = done;
     for (int64_t h = 0; h < p->kv_heads; h++) {
-        unsigned char *state = l->chunks.state + h * l->chunks.pitch;
-        char *means = (char *)l->chunks.means + h * l->chunks.pitch * row;
-        if (!take_bytes(state, bytes, n, at, done, 1) || !take_bytes(means, bytes, n, at, done, row) ||
-            !means_finite(means, done * plan.row, plan.kind))
-            return 0;
+        const unsigned char *state = l->chunks.state + h * l->chunks.pitch;
+        dhsa_chunks_part part[DHSA_CHUNKS_PARTS];
+        const int parts = dhsa_chunks_parts(&l->chunks, h, part);
+        for (int i = 0; i < parts; i++)
+            if (!take_bytes(part[i].at, bytes, n, at, done, part[i].size)) return 0;
+        if (!means_fit(&l->chunks, h, done)) return 0;
         for (int64_t c = 0; c < done; c++)
             if (!state_fits(state[c], p->edges[c * chunks_of], p->edges[(c + 1) * chunks_of])) return 0;
     }

@@ -48,65 +48,112 @@ void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t 
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
 
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
-                     void *to)
+float dhsa_quantize(const float *x, int64_t n, int8_t *to)
+{
+    /* Adding this number leaves no room for a fraction, so that it rounds; half to even. */
+    const float rounder = 0x1.8p23f;
+    float most = 0;
+    for (int64_t i = 0; i < n; i++) most = DHSA_MAX(most, fabsf(x[i]));
+    const float factor = 127.0f / most;
+    if (!isfinite(factor)) {
+        memset(to, 0, (size_t)n);
+        return 0;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        const float whole = x[i] * factor + rounder - rounder;
+        to[i] = (int8_t)(int32_t)whole;
+    }
+    return most / 127.0f;
+}
+
+void dhsa_mean_store(dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to, float *scale,
+                     int32_t *bias)
 {
     if (kind == DHSA_MEANS_F32) {
         memcpy(to, mean, (size_t)dim * sizeof *mean);
         return;
     }
-    kernels->round_bf16(mean, dim, to);
+    int8_t whole[DHSA_MAX_HEAD_DIM];
+    *scale = dhsa_quantize(mean, dim, whole);
+    if (kind == DHSA_MEANS_I8) {
+        int32_t sum = 0;
+        for (int64_t d = 0; d < dim; d++) sum += whole[d];
+        *bias = -128 * sum;
+        memcpy(to, whole, (size_t)dim);
+        memset((int8_t *)to + dim, 0, (size_t)(row - dim));
+        return;
+    }
+    for (int64_t d = 0; d < dim; d++) {
+        const float x = (float)whole[d]; /* 8 significant bits: exact in bf16 */
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        ((uint16_t *)to)[d] = (uint16_t)(bits >> 16);
+    }
     memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * 2);
 }
 
-void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+void dhsa_mean_put(const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, float *scale, int32_t *bias,
                    int64_t at)
 {
     const int64_t row = chunks->row;
     uint16_t line[DHSA_MAX_HEAD_DIM];
-    if (!chunks->squares) {
-        dhsa_mean_store(kernels, chunks->kind, mean, dim, row,
-                        (char *)means + at * row * (chunks->kind == DHSA_MEANS_F32 ? 4 : 2));
-        return;
-    }
-    dhsa_mean_store(kernels, chunks->kind, mean, dim, row, line);
+    void *to = (char *)means + at * row * dhsa_means_size(chunks->kind);
+    const int quantized = chunks->kind != DHSA_MEANS_F32, bytes = chunks->kind == DHSA_MEANS_I8;
+    if (chunks->squares) to = line;
+    dhsa_mean_store(chunks->kind, mean, dim, row, to, quantized ? scale + at : NULL, bytes ? bias + at : NULL);
+    if (!chunks->squares) return;
     for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP)
         memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
 }
 
 void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim)
 {
+    static const int64_t step[DHSA_MEANS_KINDS] = {1, DHSA_PAIR_STEP, 4};
     *chunks = (dhsa_chunks){.kind = kind, .squares = squares};
     chunks->pitch = dhsa_round_up(capacity, 16); /* a whole number of squares */
-    chunks->row = kind != DHSA_MEANS_F32 ? dhsa_round_up(dim, DHSA_PAIR_STEP) : dim;
+    chunks->row = dhsa_round_up(dim, step[kind]);
 }
 
 int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity,
                      int64_t dim)
 {
-    const int64_t half = kind != DHSA_MEANS_F32,
-                  spare = half ? DHSA_PAIR_STEP : 0; /* read past the end by bf16 products */
+    const int64_t spare = kind == DHSA_MEANS_BF16 ? DHSA_PAIR_STEP : 0; /* read past the end by bf16 products */
     int64_t cells;
     dhsa_chunks_plan(chunks, kind, squares, capacity, dim);
     if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
-    chunks->state = dhsa_alloc(cells, 1);
-    if (!chunks->state) return 0;
-    chunks->means = dhsa_alloc(cells + spare, chunks->row * (half ? 2 : 4));
+    if (!(chunks->state = dhsa_alloc(cells, 1))) return 0;
+    if (kind != DHSA_MEANS_F32 && !(chunks->scale = dhsa_alloc(cells, sizeof *chunks->scale))) return 0;
+    if (kind == DHSA_MEANS_I8 && !(chunks->bias = dhsa_alloc(cells, sizeof *chunks->bias))) return 0;
+    chunks->means = dhsa_alloc(cells + spare, chunks->row * dhsa_means_size(kind));
     return chunks->means != NULL;
 }
 
 void dhsa_chunks_close(dhsa_chunks *chunks)
 {
     dhsa_free(chunks->means);
+    dhsa_free(chunks->scale);
+    dhsa_free(chunks->bias);
     dhsa_free(chunks->state);
     chunks->means = NULL;
+    chunks->scale = NULL;
+    chunks->bias = NULL;
     chunks->state = NULL;
+}
+
+int dhsa_chunks_parts(const dhsa_chunks *chunks, int64_t head, dhsa_chunks_part *part)
+{
+    const int64_t at = head * chunks->pitch, row = chunks->row * dhsa_means_size(chunks->kind);
+    int n = 0;
+    part[n++] = (dhsa_chunks_part){(char *)chunks->state + at, 1};
+    part[n++] = (dhsa_chunks_part){(char *)chunks->means + at * row, row};
+    if (chunks->scale) part[n++] = (dhsa_chunks_part){(char *)(chunks->scale + at), sizeof *chunks->scale};
+    if (chunks->bias) part[n++] = (dhsa_chunks_part){(char *)(chunks->bias + at), sizeof *chunks->bias};
+    return n;
 }
 
 int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t used, int copy)
 {
     dhsa_chunks old = *chunks;
-    const int64_t row = old.row * (old.kind != DHSA_MEANS_F32 ? 2 : 4);
     if (!dhsa_chunks_open(chunks, old.kind, old.squares, kv_heads, capacity, dim)) {
         dhsa_chunks_close(chunks);
         *chunks = old;
@@ -114,9 +161,10 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
     }
     used = dhsa_round_up(used, 16); /* a square holds 16 means */
     for (int64_t h = 0; h < kv_heads; h++) {
-        memcpy((char *)chunks->means + h * chunks->pitch * row, (char *)old.means + h * old.pitch * row,
-               (size_t)(used * row));
-        memcpy(chunks->state + h * chunks->pitch, old.state + h * old.pitch, (size_t)used);
+        dhsa_chunks_part from[DHSA_CHUNKS_PARTS], to[DHSA_CHUNKS_PARTS];
+        const int parts = dhsa_chunks_parts(&old, h, from);
+        dhsa_chunks_parts(chunks, h, to);
+        for (int i = 0; i < parts; i++) memcpy(to[i].at, from[i].at, (size_t)(used * to[i].size));
     }
     if (!copy) dhsa_chunks_close(&old);
     return 1;
@@ -148,7 +196,7 @@ static void means_task(void *context, int64_t index, int thread)
             const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, mean + dim);
             *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
-        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, head * chunks->pitch + c);
+        dhsa_mean_put(chunks, mean, dim, chunks->means, chunks->scale, chunks->bias, head * chunks->pitch + c);
     }
 }
 

@@ -68,8 +68,15 @@ int dhsa_cpu_has_amx(void)
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);
 }
 
+int dhsa_cpu_has_vnni(void)
+{
+    uint32_t a, b, c, d;
+    return dhsa_cpu_runs("avx512") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+}
+
 #else
 
+int dhsa_cpu_has_vnni(void) { return 0; }
 int dhsa_cpu_has_amx_fp16(void) { return 0; }
 int dhsa_cpu_has_amx(void) { return 0; }
 

@@ -7,6 +7,7 @@ int dhsa_cpu_runs(const char *isa);
 /* Features that are not needed for a tier. amx_fp16: tile registers can multiply fp16. amx: the CPU has tile
  * registers, whether or not the operating system permits their use. */
 int dhsa_cpu_has_amx_fp16(void);
+int dhsa_cpu_has_vnni(void); /* AVX512-VNNI, with all that tier "avx512" needs */
 int dhsa_cpu_has_amx(void);
 
 #endif

@@ -95,6 +95,31 @@ static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t lengt
     return ((row / 16 * (length / 32) + at / 32) * 16 + row % 16) * 32 + at % 32;
 }
 
+/* How the products s[j * lanes + r] of n keys and a panel become exponents of two, for row scores. Both sides were
+ * divided by a factor when they were quantized: key j by key[j], and row[r] is the factor of row r times the scale of
+ * the logits times log2(e). The exponent is s * key[j] * row[r]; with a softcap it is cap * tanh(that), where cap is the
+ * softcap times log2(e) and row[r] is divided by cap.
+ *
+ * power(x) is a power of two that is linear between whole exponents: 2^floor(x) * (1 + x - floor(x)), at most 6 percent
+ * above 2^x. This takes a few instructions, and scores are only ranked. It is 0 for x <= -127 and for NaN, and no
+ * larger than 2^63, so that sums are finite. */
+typedef struct {
+    const float *key; /* [n] */
+    const float *row; /* [lanes] */
+    float cap;        /* 0: no softcap */
+} dhsa_powers;
+
+/* Products of rows and keys of 8 bits, exact in 32 bits, where the CPU has instructions for them. */
+typedef struct {
+    /* Packs n <= lanes rows, dim elements each, as dst[(d / 4 * lanes + r) * 4 + d % 4] = rows[r][d] + 128. The padding
+     * of dim to a multiple of 4 and the other lanes are 128, that is 0. */
+    void (*pack_panel)(const int8_t *const *rows, int n, int dim, uint8_t *dst);
+    /* s[j * lanes + r] = sum_d row r * k[j * dhsa_round_up(dim, 4) + d] for j < n. bias[j] is -128 times the sum of the
+     * elements of key j. The padding of k is zeros. */
+    void (*qk)(const uint8_t *q, const int8_t *k, const int32_t *bias, int n, int dim, int rows, float *s,
+               dhsa_ahead *ahead);
+} dhsa_byte_kernels;
+
 typedef struct dhsa_kernels {
     const char *isa;
     int lanes;      /* rows of a panel */
@@ -135,14 +160,19 @@ typedef struct dhsa_kernels {
     /* rows[r][d] = o[d * lanes + r] * factor[r], rounded to dtype, for r < n. */
     void (*store_panel)(const float *o, const float *factor, int n, int dim, int dtype, void *const *rows);
 
-    /* score[j] += sum over r of (p[j * lanes + r] * weight[r])^2 for j < n. A lane of weight 0 adds nothing, even if
-     * it is NaN. */
-    void (*add_squares)(const float *p, int n, const float *weight, float *score);
-    /* mass[j] += the same without squares. */
-    void (*add_sums)(const float *p, int n, const float *weight, float *mass);
-    /* sum[r] = sum[r] * alpha[r] + sum over j < n of p[j * lanes + r] * weight[j]. sum, alpha and p are aligned to
-     * DHSA_ALIGN. */
-    void (*weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum);
+    /* sum[j] += sum over r of p[j * lanes + r] * weight[r] for j < n. A lane of weight 0 adds nothing, even if it is
+     * NaN. */
+    void (*add_sums)(const float *p, int n, const float *weight, float *sum);
+
+    /* Row scores, see dhsa_powers. Only the first `rows` lanes count; the others may be computed as well. */
+    /* top[r] = the larger of itself and the largest exponent of row r. */
+    void (*power_tops)(const float *s, int n, int rows, const dhsa_powers *powers, float *top);
+    /* sum[r] += sum over j < n of weight[j] * power(exponent - shift[r]). */
+    void (*power_sums)(const float *s, int n, int rows, const dhsa_powers *powers, const float *weight,
+                       const float *shift, float *sum);
+    /* score[j] += sum over r of power(degree * (exponent - shift[r])) for j < n; degree 1 or 2. */
+    void (*power_scores)(const float *s, int n, int rows, const dhsa_powers *powers, int degree, const float *shift,
+                         float *score);
     /* dst[d] = the sum of n >= 1 rows, `stride` bytes apart, added in order. */
     void (*sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst);
     /* dst = x rounded to bf16 and limited to the largest finite bf16 in magnitude. */
@@ -173,6 +203,7 @@ typedef struct dhsa_kernels {
                          int dtype, void *row);
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: this dtype is converted to fp32 while it is packed */
+    const dhsa_byte_kernels *bytes;      /* NULL: bytes are multiplied as bf16 or fp32, with the same results */
     const struct dhsa_kernels *plain;    /* the table, with wider panels, for all other dtypes; NULL: this one */
 
     /* For benchmarks only: computes independent FMAs and nothing else. Returns the number of operations, 2 for each

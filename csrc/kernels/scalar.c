@@ -2,6 +2,7 @@
  * it. */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "kernels/half.h"
 
@@ -40,6 +41,12 @@ static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
 {
     *even = dhsa_from_bf16(p[0]);
     *odd = dhsa_from_bf16(p[1]);
+}
+static inline vf v_of_bits(vf x)
+{
+    const uint32_t bits = (uint32_t)lrintf(x);
+    memcpy(&x, &bits, sizeof x);
+    return x;
 }
 static inline vf v_sums(const vf *x) { return x[0]; }
 static inline void v_transpose(vf *x) { (void)x; }

@@ -1,5 +1,5 @@
-/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of rows, rounding to bf16, and sums of the
- * probabilities of row scores or of their squares. */
+/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of rows, rounding to bf16, sums of probabilities,
+ * and row scores. */
 
 /* V_LEN elements of a row of type dtype, from column d on. */
 K_INLINE vf load_part(const char *row, int64_t d, const int dtype)
@@ -55,19 +55,17 @@ static void K_NAME(round_bf16)(const float *x, int64_t n, uint16_t *dst)
     }
 }
 
-/* The weighted probabilities of one key, or their squares, summed over the vectors of a row but not across a vector. */
-K_INLINE vf add_rows(const float *p, const vf *weight, const vm *none, const int square)
+/* The weighted probabilities of one key, summed over the vectors of a row but not across a vector. */
+K_INLINE vf add_rows(const float *p, const vf *weight, const vm *none)
 {
     vf sum = v_set1(0.0f);
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) {
-        const vf x = v_pick(none[u], v_set1(0.0f), v_mul(v_load(p + u * V_LEN), weight[u]));
-        sum = square ? v_fma(x, x, sum) : v_add(x, sum);
-    }
+    for (int u = 0; u < V_PER; u++)
+        sum = v_add(sum, v_pick(none[u], v_set1(0.0f), v_mul(v_load(p + u * V_LEN), weight[u])));
     return sum;
 }
 
-K_INLINE void add_keys(const float *p, int n, const float *weight, float *score, const int square)
+static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *sum)
 {
     vf by[V_PER];
     vm none[V_PER];
@@ -76,42 +74,140 @@ K_INLINE void add_keys(const float *p, int n, const float *weight, float *score,
         by[u] = v_load(weight + u * V_LEN);
         none[u] = v_eq(by[u], v_set1(0.0f));
     }
-    /* V_LEN keys at a time: after a transposition, the sums across vectors are sums of vectors. */
     for (; j + V_LEN <= n; j += V_LEN) {
         vf x[V_LEN];
 #pragma GCC unroll 16
-        for (int i = 0; i < V_LEN; i++) x[i] = add_rows(p + (ptrdiff_t)(j + i) * K_LANES, by, none, square);
-        v_transpose(x);
-#pragma GCC unroll 4
-        for (int step = V_LEN / 2; step > 0; step /= 2)
-#pragma GCC unroll 8
-            for (int i = 0; i < step; i++) x[i] = v_add(x[i], x[i + step]);
-        v_store(score + j, v_add(v_load(score + j), x[0]));
+        for (int i = 0; i < V_LEN; i++) x[i] = add_rows(p + (ptrdiff_t)(j + i) * K_LANES, by, none);
+        v_store(sum + j, v_add(v_load(sum + j), v_sums(x)));
     }
-    for (; j < n; j++) score[j] += v_sum(add_rows(p + (ptrdiff_t)j * K_LANES, by, none, square));
+    for (; j < n; j++) sum[j] += v_sum(add_rows(p + (ptrdiff_t)j * K_LANES, by, none));
 }
 
-static void K_NAME(add_squares)(const float *p, int n, const float *weight, float *score)
+/* ---- row scores ------------------------------------------------------------------------------------------------ */
+
+#define K_EXPONENT_BITS 8388608.0f /* 2^23: the exponent of a float counts in units of this */
+
+/* power(x) for y = (x + 127) * 2^23, whose integer part is the image of that float in memory. v_max must come first:
+ * it returns its second argument for a NaN. */
+K_INLINE vf power_vf(vf y)
 {
-    add_keys(p, n, weight, score, 1);
+    return v_of_bits(v_min(v_set1(190.0f * K_EXPONENT_BITS), v_max(y, v_set1(0.0f))));
 }
 
-static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *mass)
+/* The exponent of product x, times `row` instead of powers->row where there is no softcap. */
+K_INLINE vf power_exponent(vf x, vf key, vf row, float cap, const int capped)
 {
-    add_keys(p, n, weight, mass, 0);
+    const vf y = v_mul(v_mul(x, key), row);
+    return capped ? v_mul(v_set1(cap), tanh_vf(y)) : y;
 }
 
-/* Adds key by key, for all rows at once, so that the sums stay in registers. */
-static void K_NAME(weigh_keys)(const float *p, int n, const float *weight, const float *alpha, float *sum)
+K_INLINE void power_tops_of(const float *s, int n, const dhsa_powers *powers, float *top, const int capped,
+                            const int per)
 {
-    vf x[V_PER];
+    vf row[V_PER], most[V_PER];
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) x[u] = v_mul(v_load(sum + u * V_LEN), v_load(alpha + u * V_LEN));
-    for (int j = 0; j < n; j++) {
-        const vf by = v_set1(weight[j]);
+    for (int u = 0; u < per; u++) {
+        row[u] = v_load(powers->row + u * V_LEN);
+        most[u] = v_load(top + u * V_LEN);
+    }
+    for (int j = 0; j < n; j++, s += K_LANES) {
+        const vf key = v_set1(powers->key[j]);
 #pragma GCC unroll 8
-        for (int u = 0; u < V_PER; u++) x[u] = v_fma(by, v_load(p + (ptrdiff_t)j * K_LANES + u * V_LEN), x[u]);
+        for (int u = 0; u < per; u++)
+            most[u] = v_max(power_exponent(v_load(s + u * V_LEN), key, row[u], powers->cap, capped), most[u]);
     }
 #pragma GCC unroll 8
-    for (int u = 0; u < V_PER; u++) v_store(sum + u * V_LEN, x[u]);
+    for (int u = 0; u < per; u++) v_store(top + u * V_LEN, most[u]);
+}
+
+static void K_NAME(power_tops)(const float *s, int n, int rows, const dhsa_powers *powers, float *top)
+{
+    if (powers->cap > 0)
+        power_tops_of(s, n, powers, top, 1, V_PER);
+    else
+        K_FOR_ROWS(rows, power_tops_of, s, n, powers, top, 0);
+}
+
+/* The factor and the addend that make y of power_vf from an exponent (capped) or from a product times its key's
+ * factor. */
+K_INLINE void power_factors(const dhsa_powers *powers, float degree, const float *shift, vf *factor, vf *addend,
+                            const int capped, const int per)
+{
+#pragma GCC unroll 8
+    for (int u = 0; u < per; u++) {
+        const vf unit = v_set1(degree * K_EXPONENT_BITS);
+        factor[u] = capped ? unit : v_mul(unit, v_load(powers->row + u * V_LEN));
+        addend[u] = v_sub(v_set1(127.0f * K_EXPONENT_BITS), v_mul(unit, v_load(shift + u * V_LEN)));
+    }
+}
+
+K_INLINE vf power_of(const float *s, vf key, const dhsa_powers *powers, int u, vf factor, vf addend, const int capped)
+{
+    const vf x = v_load(s + u * V_LEN);
+    if (!capped) return power_vf(v_fma(v_mul(x, key), factor, addend));
+    return power_vf(
+        v_fma(power_exponent(x, key, v_load(powers->row + u * V_LEN), powers->cap, 1), factor, addend));
+}
+
+K_INLINE void power_sums_of(const float *s, int n, const dhsa_powers *powers, const float *weight, const float *shift,
+                            float *sum, const int capped, const int per)
+{
+    vf factor[V_PER], addend[V_PER], total[V_PER];
+    power_factors(powers, 1.0f, shift, factor, addend, capped, per);
+#pragma GCC unroll 8
+    for (int u = 0; u < per; u++) total[u] = v_load(sum + u * V_LEN);
+    for (int j = 0; j < n; j++, s += K_LANES) {
+        const vf key = v_set1(powers->key[j]), by = v_set1(weight[j]);
+#pragma GCC unroll 8
+        for (int u = 0; u < per; u++)
+            total[u] = v_fma(power_of(s, key, powers, u, factor[u], addend[u], capped), by, total[u]);
+    }
+#pragma GCC unroll 8
+    for (int u = 0; u < per; u++) v_store(sum + u * V_LEN, total[u]);
+}
+
+static void K_NAME(power_sums)(const float *s, int n, int rows, const dhsa_powers *powers, const float *weight,
+                               const float *shift, float *sum)
+{
+    if (powers->cap > 0)
+        power_sums_of(s, n, powers, weight, shift, sum, 1, V_PER);
+    else
+        K_FOR_ROWS(rows, power_sums_of, s, n, powers, weight, shift, sum, 0);
+}
+
+/* The score of one key, summed over the vectors of a row but not across a vector. */
+K_INLINE vf power_score(const float *s, float key, const dhsa_powers *powers, const vf *factor, const vf *addend,
+                        const int capped, const int per)
+{
+    vf sum = power_of(s, v_set1(key), powers, 0, factor[0], addend[0], capped);
+#pragma GCC unroll 8
+    for (int u = 1; u < per; u++)
+        sum = v_add(sum, power_of(s, v_set1(key), powers, u, factor[u], addend[u], capped));
+    return sum;
+}
+
+K_INLINE void power_scores_of(const float *s, int n, const dhsa_powers *powers, int degree, const float *shift,
+                              float *score, const int capped, const int per)
+{
+    const float *key = powers->key;
+    vf factor[V_PER], addend[V_PER];
+    int j = 0;
+    power_factors(powers, (float)degree, shift, factor, addend, capped, per);
+    for (; j + V_LEN <= n; j += V_LEN) {
+        vf x[V_LEN];
+#pragma GCC unroll 16
+        for (int i = 0; i < V_LEN; i++, s += K_LANES)
+            x[i] = power_score(s, key[j + i], powers, factor, addend, capped, per);
+        v_store(score + j, v_add(v_load(score + j), v_sums(x)));
+    }
+    for (; j < n; j++, s += K_LANES) score[j] += v_sum(power_score(s, key[j], powers, factor, addend, capped, per));
+}
+
+static void K_NAME(power_scores)(const float *s, int n, int rows, const dhsa_powers *powers, int degree,
+                                 const float *shift, float *score)
+{
+    if (powers->cap > 0)
+        power_scores_of(s, n, powers, degree, shift, score, 1, V_PER);
+    else
+        K_FOR_ROWS(rows, power_scores_of, s, n, powers, degree, shift, score, 0);
 }

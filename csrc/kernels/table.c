@@ -16,6 +16,8 @@
 #undef DHSA_BF16_TIER
 extern const dhsa_kernels dhsa_kernels_avx512narrow; /* not a tier: the base of avx512bf16 and amx */
 extern const dhsa_pair_kernels dhsa_f16_amx;         /* not a tier: added to amx if the CPU has AMX-FP16 */
+/* Not tiers: added to the tables without tile registers if the CPU has AVX512-VNNI. */
+extern const dhsa_byte_kernels dhsa_bytes_avx512, dhsa_bytes_avx512narrow;
 
 /* A tier is a table of its own, or the table of `base` with other bf16 products. */
 static const struct {
@@ -42,6 +44,12 @@ static void build(void)
         tables[i].isa = tiers[i].name;
         tables[i].bf16 = tiers[i].bf16;
         tables[i].plain = tiers[i].plain;
+#if DHSA_X86
+        if (dhsa_cpu_has_vnni() && strcmp(tiers[i].name, "amx") != 0) {
+            if (tiers[i].base == &dhsa_kernels_avx512) tables[i].bytes = &dhsa_bytes_avx512;
+            if (tiers[i].base == &dhsa_kernels_avx512narrow) tables[i].bytes = &dhsa_bytes_avx512narrow;
+        }
+#endif
 #if DHSA_X86 && DHSA_HAVE_AMX
         if (tiers[i].bf16 == &dhsa_bf16_amx && dhsa_cpu_has_amx_fp16()) tables[i].f16 = &dhsa_f16_amx;
 #endif

@@ -35,6 +35,7 @@
 #define DHSA_TARGET_AVX2 "avx2,fma,f16c"
 #define DHSA_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define DHSA_TARGET_AVX512BF16 "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
+#define DHSA_TARGET_VNNI DHSA_TARGET_AVX512 ",avx512vnni"
 #define DHSA_TARGET_AMX DHSA_TARGET_AVX512BF16 ",amx-tile,amx-bf16"
 
 #endif

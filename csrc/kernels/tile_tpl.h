@@ -11,6 +11,7 @@
  *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b): mask
  *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16
  *   v_pairs_bf16(const uint16_t *, vf *even, vf *odd): the even and the odd ones of 2 * V_LEN elements
+ *   v_of_bits(vf): the float whose image in memory is that number, 0 <= x < 2^31, rounded to a whole number
  *   v_transpose(vf[V_LEN]): transposes V_LEN x V_LEN elements; v_sums(const vf[V_LEN]): the sum across each vector */
 
 #include <float.h>
@@ -380,9 +381,10 @@ const dhsa_kernels K_NAME(dhsa_kernels) = {
     .pack_values = K_NAME(pack_values),
     .pack_panel = K_NAME(pack_panel),
     .store_panel = K_NAME(store_panel),
-    .add_squares = K_NAME(add_squares),
     .add_sums = K_NAME(add_sums),
-    .weigh_keys = K_NAME(weigh_keys),
+    .power_tops = K_NAME(power_tops),
+    .power_sums = K_NAME(power_sums),
+    .power_scores = K_NAME(power_scores),
     .sum_rows = K_NAME(sum_rows),
     .round_bf16 = K_NAME(round_bf16),
     .load = K_NAME(load),

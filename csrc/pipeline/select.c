@@ -120,7 +120,7 @@ static void scores_task(void *context, int64_t index, int thread)
     const int64_t block = s->blocks - 1 - index / s->head_sets, set = index % s->head_sets;
     float *score = job->scores + ((s->b * s->head_sets + set) * s->blocks + block) * job->width;
     int64_t first, last;
-    dhsa_scorer_run(s, set, block, NULL, 0, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
+    dhsa_scorer_run(s, set, block, NULL, job->arenas + thread * s->arena_size, score, NULL, &first, &last);
     for (int64_t c = 0; c < first; c++) score[c] = -INFINITY;
     for (int64_t c = last; c < job->width; c++) score[c] = -INFINITY;
 }

@@ -1,7 +1,11 @@
-/* row_scores.c: row scores, this project's scores of chunks. Each row is a mean query of a query block; it has a
- * softmax over the chunk means. The score of a chunk is the sum over rows of its squared probabilities; its attention
- * mass, where asked for, is the sum of the probabilities themselves. scorer.c finds the candidate chunks, and
- * methods/rows.c decides which groups of them are scored at all. */
+/* row_scores.c: row scores, this project's scores of chunks. Each row is a mean query of a query block, or a query; it
+ * has a softmax over the chunk means. The score of a chunk is the sum over rows of its squared probabilities; its
+ * attention mass, where asked for, is the sum of the probabilities themselves. scorer.c finds the candidate chunks, and
+ * methods/rows.c decides which groups of them are scored at all.
+ *
+ * The probabilities are powers of two that are linear between whole exponents (dhsa_powers), relative to the logarithm
+ * of the denominator of their row. Where there are two stages, the coarse one, which sees all candidates, gives that
+ * logarithm to the fine one, whose products are then used as soon as they are computed and never stored. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -10,9 +14,9 @@
 #include "select/scorer.h"
 
 enum {
-    TILE = 128, /* chunks of a tile: its products stay in L1 through the softmax, its means in L2 for all panels */
+    TILE = 128, /* chunks of a tile: its products stay in L1, its means in L2 for all panels */
     PANELS = 8, /* the most panels that share a tile of means */
-    PRODUCTS = 1024 * 1024, /* the most bytes that their probabilities take, so that these stay in L2 */
+    PRODUCTS = 512 * 1024, /* the most bytes that stored products take, so that these stay in L2 */
 };
 
 /* A tile of the chunks of a block. Empty chunks and chunks without a finite mean are left out. */
@@ -22,21 +26,25 @@ typedef struct {
     int cut;             /* it holds only the cut chunk, whose mean is in row_scores_scratch.mean */
     int in_one_piece;    /* its chunks are consecutive */
     const char *means;   /* [n], in the layout of the products */
+    const float *scale;  /* [n]: their factors */
+    const int32_t *bias; /* [n], only for DHSA_MEANS_I8 */
     int32_t chunk[TILE]; /* [n]: chunk numbers, counted from the first chunk of the block */
 } tile;
 
 /* Scratch memory of one thread; pointers into its arena. */
 typedef struct {
-    tile *tiles;     /* of the current KV head */
-    float *products; /* [panels at a time] of [product_rows, lanes] */
-    float *alpha;    /* [panels] of [tiles, lanes]: the factor by which a tile's softmax rescales earlier tiles */
-    float *m, *l;    /* [panels, lanes] */
-    float *weight;   /* [lanes] */
+    tile *tiles;     /* of the current KV head, or one tile where they are not needed again */
+    float *products; /* [panels at a time] of [product_rows, lanes], or of one tile */
+    float *factor;   /* [panels, lanes]: of the rows, dhsa_powers.row */
+    float *m, *l;    /* [panels, lanes]: the largest exponents of the rows; sums, then logarithms of sums */
     float *score;    /* [TILE] */
+    float *scale;    /* [TILE]: factors that cannot be used in place */
+    float *unit;     /* [most]: the factors of all tiles of a KV head, where the tiles are needed again */
+    int32_t *bias;   /* [TILE] */
     float *top;      /* [lanes]: largest products, which bf16->qk writes and nothing reads */
     float *mean;     /* [2, dim] */
-    char *panel;     /* [panels] of packed rows, in fp32 or bf16 */
-    char *rows;      /* [lanes, dim]: the rows before they are packed */
+    char *panel;     /* [panels] of packed rows */
+    char *rows;      /* [lanes, row]: the rows before they are packed */
     char *tile;      /* [TILE] means that cannot be used in place in chunks.means */
 } row_scores_scratch;
 
@@ -55,15 +63,17 @@ static int64_t product_rows(int64_t chunks) { return dhsa_round_up(chunks + TILE
 
 static int64_t max_tiles(const dhsa_scorer *s) { return dhsa_ceil_div(s->most + TILE - 1, TILE) + 1; }
 
+/* The bytes of a packed panel. Bytes are packed by fours and pairs by DHSA_PAIR_STEP, as the rows of means are. */
 static int64_t panel_bytes(const dhsa_scorer *s)
 {
-    return s->kernels->lanes * (s->bf16 ? s->chunks.row * 2 : s->q->shape[3] * 4);
+    const int half = s->bf16 != NULL;
+    return s->kernels->lanes * (s->bytes ? s->chunks.row : half ? s->chunks.row * 2 : s->q->shape[3] * 4);
 }
 
 /* Bytes of one mean in the layout of the products. */
-static int64_t mean_bytes(const dhsa_scorer *s) { return s->chunks.row * (s->bf16 ? 2 : 4); }
+static int64_t mean_bytes(const dhsa_scorer *s) { return s->chunks.row * (s->bytes ? 1 : s->bf16 ? 2 : 4); }
 
-/* How many panels are worked on at a time against this many chunks. */
+/* How many panels are worked on at a time if the products of this many chunks are stored. */
 static int panels_at_once(const dhsa_scorer *s, int64_t chunks)
 {
     const int64_t fit = PRODUCTS / (product_rows(chunks) * s->kernels->lanes * 4);
@@ -74,7 +84,6 @@ static int panels_at_once(const dhsa_scorer *s, int64_t chunks)
 static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_scratch *w)
 {
     const int64_t lanes = s->kernels->lanes, dim = s->q->shape[3], panels = s->panels;
-    const int64_t rows = lanes * dim * (s->chunks.kind == DHSA_MEANS_F32 ? 4 : 2);
     const struct {
         void *to;
         int64_t bytes;
@@ -83,14 +92,16 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
         {&w->products,
          DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->most) * lanes * 4), panels * product_rows(s->most) * lanes * 4)},
         {&w->tiles, max_tiles(s) * (int64_t)sizeof *w->tiles},
-        {&w->alpha, panels * max_tiles(s) * lanes * 4},
+        {&w->factor, panels * lanes * 4},
         {&w->m, panels * lanes * 4},
         {&w->l, panels * lanes * 4},
-        {&w->weight, lanes * 4},
         {&w->score, TILE * 4},
+        {&w->scale, TILE * 4},
+        {&w->unit, product_rows(s->most) * 4},
+        {&w->bias, TILE * 4},
         {&w->top, lanes * 4},
         {&w->panel, panels * panel_bytes(s)},
-        {&w->rows, rows},
+        {&w->rows, lanes * DHSA_MAX(s->chunks.row * dhsa_means_size(s->chunks.kind), dim * 4)},
         {&w->tile, TILE * mean_bytes(s)},
     };
     int64_t at = 0;
@@ -101,14 +112,16 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
     return at;
 }
 
+int64_t dhsa_row_scores_rows(const dhsa_scorer *s)
+{
+    return dhsa_ceil_div(DHSA_MIN(s->config->query_block, s->q->shape[2]), s->step) * s->heads_per_kv;
+}
+
 int64_t dhsa_row_scores_plan(dhsa_scorer *s)
 {
-    const dhsa_score_config *c = s->config;
-    const int64_t lanes = s->kernels->lanes;
     row_scores_scratch unused;
-    s->step = dhsa_ceil_div(c->query_block, c->mean_queries);
-    const int64_t rows = dhsa_ceil_div(DHSA_MIN(c->query_block, s->q->shape[2]), s->step) * s->heads_per_kv;
-    s->panels = (int)DHSA_MIN(PANELS, dhsa_ceil_div(rows, lanes));
+    s->step = dhsa_ceil_div(s->config->query_block, s->config->mean_queries);
+    s->panels = (int)DHSA_MIN(PANELS, dhsa_ceil_div(dhsa_row_scores_rows(s), s->kernels->lanes));
     return row_scores_lay_out(s, NULL, &unused);
 }
 
@@ -122,30 +135,36 @@ static void prefetch_queries(const dhsa_scorer *s, int64_t h, int64_t from, int6
             __builtin_prefetch((const char *)dhsa_row(s->q, s->b, h, i) + byte);
 }
 
-/* Packs mean queries [at, at + n) of a KV head into a panel. */
+/* Packs mean queries [at, at + n) of a KV head into a panel, and writes their factors. A row that is not finite gets
+ * the factor NaN. */
 static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, int64_t at, int n,
                       row_scores_scratch *w, int panel)
 {
     const dhsa_means_kind kind = s->chunks.kind;
-    const int64_t dim = s->q->shape[3],
+    const int64_t dim = s->q->shape[3], bytes = s->chunks.row * dhsa_means_size(kind), lanes = s->kernels->lanes,
                   head = s->config->heads == DHSA_HEADS_HEAD ? job->set : kv_head * s->heads_per_kv;
-    const int64_t bytes = dim * (kind == DHSA_MEANS_F32 ? 4 : 2);
-    /* The rows are multiplied by the sign of the scale, so that the largest product is the largest logit. */
-    const float sign = s->config->scale < 0 ? -1.0f : s->config->scale > 0 ? 1.0f : 0.0f;
+    const double softcap = s->config->softcap, log2e = 1.4426950408889634;
+    const double unit = softcap > 0 ? s->config->scale / softcap : s->config->scale * log2e;
     const void *rows[DHSA_MAX_LANES];
+    float *factor = w->factor + panel * lanes;
+    for (int r = 0; r < lanes; r++) factor[r] = 0;
     for (int r = 0; r < n; r++) {
         const int64_t from = job->from + (at + r) / s->heads_per_kv * s->step;
+        float scale = 1;
+        int32_t bias;
         prefetch_queries(s, head + (at + r) % s->heads_per_kv, from + s->step, job->to);
         dhsa_mean_query(s->kernels, s->q, s->b, head + (at + r) % s->heads_per_kv, from,
-                        DHSA_MIN(from + s->step, job->to), sign, w->mean);
-        /* All products of such a row are infinite or NaN, but a softcap would make infinite ones finite. With a NaN the
-         * row does not count. */
-        if (!dhsa_all_finite(s->kernels, w->mean, dim)) w->mean[0] = NAN;
+                        DHSA_MIN(from + s->step, job->to), 1.0f, w->mean);
         rows[r] = w->rows + r * bytes;
-        dhsa_mean_store(s->kernels, kind, w->mean, dim, dim, w->rows + r * bytes);
+        const int finite = dhsa_all_finite(s->kernels, w->mean, dim);
+        if (!finite) memset(w->mean, 0, (size_t)dim * sizeof *w->mean);
+        dhsa_mean_store(kind, w->mean, dim, s->chunks.row, w->rows + r * bytes, &scale, &bias);
+        factor[r] = finite ? (float)(scale * unit) : NAN;
     }
     char *to = w->panel + panel * panel_bytes(s);
-    if (s->bf16)
+    if (s->bytes)
+        s->bytes->pack_panel((const int8_t *const *)rows, n, (int)dim, (uint8_t *)to);
+    else if (s->bf16)
         s->bf16->pack_panel(rows, n, (int)dim, 0, (uint16_t *)to);
     else
         s->kernels->pack_panel(rows, kind == DHSA_MEANS_F32 ? DHSA_F32 : DHSA_BF16, n, (int)dim, 1.0f, (float *)to);
@@ -181,16 +200,16 @@ static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
 /* Copies the means of a tile whose chunks are not consecutive; whole squares are copied at once. */
 static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *to)
 {
-    const int64_t row = s->chunks.row;
+    const int64_t row = s->chunks.row, size = dhsa_means_size(s->chunks.kind);
     const char *means = s->chunks.means;
     for (int i = 0, run; i < t->n; i += run) {
         const int64_t c = at + t->chunk[i];
         run = 1;
         if (!s->chunks.squares) {
-            if (s->chunks.kind == DHSA_MEANS_F32)
-                memcpy((float *)to + i * row, (const float *)means + c * row, (size_t)row * sizeof(float));
-            else
+            if (s->chunks.kind == DHSA_MEANS_BF16)
                 s->kernels->load(means + c * row * 2, DHSA_BF16, row, (float *)to + i * row);
+            else
+                memcpy(to + i * row * size, means + c * row * size, (size_t)(row * size));
             continue;
         }
         if (c % 16 == 0 && i % 16 == 0 && i + 16 <= t->n && t->chunk[i + 15] - t->chunk[i] == 15) {
@@ -203,28 +222,41 @@ static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *
     }
 }
 
-/* Sets t->means to the means of a tile in the layout of the products: in place in chunks.means, or copied to
- * w->tile. */
+/* Stores the mean of the cut chunk as the only one of a tile. */
+static void load_cut(const dhsa_scorer *s, row_scores_scratch *w)
+{
+    const int64_t dim = s->q->shape[3];
+    uint16_t narrow[DHSA_MAX_HEAD_DIM + DHSA_PAIR_STEP];
+    w->scale[0] = 1;
+    if (s->chunks.kind == DHSA_MEANS_BF16 && !s->chunks.squares) {
+        dhsa_mean_store(DHSA_MEANS_BF16, w->mean, dim, s->chunks.row, narrow, w->scale, w->bias);
+        s->kernels->load(narrow, DHSA_BF16, s->chunks.row, (float *)w->tile);
+    } else {
+        dhsa_mean_put(&s->chunks, w->mean, dim, w->tile, w->scale, w->bias, 0);
+    }
+}
+
+/* Sets t->means, t->scale and t->bias: in place in s->chunks, or copied to w. */
 static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, row_scores_scratch *w, tile *t)
 {
-    const int64_t dim = s->q->shape[3], row = s->chunks.row, at = kv_head * s->chunks.pitch + job->first;
-    const int half = s->chunks.kind != DHSA_MEANS_F32;
+    const dhsa_chunks *c = &s->chunks;
+    const int64_t at = kv_head * c->pitch + job->first;
+    const int in_place = s->bf16 || c->kind != DHSA_MEANS_BF16;
     t->means = w->tile;
+    t->scale = w->scale;
+    t->bias = w->bias;
     if (t->cut) {
-        uint16_t narrow[DHSA_MAX_HEAD_DIM];
-        if (s->bf16) {
-            dhsa_mean_put(s->kernels, &s->chunks, w->mean, dim, w->tile, 0);
-        } else if (half) {
-            s->kernels->round_bf16(w->mean, dim, narrow);
-            s->kernels->load(narrow, DHSA_BF16, dim, (float *)w->tile);
-        } else {
-            memcpy(w->tile, w->mean, (size_t)dim * sizeof *w->mean);
-        }
-    } else if (t->in_one_piece && (s->bf16 || !half) && (!s->chunks.squares || (at + t->chunk[0]) % 16 == 0)) {
-        t->means = (const char *)s->chunks.means + (at + t->chunk[0]) * row * (half ? 2 : 4);
+        load_cut(s, w);
+    } else if (t->in_one_piece && in_place && (!c->squares || (at + t->chunk[0]) % 16 == 0)) {
+        t->means = (const char *)c->means + (at + t->chunk[0]) * c->row * dhsa_means_size(c->kind);
+        if (c->scale) t->scale = c->scale + at + t->chunk[0];
+        if (c->bias) t->bias = c->bias + at + t->chunk[0];
     } else {
         gather_means(s, at, t, w->tile);
+        for (int i = 0; c->scale && i < t->n; i++) w->scale[i] = c->scale[at + t->chunk[i]];
+        for (int i = 0; c->bias && i < t->n; i++) w->bias[i] = c->bias[at + t->chunk[i]];
     }
+    for (int i = 0; !c->scale && i < t->n; i++) w->scale[i] = 1;
 }
 
 static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, row_scores_scratch *w, float *products,
@@ -232,7 +264,9 @@ static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, r
 {
     const int dim = (int)s->q->shape[3];
     const void *rows = w->panel + panel * panel_bytes(s);
-    if (s->bf16)
+    if (s->bytes)
+        s->bytes->qk(rows, (const int8_t *)t->means, t->bias, t->n, dim, used, products, ahead);
+    else if (s->bf16)
         s->bf16->qk(rows, (const uint16_t *)t->means, t->n, dim, products, w->top, ahead);
     else
         s->kernels->qk(rows, (const float *)t->means, s->chunks.row, t->n, dim, used, products, ahead);
@@ -243,7 +277,7 @@ static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_j
                                         int panels, const char **next)
 {
     const int64_t first = t->chunk[t->n - 1] + 1, n = job->groups || t->cut ? 0 : DHSA_MIN(TILE, job->n - first);
-    const int64_t bytes = s->chunks.row * (s->chunks.kind == DHSA_MEANS_F32 ? 4 : 2);
+    const int64_t bytes = s->chunks.row * dhsa_means_size(s->chunks.kind);
     *next = (const char *)s->chunks.means + (kv_head * s->chunks.pitch + job->first + first) * bytes;
     dhsa_ahead ahead = {.row = next, .end = next + (n > 0), .bytes = (int)(n * bytes)};
     ahead.rate = dhsa_ceil_div(dhsa_ceil_div(n * bytes, 64) << 20, (int64_t)panels * t->n * s->q->shape[3]);
@@ -257,104 +291,144 @@ static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t 
     return (float)((job->cut_end && chunk == job->n - 1 ? job->cut_end : edges[1]) - edges[0]);
 }
 
-/* Computes the denominators of the rows of a panel: the sum of the probabilities of all keys, where each key has that
- * of its chunk. The probabilities of a tile are relative to the maximum up to that tile; alpha rescales them. */
-static void panel_weights(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel,
-                          row_scores_scratch *w)
+static dhsa_powers powers_of(const dhsa_scorer *s, const row_scores_scratch *w, const float *key, int panel)
 {
-    const int lanes = s->kernels->lanes;
-    float *l = w->l + panel * lanes;
-    memset(w->weight, 0, (size_t)lanes * sizeof *w->weight);
-    for (int64_t index = 0; index < tiles; index++) {
-        const tile *t = w->tiles + index;
-        if (t->n == 0) continue;
-        const float *alpha = w->alpha + (panel * max_tiles(s) + index) * lanes;
-        for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
-        s->kernels->weigh_keys(w->products + (panel * product_rows(live(job)) + t->row) * lanes, t->n, w->score, alpha,
-                               w->weight);
-    }
-    /* A row whose plain sum is not finite keeps it, so that add_panel leaves the row out. */
-    for (int r = 0; r < lanes; r++)
-        if (l[r] > 0 && l[r] <= FLT_MAX) l[r] = w->weight[r];
+    const double log2e = 1.4426950408889634;
+    return (dhsa_powers){key, w->factor + panel * s->kernels->lanes, (float)(s->config->softcap * log2e)};
 }
 
-/* Adds the squared probabilities of rows [0, n) of a panel to score, and the probabilities to mass unless it is
- * NULL. */
-static void add_panel(const dhsa_scorer *s, const dhsa_block_job *job, int64_t tiles, int panel, int n,
-                      row_scores_scratch *w, float *score, float *mass)
+/* Adds the squared probabilities of a tile to score, and the probabilities to mass unless it is NULL. */
+static void add_tile(const dhsa_scorer *s, const tile *t, const float *products, int used, const dhsa_powers *powers,
+                     const float *shift, row_scores_scratch *w, float *score, float *mass)
 {
-    const int lanes = s->kernels->lanes;
-    const float *l = w->l + panel * lanes;
-    panel_weights(s, job, tiles, panel, w);
-    /* A row counts if its sum is finite. If a logit is NaN or +inf, the sum is not. */
-    for (int r = 0; r < lanes; r++) w->weight[r] = r < n && l[r] > 0 && l[r] <= FLT_MAX ? 1.0f / l[r] : 0.0f;
-    for (int64_t index = tiles - 1; index >= 0; index--) {
-        const tile *t = w->tiles + index;
-        if (t->n == 0) continue;
-        const float *products = w->products + (panel * product_rows(live(job)) + t->row) * lanes;
-        const float *alpha = w->alpha + (panel * max_tiles(s) + index) * lanes;
-        for (int sums = 0; sums < 1 + (mass != NULL); sums++) {
-            void (*const add)(const float *, int, const float *, float *) =
-                sums ? s->kernels->add_sums : s->kernels->add_squares;
-            float *to = sums ? mass : score;
-            if (t->in_one_piece) {
-                add(products, t->n, w->weight, to + t->chunk[0]);
-                continue;
-            }
-            memset(w->score, 0, (size_t)t->n * sizeof *w->score);
-            add(products, t->n, w->weight, w->score);
-            for (int i = 0; i < t->n; i++) to[t->chunk[i]] += w->score[i];
+    for (int degree = 2; degree > (mass == NULL); degree--) {
+        float *to = degree == 2 ? score : mass;
+        if (t->in_one_piece) {
+            s->kernels->power_scores(products, t->n, used, powers, degree, shift, to + t->chunk[0]);
+            continue;
         }
-        /* Probabilities of earlier tiles are relative to the maximum up to that tile. */
-        for (int r = 0; r < lanes; r++) w->weight[r] = w->weight[r] == 0 ? 0 : w->weight[r] * alpha[r];
+        memset(w->score, 0, (size_t)t->n * sizeof *w->score);
+        s->kernels->power_scores(products, t->n, used, powers, degree, shift, w->score);
+        for (int i = 0; i < t->n; i++) to[t->chunk[i]] += w->score[i];
+    }
+}
+
+/* The rows of a KV head that are worked on at a time: `panels` panels from row `at` on, of `rows` in all. */
+typedef struct {
+    int64_t kv_head, at, rows, tiles;
+    int panels;
+    unsigned char cut; /* state of the cut chunk */
+} rows_at_once;
+
+static int used_lanes(const dhsa_scorer *s, const rows_at_once *r, int panel)
+{
+    return (int)DHSA_MIN(s->kernels->lanes, r->rows - r->at - panel * s->kernels->lanes);
+}
+
+/* A row that does not count gets the logarithm +inf, so that its probabilities are 0: one that is not finite, or that
+ * has a logit that is not. */
+static float log_of_sum(float top, float sum, float factor)
+{
+    return isfinite(top) && sum > 0 && !isnan(factor) ? top + log2f(sum) : INFINITY;
+}
+
+/* Computes the logarithms of the denominators of rows from products that are stored, then adds the probabilities. */
+static void score_stored(const dhsa_scorer *s, const dhsa_block_job *job, const rows_at_once *r, row_scores_scratch *w,
+                         float *score, float *mass)
+{
+    const dhsa_kernels *kn = s->kernels;
+    const int64_t lanes = kn->lanes, pitch = product_rows(live(job)) * lanes;
+    for (int64_t i = 0; i < r->panels * lanes; i++) {
+        w->m[i] = -INFINITY;
+        w->l[i] = 0;
+    }
+    for (int64_t index = 0; index < r->tiles; index++) {
+        tile *t = w->tiles + index;
+        if (r->at == 0) find_tile(s, job, r->kv_head, index, r->cut, t);
+        if (t->n == 0) continue;
+        load_tile(s, job, r->kv_head, w, t);
+        memcpy(w->unit + t->row, t->scale, (size_t)t->n * sizeof *w->unit);
+        const char *next;
+        dhsa_ahead ahead = row_scores_look_ahead(s, job, r->kv_head, t, r->panels, &next);
+        for (int p = 0; p < r->panels; p++) {
+            float *products = w->products + p * pitch + t->row * lanes;
+            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, p);
+            multiply(s, t, p, used_lanes(s, r, p), w, products, &ahead);
+            kn->power_tops(products, t->n, used_lanes(s, r, p), &powers, w->m + p * lanes);
+        }
+    }
+    for (int64_t index = 0; index < r->tiles; index++) {
+        const tile *t = w->tiles + index;
+        for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
+        for (int p = 0; p < r->panels && t->n > 0; p++) {
+            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, p);
+            kn->power_sums(w->products + p * pitch + t->row * lanes, t->n, used_lanes(s, r, p), &powers, w->score,
+                           w->m + p * lanes, w->l + p * lanes);
+        }
+    }
+    for (int64_t i = 0; i < r->panels * lanes; i++)
+        w->l[i] = i < r->rows - r->at ? log_of_sum(w->m[i], w->l[i], w->factor[i]) : INFINITY;
+    for (int64_t index = 0; index < r->tiles; index++) {
+        const tile *t = w->tiles + index;
+        for (int p = 0; p < r->panels && t->n > 0; p++) {
+            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, p);
+            add_tile(s, t, w->products + p * pitch + t->row * lanes, used_lanes(s, r, p), &powers, w->l + p * lanes, w,
+                     score, mass);
+        }
+    }
+}
+
+/* The same where the logarithms are given, in w->l. */
+static void score_at_once(const dhsa_scorer *s, const dhsa_block_job *job, const rows_at_once *r, row_scores_scratch *w,
+                          float *score, float *mass)
+{
+    const int64_t lanes = s->kernels->lanes;
+    for (int64_t index = 0; index < r->tiles; index++) {
+        tile *t = w->tiles;
+        find_tile(s, job, r->kv_head, index, r->cut, t);
+        if (t->n == 0) continue;
+        load_tile(s, job, r->kv_head, w, t);
+        const char *next;
+        dhsa_ahead ahead = row_scores_look_ahead(s, job, r->kv_head, t, r->panels, &next);
+        for (int p = 0; p < r->panels; p++) {
+            const dhsa_powers powers = powers_of(s, w, t->scale, p);
+            multiply(s, t, p, used_lanes(s, r, p), w, w->products, &ahead);
+            add_tile(s, t, w->products, used_lanes(s, r, p), &powers, w->l + p * lanes, w, score, mass);
+        }
     }
 }
 
 /* Adds the squared probabilities of one KV head to score [n], and the probabilities to mass. Returns the state of its
- * last chunk, up to where the block cuts it. */
+ * last chunk, up to where the block cuts it. logs: job->logs of this KV head. */
 static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head,
-                                   row_scores_scratch *w, float *score, float *mass)
+                                   row_scores_scratch *w, float *logs, float *score, float *mass)
 {
     const dhsa_kernels *kn = s->kernels;
-    const int64_t lanes = kn->lanes, n = job->n,
-                  tiles = whole_tiles(job, n - (job->cut_end != 0)) + (job->cut_end != 0);
-    const int64_t rows = dhsa_ceil_div(job->to - job->from, s->step) * s->heads_per_kv;
-    const float scale = s->config->scale == 0 ? 1.0f : (float)fabs(s->config->scale);
-    const int most = panels_at_once(s, live(job));
-    unsigned char cut = DHSA_CHUNK_GOOD;
-    for (int64_t at = 0; at < rows; at += most * lanes) {
-        const int panels = (int)DHSA_MIN(most, dhsa_ceil_div(rows - at, lanes));
-        for (int p = 0; p < panels; p++)
-            pack_rows(s, job, kv_head, at + p * lanes, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, p);
+    const int64_t lanes = kn->lanes, n = job->n;
+    rows_at_once r = {.kv_head = kv_head, .cut = DHSA_CHUNK_GOOD};
+    r.rows = dhsa_ceil_div(job->to - job->from, s->step) * s->heads_per_kv;
+    r.tiles = whole_tiles(job, n - (job->cut_end != 0)) + (job->cut_end != 0);
+    const int most = job->logs_given ? s->panels : panels_at_once(s, live(job));
+    for (; r.at < r.rows; r.at += most * lanes) {
+        r.panels = (int)DHSA_MIN(most, dhsa_ceil_div(r.rows - r.at, lanes));
+        for (int p = 0; p < r.panels; p++) pack_rows(s, job, kv_head, r.at + p * lanes, used_lanes(s, &r, p), w, p);
         if (job->cut_end) {
             const int64_t from = s->chunks.edges[job->first + n - 1];
             const int finite =
                 dhsa_chunk_mean(kn, s->k, s->b, kv_head, from, job->cut_end, w->mean, w->mean + s->q->shape[3]);
-            cut = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
+            r.cut = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
-        for (int64_t i = 0; i < panels * lanes; i++) {
-            w->m[i] = -INFINITY;
-            w->l[i] = 0;
+        const int64_t here = DHSA_MIN(r.panels * lanes, r.rows - r.at);
+        if (job->logs_given) {
+            memcpy(w->l, logs + r.at, (size_t)here * sizeof *logs);
+            for (int64_t i = here; i < r.panels * lanes; i++) w->l[i] = INFINITY;
+            score_at_once(s, job, &r, w, score, mass);
+        } else {
+            score_stored(s, job, &r, w, score, mass);
+            if (logs) memcpy(logs + r.at, w->l, (size_t)here * sizeof *logs);
         }
-        for (int64_t index = 0; index < tiles; index++) {
-            tile *t = w->tiles + index;
-            if (at == 0) find_tile(s, job, kv_head, index, cut, t);
-            if (t->n == 0) continue;
-            load_tile(s, job, kv_head, w, t);
-            const char *next;
-            dhsa_ahead ahead = row_scores_look_ahead(s, job, kv_head, t, panels, &next);
-            for (int p = 0; p < panels; p++) {
-                float *products = w->products + (p * product_rows(live(job)) + t->row) * lanes;
-                const int used = (int)DHSA_MIN(lanes, rows - at - p * lanes);
-                multiply(s, t, p, used, w, products, &ahead);
-                kn->softmax(products, t->n, used, 0, NULL, NULL, scale, (float)s->config->softcap, w->m + p * lanes,
-                            w->l + p * lanes, w->alpha + (p * max_tiles(s) + index) * lanes);
-            }
-        }
-        for (int p = 0; p < panels; p++)
-            add_panel(s, job, tiles, p, (int)DHSA_MIN(lanes, rows - at - p * lanes), w, score, mass);
     }
-    return job->cut_end ? cut : s->chunks.state[kv_head * s->chunks.pitch + job->first + n - 1];
+    return job->cut_end ? r.cut : s->chunks.state[kv_head * s->chunks.pitch + job->first + n - 1];
 }
 
 unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score,
@@ -373,7 +447,8 @@ unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, i
     for (int64_t c = 0; mass && c < job->n; c++) mass[c] = 0;
     if (s->bf16) s->bf16->begin();
     for (int64_t h = kv; h < kv + s->kv_per_set; h++) {
-        const unsigned char state = score_kv_head(s, job, h, &w, score, mass);
+        float *logs = job->logs ? job->logs + (h - kv) * dhsa_row_scores_rows(s) : NULL;
+        const unsigned char state = score_kv_head(s, job, h, &w, logs, score, mass);
         last = DHSA_MAX(last, state);
     }
     if (s->bf16) s->bf16->end();

@@ -22,17 +22,19 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     return low;
 }
 
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups,
-                     char *arena, float *score, float *mass, int64_t *first, int64_t *last)
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const dhsa_block_job *options, char *arena,
+                     float *score, float *mass, int64_t *first, int64_t *last)
 {
     const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
     const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
     const int32_t *edges = s->chunks.edges;
     *first = search(edges, chunks + 1, span.lo, 1) - 1;
     *last = search(edges, chunks + 1, span.end, 0);
-    dhsa_block_job job = {.set = set, .from = block * s->config->query_block, .first = *first, .n = *last - *first};
-    job.groups = groups;
-    job.n_groups = n_groups;
+    dhsa_block_job job = options ? *options : (dhsa_block_job){.groups = NULL};
+    job.set = set;
+    job.from = block * s->config->query_block;
+    job.first = *first;
+    job.n = *last - *first;
     job.to = DHSA_MIN(job.from + s->config->query_block, q_len);
     const int row_scores = s->config->score == DHSA_SCORE_ROWS;
     const int64_t kv = set * s->k->shape[1] / s->head_sets; /* the first KV head of the set */
@@ -58,7 +60,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int
 /* ---- the scorer ------------------------------------------------------------------------------------------------ */
 
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k,
-                             const dhsa_score_config *config, int64_t n_boundaries, int rounded,
+                             const dhsa_score_config *config, int64_t n_boundaries, int quantized,
                              dhsa_key_index *const *key_indexes, int level, dhsa_error *error)
 {
     const int64_t H = q->shape[1], Hkv = k->shape[1], dim = q->shape[3];
@@ -77,8 +79,12 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
     s->most = dhsa_round_up(s->capacity, DHSA_CHUNK_GROUP);
     s->heads_per_kv = config->heads == DHSA_HEADS_HEAD ? 1 : H / Hkv;
     s->kv_per_set = config->heads == DHSA_HEADS_ALL ? Hkv : 1;
-    const dhsa_means_kind kind = row_scores && (rounded || q->dtype == DHSA_BF16) ? DHSA_MEANS_BF16 : DHSA_MEANS_F32;
-    if (kind == DHSA_MEANS_BF16) s->bf16 = s->kernels->bf16;
+    dhsa_means_kind kind = DHSA_MEANS_F32;
+    if (row_scores && quantized) {
+        s->bytes = s->kernels->bytes;
+        s->bf16 = s->bytes ? NULL : s->kernels->bf16;
+        kind = s->bytes ? DHSA_MEANS_I8 : DHSA_MEANS_BF16;
+    }
     s->key_indexes = key_indexes;
     s->level = level;
     int opened = 1;

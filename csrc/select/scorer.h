@@ -8,7 +8,8 @@
 
 typedef struct {
     const dhsa_kernels *kernels;
-    const dhsa_pair_kernels *bf16; /* NULL: products are fp32 */
+    const dhsa_byte_kernels *bytes; /* NULL: not used */
+    const dhsa_pair_kernels *bf16;  /* both NULL: products are fp32 */
     const dhsa_tensor *q, *k;
     const dhsa_score_config *config;
     int64_t b, head_sets, blocks;
@@ -33,12 +34,16 @@ typedef struct {
      * chunk g * DHSA_CHUNK_GROUP. */
     const int32_t *groups;
     int64_t n_groups;
+    /* Row scores: NULL, or [kv_per_set, dhsa_row_scores_rows]: the logarithms to base 2 of the denominators of the rows'
+     * probabilities, relative to logits times log2(e). Written, or with logs_given read. */
+    float *logs;
+    int logs_given;
 } dhsa_block_job;
 
 /* Allocates the means of chunks for rows of n_boundaries boundaries, unless key_indexes (may be NULL) keep them, at
- * `level`. rounded: row scores use bf16 means, whatever the dtype of q and k. Arguments have been checked. */
+ * `level`. quantized: row scores quantize means and mean queries. Arguments have been checked. */
 dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_tensor *k,
-                             const dhsa_score_config *config, int64_t n_boundaries, int rounded,
+                             const dhsa_score_config *config, int64_t n_boundaries, int quantized,
                              dhsa_key_index *const *key_indexes, int level, dhsa_error *error);
 void dhsa_scorer_close(dhsa_scorer *s);
 /* Computes the chunk means of batch item b for its boundaries, in parallel. Thread t uses scratch at arenas + t *
@@ -46,14 +51,17 @@ void dhsa_scorer_close(dhsa_scorer *s);
 dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundaries, int64_t n_boundaries, char *arenas,
                               int64_t stride, int num_threads, dhsa_error *error);
 /* Writes the scores of the chunks [*first, *last) that hold candidates of one query block to score[*first .. *last). A
- * score is never NaN; empty chunks get -inf, and chunks without a finite mean +inf. groups: NULL, or [n_groups]: chunks
- * outside these groups get -inf. mass: NULL, or (row scores only) it receives the attention mass of the same chunks, 0
- * where the chunk is empty or its mean is not finite. */
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const int32_t *groups, int64_t n_groups,
-                     char *arena, float *score, float *mass, int64_t *first, int64_t *last);
+ * score is never NaN; empty chunks get -inf, and chunks without a finite mean +inf. mass: NULL, or (row scores only) it
+ * receives the attention mass of the same chunks, 0 where the chunk is empty or its mean is not finite. options: NULL,
+ * or (row scores only) the groups that are scored, the others get -inf, and the logarithms; other members are not
+ * read. */
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const dhsa_block_job *options, char *arena,
+                     float *score, float *mass, int64_t *first, int64_t *last);
 
 /* Row scores, in row_scores.c. Sets s->step and s->panels and returns the bytes of scratch that a thread needs. */
 int64_t dhsa_row_scores_plan(dhsa_scorer *s);
+/* The most rows of a block and a KV head. */
+int64_t dhsa_row_scores_rows(const dhsa_scorer *s);
 /* Writes the scores [n] of one query block, and unless mass is NULL the mass of each chunk. kv is the first KV head of
  * the set. Returns the state of the last chunk, up to where the block cuts it. */
 unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv, char *arena, float *score,

@@ -80,40 +80,65 @@ def block_scores(q, means, lengths, pooling, members, group):
     return products if np.isfinite(products).all() else np.zeros_like(products), finite
 
 
-def round_to_bf16(x) -> np.ndarray:
-    """Numbers rounded to the nearest bf16, ties to even; float64."""
-    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    kept = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32)
-    return np.where(np.isnan(x), np.nan, kept.view(np.float32).astype(np.float64))
+def quantized(x) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors x [..., D] as whole numbers up to 127, rounded half to even, and their factors [...]; float64.
 
-
-def row_scores(q, means, rows, query_block, scale, softcap, members, group, bf16, lengths):
-    """Sums of squared row probabilities over the candidate chunks, of the probabilities themselves, and which chunks
-    have a finite mean.
-
-    q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], float64 [C], bool [C].
-    A chunk counts as often in a row's softmax as it has keys, lengths [C], and what is squared is the probability of
-    one of them.
+    Computed in float32, as the core does. Non-finite vectors give NaN.
     """
-    rounded = round_to_bf16 if bf16 else np.asarray
+    x = np.asarray(x, np.float32)
+    most = np.abs(x).max(axis=-1, keepdims=True, initial=0)
+    factor = np.float32(127) / most
+    usable = np.isfinite(factor)
+    whole = np.where(usable, np.rint(x * np.where(usable, factor, 0)), np.where(most == 0, 0, np.nan))
+    scale = np.where(usable, most / np.float32(127), 0)[..., 0]
+    return whole.astype(np.float64), scale.astype(np.float64)
+
+
+def power(x) -> np.ndarray:
+    """A power of two that is linear between whole exponents: 2**floor(x) * (1 + x - floor(x)); 0 for x <= -127 and for
+    NaN, and at most 2**63."""
+    x = np.where(np.isnan(x), -np.inf, x)
+    whole = np.floor(np.clip(x, -127, 63))
+    return np.where(x <= -127, 0.0, np.where(x >= 63, 2.0**63, np.ldexp(1 + np.clip(x, -127, 63) - whole, whole.astype(int))))
+
+
+def row_scores(q, means, rows, query_block, scale, softcap, members, group, quantize, lengths, logs=None):
+    """Sums of squared row probabilities over the candidate chunks, of the probabilities themselves, which chunks have a
+    finite mean, and the logarithms to base 2 of the rows' denominators.
+
+    q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], float64 [C], bool [C],
+    dict from (head, first query) to float. A chunk counts as often in a row's denominator as it has keys, lengths [C],
+    and what is squared is the probability of one of them. logs: the denominators of an earlier stage, to be used.
+    """
     finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
     step = -(-query_block // rows)
-    squares, sums = np.zeros(means.shape[1]), np.zeros(means.shape[1])
+    squares, sums, found = np.zeros(means.shape[1]), np.zeros(means.shape[1]), {}
     for h in members:
         finite_here = np.isfinite(means[h // group]).all(axis=1)
-        keys = rounded(means[h // group][finite_here])
+        keys, weights = means[h // group][finite_here], lengths[finite_here]
+        key_scale = np.ones(len(keys))
+        if quantize:
+            keys, key_scale = quantized(keys)
         for u in range(0, q.shape[1], step):
-            s = scale * (keys @ rounded(q[h, u : u + step].mean(axis=0)))
-            if not s.size or np.isnan(s).any() or s.max() == np.inf or s.max() == -np.inf:
-                continue
+            row, row_scale = q[h, u : u + step].mean(axis=0), 1.0
+            if quantize:
+                row, row_scale = quantized(row)
+            s = scale * row_scale * key_scale * (keys @ row)
             if softcap is not None:
                 s = softcap * np.tanh(s / softcap)
-            weights = lengths[finite_here]
-            p = np.exp(s - s.max())
-            p /= (weights * p).sum()
-            squares[finite_here] += p**2
-            sums[finite_here] += weights * p
-    return squares, sums, finite
+            s = s * np.log2(np.e)
+            if logs is not None:
+                log = logs[h, u]
+            elif not s.size or not np.isfinite(row).all() or not np.isfinite(s.max()):
+                log = np.inf
+            else:
+                log = s.max() + np.log2((weights * power(s - s.max())).sum())
+            found[h, u] = log
+            if log == np.inf:
+                continue
+            squares[finite_here] += power(2 * (s - log))
+            sums[finite_here] += weights * power(s - log)
+    return squares, sums, finite, found
 
 
 def chunk_scores(
@@ -129,7 +154,7 @@ def chunk_scores(
     softcap: float | None = None,
     window: int | None = None,
     rows: int | None = None,
-    bf16: bool = False,
+    quantize: bool = False,
     causal: bool = True,
 ) -> np.ndarray:
     """The score of each chunk for each block of queries: float64 [B, S, nq, C], nq = ceil(Lq / query_block).
@@ -143,10 +168,11 @@ def chunk_scores(
     score "rows" (ours): the block's queries are averaged in groups of ``ceil(query_block / rows)`` neighbours (the
     last group of a short block may be smaller), each such row and head takes a softmax of
     ``cap(scale * row . meankey)`` over the chunks with a candidate key, and a chunk's score is the sum of the squared
-    probabilities over rows and heads of the set. A chunk straddling the block's end is cut there. rows None means
-    ``max(1, query_block // 2)``, scale None ``D ** -0.5``. pooling does not apply. A chunk counts as often in the
-    softmax as it has keys, and its score is made of the probability of one of them. bf16: the mean rows and mean keys
-    are rounded to bf16 before the product, which is what the core does where q and k are bf16, and for selection.
+    probabilities over rows and heads of the set. In place of exponentials there are powers of two that are linear
+    between whole exponents, see ``power``. A chunk straddling the block's end is cut there. rows None means
+    ``query_block``, scale None ``D ** -0.5``. pooling does not apply. A chunk counts as often in the softmax as it has
+    keys, and its score is made of the probability of one of them. quantize: the mean rows and mean keys are quantized
+    before the product, see ``quantized``, which is what the core does for selection.
 
     A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. With causal=False,
     which is for "rows" only, keys after the block are candidates too. A chunk whose mean
@@ -165,7 +191,7 @@ def chunk_scores(
     k_len, group = k.shape[2], q_heads // k.shape[1]
     edges = boundary_rows(boundaries, batch, k_len)
     sets = head_sets(heads, q_heads, k.shape[1])
-    rows = max(1, query_block // 2) if rows is None else rows
+    rows = query_block if rows is None else rows
     scale = (1.0 if score == "block" else dim**-0.5) if scale is None else scale
     blocks = -(-q_len // query_block)
     scores = np.full((batch, len(sets), blocks, edges.shape[1] - 1), -np.inf)
@@ -189,8 +215,8 @@ def chunk_scores(
                         if softcap is not None:
                             value = softcap * np.tanh(value / softcap)
                     else:
-                        value, _, finite = row_scores(
-                            queries, means[:, live], rows, query_block, scale, softcap, members, group, bf16,
+                        value, _, finite, _ = row_scores(
+                            queries, means[:, live], rows, query_block, scale, softcap, members, group, quantize,
                             lengths[live],
                         )  # fmt: skip
                     scores[b, s, i, live] = np.where(finite, value, np.inf)

@@ -16,30 +16,31 @@ from dhsa.methods.base import Method
 __all__ = ["Rows"]
 
 MIN_SHORTLIST = 8192  # keys; with fewer, scoring every chunk is cheap
-# The coarse pass: chunks of a subgroup, subgroups of a group, divisor of the number of rows.
-UNIT, UNITS_OF_GROUP, COARSER = 4, 4, 8
+# The coarse stage: chunks of a subgroup, subgroups of a group.
+UNIT, UNITS_OF_GROUP = 4, 4
 
 
-def _row_scores(block: Block, edges: np.ndarray, rows: int, live: np.ndarray):
-    """Row scores and mass of chunks ``edges``, and whether their means are finite; 0 and True where not live. Means are
-    rounded to bf16."""
+def _row_scores(block: Block, edges: np.ndarray, live: np.ndarray, logs: Any = None):
+    """Row scores and mass of chunks ``edges``, whether their means are finite, and the logarithms of the denominators of
+    the rows; 0 and True where not live. Means and rows are quantized."""
     o = block.options
     score, mass, finite = np.zeros(len(live)), np.zeros(len(live)), np.ones(len(live), bool)
     means = chunk_means(block.k[None, :, : block.end], edges)[0]
-    score[live], mass[live], finite[live] = row_scores(
-        block.queries, means[:, live], rows, o["query_block"], o["scale"], o["softcap"], range(len(block.q)),
-        len(block.q) // len(block.k), True, np.diff(edges)[live],
+    score[live], mass[live], finite[live], logs = row_scores(
+        block.queries, means[:, live], o["rows"], o["query_block"], o["scale"], o["softcap"], range(len(block.q)),
+        len(block.q) // len(block.k), True, np.diff(edges)[live], logs,
     )  # fmt: skip
-    return score, mass, finite
+    return score, mass, finite, logs
 
 
-def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
-    """Which chunks a coarse pass leaves: whole groups of 16, each with the best score of its four subgroups."""
+def _shortlist(block: Block, cuts: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Which chunks the coarse stage leaves: whole groups of 16, each with the best score of its four subgroups. And the
+    logarithms of the denominators of the rows."""
     o = block.options
     groups = np.append(cuts[:-1][:: UNIT * UNITS_OF_GROUP], cuts[-1])
     edges = np.minimum(np.append(cuts[:-1][::UNIT], cuts[-1]), block.end)
     live = np.maximum(edges[:-1], block.lo) < edges[1:]
-    score, _, finite = _row_scores(block, edges, -(-o["rows"] // COARSER), live)
+    score, _, finite, logs = _row_scores(block, edges, live)
     score[~finite], score[~live] = np.inf, -np.inf
     best = np.maximum.reduceat(score, np.arange(0, len(score), UNITS_OF_GROUP))
     near, far = local_span(block.lo, block.end, o["local"], block.middle)
@@ -49,7 +50,7 @@ def _shortlist(block: Block, cuts: np.ndarray) -> np.ndarray:
     for g in np.lexsort((-np.arange(len(best)), -best)):
         if held < o["shortlist"] and keys[g] > 0:
             chosen[g], held = True, held + keys[g]
-    return np.repeat(chosen, UNIT * UNITS_OF_GROUP)[: len(cuts) - 1]
+    return np.repeat(chosen, UNIT * UNITS_OF_GROUP)[: len(cuts) - 1], logs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,17 +92,18 @@ class Rows(Method):
 
     @staticmethod
     def twin(block: Block) -> Segments | np.ndarray:
-        """Row scores on chunks, see ``chunk_scores``, with means rounded to bf16. The mass of a chunk is the sum of its
-        row probabilities. With more candidates than ``shortlist``, only the chunks that the coarse pass leaves are
-        scored (not with ``mass``).
+        """Row scores on chunks, see ``chunk_scores``, with means and rows quantized. The mass of a chunk is the sum of
+        its row probabilities. With more candidates than ``shortlist``, only the chunks that the coarse stage leaves are
+        scored (not with ``mass``), by its denominators.
         """
         o = block.options
         edges = np.minimum(o["edges"], block.end)  # a chunk that straddles the block's end is cut there
         candidate = np.maximum(edges[:-1], block.lo) < edges[1:]
-        live = candidate.copy()
+        live, logs = candidate.copy(), None
         if 0 < o["shortlist"] < block.end - block.lo and o["mass"] is None:
-            live &= _shortlist(block, o["edges"]) | (edges[1:] < o["edges"][1:])
-        score, mass, _ = _row_scores(block, edges, o["rows"], live)
+            left, logs = _shortlist(block, o["edges"])
+            live &= left | (edges[1:] < o["edges"][1:])
+        score, mass, _, _ = _row_scores(block, edges, live, logs)
         finite = np.isfinite(chunk_means(block.k[None, :, : block.end], edges)[0]).all(axis=(0, 2))
         score[~live] = -np.inf
         score[~finite & candidate], mass[~finite] = np.inf, 0.0

@@ -33,7 +33,7 @@ static int64_t dhsa_method_list(const dhsa_selector *s, int64_t set, int64_t blo
     int64_t used = scorer->arena_size;
     float *score = dhsa_part(arena, &used, scorer->capacity * 4);
     dhsa_segments segments = {.edges = scorer->chunks.edges, .score = score};
-    dhsa_scorer_run(scorer, set, block, NULL, 0, arena, score, NULL, &segments.first, &segments.last);
+    dhsa_scorer_run(scorer, set, block, NULL, arena, score, NULL, &segments.first, &segments.last);
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 

@@ -1,21 +1,16 @@
 /* rows.c: the method "rows", this project's own: selects chunks by row scores, in two stages where there are many keys.
- * The coarse stage scores groups of neighbouring chunks with fewer mean queries and makes a shortlist of
- * config->shortlist keys; the fine stage scores only the chunks on it. That adds one level to the hierarchy of DHSA
- * (arXiv 2510.24606) and keeps the cost of a block from growing with the prompt: the coarse stage costs a hundredth of
- * scoring every chunk. The scores are computed in row_scores.c. */
+ * The coarse stage scores groups of neighbouring chunks, computes the denominators of the rows' probabilities, and makes
+ * a shortlist of config->shortlist keys; the fine stage scores only the chunks on it. That adds one level to the
+ * hierarchy of DHSA (arXiv 2510.24606). The scores are computed in row_scores.c. */
 #include <inttypes.h>
 #include <math.h>
 
 #include "select/scorer.h"
 #include "select/selector.h"
 
-enum {
-    COARSER = 8, /* the coarse stage has one mean query for this many of the fine stage */
-    SUBGROUPS = DHSA_CHUNK_GROUP / DHSA_CHUNK_SUBGROUP
-};
+enum { SUBGROUPS = DHSA_CHUNK_GROUP / DHSA_CHUNK_SUBGROUP };
 
 typedef struct {
-    dhsa_score_config coarse_config;
     dhsa_scorer fine, coarse;
     int32_t *edges;       /* [edges_size]: of the subgroups of the batch item */
     int32_t *group_edges; /* [groups + 1] */
@@ -27,6 +22,7 @@ typedef struct {
     float *score;    /* [capacity] */
     float *mass;     /* [capacity]; only with a share of mass */
     float *coarse;   /* [edges_size]; only with two stages */
+    float *logs;     /* of the rows, see dhsa_block_job; only with two stages */
     int32_t *groups; /* [groups]; only with two stages. All may be on a shortlist, since empty chunks have no keys */
 } rows_parts;
 
@@ -37,6 +33,7 @@ static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena,
     w->mass = with_mass ? dhsa_part(arena, &used, state->fine.capacity * 4) : NULL;
     w->coarse = dhsa_part(arena, &used, state->edges_size * 4);
     w->groups = dhsa_part(arena, &used, state->groups * 4);
+    w->logs = dhsa_part(arena, &used, state->edges ? state->fine.kv_per_set * dhsa_row_scores_rows(&state->fine) * 4 : 0);
     return used;
 }
 
@@ -68,8 +65,6 @@ static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
     s->segments = state->fine.capacity;
     s->arena_size = rows_lay_out(state, config->mass > 0, NULL, &unused);
     if (!two) return DHSA_OK;
-    state->coarse_config = config->score;
-    state->coarse_config.mean_queries = dhsa_ceil_div(config->score.mean_queries, COARSER);
     state->edges_size = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_SUBGROUP) + 1;
     state->groups = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_GROUP);
     state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);
@@ -77,7 +72,7 @@ static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
     if (!state->edges || !state->group_edges)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups",
                          state->groups);
-    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &state->coarse_config, state->edges_size, 1, s->key_indexes,
+    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &config->score, state->edges_size, 1, s->key_indexes,
                               DHSA_LEVEL_COARSE, error);
     s->arena_size = rows_lay_out(state, 0, NULL, &unused);
     return status;
@@ -98,15 +93,17 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
                              s->num_threads, error);
 }
 
-/* Writes the groups on the shortlist of a block, ascending, to `groups`; returns how many. The groups of forced keys
- * are on it, since these keys belong to the softmax of the scores. */
+/* Writes the groups on the shortlist of a block, ascending, to w->groups, and the logarithms of the rows' denominators
+ * to w->logs; returns the number of groups. The groups of forced keys are on the list, since they count in its length. */
 static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
-                              float *score, int32_t *groups)
+                              const rows_parts *w)
 {
     const rows_state *state = s->state;
+    const dhsa_block_job options = {.logs = w->logs};
+    float *score = w->coarse;
     dhsa_segments segments = {.edges = state->group_edges, .score = score};
     int64_t first, last;
-    dhsa_scorer_run(&state->coarse, set, block, NULL, 0, dhsa_selector_arena(s, thread), score, NULL, &first, &last);
+    dhsa_scorer_run(&state->coarse, set, block, &options, dhsa_selector_arena(s, thread), score, NULL, &first, &last);
     segments.first = first / SUBGROUPS;
     segments.last = dhsa_ceil_div(last, SUBGROUPS);
     for (int64_t g = segments.first; g < segments.last; g++) {
@@ -117,7 +114,7 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
                            (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end);
         score[g] = forced ? INFINITY : best;
     }
-    return dhsa_topk_segments(s, thread, span, &segments, s->config->shortlist, groups);
+    return dhsa_topk_segments(s, thread, span, &segments, s->config->shortlist, w->groups);
 }
 
 static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread, int32_t *list,
@@ -129,13 +126,12 @@ static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     rows_parts w;
     rows_lay_out(state, s->config->mass > 0, arena, &w);
     dhsa_segments segments = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
-    int32_t *groups = NULL;
-    int64_t n_groups = 0;
+    dhsa_block_job options = {.groups = NULL};
     if (rows_two_stages(s->config, span.end - span.lo)) {
-        groups = w.groups;
-        n_groups = rows_shortlist(s, set, block, span, thread, w.coarse, groups);
+        options = (dhsa_block_job){.groups = w.groups, .logs = w.logs, .logs_given = 1};
+        options.n_groups = rows_shortlist(s, set, block, span, thread, &w);
     }
-    dhsa_scorer_run(fine, set, block, groups, n_groups, arena, w.score, w.mass, &segments.first, &segments.last);
+    dhsa_scorer_run(fine, set, block, &options, arena, w.score, w.mass, &segments.first, &segments.last);
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 

@@ -1,0 +1,26 @@
+/* vnni.c: products of bytes for the tiers with AVX-512, where the CPU has AVX512-VNNI, for both sizes of their panels.
+ * Not for tiers with tile registers, whose products of bf16 are faster. */
+#include "kernels/tiers.h"
+#if DHSA_X86
+#define DHSA_TARGET DHSA_TARGET_VNNI
+#include "kernels/target_begin.h"
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+enum { BYTES_KEYS = 8 }; /* keys of a register tile */
+
+#define V_PER 3
+#define K_BYTES avx512
+#include "kernels/vnni_tpl.h"
+#undef V_PER
+#undef K_BYTES
+#define V_PER 2
+#define K_BYTES avx512narrow
+#include "kernels/vnni_tpl.h"
+
+#include "kernels/target_end.h"
+#else
+typedef int dhsa_vnni_not_here; /* an empty translation unit is not ISO C */
+#endif
