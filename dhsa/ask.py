@@ -328,25 +328,23 @@ def _answer(
 # ---- saved texts -----------------------------------------------------------------------------------------------------
 
 
-def _saved(folder: Path) -> list[Path]:
-    """The files of saved texts, the one that was used last first."""
+def _saved(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of saved texts and their status, the one that was used last first. Other processes may delete them at
+    any time."""
     found = []
     for path in folder.glob(f"*{SUFFIX}") if folder.is_dir() else ():
-        try:
-            found.append((path.stat().st_mtime, path))
-        except OSError:  # another process has deleted it
-            continue
-    return [path for _, path in sorted(found, reverse=True)]
+        if not path.name.startswith("."):  # as the files that are being written
+            with suppress(OSError):  # another process has deleted it
+                found.append((path, path.stat()))
+    return sorted(found, key=lambda one: (one[1].st_mtime, one[0]), reverse=True)
 
 
 def _trim(folder: Path, most: int, keep: Path) -> None:
     """Deletes the saved texts not used for longest, other than `keep`, until all take no more than `most` bytes."""
-    left = most - keep.stat().st_size
-    for path in _saved(folder):
-        if path == keep:
-            continue
-        left -= path.stat().st_size
-        if left < 0:
+    left = most
+    for path, status in sorted(_saved(folder), key=lambda one: one[0] != keep):
+        left -= status.st_size
+        if left < 0 and path != keep:
             path.unlink(missing_ok=True)
 
 
@@ -358,18 +356,18 @@ def _show(folder: Path, console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    paths = _saved(folder)
-    if not paths:
+    found = _saved(folder)
+    if not found:
         console.print(f"No saved texts in {folder}.", highlight=False, markup=False, soft_wrap=True)
         return
     table = Table(title=escape(str(folder)), title_style="bold")
     for heading in ("name", "text", "model", "tokens", "size", "last used"):
         table.add_column(heading, justify="right" if heading in ("tokens", "size") else "left", overflow="fold")
-    for path in paths:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    for path, status in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
         text, model, tokens = _notes(path)
         name = path.name.removesuffix(SUFFIX)
-        table.add_row(escape(name), escape(text), escape(model), tokens, _size(path.stat().st_size), used)
+        table.add_row(escape(name), escape(text), escape(model), tokens, _size(status.st_size), used)
     console.print(table)
 
 
@@ -384,7 +382,7 @@ def _notes(path: Path) -> tuple[str, str, str]:
 
 
 def _forget(folder: Path, name: str, console: Any) -> None:
-    paths = {path.name.removesuffix(SUFFIX): path for path in _saved(folder)}
+    paths = {path.name.removesuffix(SUFFIX): path for path, _ in _saved(folder)}
     if name != "all" and name not in paths:
         raise UserError(f"--forget: no saved text {name!r} in {folder}; --list shows the names")
     for each in paths if name == "all" else [name]:

@@ -285,6 +285,42 @@ def test_the_oldest_are_deleted_first(made, command, passed, tmp_path):
     assert [name.split("-")[0] for name in kept(tmp_path)] == ["a", "t0", "t2"]
 
 
+def test_files_that_are_being_written_are_no_saved_texts(command, passed, tmp_path):
+    command("What?")
+    (name,) = kept(tmp_path)
+    part = tmp_path / "kept" / f".123.{name}"  # the name that a process writes to
+    part.write_bytes(bytes(10**7))
+    assert ".123." not in command("--list")[1].out
+    command("What?", "--bits", "8", "--max-size", "0.009")
+    assert len(kept(tmp_path)) == 3
+    assert command("--forget", part.name.removesuffix(ask.SUFFIX))[0] == 2
+    assert command("--forget", "all")[0] == 0
+    assert kept(tmp_path) == [part.name]
+
+
+def test_files_that_another_process_deletes(command, passed, monkeypatch, tmp_path):
+    for budget in (96, 97):
+        command("What?", "--budget", budget)
+    folder, notes = tmp_path / "kept", ask._notes
+    names = [name.removesuffix(ask.SUFFIX) for name in kept(tmp_path)]
+
+    def deleted(path):
+        found = notes(path)
+        for each in folder.iterdir():
+            each.unlink()
+        return found
+
+    monkeypatch.setattr(ask, "_notes", deleted)
+    status, said = command("--list")
+    assert (status, kept(tmp_path)) == (0, [])
+    assert all(name in said.out for name in names)
+    (folder / f"other{ask.SUFFIX}").write_bytes(bytes(100))
+    ask._trim(folder, 100, folder / f"gone{ask.SUFFIX}")
+    assert kept(tmp_path) == [f"other{ask.SUFFIX}"]
+    ask._trim(folder, 99, folder / f"gone{ask.SUFFIX}")
+    assert kept(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
