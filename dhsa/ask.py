@@ -116,7 +116,12 @@ def run(args: argparse.Namespace) -> int:
     while True:
         if question is not None:
             try:
-                _answer(model, tokenizer, fresh(), prompt, question, args.new_tokens, console)
+                try:
+                    cache = fresh()
+                except FileNotFoundError:  # another process has deleted it
+                    fresh = _reader(model, prompt, folder, args, source.name, console)
+                    continue
+                _answer(model, tokenizer, cache, prompt, question, args.new_tokens, console)
             except ValueError as error:  # what is stored about the keys is read when it is first used
                 if SUFFIX not in str(error):
                     raise

@@ -189,6 +189,23 @@ def test_an_interrupted_answer_leads_to_the_next_question(command, passed, monke
     assert "tokens/s" in said.out
 
 
+def test_a_text_deleted_between_questions_is_read_again(command, passed, monkeypatch, tmp_path):
+    in_a_terminal(monkeypatch, "Why?")
+    asked = input
+
+    def deleted(prompt):
+        for path in (tmp_path / "kept").iterdir():
+            path.unlink()
+        return asked(prompt)
+
+    monkeypatch.setattr("builtins.input", deleted)
+    status, said = command("What?")
+    assert status == 0
+    assert said.out.count("tokens/s\n") >= 2
+    assert sum(passed[0]) > 2 * 700
+    assert kept(tmp_path) == []
+
+
 @pytest.mark.parametrize("where", ["reading", "saving"])
 def test_ctrl_c_leaves_no_half_file(where, made, command, passed, monkeypatch, tmp_path):
     from dhsa.hf import saved
