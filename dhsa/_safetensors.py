@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from dhsa._files import replacing
 
-__all__ = ["WIDTHS", "Entry", "read_header", "write"]
+__all__ = ["WIDTHS", "Entry", "TooLargeError", "read_header", "write"]
 
 WIDTHS = {
     "F32": 4,
@@ -38,10 +38,19 @@ class Entry(NamedTuple):
     stop: int
 
 
+class TooLargeError(OSError):
+    """A file would have `size` bytes, which are more than allowed."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__(f"the file would have {size:,} bytes, expected at most {most:,}")
+        self.size = size
+
+
 def write(
     path: str | os.PathLike[str],
     tensors: Mapping[str, tuple[str, tuple[int, ...], Iterable[Any]]],
     metadata: Mapping[str, str],
+    max_bytes: int | None = None,
 ) -> None:
     """Write a file in place of what is at `path`; if that fails, what was there stays.
 
@@ -50,6 +59,11 @@ def write(
         tensors: dtype, shape and pieces of each tensor, in the order of the file. A piece is a buffer of bytes, or the
             number of zero bytes that stand in its place; they take no room on file systems that have sparse files.
         metadata: of the header.
+        max_bytes: the most that the file may have. None: no limit.
+
+    Raises:
+        TooLargeError: the file would have more than `max_bytes`. Nothing is written.
+        OSError: the file cannot be written.
     """
     at, header = 0, dict[str, Any](__metadata__=dict(metadata))
     for name, (dtype, shape, _) in tensors.items():
@@ -58,6 +72,9 @@ def write(
         at = stop
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    size = 8 + len(text) + at
+    if max_bytes is not None and size > max_bytes:
+        raise TooLargeError(size, max_bytes)
     with replacing(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, pieces in tensors.values():
@@ -66,8 +83,8 @@ def write(
                     file.seek(piece, os.SEEK_CUR)
                 else:
                     file.write(piece)
-        file.truncate(8 + len(text) + at)
-        assert file.tell() <= 8 + len(text) + at
+        assert file.tell() == size
+        file.truncate(size)  # a seek at the end has not made the file longer
 
 
 def read_header(file: IO[bytes], size: int) -> tuple[dict[str, str], dict[str, Entry]]:

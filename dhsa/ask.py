@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import commands
-from dhsa._safetensors import read_header
+from dhsa._safetensors import TooLargeError, read_header
 from dhsa.commands import UserError, at_least
 from dhsa.methods import registry
 
@@ -230,15 +230,16 @@ def _reader(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         notes = {"model": model_name, "text": text_name}
-        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes)
-        if (size := path.stat().st_size) > args.max_size:
-            path.unlink()
-            raise OSError(f"it takes {_size(size)}, --max-size is {_size(args.max_size)}")
+        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes, max_bytes=args.max_size)
         _trim(folder, args.max_size, path)
-    except (OSError, NotImplementedError) as error:
-        console.print(f"The text is not saved: {error}", highlight=False, markup=False, soft_wrap=True)
-        return lambda: _copied(cache, prompt)
-    return opened
+    except TooLargeError as error:
+        why = f"it takes {_size(error.size)}, --max-size is {_size(args.max_size)}"
+    except (OSError, NotImplementedError, ValueError) as error:  # ValueError: numbers that 8 bits cannot hold
+        why = str(error)
+    else:
+        return opened
+    console.print(f"The text is not saved: {why}", highlight=False, markup=False, soft_wrap=True)
+    return lambda: _copied(cache, prompt)
 
 
 def _copied(cache: Any, prompt: _Prompt) -> Any:

@@ -147,8 +147,10 @@ def write_cache(
     tokens: Any,
     bits: int | None = None,
     notes: Mapping[str, str] | None = None,
+    max_bytes: int | None = None,
 ) -> None:
-    """`save_cache` with further entries of the metadata, whose names there begin with "note."."""
+    """`save_cache` with further entries of the metadata, whose names there begin with "note.", and with a largest size
+    of the file, above which it raises `TooLargeError` and writes nothing."""
     _refuse_big_endian()
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list) or not isinstance(cache, DynamicCache):
@@ -204,7 +206,7 @@ def write_cache(
     }
     text = json.dumps(about)
     noted = {f"note.{key}": value for key, value in (notes or {}).items()}
-    write(path, tensors, {"dhsa": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), **noted})
+    write(path, tensors, {"dhsa": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), **noted}, max_bytes)
 
 
 def _refuse_big_endian() -> None:

@@ -206,6 +206,40 @@ def test_a_text_deleted_between_questions_is_read_again(command, passed, monkeyp
     assert kept(tmp_path) == []
 
 
+def test_a_text_that_is_too_large_is_not_written(command, passed, monkeypatch, tmp_path):
+    from dhsa.hf import saved
+
+    command("What?")
+    (path,) = (tmp_path / "kept").iterdir()
+    size = path.stat().st_size
+    assert "opened in" in command("What?", "--max-size", (size - 1) / 1e9)[1].out  # what is saved may be used
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "_pieces", lambda *_: (pytest.fail("it is written") for _ in "1"))
+        status, said = command("What?", "--max-size", (size - 1) / 1e9)
+    assert status == 0
+    assert "The text is not saved: it takes " in said.out
+    assert "tokens/s" in said.out
+    command("What?", "--max-size", (size + 1) / 1e9)
+    assert [each.stat().st_size for each in (tmp_path / "kept").iterdir()] == [size]
+
+
+def test_a_cache_that_eight_bits_cannot_hold(command, passed, monkeypatch, tmp_path):
+    read = ask._read
+
+    def infinite(*args):
+        cache = read(*args)
+        cache.layers[1].values[0, 0, 7, 3] = torch.inf
+        return cache
+
+    monkeypatch.setattr(ask, "_read", infinite)
+    status, said = command("What?", "--bits", "8")
+    assert status == 0
+    assert "The text is not saved: bits: layers.1.values has numbers that are not finite" in said.out
+    assert "tokens/s" in said.out
+    assert kept(tmp_path) == []
+
+
 @pytest.mark.parametrize("where", ["reading", "saving"])
 def test_ctrl_c_leaves_no_half_file(where, made, command, passed, monkeypatch, tmp_path):
     from dhsa.hf import saved
@@ -298,7 +332,7 @@ def test_the_oldest_are_deleted_first(made, command, passed, tmp_path):
     assert [name.split("-")[0] for name in kept(tmp_path)] == ["a", "t0", "t2"]
     status, said = command("What?", "--bits", "8", "--max-size", "0")
     assert status == 0
-    assert "The text is not saved: it takes " in said.out
+    assert re.search(r"The text is not saved: it takes [\d.]+ MB, --max-size is 0\.0 MB", said.out)
     assert [name.split("-")[0] for name in kept(tmp_path)] == ["a", "t0", "t2"]
 
 
