@@ -32,6 +32,7 @@ DESCRIPTION = (
     "question after each answer."
 )
 SUFFIX = ".prompt.safetensors"
+BUDGET, METHOD = 2048, "rows"
 PIECE = 2048  # tokens of the text that go through the model at once
 GB = 10**9
 _NEEDED = ("torch", "transformers", "rich")
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=kinds, default=kinds[0], help=f"of the weights; default: {kinds[0]}")
     add("--tokens", type=at_least(1), metavar="N", help="read only the first N tokens of the text")
     add("--new-tokens", type=at_least(1), default=256, metavar="N", help="the most tokens of an answer; default: 256")
-    add("--budget", type=at_least(4), default=2048, metavar="N", help="keys a block of queries may see; default: 2048")
-    add("--method", choices=tuple(registry), default="rows", help="how these keys are selected; default: rows")
+    add("--budget", type=at_least(4), metavar="N", help=f"keys a block of queries may see; default: {BUDGET}")
+    add("--method", choices=tuple(registry), help=f"how these keys are selected; default: {METHOD}")
     add("--exact", action="store_true", help="attend to every key, in place of --budget and --method")
     add("--bits", type=int, choices=(8,), help="save the cache in 8 bits: smaller, slower to open, and rounded")
     add(
@@ -64,8 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="the most that saved texts may take; those not used for longest are deleted first; default: 20",
     )
-    add("--list", action="store_true", help="list the saved texts, and do nothing else")
-    add("--forget", metavar="NAME", help="delete a saved text by its name in --list, or all, and do nothing else")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--list", action="store_true", help="list the saved texts, and do nothing else")
+    alone.add_argument(
+        "--forget", metavar="NAME", help="delete a saved text by its name in --list, or all, and do nothing else"
+    )
 
 
 def _gigabytes(text: str) -> int:
@@ -83,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     commands.prepare(_NEEDED, "ask")
     from rich.console import Console
 
+    if args.exact and (args.budget is not None or args.method is not None):
+        raise UserError("--exact: leaves no key out, so there is neither --budget nor --method")
     console = Console(width=None if sys.stdout.isatty() else 132)
     folder = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa" / "prompts"
     if args.list:
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"The text has {len(prompt):,} tokens; the model was made for {most:,}.", highlight=False)
     import dhsa
 
-    config = dhsa.Config(budget=None) if args.exact else dhsa.Config(method=args.method, budget=args.budget)
+    config = dhsa.Config(method=args.method or METHOD, budget=None if args.exact else args.budget or BUDGET)
     try:
         dhsa.patch(model, config)
     except ValueError as error:

@@ -72,7 +72,8 @@ def command(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ask, "PIECE", 256)
 
     def run(*args, text=made[2], model=made[0], cache=tmp_path / "kept"):
-        argv = ["ask", "--model", model, "--text", text, "--cache", cache, "--budget", 96, "--new-tokens", 12, *args]
+        argv = ["ask", "--model", model, "--text", text, "--cache", cache, "--new-tokens", 12, *args]
+        argv += [] if {"--exact", "--budget"} & set(args) else ["--budget", 96]
         status = command_line.main([str(a) for a in argv])
         return status, capsys.readouterr()
 
@@ -387,6 +388,9 @@ def test_files_that_another_process_deletes(command, passed, monkeypatch, tmp_pa
         (["What?", "--max-size", "nan"], "nan is no size in GB"),
         (["What?", "--tokens", "0"], "0 is less than 1"),
         (["--forget", "name"], "--forget: no saved text 'name'"),
+        (["--forget", "name", "--list"], "argument --list: not allowed with argument --forget"),
+        (["What?", "--exact", "--budget", "96"], "--exact: leaves no key out, so there is neither --budget nor"),
+        (["What?", "--exact", "--method", "rows"], "--exact: leaves no key out, so there is neither --budget nor"),
     ],
 )
 def test_bad_command_lines(args, message, command, tmp_path, monkeypatch, capsys):
