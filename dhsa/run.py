@@ -89,11 +89,11 @@ def _config(args: argparse.Namespace) -> Config:
         raise UserError("--exact: leaves no key out, so there is no --budget")
     try:
         if args.exact:
-            config = Config(budget=None)
+            config = config.replace(budget=None, mass=None, floor=None)
         elif args.budget is not None:
             config = config.replace(budget=args.budget)
     except ValueError as error:
-        raise UserError(f"--budget: {error}") from error
+        raise UserError(f"--{'exact' if args.exact else 'budget'}: {error}") from error
     for name, plain in (("share", None), ("decode", "exact")):
         if (value := getattr(config, name)) != plain:
             raise UserError(

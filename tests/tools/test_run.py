@@ -197,6 +197,11 @@ def test_the_default_configuration(tmp_path):
     assert sparse["density"] < more["density"] < 1
     exact, said = found("--exact", "--replace-sdpa")
     assert (exact["paths"], exact["patched"]) == (["dense"] * 2, dhsa.Config(budget=None).to_dict())
+    mass = dhsa.Config(mass=0.9, floor=600, skip=1e-4, method="block", break_even=0)
+    (tmp_path / "mass.json").write_text(json.dumps(mass.to_dict()))
+    both, _ = found("--exact", "--config", "mass.json")
+    assert both["paths"] == ["dense"] * 2
+    assert both["patched"] == dhsa.Config(budget=None, skip=1e-4, method="block", break_even=0).to_dict()
     assert said.endswith("dhsa run: scaled_dot_product_attention: 2 calls served, 0 passed on to torch\n")
 
 
