@@ -99,6 +99,11 @@ def _config(args: argparse.Namespace) -> Config:
             raise UserError(
                 f"--config: {name}={value!r} needs hooks on the model, which only dhsa.patch(model) puts there"
             )
+    if config.boundaries == "predictor":
+        raise UserError(
+            "--config: boundaries='predictor' needs networks that belong to the model and its layers, which only "
+            "dhsa.patch(model) checks"
+        )
     return config
 
 

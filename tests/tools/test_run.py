@@ -123,6 +123,7 @@ def test_torch_is_not_imported_for_a_program_without_it(tmp_path):
         (["--config", "forced.json", "--budget", "9", "a.py"], "--budget: budget: sink + local = 5 + 5 exceed"),
         (["--config", "share.json", "a.py"], "--config: share='selections' needs hooks on the model, which only dhsa."),
         (["--config", "decode.json", "a.py"], "--config: decode='dhsa' needs hooks on the model"),
+        (["--config", "predictor.json", "a.py"], "--config: boundaries='predictor' needs networks that belong to the"),
         (["--budget", "0", "a.py"], "argument --budget: 0 is less than 1"),
         (["--budget", "many", "a.py"], "argument --budget: invalid int value: 'many'"),
         ([], "name a program to run"),
@@ -138,6 +139,7 @@ def test_bad_input(tmp_path, arguments, message):
         "forced": '{"sink": 5, "local": 5}',
         "share": '{"share": "selections"}',
         "decode": '{"decode": "dhsa"}',
+        "predictor": '{"method": "dhsa", "boundaries": "predictor"}',
     }
     for name, text in files.items():
         (tmp_path / f"{name}.json").write_text(text)
