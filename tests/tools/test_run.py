@@ -88,6 +88,16 @@ def test_exceptions_and_statuses(tmp_path):
         assert same(tmp_path, ["ends.py"], ["ends.py"]).returncode == status
 
 
+def test_an_interrupted_program_ends_as_without_us(tmp_path):
+    (tmp_path / "waits.py").write_text(
+        "import os, signal, time\nprint('ready', flush=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    )
+    got = same(tmp_path, ["waits.py"], ["waits.py"])
+    assert got.returncode == -signal.SIGINT
+    assert got.stderr.endswith("KeyboardInterrupt\n")
+    assert "dhsa run: stopped" not in got.stderr
+
+
 def test_processes_of_the_program(tmp_path):
     """multiprocessing imports the main module anew, by its name or its file."""
     (tmp_path / "workers.py").write_text(
