@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.program:
         raise UserError("name a program to run, after the options of this command")
     name, *_ = args.program
-    start = _module(name) if args.module else _program(name)
     when_imported(MODELS, lambda _: _make_default(config))
     when_imported(SERVER, _admit)
     if args.replace_sdpa:
         when_imported("torch", lambda _: _replace())
     sys.argv = args.program
+    start = _module(name) if args.module else _program(name)
     start()
     return 0
 
@@ -157,6 +157,7 @@ def _replace() -> None:
 
 def _module(name: str) -> Callable[[], object]:
     """What runs the module of this name as __main__; UserError if there is none."""
+    sys.argv[0] = "-m"  # as Python has it while it imports the packages that the module is in
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:

@@ -59,7 +59,7 @@ def test_a_linked_script_finds_the_modules_beside_the_file(tmp_path):
 
 def test_module_package_folder_and_zip_file(tmp_path):
     (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").write_text("")
+    (tmp_path / "pack" / "__init__.py").write_text("import sys; print(sys.argv)")
     (tmp_path / "pack" / "show.py").write_text(SHOW)
     (tmp_path / "pack" / "__main__.py").write_text("from pack import show")
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
