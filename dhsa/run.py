@@ -34,6 +34,7 @@ DESCRIPTION = (
     "and attend with the configuration given here. The options of this command stand before the program."
 )
 SERVER = "transformers.cli.serving.model_manager"
+_UNSUPPORTED = (ImportError, AttributeError)  # from the import of a module for another release of torch or transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +111,7 @@ def _config(args: argparse.Namespace) -> Config:
 def _make_default(config: Config) -> None:
     try:
         from dhsa.hf.switching import set_default
-    except ImportError as error:  # transformers or torch of a release that is not supported
+    except _UNSUPPORTED as error:
         print(f"dhsa run: attention implementation 'dhsa' is not available: {error}", file=sys.stderr)
         return
     set_default(config)
@@ -118,7 +119,7 @@ def _make_default(config: Config) -> None:
 
 def _admit(module: ModuleType) -> None:
     """`transformers serve` has a list of attention implementations of its own, without those that are registered."""
-    manager = module.ModelManager
+    manager = getattr(module, "ModelManager", None)
     check = getattr(manager, "_validate_args", None)
     if check is None:  # of another release
         return
@@ -137,8 +138,11 @@ def _admit(module: ModuleType) -> None:
 
 
 def _replace() -> None:
-    from dhsa.sdpa import replace_sdpa
-
+    try:
+        from dhsa.sdpa import replace_sdpa
+    except _UNSUPPORTED as error:
+        print(f"dhsa run: scaled_dot_product_attention is not replaced: {error}", file=sys.stderr)
+        return
     counts = replace_sdpa()
 
     def report() -> None:

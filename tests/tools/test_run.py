@@ -232,6 +232,24 @@ def test_replaced_in_a_program_that_imports_nothing_of_ours(tmp_path):
     )
 
 
+def test_releases_that_are_not_supported_stay_usable(tmp_path):
+    """Packages of these names without what is expected of them: their import goes on, and a line says what is amiss."""
+    for package in ("torch", "transformers", "transformers/cli", "transformers/cli/serving"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("value = 7\n")
+    for module in ("modeling_utils", "cli/serving/model_manager"):
+        (tmp_path / "transformers" / f"{module}.py").write_text("value = 7\n")
+    (tmp_path / "program.py").write_text(
+        "import torch, transformers.modeling_utils, transformers.cli.serving.model_manager as manager\n"
+        "print(torch.value, transformers.modeling_utils.value, manager.value)\n"
+    )
+    got = dhsa_run("--replace-sdpa", "program.py", cwd=tmp_path)
+    assert (got.returncode, got.stdout) == (0, "7 7 7\n"), got.stderr
+    sdpa, implementation = got.stderr.splitlines()
+    assert sdpa.startswith("dhsa run: scaled_dot_product_attention is not replaced: ")
+    assert implementation.startswith("dhsa run: attention implementation 'dhsa' is not available: ")
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     """A folder with a Llama of random weights and a tokenizer of words."""
