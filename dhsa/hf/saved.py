@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dhsa._safetensors import WIDTHS, Entry, read_header, write
-from dhsa.config import Config
 
+from . import switching
 from .caches import restore, stored
 from .compat import SWITCHING
 from .switching import IMPLEMENTATION, STATE
@@ -47,7 +47,7 @@ class SavedCache(DynamicCache):
     Attributes:
         tokens: int64 [B, L], the ids of the tokens whose keys and values it held when it was saved.
         attention: the attention by which these were read: "sdpa" or another of transformers' names, or the text of a
-            `dhsa.Config`.
+            `dhsa.Config`, and of the layers that it was for if it was not for all of them.
     """
 
     def __init__(self, layers: list[Any], tokens: torch.Tensor, attention: str) -> None:
@@ -326,11 +326,14 @@ def _content(values: Any) -> Any:
 
 
 def attention_of(model: torch.nn.Module) -> str:
+    """What `SavedCache.attention` says of a model."""
     inner = unwrapped(model)
     name, state = inner.config._attn_implementation, inner.__dict__.get(STATE)
     if name != IMPLEMENTATION:
         return str(name)
-    return repr(Config() if state is None else state.config)
+    if state is None:
+        return repr(switching.DEFAULT)
+    return repr(state.config) if state.layers is None else f"{state.config!r} in layers {sorted(state.layers)}"
 
 
 def digest(ids: torch.Tensor) -> str:

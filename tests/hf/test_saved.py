@@ -232,6 +232,25 @@ def test_another_attention_may_go_on(one):
         torch.testing.assert_close(generated(model, prompt, dhsa.load_cache(path, model))[1], expected, rtol=0, atol=0)
 
 
+def test_the_attention_that_read_it_is_noted(tmp_path, monkeypatch):
+    from dhsa.hf import switching
+
+    ids = tokens(1, 40)
+
+    def noted(model):
+        dhsa.save_cache(read(model, ids, (40,)), tmp_path / "x", model=model, tokens=ids)
+        return dhsa.load_cache(tmp_path / "x", model).attention
+
+    assert noted(build("llama", "sdpa")) == "sdpa"
+    model = build("llama", "dhsa")
+    assert noted(model) == repr(dhsa.Config())
+    monkeypatch.setattr(switching, "DEFAULT", SPARSE)  # as `python -m dhsa run` does
+    assert noted(model) == repr(SPARSE)
+    assert noted(dhsa.patch(model, STEPS)) == repr(STEPS)
+    assert noted(dhsa.patch(model, STEPS, layers=[2, 0])) == f"{STEPS!r} in layers [0, 2]"
+    assert noted(dhsa.patch(model, STEPS, layers=[])) == f"{STEPS!r} in layers []"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_eight_bits(dtype, tmp_path):
     model, ids = made("sparse steps", "gemma2", dtype), tokens(1, LENGTH)
