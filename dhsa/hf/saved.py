@@ -16,6 +16,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,17 +59,27 @@ class SavedCache(DynamicCache):
         self.attention = attention
 
 
+@dataclass
+class _Room:
+    """Memory [B, Hkv, room, D] whose first `filled` rows of each head are in use: by a layer, by a shallow copy of it
+    that shares this object, or by views from before the layer was cropped."""
+
+    memory: torch.Tensor
+    filled: int
+
+
 class RoomyLayer(DynamicLayer):
     """A layer with room behind its keys and values. New ones are written there, where `DynamicLayer` copies all of them
-    in each step. `keys` and `values` are views of the beginning of that memory."""
+    in each step. `keys` and `values` are views of the beginning of that memory. What was once written there is not
+    overwritten: after `crop`, the next keys and values go to a new memory."""
 
-    _key_room: torch.Tensor | None = None
-    _value_room: torch.Tensor | None = None
+    _key_room: _Room | None = None
+    _value_room: _Room | None = None
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Begin with the first `length` keys and values of [B, Hkv, room, D]."""
         self.lazy_initialization(keys, values)
-        self._key_room, self._value_room = keys, values
+        self._key_room, self._value_room = _Room(keys, length), _Room(values, length)
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def update(
@@ -82,24 +93,23 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _append(held: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`held` and then `new`, along dimension 2, and the memory in which both lie: `room`, if `held` is its beginning
-    and the rest is large enough."""
+def _append(held: torch.Tensor, room: _Room | None, new: torch.Tensor) -> tuple[torch.Tensor, _Room]:
+    """`held` and then `new`, along dimension 2, and the memory in which both lie: `room`, if `held` is all that is in
+    use of it and the rest is large enough."""
     length, total = held.shape[2], held.shape[2] + new.shape[2]
-    if room is not None and total <= room.shape[2] and _begins(room, held):
-        memory = room
-    else:
+    if room is None or total > room.memory.shape[2] or length != room.filled or not _begins(room.memory, held):
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to after it
-            memory = held.new_empty((*held.shape[:2], total + _room(total), held.shape[3]))
-        memory[:, :, :length] = held
-    memory[:, :, length:total] = new
-    return memory[:, :, :total], memory
+            room = _Room(held.new_empty((*held.shape[:2], total + _room(total), held.shape[3])), length)
+        room.memory[:, :, :length] = held
+    room.memory[:, :, length:total] = new
+    room.filled = total
+    return room.memory[:, :, :total], room
 
 
-def _begins(room: torch.Tensor, held: torch.Tensor) -> bool:
-    """Whether `held` is still the beginning of `room`: reordered beams and selected rows lie elsewhere."""
-    same = held.data_ptr() == room.data_ptr() and held.stride() == room.stride()
-    return same and held.shape[:2] == room.shape[:2]
+def _begins(memory: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether `held` is still the beginning of `memory`: reordered beams and selected rows lie elsewhere."""
+    same = held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
+    return same and held.shape[:2] == memory.shape[:2]
 
 
 def _room(length: int) -> int:

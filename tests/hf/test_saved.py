@@ -177,6 +177,29 @@ def test_appending_copies_nothing_until_the_room_is_used_up(one):
     assert layer.get_seq_length() == LENGTH + room + 2
 
 
+def test_what_was_appended_is_not_overwritten(one):
+    """After a crop, and by a shallow copy: neither earlier views nor the other cache change."""
+    model, _, path = one
+    loaded = dhsa.load_cache(path, model)
+    layer = loaded.layers[1]
+    new = torch.randn(3, 1, 2, 4, 32)
+    before, _ = layer.update(new[0], -new[0])
+    kept = before.clone()
+    layer.crop(-2)
+    layer.update(new[1], -new[1])
+    torch.testing.assert_close(before, kept, rtol=0, atol=0)
+    expected = torch.cat([kept[:, :, :-2], new[1]], 2)
+    torch.testing.assert_close(layer.keys, expected, rtol=0, atol=0)
+    at = layer.keys.data_ptr()
+    twin = copy.copy(layer)
+    layer.update(new[0], -new[0])
+    assert layer.keys.data_ptr() == at  # where the end is its own, nothing is copied
+    twin.update(new[2], -new[2])
+    torch.testing.assert_close(layer.keys, torch.cat([expected, new[0]], 2), rtol=0, atol=0)
+    torch.testing.assert_close(twin.keys, torch.cat([expected, new[2]], 2), rtol=0, atol=0)
+    torch.testing.assert_close(twin.values[:, :, LENGTH + 2 :], torch.cat([-new[1], -new[2]], 2), rtol=0, atol=0)
+
+
 def test_inference_mode_and_gradients(one):
     model, _, path = one
     with torch.inference_mode():
