@@ -281,7 +281,7 @@ def ranges_of(
 
     - int32 [B or 1, m, Lq, 2]: a range table already;
     - [B, Lk] bool or integer, True or 1 for a real token: key padding over plain attention, the last query at the last
-      key, within `window` if given; over all keys if not `causal`;
+      key, within `window` if given; if not `causal`, over all keys, for queries that are padding too;
     - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
       equal in all heads. It is complete: causality and window come from it alone, as in transformers.
 
@@ -312,7 +312,8 @@ def ranges_of(
         rows = causal_rows(batch, q_len, k_len, first, window if causal else None)
         if not causal:
             rows[:] = 0, k_len
-        return np.ascontiguousarray(without_padding(rows, padding_of(mask[:, -k_len:], 0, k_len), first))
+        padding = padding_of(mask[:, -k_len:], 0, k_len)
+        return np.ascontiguousarray(without_padding(rows, padding, first if causal else None))
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:

@@ -269,6 +269,22 @@ def test_the_table_is_transformers_mask(radius, side):
     assert seen.equal(want[:, 0])
 
 
+@pytest.mark.parametrize("side", ["left", "right", "gap"])
+@pytest.mark.parametrize("q_len", [90, 30])
+def test_padding_in_two_dimensions(side, q_len):
+    """Queries that are padding see the tokens, as in transformers' mask of four dimensions."""
+    padding = torch.ones(3, 90, dtype=torch.long)
+    if side != "gap":
+        padding = padded([90, 50, 1], 90, side)[1]
+    else:
+        padding[1, 20:40] = padding[2, 5:9] = padding[2, 30:60] = 0
+    q, k, v = qkv(batch=3, q_len=q_len, k_len=90)
+    expected = masked_softmax(q, k, v, padding.bool()[:, None, None]).transpose(1, 2)
+    for config in (EXACT, SPARSE.replace(budget=200)):
+        out, _ = attention_forward(layer_of(config), q, k, v, padding)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+
+
 def test_a_pattern_of_another_kind_is_evaluated():
     function = and_masks(sliding_window_bidirectional_mask_function(9), lambda b, h, q, k: k % 50 != 3)
     sizes = {"batch_size": 1, "q_length": 90, "kv_length": 90, "mask_function": function, "local_size": 9}
