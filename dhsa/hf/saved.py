@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from dhsa._safetensors import WIDTHS, Entry, read_header, write
 
 from . import switching
-from .caches import restore, stored
+from .caches import InFile, restore, stored
 from .compat import SWITCHING
 from .switching import IMPLEMENTATION, STATE
 from .wrappers import unwrapped
@@ -141,7 +142,7 @@ def save_cache(
     Raises:
         TypeError: an argument of the wrong type (a static cache, for example); the message names it.
         ValueError: `tokens` are not those of the cache; the message names what differs. Or a number is not finite, with
-            `bits`.
+            `bits`; or the cache was loaded from a file in which a key index is damaged.
         NotImplementedError: the cache has layers of another kind (quantized, of linear attention), or lies on another
             device.
         OSError: the file cannot be written.
@@ -199,7 +200,7 @@ def write_cache(
                 parts[f"{entry}.scale"] = ("F32", tuple(scale.shape), [_bytes(scale)])
                 tensors[entry] = ("I8", tuple(held.shape), _rounded(held, scale))
         found = stored(layer) if bits is None and about["kind"] == "full" else {}
-        about["index"] = [list(at) for at in found]
+        about["index"] = [[*at, hashlib.sha256(written).hexdigest()] for at, written in found.items()]
         for (row, start), written in found.items():
             parts[f"layers.{i}.index.{row}.{start}"] = ("U8", (len(written),), [written])
     tensors |= {"tokens": ("I64", tuple(ids.shape), [_bytes(ids)]), **parts}
@@ -518,8 +519,12 @@ def _check(about: dict[str, Any]) -> None:
         for width in widths:
             number(width, "width")
         number(layer["room"], "room", MAX_LENGTH - length, 0)
-        seen = [(number(row, "row", batch - 1, 0), number(start, "start", length, 0)) for row, start in layer["index"]]
-        if len(set(seen)) != len(seen):
+        seen = set()
+        for row, start, checksum in layer["index"]:
+            seen.add((number(row, "row", batch - 1, 0), number(start, "start", length, 0)))
+            if not re.fullmatch("[0-9a-f]{64}", checksum):
+                raise TypeError
+        if len(seen) != len(layer["index"]):
             raise ValueError("names an index twice in its metadata")
 
 
@@ -535,7 +540,7 @@ def _expected(about: dict[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int
             yield f"layers.{i}.{which}", ("I8" if about["bits"] else DTYPES[about["dtype"]][1], (*shape, width))
             if about["bits"]:
                 yield f"layers.{i}.{which}.scale", ("F32", shape)
-        for row, start in layer["index"]:
+        for row, start, _ in layer["index"]:
             yield f"layers.{i}.index.{row}.{start}", ("U8", None)
 
 
@@ -581,10 +586,12 @@ def _layer(
         keys, values = (_tensor(mapped, entries[f"{name}.{which}"], dtype) for which in ("keys", "values"))
     if isinstance(layer, RoomyLayer):
         layer.hold(keys, values, held)
-        parts = {(row, at): entries[f"{name}.index.{row}.{at}"] for row, at in about["index"]}
-        if parts:
-            view = memoryview(mapped)
-            restore(layer, whole["batch"], {at: view[e.start : e.stop] for at, e in parts.items()}, path)
+        written = {}
+        for row, at, checksum in about["index"]:
+            entry = entries[f"{name}.index.{row}.{at}"]
+            written[row, at] = InFile(path, memoryview(mapped)[entry.start : entry.stop], checksum)
+        if written:
+            restore(layer, whole["batch"], written)
     else:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

@@ -507,14 +507,38 @@ def test_changed_ids(one, tmp_path):
     refused(tmp_path, model, bytes(data), "token ids that were changed")
 
 
-def test_a_changed_index_is_refused_when_it_is_needed(one, tmp_path):
+@pytest.mark.parametrize("part", [0, 0.3, 0.6, 0.999])
+def test_a_changed_index_is_refused_when_it_is_needed(part, one, tmp_path):
     model, ids, path = one
     data = bytearray(path.read_bytes())
     entry = next(e for name, e in entries(path).items() if ".index." in name)
-    data[entry.start + 3] ^= 1
+    data[entry.start + int(part * (entry.stop - entry.start))] ^= 1
     (tmp_path / "bad").write_bytes(data)
     loaded = dhsa.load_cache(tmp_path / "bad", model)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'bad'}: the key index of a layer is damaged"):
+    told = f"^{tmp_path / 'bad'}: the key index of a layer is damaged: its bytes are not those of its checksum"
+    with pytest.raises(ValueError, match=told):
+        dhsa.save_cache(loaded, tmp_path / "again", model=model, tokens=ids)
+    with pytest.raises(ValueError, match=told):
+        generated(model, torch.cat([ids, ids[:, :2]], 1), loaded)
+
+
+def test_an_index_that_is_none_is_refused_when_it_is_needed(one, tmp_path):
+    """Its checksum is right, but its bytes are no key index."""
+    import hashlib
+
+    model, ids, path = one
+    data = bytearray(path.read_bytes())
+    name, entry = next((name, e) for name, e in entries(path).items() if ".index." in name)
+    layer, row, start = (int(n) for n in name.split(".") if n.isdecimal())
+    data[entry.start : entry.stop] = bytes(entry.stop - entry.start)
+
+    def change(about):
+        (at,) = (at for at in about["layers"][layer]["index"] if at[:2] == [row, start])
+        at[2] = hashlib.sha256(bytes(entry.stop - entry.start)).hexdigest()
+
+    (tmp_path / "bad").write_bytes(with_about(bytes(data), change))
+    loaded = dhsa.load_cache(tmp_path / "bad", model)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'bad'}: the key index of a layer is damaged: (?!its bytes)"):
         generated(model, torch.cat([ids, ids[:, :2]], 1), loaded)
 
 
