@@ -132,8 +132,9 @@ def save_cache(
         cache: a transformers `DynamicCache`, of layers that keep all keys or those of a sliding window; on the CPU, in
             float32, float16 or bfloat16. It stays as it is.
         path: the file.
-        model: the model that made the cache, or a module that wraps it. Its config and a sample of each weight are
-            noted, so that a file is not used with another model.
+        model: the model that made the cache, or a module that wraps it. Its config and a sample of each weight (of a
+            tensor subclass, as packages for quantization have: only its shape and dtype) are noted, so that a file is
+            not used with another model.
         tokens: int [B, L] (or [L] for a batch of one), the ids of the tokens whose keys and values the cache holds,
             padding included. After `generate` these are all but the last one: `out[:, :-1]`.
         bits: 8: keys and values are rounded to 8-bit integers, with a factor for each token and KV head. The file is
@@ -307,7 +308,8 @@ def _rounded(held: torch.Tensor, scale: torch.Tensor) -> Iterator[Any]:
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """What a file notes of a model: its config, and a hash over a sample of each of its weights."""
+    """What a file notes of a model: its config, and a hash over the names, shapes and dtypes of its weights and over a
+    sample of the numbers of each that is no tensor subclass."""
     inner = unwrapped(model)
     hashed = hashlib.sha256()
     for name, weight in inner.state_dict().items():
@@ -402,14 +404,12 @@ def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, *, prompt: 
     with torch.inference_mode(False), torch.no_grad(), _naming(path):
         about, entries, mapped = _open(path)
         _refuse_other_model(about, model)
-        shape = (about["batch"], about["length"])
         tokens = _copy(mapped, entries["tokens"], torch.int64)
         if digest(tokens) != about["tokens"]:
             raise ValueError("has token ids that were changed, expected those of its metadata")
         if asked is not None:
             _refuse_other_prompt(tokens, asked)
         layers = [_layer(i, each, about, entries, mapped, path) for i, each in enumerate(about["layers"])]
-        assert tuple(tokens.shape) == shape
     return SavedCache(layers, tokens, about["attention"])
 
 
@@ -441,11 +441,8 @@ def _open(path: str) -> tuple[dict[str, Any], dict[str, Entry], mmap.mmap]:
             if name not in entries:
                 raise ValueError(f"has no tensor {name!r}, expected it by its metadata")
             found = entries[name]
-            if (
-                found.dtype != dtype
-                or (shape is not None and found.shape != shape)
-                or len(found.shape) != len(shape or "1")
-            ):
+            fits = len(found.shape) == 1 if shape is None else found.shape == shape
+            if found.dtype != dtype or not fits:
                 raise ValueError(
                     f"has tensor {name!r} of {found.dtype} {list(found.shape)}, expected {dtype} "
                     f"{'of one dimension' if shape is None else list(shape)} by its metadata"
@@ -508,22 +505,22 @@ def _check(about: dict[str, Any]) -> None:
         window = number(layer["window"], "window", MAX_LENGTH) if kind == "sliding" else length + 1
         if size is None:
             continue
+        if not isinstance(size, list) or len(size) != 4:
+            raise TypeError
         heads, held, *widths = size
         number(heads, "heads")
         if number(held, "length of a layer", length) != min(length, max(window - 1, 1)):
             raise ValueError(
                 f"has a layer of {held} keys, expected {min(length, max(window - 1, 1))} of {length} tokens"
             )
-        if len(widths) != 2:
-            raise TypeError
         for width in widths:
             number(width, "width")
         number(layer["room"], "room", MAX_LENGTH - length, 0)
         seen = set()
-        for row, start, checksum in layer["index"]:
-            seen.add((number(row, "row", batch - 1, 0), number(start, "start", length, 0)))
-            if not re.fullmatch("[0-9a-f]{64}", checksum):
+        for at in layer["index"]:
+            if not isinstance(at, list) or len(at) != 3 or not re.fullmatch("[0-9a-f]{64}", at[2]):
                 raise TypeError
+            seen.add((number(at[0], "row", batch - 1, 0), number(at[1], "start", length, 0)))
         if len(seen) != len(layer["index"]):
             raise ValueError("names an index twice in its metadata")
 

@@ -563,6 +563,7 @@ def opened(path, model):
     except ValueError as refusal:
         said = str(refusal)
     assert said.startswith(f"{path}: ")
+    assert "unpack" not in said
     return None
 
 
