@@ -26,6 +26,7 @@ except ImportError as error:
 
 from dhsa import _core, functional
 from dhsa._arrays import check_int, torch_obstacle, type_name
+from dhsa._tensors import autocast, autocast_dtype
 from dhsa.selection import Selection
 
 __all__ = ["SdpaCounts", "replace_sdpa", "replacing_sdpa", "restore_sdpa", "scaled_dot_product_attention"]
@@ -121,7 +122,7 @@ class _Call:
             raise _Unserved(
                 ValueError, "attn_mask: is given beside is_causal=True", "; a mask says itself what is causal"
             )
-        query, key, value = _cast(query, key, value)
+        query, key, value = autocast(query, key, value)
         _check_dtypes(query, key, value, attn_mask)
         if attn_mask is not None and attn_mask.numel():
             _visible(attn_mask[(-1,) * (attn_mask.ndim - 1)])  # most biases show in one row, and are refused here
@@ -214,14 +215,6 @@ def _check_numbers(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) 
         raise _Unserved(TypeError, f"scale: expected a number, got {type_name(scale)}")
     if not abs(scale) <= 1e38:
         raise _Unserved(ValueError, "scale: expected a finite number of at most 1e38", f", got {scale}")
-
-
-def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As autocast casts the inputs of torch's function."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-    return tensors
 
 
 def _check_dtypes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> None:
@@ -625,7 +618,7 @@ def _check_break_even(query: Any, key: Any) -> None:
         return
     active = _active
     least = active[-1]._break_even if active else None
-    least_q, least_k = LEAST.get(query.dtype, (0, 0)) if least is None else (0, least)
+    least_q, least_k = LEAST.get(autocast_dtype(query), (0, 0)) if least is None else (0, least)
     if query.shape[-2] < least_q:
         raise _Unserved(NotImplementedError, f"break-even: fewer than {least_q} queries")
     if key.shape[-2] < least_k:
