@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.program:
         raise UserError("name a program to run, after the options of this command")
     name, *_ = args.program
-    when_imported(MODELS, lambda _: _make_default(config))
-    when_imported(SERVER, _admit)
+    when_imported(MODELS, lambda _: _make_default(config), "--budget, --exact and --config have no effect")
+    when_imported(SERVER, _admit, 'transformers serve does not accept attn_implementation="dhsa"')
     if args.replace_sdpa:
-        when_imported("torch", lambda _: _replace())
+        when_imported("torch", lambda _: _replace(), "--replace-sdpa has no effect")
     sys.argv = args.program
     start = _module(name) if args.module else _program(name)
     start()
