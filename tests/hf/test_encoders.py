@@ -204,6 +204,18 @@ def test_pictures_and_sounds():
     assert last_run(layer).path == "sparse"
 
 
+def test_other_numbers_of_queries_than_of_keys():
+    told = "bidirectional: attention of 90 queries to 600 keys, not as many, runs exact"
+    for q_len, k_len, why in ((90, LONG, told), (90, 95, "")):  # of 95 keys none would be left out
+        layer, (q, k, v) = layer_of(SPARSE), qkv(q_len=q_len, k_len=k_len)
+        out, _ = attention_forward(layer, q, k, v, None)
+        expected = masked_softmax(q, k, v, torch.ones(q_len, k_len).bool()).transpose(1, 2)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+        assert (last_run(layer).path, last_run(layer).reason) == ("dense", why)
+    found = reason(layer, SPARSE, *qkv(q_len=90, k_len=LONG)[:2], None, None, False)
+    assert found == ("causal", told)
+
+
 def test_masks_that_are_not_of_both_sides():
     at = torch.arange(LONG)
     distance = at[None] - at[:, None]
