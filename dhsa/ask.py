@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"The text has {len(prompt):,} tokens; the model was made for {most:,}.", highlight=False)
     import dhsa
 
-    config = dhsa.Config(method=args.method or METHOD, budget=None if args.exact else args.budget or BUDGET)
+    method: Any = args.method or METHOD
+    config = dhsa.Config(method=method, budget=None if args.exact else args.budget or BUDGET)
     try:
         dhsa.patch(model, config)
     except ValueError as error:

@@ -119,7 +119,7 @@ def _make_default(config: Config) -> None:
 
 def _admit(module: ModuleType) -> None:
     """`transformers serve` has a list of attention implementations of its own, without those that are registered."""
-    manager = getattr(module, "ModelManager", None)
+    manager: Any = getattr(module, "ModelManager", None)
     check = getattr(manager, "_validate_args", None)
     if check is None:  # of another release
         return
