@@ -14,8 +14,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.exact and (args.budget is not None or args.method is not None):
         raise UserError("--exact: leaves no key out, so there is neither --budget nor --method")
     console = Console(width=None if sys.stdout.isatty() else 132)
-    folder = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa" / "prompts"
+    folder = args.cache or commands.cache_folder() / "prompts"
     if args.list:
         _show(folder, console)
         return 0
@@ -183,7 +183,7 @@ class _Prompt:
 
 def _first_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     """The beginning of a text that has `tokens` tokens."""
-    ids = tokenizer(text[: 24 * tokens], add_special_tokens=False).input_ids
+    ids = tokenizer(commands.beginning(text, tokens), add_special_tokens=False).input_ids
     return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens])
 
 
@@ -273,34 +273,15 @@ def _read(model: Any, prompt: _Prompt, console: Any) -> Any:
     from dhsa.hf.compat import cache_option
 
     cache, decoder = DynamicCache(config=model.config), model.get_decoder()
-    with torch.no_grad(), _tokens_read(console, len(prompt)) as advance:
+    with (
+        torch.no_grad(),
+        commands.progress(console, remaining=True, rate="tokens") as step,
+        step(f"reading {len(prompt):,} tokens", len(prompt)) as advance,
+    ):
         for piece in prompt.ids.split(PIECE, 1):
             decoder(piece, **cache_option(decoder, cache), use_cache=True)
             advance(piece.shape[1])
     return cache
-
-
-@contextmanager
-def _tokens_read(console: Any, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of reading `total` tokens: the tokens per second and the remaining time."""
-    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Any:
-            rate = task.finished_speed or task.speed
-            return Text("" if rate is None else f"{rate:,.0f} tokens/s")
-
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        Rate(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as shown:
-        task = shown.add_task(f"reading {total:,} tokens", total=total)
-        yield lambda count: shown.advance(task, count)
 
 
 # ---- answering -------------------------------------------------------------------------------------------------------

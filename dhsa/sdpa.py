@@ -391,8 +391,8 @@ def _intervals(mask: torch.Tensor) -> np.ndarray | None:
     """int32 [R, 2], the interval of keys that each row of a mask [R, Lk] lets be seen; None if a row has several."""
     step = max(1, SLICE // mask.shape[1])
     tables = []
-    for piece in mask.split(step):
-        if (table := one_interval(_visible(piece))) is None:
+    for begin in range(0, len(mask), step):
+        if (table := one_interval(_visible(mask[begin : begin + step]))) is None:
             return None
         tables.append(table)
     return np.concatenate(tables)

@@ -243,11 +243,11 @@ def test_a_cache_that_eight_bits_cannot_hold(command, passed, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("where", ["reading", "saving"])
 def test_ctrl_c_leaves_no_half_file(where, made, command, passed, monkeypatch, tmp_path):
-    from dhsa.hf import saved
+    from dhsa.hf import compat, saved
 
     with monkeypatch.context() as patch:
         if where == "reading":
-            patch.setattr(ask, "_tokens_read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(compat, "cache_option", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
             patch.setattr(saved, "_pieces", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         status, said = command("What?")
