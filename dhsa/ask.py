@@ -369,7 +369,7 @@ def _notes(path: Path) -> tuple[str, str, str]:
     """The text, the model and the number of tokens that a file names."""
     try:
         with open(path, "rb") as file:
-            metadata, entries = read_header(file, os.fstat(file.fileno()).st_size)
+            metadata, entries = read_header(file)
         return metadata["note.text"], metadata["note.model"], f"{entries['tokens'].shape[-1]:,}"
     except (OSError, ValueError, LookupError):
         return "damaged", "", ""

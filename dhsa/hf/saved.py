@@ -433,8 +433,7 @@ def _open(path: str) -> tuple[dict[str, Any], dict[str, Entry], mmap.mmap]:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
         raise ValueError("is not a regular file, expected one that save_cache wrote")
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        metadata, entries = read_header(file, size)
+        metadata, entries = read_header(file)
         about = _about(metadata)
         expected = dict(_expected(about))
         for name, (dtype, shape) in expected.items():
@@ -451,7 +450,7 @@ def _open(path: str) -> tuple[dict[str, Any], dict[str, Entry], mmap.mmap]:
                 raise ValueError(f"has tensor {name!r} at byte {found.start}, expected a multiple of {WIDTHS[dtype]}")
         if others := sorted(entries.keys() - expected.keys()):
             raise ValueError(f"has tensor {others[0][:80]!r}, of which its metadata say nothing")
-        return about, entries, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        return about, entries, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _about(metadata: dict[str, str]) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def test_numbers_that_eight_bits_cannot_hold(tmp_path):
 
 def entries(path):
     with open(path, "rb") as file:
-        return saved.read_header(file, os.path.getsize(path))[1]
+        return saved.read_header(file)[1]
 
 
 def test_the_library_of_the_format_reads_it(one):
@@ -410,6 +410,9 @@ def test_another_prompt(one):
 # ---- files that are not what they should be --------------------------------------------------------------------------
 
 
+NO_FILE = "is cut short, was changed or is no safetensors file, expected a whole one: "
+
+
 def parts_of(data):
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -446,22 +449,40 @@ def test_cut_short_or_longer(one, tmp_path):
     model, _, path = one
     data = path.read_bytes()
     for size in (0, 1, 7, 8, 9, 500, 5000, len(data) // 2, len(data) - 1):
-        refused(tmp_path, model, data[:size], "expected|cut short")
-    refused(tmp_path, model, data + b"\0", f"has {len(data) + 1} bytes, expected {len(data)}")
+        refused(tmp_path, model, data[:size], NO_FILE)
+    refused(tmp_path, model, data + b"\0", NO_FILE)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(one, tmp_path, monkeypatch):
+    """The header that was checked is not that of the file that is open."""
+    import safetensors
+
+    model, _, path = one
+    data, bad, opening = path.read_bytes(), tmp_path / "bad", safetensors.safe_open
+    bad.write_bytes(data)
+    (tmp_path / "new").write_bytes(data)
+
+    def replaced(*args, **kwargs):
+        os.replace(tmp_path / "new", bad)
+        return opening(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors, "safe_open", replaced)
+    with pytest.raises(ValueError, match=f"^{bad}: was replaced while it was opened"):
+        dhsa.load_cache(bad, model)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"GGUF" + bytes(100), "cut short, or no safetensors file"),
+        (b"GGUF" + bytes(100), NO_FILE),
         ((2).to_bytes(8, "little") + b"{}", "without metadata of dhsa"),
-        ((2).to_bytes(8, "little") + b"[]", "no JSON object"),
-        ((2).to_bytes(8, "little") + b"\xff\xff", "no JSON"),
-        ((5).to_bytes(8, "little") + b"[NaN]", "no JSON"),
-        ((8).to_bytes(8, "little") + b'{"a":1}' + b" ", "describes tensor 'a' wrongly"),
-        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "no JSON"),
-        ((2**63).to_bytes(8, "little") + bytes(100), "cut short"),
-        (joined({"__metadata__": {"dhsa": 3}}, b""), "metadata that are not strings"),
+        ((2).to_bytes(8, "little") + b"[]", NO_FILE),
+        ((2).to_bytes(8, "little") + b"\xff\xff", NO_FILE),
+        ((5).to_bytes(8, "little") + b"[NaN]", NO_FILE),
+        ((8).to_bytes(8, "little") + b'{"a":1}' + b" ", NO_FILE),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, NO_FILE),
+        ((2**63).to_bytes(8, "little") + bytes(100), NO_FILE),
+        (joined({"__metadata__": {"dhsa": 3}}, b""), NO_FILE),
         (joined({"__metadata__": {"dhsa": "["}}, b""), "metadata that cannot be read"),
         (joined({"__metadata__": {"dhsa": "[]"}}, b""), "metadata that cannot be read"),
         (joined({"__metadata__": {"dhsa": '{"format": 1}'}}, b""), "metadata that were changed"),
@@ -476,17 +497,18 @@ def test_no_such_file(data, message, one, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h["tokens"].update(shape=[1, 421]), "of 3360 bytes, expected 3368"),
-        (lambda h: h["tokens"].update(shape=[-1, 420]), "no sizes"),
-        (lambda h: h["tokens"].update(shape=[True, 420]), "no sizes"),
-        (lambda h: h["tokens"].update(shape=[2**40] * 8), "no sizes|expected"),
-        (lambda h: h["tokens"].update(shape=420), "wrongly"),
+        (lambda h: h["tokens"].update(shape=[1, 421]), NO_FILE),
+        (lambda h: h["tokens"].update(shape=[-1, 420]), NO_FILE),
+        (lambda h: h["tokens"].update(shape=[True, 420]), NO_FILE),
+        (lambda h: h["tokens"].update(shape=[2**40] * 8), NO_FILE),
+        (lambda h: h["tokens"].update(shape=420), NO_FILE),
         (lambda h: h["tokens"].update(shape=[420]), r"of I64 \[420\], expected I64 \[1, 420\]"),
-        (lambda h: h["tokens"].update(dtype="F64"), "of dtype 'F64'"),
-        (lambda h: h["tokens"].update(dtype=["I64"]), "of dtype"),
-        (lambda h: h["tokens"].update(data_offsets=[0, 3360]), "expected it at"),
-        (lambda h: h["tokens"].update(data_offsets=[2**63, 2**63 + 3360]), "no sizes"),
-        (lambda h: h["tokens"].pop("dtype"), "wrongly"),
+        (lambda h: h["tokens"].update(dtype="F64"), "of F64"),
+        (lambda h: h["tokens"].update(dtype=["I64"]), NO_FILE),
+        (lambda h: h["tokens"].update(data_offsets=[0, 3360]), NO_FILE),
+        (lambda h: h["tokens"].update(data_offsets=[2**63, 2**63 + 3360]), NO_FILE),
+        (lambda h: h["tokens"].pop("dtype"), NO_FILE),
+        (lambda h: h.update(tokens=list(h["tokens"].values())), NO_FILE),
         (lambda h: h.update(more={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}), "metadata say nothing"),
         (lambda h: h.update(note=h.pop("tokens")), "no tensor 'tokens'"),
         (lambda h: h["__metadata__"].pop("sha256"), "metadata that were changed"),

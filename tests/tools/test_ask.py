@@ -267,7 +267,9 @@ def test_a_damaged_file_is_replaced(damage, command, passed, tmp_path):
     assert (status, "damaged" in said.out) == (0, True)
     status, said = command("What?")
     assert status == 0
-    assert re.search(r"a-book-\w+\.prompt\.safetensors: has .*; the text is read again\.", said.out)
+    assert re.search(
+        r"a-book-\w+\.prompt\.safetensors: (is cut short|has metadata).*; the text is read again\.", said.out
+    )
     assert sum(passed[-1]) > 700
     assert path.read_bytes() == data
     assert "opened in" in command("What?")[1].out
@@ -280,7 +282,7 @@ def test_a_damaged_index_is_an_error_of_the_user(command, passed, tmp_path):
     (path,) = (tmp_path / "kept").iterdir()
     data = bytearray(path.read_bytes())
     with open(path, "rb") as file:
-        _, entries = read_header(file, len(data))
+        _, entries = read_header(file)
     entry = next(e for name, e in entries.items() if ".index." in name)
     data[entry.start] ^= 1
     path.write_bytes(data)
