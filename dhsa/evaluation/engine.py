@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import dhsa
 from dhsa import commands
 from dhsa.commands import UserError
 from dhsa.evaluation.cuts import cutting
-from dhsa.evaluation.likelihood import likelihood
+from dhsa.evaluation.likelihood import divergence, likelihood
 from dhsa.evaluation.settings import Setting
 from dhsa.hf.compat import cache_option, float32_products
 
@@ -164,6 +164,21 @@ class Engine:
             return likelihood(
                 self.model, hidden[first - 1 : len(ids) - 1], torch.tensor(ids[first:], device="cpu"), best
             )
+
+    def divergence(self, hidden: Any, reference: Any, ids: list[int], first: int) -> tuple[Any, Any, Any]:
+        """Return (log-likelihood float64, KL from the reference float64, whether the likeliest token is the
+        reference's) of the distributions that predict ids[first:].
+
+        hidden, reference: last hidden states [length, size] of two prefills of `ids`. Logits are float32 whatever the
+        dtype of the model: rounded to bf16 they are up to 0.06 from their values at 16 to 32, which alone is a KL of
+        about 0.001.
+        """
+        states = [h[first - 1 : len(ids) - 1] for h in (hidden, reference)]
+        # Numbers that are in bf16 already lose nothing in products of bf16, whose sums are float32.
+        narrow = states[0].dtype == torch.bfloat16 and float32_products() is not None
+        with torch.no_grad(), weights_products("bf16") if narrow else nullcontext():
+            own, theirs = (s.float() for s in states)
+            return divergence(self.model, own, theirs, torch.tensor(ids[first:], device="cpu"))
 
     def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
         """Return (greedy continuation, the fields of a row that describe the work): prefill by the setting, exact

@@ -18,8 +18,6 @@ from dhsa.evaluation.tasks import Context, Item
 
 __all__ = ["build_hash", "identity", "key", "run"]
 
-VERSION = 1  # version of the rows: raise it when a measurement changes, so that old rows are not used
-
 
 def build_hash() -> str:
     """Return a hash of the compiled core and the Python rules around it, which change what is selected."""
@@ -57,7 +55,7 @@ def key(base: dict[str, Any], task: str, item: Item, setting: Setting, build: st
     return digest(
         {
             **{name: base[name] for name in ("model", "dtype", "products", "layers")},
-            "version": VERSION,
+            "version": tasks.task(task).VERSION,
             "task": task,
             "item": item.name,
             "prompt": prompt_hash(item.ids),

@@ -6,7 +6,8 @@ A task makes items (prompts), measures settings on an item, and turns rows into 
 - `measure(engine, item, settings) -> iterator of (setting, facts)`: facts are the fields of a row, as JSON can hold
 them;
 - `tables(rows) -> list of lines`: Markdown; `pictures(rows, folder) -> list of files`;
-- `DENSE`: whether dense attention is one of its settings.
+- `DENSE`: whether dense attention is one of its settings;
+- `VERSION`: that of its rows. Raise it when a measurement changes, so that old rows are not used.
 """
 
 from __future__ import annotations
