@@ -94,14 +94,14 @@ class Engine:
                 return layer
         return self.depth
 
-    def prefill(self, ids: list[int], setting: Setting) -> tuple[Any, dict[str, Any]]:
+    def prefill(self, ids: list[int], setting: Setting, replay: bool = True) -> tuple[Any, dict[str, Any]]:
         """Return (last hidden states [length, size], the fields of a row that describe the work) of a prompt read by a
-        setting.
+        setting. Without `replay` every layer is computed.
         """
         first = self.first_sparse(setting, len(ids))
         if self._prompt != tuple(ids):
             self._prompt, self._kept = tuple(ids), {}
-        replayed = 0 if setting.dense or first not in self._kept else first
+        replayed = first if replay and not setting.dense and first in self._kept else 0
         forget_runs(self.model)
         shared = self._replaying(replayed) if replayed else self._keeping(first)
         with self._attending(setting), shared:

@@ -32,7 +32,7 @@ def likelihood(model: Any, hidden: Any, target: Any, best: bool = False) -> tupl
             _pick(chosen, logits, wanted, start)
             seen.add(logits, start)
         values.append(chosen.double() - seen.total())
-        hits.append(seen.where == wanted if best else None)
+        hits.append(seen.where == wanted)
     return torch.cat(values), torch.cat(hits) if best else None
 
 

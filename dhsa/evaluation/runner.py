@@ -89,17 +89,18 @@ def run(
             items = task.items(context)
         wanted = [s for s in settings if task.DENSE or not s.dense]
         cells = [(item, [(s, key(base, name, item, s, build)) for s in wanted]) for item in items]
-        missing = sum(k not in store for _, keys in cells for _, k in keys)
-        plan(name, len(items) * len(wanted), missing)
-        with step(f"{name}: {len(items)} prompts, {len(wanted)} settings", total=max(missing, 1)) as advance:
+        prompts = sum(item.due for item in items)
+        missing = sum(k not in store for item, keys in cells if item.due for _, k in keys)
+        plan(name, prompts * len(wanted), missing)
+        with step(f"{name}: {prompts} prompts, {len(wanted)} settings", total=max(missing, 1)) as advance:
             for item, keys in cells:
-                due = {s: k for s, k in keys if k not in store}
+                due = {s: k for s, k in keys if item.due and k not in store}
                 if due:
                     for setting, facts in task.measure(context.engine, item, list(due)):
                         store.add(_row(base, name, item, setting, due[setting], build, facts))
                         advance()
                 # The label of a method may have changed, as from "rows" to "rows:query_block=128".
-                rows += [{**store.rows[k], "method": s.label} for s, k in keys]
+                rows += [{**store.rows[k], "method": s.label} for s, k in keys if k in store]
     return rows
 
 

@@ -453,12 +453,13 @@ def test_report_tells_builds_apart():
 def test_documents_from_files_folders_and_longbench(engine, tmp_path):
     (tmp_path / "b.txt").write_text("b" * 30)
     (tmp_path / "a.txt").write_text("a" * 50)
-    (tmp_path / "c.md").write_text("not read")
+    (tmp_path / "c.bin").write_text("not read")
+    (tmp_path / "d.PY").write_text("d" * 20)
     lines = tmp_path / "news.jsonl"
     lines.write_text("".join(json.dumps({"context": letter * 40}) + "\n" for letter in "xyz"))
     groups = texts.sources([tmp_path, lines])
     assert [[name for name, _ in group] for group in groups] == [
-        ["a.txt", "b.txt", "news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
+        ["a.txt", "b.txt", "d.PY", "news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
         ["news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
     ]
     word = engine.encode("axyz")
@@ -476,7 +477,7 @@ def test_documents_from_files_folders_and_longbench(engine, tmp_path):
         lines.write_text(bad)
         with pytest.raises(UserError, match=message):
             texts.sources([lines])
-    with pytest.raises(UserError, match=r"no \.txt or \.jsonl"):
+    with pytest.raises(UserError, match="no file of text, source code or records"):
         texts.sources([make(tmp_path / "empty")])
     with pytest.raises(UserError, match="--text: "):
         texts.sources([tmp_path / "none.txt"])
