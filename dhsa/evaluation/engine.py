@@ -9,7 +9,7 @@ that are scored (likelihood.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -165,19 +165,21 @@ class Engine:
                 self.model, hidden[first - 1 : len(ids) - 1], torch.tensor(ids[first:], device="cpu"), best
             )
 
-    def divergence(self, hidden: Any, reference: Any, ids: list[int], first: int) -> tuple[Any, Any, Any]:
-        """Return (log-likelihood float64, KL from the reference float64, whether the likeliest token is the
-        reference's) of the distributions that predict ids[first:].
+    def divergence(
+        self, hidden: Sequence[Any], reference: Any, ids: list[int], first: int
+    ) -> list[tuple[Any, Any, Any]]:
+        """Return, for each of `hidden`, (log-likelihood float64, KL from the reference float64, whether the likeliest
+        token is the reference's) of the distributions that predict ids[first:].
 
-        hidden, reference: last hidden states [length, size] of two prefills of `ids`. Logits are float32 whatever the
+        hidden, reference: last hidden states [length, size] of prefills of `ids`. Logits are float32 whatever the
         dtype of the model: rounded to bf16 they are up to 0.06 from their values at 16 to 32, which alone is a KL of
         about 0.001.
         """
-        states = [h[first - 1 : len(ids) - 1] for h in (hidden, reference)]
+        states = [h[first - 1 : len(ids) - 1] for h in (reference, *hidden)]
         # Numbers that are in bf16 already lose nothing in products of bf16, whose sums are float32.
         narrow = states[0].dtype == torch.bfloat16 and float32_products() is not None
         with torch.no_grad(), weights_products("bf16") if narrow else nullcontext():
-            own, theirs = (s.float() for s in states)
+            theirs, *own = (s.float() for s in states)
             return divergence(self.model, own, theirs, torch.tensor(ids[first:], device="cpu"))
 
     def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:

@@ -8,7 +8,7 @@ once. Nothing here is for models that change logits by more than a final softcap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,29 +36,42 @@ def likelihood(model: Any, hidden: Any, target: Any, best: bool = False) -> tupl
     return torch.cat(values), torch.cat(hits) if best else None
 
 
-def divergence(model: Any, hidden: Any, reference: Any, target: Any) -> tuple[Any, Any, Any]:
-    """Return (log-likelihood float64 [n] of each target, KL float64 [n], whether both agree on the likeliest token,
-    bool [n]).
+def divergence(model: Any, states: Sequence[Any], reference: Any, target: Any) -> list[tuple[Any, Any, Any]]:
+    """Return, for each of `states`, (log-likelihood float64 [n] of each target, KL float64 [n], whether its likeliest
+    token is that of `reference`, bool [n]).
 
-    hidden, reference [n, size]: the states that predict target [n]. With p from `reference` and q from `hidden`, KL is
-    the sum over the whole vocabulary of p (log p - log q), in nats. Of equal largest logits the lowest token counts.
+    states, reference: [n, size] each, the states that predict target [n]. With p from `reference` and q from one of
+    `states`, KL is the sum over the whole vocabulary of p (log p - log q), in nats. Of equal largest logits the lowest
+    token counts.
     """
-    made = []
+    made: list[list[tuple[Any, Any, Any]]] = [[] for _ in states]
     for i in range(0, len(target), _ROWS):
         wanted = target[i : i + _ROWS]
-        p, q, chosen = _Seen(wanted), _Seen(wanted), torch.empty_like(wanted, dtype=torch.float32)
-        gaps = []  # of each block of the vocabulary: the mean difference of the logits, weighted by p
-        for start, (theirs, own) in _blocks(model, reference[i : i + _ROWS], hidden[i : i + _ROWS]):
-            _pick(chosen, own, wanted, start)
-            gap = theirs - own
-            q.add(own, start)
+        p, others = _Seen(wanted), [_Other(wanted) for _ in states]
+        for start, (theirs, *own) in _blocks(model, *(s[i : i + _ROWS] for s in (reference, *states))):
+            gaps = [theirs - logits for logits in own]
             weights, sums = p.add(theirs, start)
-            gaps.append(gap.mul_(weights).sum(-1).double() / sums)
-        gap = (torch.stack(p.sums).softmax(0) * torch.stack(gaps)).sum(0)
-        total = q.total()
-        made.append((chosen.double() - total, gap - p.total() + total, p.where == q.where))
-    values, kl, same = zip(*made, strict=True)
-    return torch.cat(values), torch.cat(kl), torch.cat(same)
+            for other, logits, gap in zip(others, own, gaps, strict=True):
+                _pick(other.chosen, logits, wanted, start)
+                other.seen.add(logits, start)
+                other.gaps.append(gap.mul_(weights).sum(-1).double() / sums)
+        shares, total = torch.stack(p.sums).softmax(0), p.total()
+        for other, parts in zip(others, made, strict=True):
+            gap, own_total = (shares * torch.stack(other.gaps)).sum(0), other.seen.total()
+            parts.append((other.chosen.double() - own_total, gap - total + own_total, p.where == other.seen.where))
+    joined = []
+    for parts in made:
+        values, kl, same = zip(*parts, strict=True)
+        joined.append((torch.cat(values), torch.cat(kl), torch.cat(same)))
+    return joined
+
+
+class _Other:
+    """What `divergence` collects of one of its states."""
+
+    def __init__(self, target: Any) -> None:
+        self.seen, self.chosen = _Seen(target), torch.empty_like(target, dtype=torch.float32)
+        self.gaps: list[Any] = []  # of each block of the vocabulary: the mean difference of the logits, weighted by p
 
 
 class _Seen:

@@ -169,8 +169,9 @@ def test_divergence_in_blocks(softcap, bias, dtype, monkeypatch):
             return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
 
         p, q = logs(reference), logs(hidden)
-        made = Engine.divergence(SimpleNamespace(model=model), hidden, reference, [0, *target.tolist()], 1)
-        same = Engine.divergence(SimpleNamespace(model=model), hidden, hidden, [0, *target.tolist()], 1)
+        ids = [0, *target.tolist()]
+        made, zero = Engine.divergence(SimpleNamespace(model=model), [hidden, reference], reference, ids, 1)
+        (same,) = Engine.divergence(SimpleNamespace(model=model), [hidden], hidden, ids, 1)
     values, kl, agree = made
     torch.testing.assert_close(values, q[range(30), target], rtol=0, atol=3e-6)
     torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=3e-6)
@@ -179,9 +180,11 @@ def test_divergence_in_blocks(softcap, bias, dtype, monkeypatch):
     assert kl[9] == 0
     assert agree.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
     assert 5 < agree.sum() < 30
+    torch.testing.assert_close(zero[0], p[range(30), target], rtol=0, atol=3e-6)
     assert torch.equal(same[0], values)
-    assert not same[1].any()
-    assert same[2].all()
+    for alike in (zero, same):
+        assert not alike[1].any()
+        assert alike[2].all()
 
 
 def test_products_in_bf16_are_put_back(engine):

@@ -20,6 +20,7 @@ from dhsa.evaluation.tasks import Context, Item
 
 DENSE = True
 VERSION = 2
+_TOGETHER = 4  # settings that are compared with dense attention at once, whose logits are computed once for them
 CLOSENESS = ["KL from dense", "top-1 agreement, %"]
 
 
@@ -30,11 +31,13 @@ def items(context: Context) -> list[Item]:
 def measure(engine: Any, item: Item, settings: list[Setting]) -> Iterator[tuple[Setting, dict[str, Any]]]:
     first = len(item.ids) // 2
     reference, dense_work = engine.prefill(item.ids, dense())  # also where its own row exists already
-    for setting in settings:
-        hidden, work = (reference, dense_work) if setting.dense else engine.prefill(item.ids, setting)
-        values, kl, same = engine.divergence(hidden, reference, item.ids, first)
-        facts = {"nll": -float(values.mean()), "kl": float(kl.mean()), "agreement": float(same.double().mean())}
-        yield setting, {"scored": len(values), **facts, **work}
+    for start in range(0, len(settings), _TOGETHER):
+        some = settings[start : start + _TOGETHER]
+        read = [(reference, dense_work) if s.dense else engine.prefill(item.ids, s) for s in some]
+        found = engine.divergence([hidden for hidden, _ in read], reference, item.ids, first)
+        for setting, (_, work), (values, kl, same) in zip(some, read, found, strict=True):
+            facts = {"nll": -float(values.mean()), "kl": float(kl.mean()), "agreement": float(same.double().mean())}
+            yield setting, {"scored": len(values), **facts, **work}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
