@@ -43,7 +43,7 @@ def identity(source: Path) -> str:
             digest.update(file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read(1 << 20))
-    return f"{source.stem}:{digest.hexdigest()[:8]}"
+    return f"{source.stem if source.is_file() else source.name}:{digest.hexdigest()[:8]}"
 
 
 def prompt_hash(ids: list[int]) -> str:

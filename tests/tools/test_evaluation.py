@@ -311,6 +311,19 @@ def test_every_field_counts(monkeypatch):
     assert key() != before
 
 
+def test_models_are_told_apart(tmp_path):
+    """By name, whose dots in a folder's are no suffix, and by content."""
+    names = set()
+    for name, text in (("m-0.5b", "a"), ("m-1.5b", "a"), ("n-0.5b", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        names.add(runner.identity(tmp_path / name))
+    (tmp_path / "m-0.5b.gguf").write_text("a")
+    names.add(runner.identity(tmp_path / "m-0.5b.gguf"))
+    assert sorted(name.partition(":")[0] for name in names) == ["m-0.5b", "m-0.5b", "m-1.5b", "n-0.5b"]
+    assert len({name.partition(":")[2] for name in names}) == 3
+
+
 # ---- the run, killed and resumed -------------------------------------------------------------------------------------
 
 
