@@ -102,7 +102,7 @@ class Spot(NamedTuple):
 
 def frontier(spots: Sequence[Spot], path: Path, title: str) -> Path:
     """Draw KL (logarithmic) against time: a line for each method through its budgets. Settings on the frontier are
-    filled, those that are beaten are hollow; a grey line joins the former.
+    filled, those that are beaten are hollow; a grey line joins the filled ones that have the least KL in their time.
     """
     methods: dict[str, list[Spot]] = {}
     for spot in sorted(spots, key=lambda spot: spot.share):
@@ -110,8 +110,9 @@ def frontier(spots: Sequence[Spot], path: Path, title: str) -> Path:
     figure = _figure(12.5, max(5.6, 1.2 + 0.21 * len(methods)))
     axis = figure.subplots()
     figure.subplots_adjust(left=0.07, right=0.7, top=0.9, bottom=0.1)
-    best = sorted((spot.share, spot.kl) for spot in spots if spot.best)
-    axis.plot([100 * x for x, _ in best], [y for _, y in best], color="#c9c6bd", linewidth=6, zorder=1)
+    best = sorted((spot for spot in spots if spot.best), key=lambda spot: (spot.share, spot.kl))
+    least = [spot for n, spot in enumerate(best) if all(spot.kl < other.kl for other in best[:n])]
+    axis.plot([100 * s.share for s in least], [s.kl for s in least], color="#c9c6bd", linewidth=6, zorder=1)
     for place, (name, own) in enumerate(methods.items()):
         colour = _COLOURS[place % len(_COLOURS)]
         line = "-" if place < len(_COLOURS) else "--"
@@ -134,10 +135,12 @@ def frontier(spots: Sequence[Spot], path: Path, title: str) -> Path:
                 axis.annotate(spot.budget, (100 * spot.share, spot.kl), **place_of)
     _style(axis)
     axis.set_yscale("log")
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, max(105, axis.get_xlim()[1]))
     axis.axvline(100, color=_QUIET, linewidth=0.8, linestyle=":")
     axis.grid(which="both", color="#e4e1d8", linewidth=0.6)
     axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "25" else "")
+    axis.tick_params(which="minor", colors=_QUIET, labelsize=9)
     axis.set_xlabel("selecting and attending, % of dense attention's time", color=_INK)
     axis.set_ylabel("KL from dense, nats", color=_INK)
     figure.legend(loc="center left", bbox_to_anchor=(0.71, 0.5), frameon=False, fontsize=8)

@@ -281,14 +281,15 @@ def test_the_picture_shows_what_is_beaten(tmp_path, monkeypatch):
         pictures.Spot("rows", "64", 0.2, 0.5, 0.1, True),
         pictures.Spot("rows", "128", 0.4, 0.02, 0.03, True),  # an error beyond its value
         pictures.Spot("window", "64", 0.5, 0.7, math.nan, False),
+        pictures.Spot("window", "128", 0.6, 0.03, 0.03, True),  # within its error of what is faster
     ]
     path = pictures.frontier(spots, tmp_path / "f.png", "title")
     assert path.read_bytes()[:8] == PNG
-    assert drawn[0][:2] == ([20.0, 40.0], [0.5, 0.02])  # the frontier
+    assert drawn[0][:2] == ([20.0, 40.0], [0.5, 0.02])  # the line of the frontier
     hollow = [d for d in drawn if d[2] == pictures._PAPER and d[0]]
     assert [d[:2] for d in hollow] == [([50.0], [0.7])]
     filled = [d for d in drawn if d[2] is not None and d[2] == d[3] and d[0]]
-    assert [d[:2] for d in filled] == [([20.0, 40.0], [0.5, 0.02])]
+    assert [d[:2] for d in filled] == [([20.0, 40.0], [0.5, 0.02]), ([60.0], [0.03])]
 
 
 # ---- configs, chats, halves ------------------------------------------------------------------------------------------
