@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib.util
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "at_least",
     "beginning",
     "cache_folder",
+    "cpu_name",
     "find_model",
     "load",
     "logits",
@@ -67,6 +69,16 @@ def prepare(needed: Sequence[str], command: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the pool's threads would outlive their use
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f"not installed: {', '.join(missing)}; {command} needs its extra: {INSTALL}")
+
+
+def cpu_name() -> str:
+    """The name of the CPU as the system tells it, or that of its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
