@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import dhsa
+from dhsa import commands
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -220,7 +221,6 @@ def line(values: Iterable[str]) -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), "")
     here = Path(__file__).resolve().parent
     try:
         told = subprocess.run(
@@ -230,7 +230,7 @@ def machine(threads: int) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = ""
     return {
-        "cpu": cpu,
+        "cpu": commands.cpu_name(),
         "threads": threads,
         "isa": dhsa.build_info()["isa"],
         "dhsa": dhsa.__version__,
@@ -239,13 +239,6 @@ def machine(threads: int) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "fma_peak": peak(threads),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 @dataclass

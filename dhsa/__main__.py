@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dhsa {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if args.command == "run":  # it is the program's: the process ends as if Python had run it
+            raise
         print(f"dhsa {args.command}: stopped", file=sys.stderr)
         return 130
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # a link stays a link
     if target.exists() and not target.is_file():  # a plain file would replace a device or a pipe
         raise OSError(f"{path}: is not a regular file, nothing is written in its place")
-    part = target.with_name(f".{os.getpid()}.{target.name}")
+    part = target.with_name(f".{os.getpid()}.{threading.get_native_id()}.{target.name}")
     try:
         yield part
         with open(part, "rb+") as file:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -23,16 +24,17 @@ MODELS = "transformers.modeling_utils"  # has the registry of attention function
 
 def register_when_imported() -> None:
     """Registers now if transformers is already imported, else once it has been. Further calls do nothing."""
-    when_imported(MODELS, _register)
+    when_imported(MODELS, _register, 'attn_implementation="dhsa" is not known until dhsa.hf is imported')
 
 
-def when_imported(name: str, act: Callable[[ModuleType], object]) -> None:
+def when_imported(name: str, act: Callable[[ModuleType], object], otherwise: str) -> None:
     """Calls `act` with the module of this name: now if it is already imported, else once it has been. Further calls
-    with the same arguments do nothing."""
+    with the same arguments do nothing. If the module's loader takes no other function in the place of its own, a
+    RuntimeWarning says so, and `otherwise`: what is amiss then."""
     if name in sys.modules:
         act(sys.modules[name])
     elif not any(isinstance(finder, _Awaiting) and finder.awaits(name, act) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Awaiting(name, act))
+        sys.meta_path.insert(0, _Awaiting(name, act, otherwise))
 
 
 def _register(_: ModuleType) -> None:
@@ -46,8 +48,8 @@ def _register(_: ModuleType) -> None:
 class _Awaiting:
     """A finder that delegates to the other finders, and calls a function once the awaited module has been executed."""
 
-    def __init__(self, name: str, act: Callable[[ModuleType], object]) -> None:
-        self._name, self._act = name, act
+    def __init__(self, name: str, act: Callable[[ModuleType], object], otherwise: str) -> None:
+        self._name, self._act, self._otherwise = name, act, otherwise
         self._asking = threading.local()  # against recursion: finders of other packages may delegate as well
 
     def awaits(self, name: str, act: Callable[[ModuleType], object]) -> bool:
@@ -64,18 +66,16 @@ class _Awaiting:
             spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self._asking.now = False
-        if spec is not None and hasattr(spec.loader, "exec_module"):
+        if spec is not None:
             self._follow(spec.loader)
         return spec
 
     def _follow(self, loader: Any) -> None:
         # Sets an attribute of the module's loader instead of wrapping it, so its type and other attributes stay.
-        run = loader.exec_module
-
         def exec_module(module: ModuleType) -> None:
             # If this fails, the finder stays for the next attempt. This frame appears in the traceback, so the comment
             # of the line that is quoted there says where the error comes from.
-            run(module)  # transformers.modeling_utils is imported here: an error below is not of dhsa
+            run(module)  # the module that dhsa waits for is imported here: an error below is not of dhsa
             if module.__name__ != self._name:
                 return
             loader.__dict__.pop("exec_module", None)
@@ -83,5 +83,11 @@ class _Awaiting:
                 sys.meta_path.remove(self)
             self._act(module)
 
-        with contextlib.suppress(AttributeError):  # a loader without attributes: users must import dhsa.hf
-            loader.exec_module = exec_module
+        try:
+            run, loader.exec_module = loader.exec_module, exec_module
+        except AttributeError:  # a loader without this function, or without attributes of its own
+            warnings.warn(
+                f"dhsa: the {type(loader).__name__} that loads {self._name} cannot be followed, so {self._otherwise}",
+                RuntimeWarning,
+                stacklevel=2,
+            )

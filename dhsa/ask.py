@@ -14,13 +14,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dhsa import commands
-from dhsa._safetensors import read_header
+from dhsa._safetensors import TooLargeError, read_header
 from dhsa.commands import UserError, at_least
 from dhsa.methods import registry
 
@@ -32,6 +32,7 @@ DESCRIPTION = (
     "question after each answer."
 )
 SUFFIX = ".prompt.safetensors"
+BUDGET, METHOD = 2048, "rows"
 PIECE = 2048  # tokens of the text that go through the model at once
 GB = 10**9
 _NEEDED = ("torch", "transformers", "rich")
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=kinds, default=kinds[0], help=f"of the weights; default: {kinds[0]}")
     add("--tokens", type=at_least(1), metavar="N", help="read only the first N tokens of the text")
     add("--new-tokens", type=at_least(1), default=256, metavar="N", help="the most tokens of an answer; default: 256")
-    add("--budget", type=at_least(4), default=2048, metavar="N", help="keys a block of queries may see; default: 2048")
-    add("--method", choices=tuple(registry), default="rows", help="how these keys are selected; default: rows")
+    add("--budget", type=at_least(4), metavar="N", help=f"keys a block of queries may see; default: {BUDGET}")
+    add("--method", choices=tuple(registry), help=f"how these keys are selected; default: {METHOD}")
     add("--exact", action="store_true", help="attend to every key, in place of --budget and --method")
     add("--bits", type=int, choices=(8,), help="save the cache in 8 bits: smaller, slower to open, and rounded")
     add(
@@ -64,8 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="the most that saved texts may take; those not used for longest are deleted first; default: 20",
     )
-    add("--list", action="store_true", help="list the saved texts, and do nothing else")
-    add("--forget", metavar="NAME", help="delete a saved text by its name in --list, or all, and do nothing else")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--list", action="store_true", help="list the saved texts, and do nothing else")
+    alone.add_argument(
+        "--forget", metavar="NAME", help="delete a saved text by its name in --list, or all, and do nothing else"
+    )
 
 
 def _gigabytes(text: str) -> int:
@@ -83,8 +87,10 @@ def run(args: argparse.Namespace) -> int:
     commands.prepare(_NEEDED, "ask")
     from rich.console import Console
 
+    if args.exact and (args.budget is not None or args.method is not None):
+        raise UserError("--exact: leaves no key out, so there is neither --budget nor --method")
     console = Console(width=None if sys.stdout.isatty() else 132)
-    folder = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa" / "prompts"
+    folder = args.cache or commands.cache_folder() / "prompts"
     if args.list:
         _show(folder, console)
         return 0
@@ -106,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"The text has {len(prompt):,} tokens; the model was made for {most:,}.", highlight=False)
     import dhsa
 
-    config = dhsa.Config(budget=None) if args.exact else dhsa.Config(method=args.method, budget=args.budget)
+    method: Any = args.method or METHOD
+    config = dhsa.Config(method=method, budget=None if args.exact else args.budget or BUDGET)
     try:
         dhsa.patch(model, config)
     except ValueError as error:
@@ -116,7 +123,12 @@ def run(args: argparse.Namespace) -> int:
     while True:
         if question is not None:
             try:
-                _answer(model, tokenizer, fresh(), prompt, question, args.new_tokens, console)
+                try:
+                    cache = fresh()
+                except FileNotFoundError:  # another process has deleted it
+                    fresh = _reader(model, prompt, folder, args, source.name, console)
+                    continue
+                _answer(model, tokenizer, cache, prompt, question, args.new_tokens, console)
             except ValueError as error:  # what is stored about the keys is read when it is first used
                 if SUFFIX not in str(error):
                     raise
@@ -171,7 +183,7 @@ class _Prompt:
 
 def _first_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     """The beginning of a text that has `tokens` tokens."""
-    ids = tokenizer(text[: 24 * tokens], add_special_tokens=False).input_ids
+    ids = tokenizer(commands.beginning(text, tokens), add_special_tokens=False).input_ids
     return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens])
 
 
@@ -225,15 +237,16 @@ def _reader(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         notes = {"model": model_name, "text": text_name}
-        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes)
-        if (size := path.stat().st_size) > args.max_size:
-            path.unlink()
-            raise OSError(f"it takes {_size(size)}, --max-size is {_size(args.max_size)}")
+        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes, max_bytes=args.max_size)
         _trim(folder, args.max_size, path)
-    except (OSError, NotImplementedError) as error:
-        console.print(f"The text is not saved: {error}", highlight=False, markup=False, soft_wrap=True)
-        return lambda: _copied(cache, prompt)
-    return opened
+    except TooLargeError as error:
+        why = f"it takes {_size(error.size)}, --max-size is {_size(args.max_size)}"
+    except (OSError, NotImplementedError, ValueError) as error:  # ValueError: numbers that 8 bits cannot hold
+        why = str(error)
+    else:
+        return opened
+    console.print(f"The text is not saved: {why}", highlight=False, markup=False, soft_wrap=True)
+    return lambda: _copied(cache, prompt)
 
 
 def _copied(cache: Any, prompt: _Prompt) -> Any:
@@ -260,34 +273,15 @@ def _read(model: Any, prompt: _Prompt, console: Any) -> Any:
     from dhsa.hf.compat import cache_option
 
     cache, decoder = DynamicCache(config=model.config), model.get_decoder()
-    with torch.no_grad(), _tokens_read(console, len(prompt)) as advance:
+    with (
+        torch.no_grad(),
+        commands.progress(console, remaining=True, rate="tokens") as step,
+        step(f"reading {len(prompt):,} tokens", len(prompt)) as advance,
+    ):
         for piece in prompt.ids.split(PIECE, 1):
             decoder(piece, **cache_option(decoder, cache), use_cache=True)
             advance(piece.shape[1])
     return cache
-
-
-@contextmanager
-def _tokens_read(console: Any, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows the progress of reading `total` tokens: the tokens per second and the remaining time."""
-    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Any:
-            rate = task.finished_speed or task.speed
-            return Text("" if rate is None else f"{rate:,.0f} tokens/s")
-
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        Rate(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as shown:
-        task = shown.add_task(f"reading {total:,} tokens", total=total)
-        yield lambda count: shown.advance(task, count)
 
 
 # ---- answering -------------------------------------------------------------------------------------------------------
@@ -328,25 +322,23 @@ def _answer(
 # ---- saved texts -----------------------------------------------------------------------------------------------------
 
 
-def _saved(folder: Path) -> list[Path]:
-    """The files of saved texts, the one that was used last first."""
+def _saved(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of saved texts and their status, the one that was used last first. Other processes may delete them at
+    any time."""
     found = []
     for path in folder.glob(f"*{SUFFIX}") if folder.is_dir() else ():
-        try:
-            found.append((path.stat().st_mtime, path))
-        except OSError:  # another process has deleted it
-            continue
-    return [path for _, path in sorted(found, reverse=True)]
+        if not path.name.startswith("."):  # as the files that are being written
+            with suppress(OSError):  # another process has deleted it
+                found.append((path, path.stat()))
+    return sorted(found, key=lambda one: (one[1].st_mtime, one[0]), reverse=True)
 
 
 def _trim(folder: Path, most: int, keep: Path) -> None:
     """Deletes the saved texts not used for longest, other than `keep`, until all take no more than `most` bytes."""
-    left = most - keep.stat().st_size
-    for path in _saved(folder):
-        if path == keep:
-            continue
-        left -= path.stat().st_size
-        if left < 0:
+    left = most
+    for path, status in sorted(_saved(folder), key=lambda one: one[0] != keep):
+        left -= status.st_size
+        if left < 0 and path != keep:
             path.unlink(missing_ok=True)
 
 
@@ -358,18 +350,18 @@ def _show(folder: Path, console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    paths = _saved(folder)
-    if not paths:
+    found = _saved(folder)
+    if not found:
         console.print(f"No saved texts in {folder}.", highlight=False, markup=False, soft_wrap=True)
         return
     table = Table(title=escape(str(folder)), title_style="bold")
     for heading in ("name", "text", "model", "tokens", "size", "last used"):
         table.add_column(heading, justify="right" if heading in ("tokens", "size") else "left", overflow="fold")
-    for path in paths:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+    for path, status in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.st_mtime))
         text, model, tokens = _notes(path)
         name = path.name.removesuffix(SUFFIX)
-        table.add_row(escape(name), escape(text), escape(model), tokens, _size(path.stat().st_size), used)
+        table.add_row(escape(name), escape(text), escape(model), tokens, _size(status.st_size), used)
     console.print(table)
 
 
@@ -377,14 +369,14 @@ def _notes(path: Path) -> tuple[str, str, str]:
     """The text, the model and the number of tokens that a file names."""
     try:
         with open(path, "rb") as file:
-            metadata, entries = read_header(file, os.fstat(file.fileno()).st_size)
+            metadata, entries = read_header(file)
         return metadata["note.text"], metadata["note.model"], f"{entries['tokens'].shape[-1]:,}"
     except (OSError, ValueError, LookupError):
         return "damaged", "", ""
 
 
 def _forget(folder: Path, name: str, console: Any) -> None:
-    paths = {path.name.removesuffix(SUFFIX): path for path in _saved(folder)}
+    paths = {path.name.removesuffix(SUFFIX): path for path, _ in _saved(folder)}
     if name != "all" and name not in paths:
         raise UserError(f"--forget: no saved text {name!r} in {folder}; --list shows the names")
     for each in paths if name == "all" else [name]:

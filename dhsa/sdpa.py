@@ -26,6 +26,7 @@ except ImportError as error:
 
 from dhsa import _core, functional
 from dhsa._arrays import check_int, torch_obstacle, type_name
+from dhsa._tensors import autocast, autocast_dtype, one_interval, visible
 from dhsa.selection import Selection
 
 __all__ = ["SdpaCounts", "replace_sdpa", "replacing_sdpa", "restore_sdpa", "scaled_dot_product_attention"]
@@ -34,9 +35,6 @@ __all__ = ["SdpaCounts", "replace_sdpa", "replacing_sdpa", "restore_sdpa", "scal
 # threads of a Xeon with AVX-512 and AMX by `benchmarks/bench_dropin.py --lengths`, November 2026.
 LEAST = {torch.float32: (64, 96), torch.bfloat16: (32, 48), torch.float16: (32, 48)}
 
-# An additive mask hides a key with -inf, or with a finite number so low that its probability is 0: the smallest one of
-# a dtype, -1e9, or -1e4, which is -9984 in bfloat16.
-HIDDEN = -9984.0
 # Masks are read in slices of about this many elements.
 SLICE = 1 << 20
 
@@ -121,7 +119,7 @@ class _Call:
             raise _Unserved(
                 ValueError, "attn_mask: is given beside is_causal=True", "; a mask says itself what is causal"
             )
-        query, key, value = _cast(query, key, value)
+        query, key, value = autocast(query, key, value)
         _check_dtypes(query, key, value, attn_mask)
         if attn_mask is not None and attn_mask.numel():
             _visible(attn_mask[(-1,) * (attn_mask.ndim - 1)])  # most biases show in one row, and are refused here
@@ -141,23 +139,23 @@ class _Call:
         shape = (*self.lead, self.q_len, self.width)
         if 0 in shape or self.k_len == 0:
             return self.q.new_zeros(shape)
-        visible = _All() if self.mask is None else _read(self.mask, self.q_len, self.k_len)
+        keys = _All() if self.mask is None else _read(self.mask, self.q_len, self.k_len)
         k_len = self.k_len
         if self.causal:
             k_len = min(self.q_len, k_len)  # those after it are seen by none
-            visible = _causal(self.q_len, k_len)
+            keys = _causal(self.q_len, k_len)
         outer, heads, kv_heads = self.lead[: len(self.lead) - 1], self.heads, self.kv_heads
         q = self._flat(self.q, outer, heads, self.q_len)
         k, v = (self._flat(x[..., :k_len, :], outer, kv_heads, k_len) for x in (self.k, self.v))
-        if visible.per_head:
+        if keys.per_head:
             k, v = (x.repeat_interleave(heads // kv_heads, 1) if heads > kv_heads else x for x in (k, v))
             q, k, v = (x.reshape(-1, 1, *x.shape[2:]) for x in (q, k, v))
             outer = self.lead
-        if self.like is not None and self.width == q.shape[-1] and not visible.per_head:
+        if self.like is not None and self.width == q.shape[-1] and not keys.per_head:
             out = torch.empty_like(self.like)
         else:
             out = q.new_empty((*q.shape[:-1], self.width))
-        visible.attend(q, k, v, out, self.scale, outer)
+        keys.attend(q, k, v, out, self.scale, outer)
         return out if out.shape == shape else out.view(shape)
 
     @staticmethod
@@ -214,14 +212,6 @@ def _check_numbers(dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) 
         raise _Unserved(TypeError, f"scale: expected a number, got {type_name(scale)}")
     if not abs(scale) <= 1e38:
         raise _Unserved(ValueError, "scale: expected a finite number of at most 1e38", f", got {scale}")
-
-
-def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As autocast casts the inputs of torch's function."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
-    return tensors
 
 
 def _check_dtypes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None) -> None:
@@ -399,44 +389,24 @@ def _without_heads(array: np.ndarray, axis: int) -> tuple[np.ndarray, bool]:
 
 def _intervals(mask: torch.Tensor) -> np.ndarray | None:
     """int32 [R, 2], the interval of keys that each row of a mask [R, Lk] lets be seen; None if a row has several."""
-    count, k_len = mask.shape
-    table = np.empty((count, 2), np.int32)
-    step = max(1, SLICE // k_len)
-    for begin in range(0, count, step):
-        seen = _visible(mask[begin : begin + step])
-        start, stop = table[begin : begin + step].T
-        row = np.arange(len(seen))
-        start[:] = seen.argmax(1)  # 0 of a row that sees nothing
-        if not start.any():
-            end = seen.argmin(1)
-            stop[:] = np.where(seen[row, end], k_len, end)
-            if np.count_nonzero(seen) != int(stop.sum(dtype=np.int64)):
-                return None
-            continue
-        stop[:] = start + seen.sum(1, dtype=np.int32)
-        begins = np.count_nonzero(seen[:, 0]) + np.count_nonzero(seen[:, 1:] > seen[:, :-1])
-        if begins != np.count_nonzero(stop > start):
+    step = max(1, SLICE // mask.shape[1])
+    tables = []
+    for begin in range(0, len(mask), step):
+        if (table := one_interval(_visible(mask[begin : begin + step]))) is None:
             return None
-    return table
+        tables.append(table)
+    return np.concatenate(tables)
 
 
 def _visible(mask: torch.Tensor) -> np.ndarray:
     """bool [R, Lk] or [Lk] of a mask, which may be additive. _Unserved if it is a bias."""
-    if mask.requires_grad:
-        mask = mask.detach()
-    if mask.dtype == torch.bool:
-        visible: np.ndarray = mask.numpy()
-        return visible
-    values: np.ndarray = (mask if mask.dtype == torch.float32 else mask.float()).numpy()
-    seen: np.ndarray = values == 0
-    hidden = values <= HIDDEN
-    if np.count_nonzero(seen) + np.count_nonzero(hidden) != values.size:
+    if (seen := visible(mask)) is None:
         raise _Unserved(
             NotImplementedError, "attn_mask: is a bias", ": expected 0 for keys that are seen and -inf for others"
         )
     blind = ~seen.any(-1)
-    if blind.any() and not np.isneginf(values[blind]).all():  # a softmax of finite numbers alone makes probabilities
-        raise _Unserved(
+    if mask.dtype != torch.bool and blind.any() and not torch.isneginf(mask[torch.as_tensor(blind)]).all():
+        raise _Unserved(  # a softmax of finite numbers alone makes probabilities
             NotImplementedError, "attn_mask: is a bias", ": a query whose keys are all hidden needs -inf for each"
         )
     return seen
@@ -625,7 +595,7 @@ def _check_break_even(query: Any, key: Any) -> None:
         return
     active = _active
     least = active[-1]._break_even if active else None
-    least_q, least_k = LEAST.get(query.dtype, (0, 0)) if least is None else (0, least)
+    least_q, least_k = LEAST.get(autocast_dtype(query), (0, 0)) if least is None else (0, least)
     if query.shape[-2] < least_q:
         raise _Unserved(NotImplementedError, f"break-even: fewer than {least_q} queries")
     if key.shape[-2] < least_k:

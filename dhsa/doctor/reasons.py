@@ -76,7 +76,7 @@ def _of_sides(
     module: torch.nn.Module, config: Config, query: torch.Tensor, key: torch.Tensor, part: MaskPart
 ) -> Reason:
     """Return the reason for bidirectional attention between the tokens of `part`."""
-    if hindrance := one_sided(module, config):
+    if hindrance := one_sided(module, config, query.shape[2], key.shape[2]):
         return Reason("causal", hindrance)
     query, key = _of_part(query, key, part)
     name, least, tokens = "budget" if config.mass is None else "floor", config.exact_up_to, key.shape[2]

@@ -21,8 +21,10 @@ LENGTHS = {
     "ruler": [4096, 8192],
     "longbench": [8192],
     "output": [8192],
+    "frontier": [8192, 16384],
 }
 TASKS = tuple(LENGTHS)
+ALONE = ("frontier",)  # not part of "all": its seconds need a machine that does nothing else
 BUDGETS = [640, 1152, 2176]
 
 # --quick: values in place of defaults, so that what is given on the command line still holds.
@@ -47,7 +49,11 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("tasks", metavar="TASKS", help=f"comma-separated: {', '.join(TASKS)}, or all; report: only the tables again")
+    add(
+        "tasks",
+        metavar="TASKS",
+        help=f"comma-separated: {', '.join(TASKS)}; all: all but {', '.join(ALONE)}; report: only the tables again",
+    )
     add("--model", metavar="PATH", help="a GGUF file, a model folder, gemma3 or smollm2 (packaged; default: gemma3)")
     add(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (default: float32)"
@@ -62,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="A,B",
         help="methods with overrides, as rows,rows:query_block=64,window; dense is always measured (default: all)",
+    )
+    add(
+        "--configs",
+        type=Path,
+        metavar="FILE",
+        help="JSON, {name: {field of Config: value}}: configs measured as they are, beside --methods or without",
     )
     add("--budget", type=_ints(16), metavar="N,M", help="keys a block of queries may see (default: 640,1152,2176)")
     add(
@@ -87,11 +99,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="PATH",
-        help=".txt or .jsonl files or folders (default: Python's reference)",
+        help="files or folders of prose, source code, .jsonl, chats (.json, .jsonl) (default: Python's reference)",
     )
     add("--join", action="store_true", help="join the texts of a source before cutting them into documents")
-    add("--documents", type=at_least(1), metavar="N", help="ppl, output: documents read (default: 12)")
+    add("--documents", type=at_least(1), metavar="N", help="ppl, output, frontier: documents read (default: 12)")
     add("--skip", type=at_least(0), default=0, metavar="N", help="ppl, output: documents left out before them")
+    add(
+        "--half",
+        choices=("choice", "held-out", "both"),
+        default="both",
+        help="frontier: read the documents to choose settings by, or those held out (default: both)",
+    )
+    add(
+        "--only",
+        choices=("quality", "time"),
+        help="frontier: measure only quality, which a busy machine does not change, or only time (default: both)",
+    )
+    add("--repetitions", type=at_least(3), default=3, metavar="N", help="frontier: rounds of time (default: 3)")
     add("--depths", type=at_least(1), metavar="N", help="niah: depths of the needle (default: 10)")
     add("--keys", type=at_least(1), metavar="N", help="niah: needles at each depth (default: 5)")
     add("--generate", action="store_true", help="niah: decode the answer too, beside its likelihood")
@@ -179,7 +203,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tasks(text: str) -> list[str]:
-    names = list(dict.fromkeys(TASKS if text == "all" else text.split(",")))
+    every = [name for name in TASKS if name not in ALONE]
+    names = list(dict.fromkeys(name for part in text.split(",") for name in (every if part == "all" else [part])))
     if names == ["report"]:
         return names
     for name in names:
@@ -191,7 +216,9 @@ def _tasks(text: str) -> list[str]:
 def _resolve(args: argparse.Namespace) -> None:
     """Fill in the defaults that depend on other arguments."""
     defaults = {**DEFAULTS, **(QUICK if args.quick else {})}
-    if args.mass:
+    if args.configs and args.methods is None:
+        defaults["methods"] = ""
+    if args.mass or defaults["methods"] == "":
         defaults["budget"] = []
     for name, value in {"budget": BUDGETS, **defaults}.items():
         if getattr(args, name) is None:
@@ -201,7 +228,12 @@ def _resolve(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
     """Return dense attention, then every method at every budget, without duplicates."""
-    specs = settings_of.methods(args.methods)
+    named = settings_of.named(args.configs) if args.configs else []
+    specs = settings_of.methods(args.methods) if args.methods or not named else []
+    if not specs and (args.budget or args.mass):
+        raise UserError("--budget and --mass are for --methods, and none is given")
+    if twice := [setting.label for setting in named if setting.label in specs]:
+        raise UserError(f"--configs: {args.configs}: {twice[0]} is one of --methods as well")
     options = {"dense_tail": args.dense_tail, "sink": args.sink, "local": args.local}
     made = [settings_of.dense()]
     for budget in args.budget:
@@ -212,7 +244,7 @@ def _settings(args: argparse.Namespace, settings_of: Any) -> list[Any]:
         raise UserError(f"--mass: the scores of {', '.join(specs)} are no shares of attention mass; give --budget")
     for mass in args.mass:
         made += [settings_of.setting(spec, None, mass=mass, **options) for spec in able]
-    return list(dict.fromkeys(made))
+    return list(dict.fromkeys([*made, *named]))
 
 
 def _measure(
@@ -221,7 +253,7 @@ def _measure(
     from dhsa.evaluation import runner, texts
     from dhsa.evaluation.tasks import Context
 
-    groups = texts.sources(args.text)
+    read = texts.sources(args.text)
     source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
     import dhsa
     from dhsa.evaluation.engine import Engine, weights_products
@@ -236,7 +268,8 @@ def _measure(
         "layers": "" if args.layers is None else ",".join(map(str, args.layers)),
         "threads": dhsa.get_num_threads(),
     }
-    context = Context(Engine(model, tokenizer, args.layers), args, groups)
+    engine = Engine(model, tokenizer, args.layers)
+    context = Context(engine, args, texts.rendered(engine, read))
 
     def plan(task: str, total: int, missing: int) -> None:
         if missing < total:

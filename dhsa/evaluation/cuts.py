@@ -50,7 +50,7 @@ class Cuts:
     """The boundaries of the layers of one prefill, by one of WORDS or, with "", as the Config says."""
 
     def __init__(self, word: str) -> None:
-        self.label, self.shared = "label" in word, word.startswith("shared")
+        self.word, self.label, self.shared = word, "label" in word, word.startswith("shared")
         self.selection: Any = None  # of the last sparse call
         self._first: Any = None
 
@@ -70,9 +70,12 @@ class Cuts:
     ) -> tuple[Any, Any, RunStats]:
         """`dhsa.functional.run` with these boundaries. Calls that leave no key out neither use nor set them."""
         layer: dict[str, Any] = {name: options.get(name) for name in ("scale", "softcap", "window")}
-        plain = not options.get("causal", True) or options.get("key_ranges") is not None  # exact, or refused there
-        if plain or config is None or not config.leaves_out(q.shape[2], k.shape[2], layer["window"]):
+        causal = options.get("causal", True)
+        ranged = options.get("key_ranges") is not None  # exact, or refused there
+        if ranged or config is None or not config.leaves_out(q.shape[2], k.shape[2], layer["window"], causal=causal):
             return _run(q, k, v, config, **options)
+        if not causal:
+            raise NotImplementedError(f"cuts={self.word}: is for causal attention, and a layer has keys on both sides")
         if self.label and options.get("sinks") is not None:
             raise NotImplementedError("cuts=label: labels are of attention without sinks, which this model has (s_aux)")
         start = perf_counter()

@@ -1,17 +1,19 @@
-"""Pictures of results, drawn by matplotlib off screen: curves of loss against budget, heat maps of needles."""
+"""Pictures of results, drawn by matplotlib off screen: curves of loss against budget, KL against time, heat maps of
+needles.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dhsa._files import replacing
 
-__all__ = ["curves", "heatmaps"]
+__all__ = ["Spot", "curves", "frontier", "heatmaps"]
 
 _INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
 _COLOURS = (
@@ -80,6 +82,69 @@ def curves(data: Mapping[str, Sequence[tuple[float, float, float, float]]], path
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.84, 0.5), frameon=False, fontsize=9)
     figure.text(0.07, 0.93, title, fontsize=13, fontweight="bold", color=_INK)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
+    return path
+
+
+class Spot(NamedTuple):
+    """One setting: time as a share of dense attention's, KL > 0 with its standard error (or NaN), and whether no other
+    setting beats it.
+    """
+
+    method: str
+    budget: str
+    share: float
+    kl: float
+    error: float
+    best: bool
+
+
+def frontier(spots: Sequence[Spot], path: Path, title: str) -> Path:
+    """Draw KL (logarithmic) against time: a line for each method through its budgets. Settings on the frontier are
+    filled, those that are beaten are hollow; a grey line joins the filled ones that have the least KL in their time.
+    """
+    methods: dict[str, list[Spot]] = {}
+    for spot in sorted(spots, key=lambda spot: spot.share):
+        methods.setdefault(spot.method, []).append(spot)
+    figure = _figure(12.5, max(5.6, 1.2 + 0.21 * len(methods)))
+    axis = figure.subplots()
+    figure.subplots_adjust(left=0.07, right=0.7, top=0.9, bottom=0.1)
+    best = sorted((spot for spot in spots if spot.best), key=lambda spot: (spot.share, spot.kl))
+    least = [spot for n, spot in enumerate(best) if all(spot.kl < other.kl for other in best[:n])]
+    axis.plot([100 * s.share for s in least], [s.kl for s in least], color="#c9c6bd", linewidth=6, zorder=1)
+    for place, (name, own) in enumerate(methods.items()):
+        colour = _COLOURS[place % len(_COLOURS)]
+        line = "-" if place < len(_COLOURS) else "--"
+        x, y = [100 * spot.share for spot in own], [spot.kl for spot in own]
+        # A bar that reached zero would have no end on this axis.
+        low, high = (
+            [0 if math.isnan(spot.error) else min(spot.error, most * spot.kl) for spot in own]
+            for most in (0.9, math.inf)
+        )
+        axis.errorbar(x, y, [low, high], color=colour, linewidth=1.2, capsize=2, linestyle=line, zorder=2)
+        mark = {"marker": _MARKS[place % len(_MARKS)], "color": colour, "linestyle": "none", "markersize": 6}
+        for filled in (True, False):
+            some = [spot for spot in own if spot.best == filled]
+            face = colour if filled else _PAPER
+            axis.plot([100 * s.share for s in some], [s.kl for s in some], markerfacecolor=face, zorder=3, **mark)
+        axis.plot([], [], label=name, **{**mark, "linestyle": line})
+        for spot in own:
+            if spot.budget:
+                place_of = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": _QUIET}
+                axis.annotate(spot.budget, (100 * spot.share, spot.kl), **place_of)
+    _style(axis)
+    axis.set_yscale("log")
+    axis.set_xlim(0, max(105, axis.get_xlim()[1]))
+    axis.axvline(100, color=_QUIET, linewidth=0.8, linestyle=":")
+    axis.grid(which="both", color="#e4e1d8", linewidth=0.6)
+    axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "25" else "")
+    axis.tick_params(which="minor", colors=_QUIET, labelsize=9)
+    axis.set_xlabel("selecting and attending, % of dense attention's time", color=_INK)
+    axis.set_ylabel("KL from dense, nats", color=_INK)
+    figure.legend(loc="center left", bbox_to_anchor=(0.71, 0.5), frameon=False, fontsize=8)
+    figure.text(0.07, 0.94, title, fontsize=13, fontweight="bold", color=_INK)
     with replacing(path) as part:
         figure.savefig(part, dpi=130)
     return path

@@ -18,8 +18,6 @@ from dhsa.evaluation.tasks import Context, Item
 
 __all__ = ["build_hash", "identity", "key", "run"]
 
-VERSION = 1  # version of the rows: raise it when a measurement changes, so that old rows are not used
-
 
 def build_hash() -> str:
     """Return a hash of the compiled core and the Python rules around it, which change what is selected."""
@@ -45,7 +43,7 @@ def identity(source: Path) -> str:
             digest.update(file.read(1 << 20))
             file.seek(max(0, size - (1 << 20)))
             digest.update(file.read(1 << 20))
-    return f"{source.stem}:{digest.hexdigest()[:8]}"
+    return f"{source.stem if source.is_file() else source.name}:{digest.hexdigest()[:8]}"
 
 
 def prompt_hash(ids: list[int]) -> str:
@@ -57,7 +55,7 @@ def key(base: dict[str, Any], task: str, item: Item, setting: Setting, build: st
     return digest(
         {
             **{name: base[name] for name in ("model", "dtype", "products", "layers")},
-            "version": VERSION,
+            "version": tasks.task(task).VERSION,
             "task": task,
             "item": item.name,
             "prompt": prompt_hash(item.ids),
@@ -91,17 +89,18 @@ def run(
             items = task.items(context)
         wanted = [s for s in settings if task.DENSE or not s.dense]
         cells = [(item, [(s, key(base, name, item, s, build)) for s in wanted]) for item in items]
-        missing = sum(k not in store for _, keys in cells for _, k in keys)
-        plan(name, len(items) * len(wanted), missing)
-        with step(f"{name}: {len(items)} prompts, {len(wanted)} settings", total=max(missing, 1)) as advance:
+        prompts = sum(item.due for item in items)
+        missing = sum(k not in store for item, keys in cells if item.due for _, k in keys)
+        plan(name, prompts * len(wanted), missing)
+        with step(f"{name}: {prompts} prompts, {len(wanted)} settings", total=max(missing, 1)) as advance:
             for item, keys in cells:
-                due = {s: k for s, k in keys if k not in store}
+                due = {s: k for s, k in keys if item.due and k not in store}
                 if due:
                     for setting, facts in task.measure(context.engine, item, list(due)):
                         store.add(_row(base, name, item, setting, due[setting], build, facts))
                         advance()
                 # The label of a method may have changed, as from "rows" to "rows:query_block=128".
-                rows += [{**store.rows[k], "method": s.label} for s, k in keys]
+                rows += [{**store.rows[k], "method": s.label} for s, k in keys if k in store]
     return rows
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import dhsa
@@ -19,7 +21,7 @@ from dhsa.commands import UserError
 from dhsa.evaluation.cuts import WORDS
 from dhsa.methods import registry
 
-__all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "setting"]
+__all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "named", "setting"]
 
 DENSE = "dense"
 METHODS = tuple(registry)
@@ -94,6 +96,31 @@ def methods(names: str) -> list[str]:
     if not specs:
         raise UserError(f"--methods: none given; there are {', '.join(NAMES)}")
     return list(dict.fromkeys(specs))
+
+
+def named(path: Path) -> list[Setting]:
+    """Return the settings of a JSON file, {name: {field of Config: value, ...}, ...}. Fields that are not given are
+    those of Config. `predictor` is a file. Raises UserError for what is no such file and for what Config refuses.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--configs: {path}: {error}") from error
+    if not isinstance(held, dict) or not held or not all(isinstance(fields, dict) for fields in held.values()):
+        raise UserError(f'--configs: {path}: expected an object of named objects, as {{"name": {{"budget": 512}}}}')
+    made = []
+    for name, fields in held.items():
+        if name == DENSE or "|" in name or not name.strip() or not name.isprintable():
+            raise UserError(f"--configs: {path}: a config cannot be named {name!r}")
+        values = dict(fields)
+        if values.get("predictor") is not None:
+            values["predictor"] = _load(f"{path}: {name}", str(values["predictor"]), "--configs")
+        try:
+            config = dhsa.Config(**values)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(f"--configs: {path}: {name}: {error}") from error
+        made.append(Setting(name, config, config.budget, config.mass))
+    return made
 
 
 def setting(
@@ -178,11 +205,11 @@ def _override(spec: str, word: str) -> tuple[str, Any]:
 
 
 @functools.cache
-def _load(spec: str, path: str) -> dhsa.BoundaryPredictor:
+def _load(spec: str, path: str, option: str = "--methods") -> dhsa.BoundaryPredictor:
     try:
         return dhsa.BoundaryPredictor.load(path)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--methods: {spec}: predictor: {error}") from error
+        raise UserError(f"{option}: {spec}: predictor: {error}") from error
 
 
 def _config(name: str, source: bool, values: dict[str, Any]) -> dhsa.Config:

@@ -110,7 +110,7 @@ def attend(
     if not causal:
         _refuse_half_a_mask(attention_mask, q_len, sliding_window)
         memory = None
-    hindrance = one_sided(module, config)
+    hindrance = one_sided(module, config, q_len, k_len)
     stretches = plan(
         attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None, sides=not hindrance
     )
@@ -218,14 +218,17 @@ def _two_sided_stretches(part: MaskPart, ranges: np.ndarray, config: Config, sid
     return [Stretch("ranged", row, row.table(ranges), of_sides=True) for row in rows]
 
 
-def one_sided(module: torch.nn.Module, config: Config) -> str:
-    """Why bidirectional attention of `module` runs exact whatever `config` says, as a reason of a record; else ""."""
+def one_sided(module: torch.nn.Module, config: Config, q_len: int, k_len: int) -> str:
+    """Why bidirectional attention of `module` runs exact whatever `config` says, as a reason of a record; else "". The
+    lengths are those of the call."""
     if config.exact:
         return ""
     if not config.options.has_both_sides:
         return f"bidirectional: method={config.method!r} selects keys for causal attention only"
     if not reads_text(module):
         return "bidirectional: attention between the parts of a picture or a sound runs exact"
+    if q_len != k_len:
+        return f"bidirectional: attention of {q_len:,} queries to {k_len:,} keys, not as many, runs exact"
     return ""
 
 

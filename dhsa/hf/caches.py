@@ -12,11 +12,12 @@ the cache among its arguments.
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +26,7 @@ from dhsa.config import Config
 
 from .compat import GRAPHS, cache_in
 
-__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "Memory", "recall", "restore", "stored", "unwatch", "watch"]
+__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "InFile", "Memory", "recall", "restore", "stored", "unwatch", "watch"]
 
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
@@ -46,14 +47,30 @@ UNHOOKED = (
 COMPILED = "compiled graphs store nothing about a cache's keys from call to call"
 
 
+class InFile(NamedTuple):
+    """A KeyIndex in a file, as bytes that are read when it is first needed."""
+
+    path: str
+    data: memoryview
+    sha256: str
+
+    def read(self) -> memoryview:
+        """The bytes; ValueError if they are not those of the checksum."""
+        if hashlib.sha256(self.data).hexdigest() != self.sha256:
+            raise self.damaged("its bytes are not those of its checksum")
+        return self.data
+
+    def damaged(self, why: object) -> ValueError:
+        return ValueError(f"{self.path}: the key index of a layer is damaged: {why}")
+
+
 class Kept:
     """What is stored for one cache layer: a KeyIndex for each stretch of keys that was attended to, and the tensor that
     held the keys."""
 
     def __init__(self) -> None:
         self.key_indexes: dict[tuple[int, int], Any] = {}  # by batch row and first key
-        self.stored: dict[tuple[int, int], memoryview] = {}  # those of a loaded cache that were not used yet, as bytes
-        self.file = ""  # the path of the file that holds them
+        self.stored: dict[tuple[int, int], InFile] = {}  # those of a loaded cache that were not used yet
         self.batch = 0
         self.tensor: weakref.ref | None = None
         self.version: int | None = None
@@ -61,7 +78,7 @@ class Kept:
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         twin = Kept()  # without a tensor, so that all keys of its first call are compared
         twin.batch = self.batch
-        twin.stored, twin.file = dict(self.stored), self.file
+        twin.stored = dict(self.stored)
         twin.key_indexes = {at: copy.deepcopy(index, memo) for at, index in self.key_indexes.items()}
         return twin
 
@@ -70,11 +87,12 @@ class Kept:
 
     def at(self, at: tuple[int, int]) -> Any:
         """The KeyIndex for a batch row and first key; None if there is none."""
-        if at in self.stored:
+        if (written := self.stored.get(at)) is not None:
+            data = written.read()
             try:
-                self.key_indexes[at] = _core.KeyIndex.from_bytes(self.stored[at])
+                self.key_indexes[at] = _core.KeyIndex.from_bytes(data)
             except ValueError as error:
-                raise ValueError(f"{self.file}: the key index of a layer is damaged: {error}") from None
+                raise written.damaged(error) from None
             del self.stored[at]
         return self.key_indexes.get(at)
 
@@ -213,18 +231,19 @@ def _fresh(key: torch.Tensor) -> Memory:
 
 
 def stored(layer: Any) -> dict[tuple[int, int], bytes]:
-    """The key indexes on a cache's layer as bytes, by batch row and first key."""
+    """The key indexes on a cache's layer as bytes, by batch row and first key. ValueError for one of a loaded cache
+    that was not used yet and is damaged."""
     kept = getattr(layer, _KEPT, None)
     if not isinstance(kept, Kept):
         return {}
-    written = {at: index.to_bytes() for at, index in kept.key_indexes.items()}
-    return written | {at: bytes(part) for at, part in kept.stored.items()}
+    made = {at: index.to_bytes() for at, index in kept.key_indexes.items()}
+    return made | {at: bytes(written.read()) for at, written in kept.stored.items()}
 
 
-def restore(layer: Any, batch: int, parts: dict[tuple[int, int], memoryview], file: str) -> None:
-    """Puts key indexes that `stored` returned for a layer with the same keys on `layer`. Each is read from `parts` when
-    it is first used."""
+def restore(layer: Any, batch: int, written: dict[tuple[int, int], InFile]) -> None:
+    """Puts key indexes that `stored` returned for a layer with the same keys on `layer`. Each is read when it is first
+    used."""
     kept = Kept()
-    kept.batch, kept.stored, kept.file = batch, parts, file
+    kept.batch, kept.stored = batch, written
     kept.tensor, kept.version = weakref.ref(layer.keys), _version(layer.keys)
     setattr(layer, _KEPT, kept)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from dhsa._tensors import one_interval, visible
 from dhsa.config import Config
 
 from .compat import outside_graphs
@@ -44,10 +45,6 @@ MAX_INTERVALS = 16
 
 # Masks given as [.., Lq, Lk] tensors are read in slices of about this many elements.
 _SLICE_ELEMENTS = 1 << 22
-
-# An additive mask hides a key with -inf, with the smallest number of some dtype or half of it, with -1e9 or with -1e4,
-# which is -9984 in bfloat16. Any other value that is not 0 is a bias, which is not a mask.
-_HIDDEN = -9984.0
 
 # The end of an interval that reaches to the last key, however many keys the attention function receives.
 _TO_THE_LAST = np.iinfo(np.int32).max
@@ -281,7 +278,7 @@ def ranges_of(
 
     - int32 [B or 1, m, Lq, 2]: a range table already;
     - [B, Lk] bool or integer, True or 1 for a real token: key padding over plain attention, the last query at the last
-      key, within `window` if given; over all keys if not `causal`;
+      key, within `window` if given; if not `causal`, over all keys, for queries that are padding too;
     - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
       equal in all heads. It is complete: causality and window come from it alone, as in transformers.
 
@@ -312,7 +309,8 @@ def ranges_of(
         rows = causal_rows(batch, q_len, k_len, first, window if causal else None)
         if not causal:
             rows[:] = 0, k_len
-        return np.ascontiguousarray(without_padding(rows, padding_of(mask[:, -k_len:], 0, k_len), first))
+        padding = padding_of(mask[:, -k_len:], 0, k_len)
+        return np.ascontiguousarray(without_padding(rows, padding, first if causal else None))
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
     if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
@@ -339,18 +337,12 @@ def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
         for start in range(0, mask.shape[2], step):
             stop = min(start + step, mask.shape[2])
             for h in range(heads):
-                piece = mask[b, h, start:stop]
-                if piece.dtype == torch.bool:
-                    visible = piece.cpu().numpy()
-                else:  # NumPy compares several times faster than torch, but knows no bfloat16
-                    values = (piece if piece.dtype in (torch.float32, torch.float64) else piece.float()).cpu().numpy()
-                    visible = values == 0
-                    if np.count_nonzero(visible) + np.count_nonzero(values <= _HIDDEN) != values.size:
-                        raise NotImplementedError(
-                            "attention_mask: an additive mask may hold 0 for visible keys and -1e4 or less for "
-                            'others; this one holds other values, and "dhsa" adds no bias to scores'
-                        )
-                found = _intervals(visible[None], start, first_batch=b)
+                if (seen := visible(mask[b, h, start:stop])) is None:
+                    raise NotImplementedError(
+                        "attention_mask: an additive mask may hold 0 for visible keys and -1e4 or less for others; "
+                        'this one holds other values, and "dhsa" adds no bias to scores'
+                    )
+                found = _intervals(seen[None], start, first_batch=b)
                 if h == 0:
                     parts.append(found)
                 elif not np.array_equal(parts[-1], found):
@@ -368,21 +360,15 @@ def _joined(tables: list[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate(padded, axis=axis)
 
 
-def _intervals(
-    visible: np.ndarray, first_row: int = 0, first_batch: int = 0, what: str = "attention mask"
-) -> np.ndarray:
+def _intervals(seen: np.ndarray, first_row: int = 0, first_batch: int = 0, what: str = "attention mask") -> np.ndarray:
     """int32 [B, m, n, 2] of bool [B, n, Lk], where m is the largest number of intervals of a row. Raises
     NotImplementedError if m exceeds MAX_INTERVALS."""
-    count = visible.sum(axis=-1, dtype=np.int32)
-    start = visible.argmax(axis=-1).astype(np.int32)
-    stop = (visible.shape[-1] - visible[..., ::-1].argmax(axis=-1)).astype(np.int32)
-    empty = count == 0
-    start[empty] = stop[empty] = 0
-    if np.array_equal(stop - start, count):
-        return np.stack([start, stop], axis=-1)[:, None]
-    edge = np.zeros((*visible.shape[:-1], 1), bool)
-    before, after = np.concatenate([edge, visible[..., :-1]], -1), np.concatenate([visible[..., 1:], edge], -1)
-    begins, ends = visible & ~before, visible & ~after
+    batch, rows, k_len = seen.shape
+    if (one := one_interval(seen.reshape(batch * rows, k_len))) is not None:
+        return one.reshape(batch, 1, rows, 2)
+    edge = np.zeros((*seen.shape[:-1], 1), bool)
+    before, after = np.concatenate([edge, seen[..., :-1]], -1), np.concatenate([seen[..., 1:], edge], -1)
+    begins, ends = seen & ~before, seen & ~after
     number = begins.sum(axis=-1)
     most = int(number.max())
     if most > MAX_INTERVALS:

@@ -13,9 +13,11 @@ import json
 import math
 import mmap
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +25,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dhsa._safetensors import WIDTHS, Entry, read_header, write
-from dhsa.config import Config
 
-from .caches import restore, stored
+from . import switching
+from .caches import InFile, restore, stored
 from .compat import SWITCHING
 from .switching import IMPLEMENTATION, STATE
 from .wrappers import unwrapped
@@ -47,7 +49,7 @@ class SavedCache(DynamicCache):
     Attributes:
         tokens: int64 [B, L], the ids of the tokens whose keys and values it held when it was saved.
         attention: the attention by which these were read: "sdpa" or another of transformers' names, or the text of a
-            `dhsa.Config`.
+            `dhsa.Config`, and of the layers that it was for if it was not for all of them.
     """
 
     def __init__(self, layers: list[Any], tokens: torch.Tensor, attention: str) -> None:
@@ -58,17 +60,27 @@ class SavedCache(DynamicCache):
         self.attention = attention
 
 
+@dataclass
+class _Room:
+    """Memory [B, Hkv, room, D] whose first `filled` rows of each head are in use: by a layer, by a shallow copy of it
+    that shares this object, or by views from before the layer was cropped."""
+
+    memory: torch.Tensor
+    filled: int
+
+
 class RoomyLayer(DynamicLayer):
     """A layer with room behind its keys and values. New ones are written there, where `DynamicLayer` copies all of them
-    in each step. `keys` and `values` are views of the beginning of that memory."""
+    in each step. `keys` and `values` are views of the beginning of that memory. What was once written there is not
+    overwritten: after `crop`, the next keys and values go to a new memory."""
 
-    _key_room: torch.Tensor | None = None
-    _value_room: torch.Tensor | None = None
+    _key_room: _Room | None = None
+    _value_room: _Room | None = None
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Begin with the first `length` keys and values of [B, Hkv, room, D]."""
         self.lazy_initialization(keys, values)
-        self._key_room, self._value_room = keys, values
+        self._key_room, self._value_room = _Room(keys, length), _Room(values, length)
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def update(
@@ -82,24 +94,23 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _append(held: torch.Tensor, room: torch.Tensor | None, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`held` and then `new`, along dimension 2, and the memory in which both lie: `room`, if `held` is its beginning
-    and the rest is large enough."""
+def _append(held: torch.Tensor, room: _Room | None, new: torch.Tensor) -> tuple[torch.Tensor, _Room]:
+    """`held` and then `new`, along dimension 2, and the memory in which both lie: `room`, if `held` is all that is in
+    use of it and the rest is large enough."""
     length, total = held.shape[2], held.shape[2] + new.shape[2]
-    if room is not None and total <= room.shape[2] and _begins(room, held):
-        memory = room
-    else:
+    if room is None or total > room.memory.shape[2] or length != room.filled or not _begins(room.memory, held):
         with torch.inference_mode(False):  # a tensor of inference mode could not be written to after it
-            memory = held.new_empty((*held.shape[:2], total + _room(total), held.shape[3]))
-        memory[:, :, :length] = held
-    memory[:, :, length:total] = new
-    return memory[:, :, :total], memory
+            room = _Room(held.new_empty((*held.shape[:2], total + _room(total), held.shape[3])), length)
+        room.memory[:, :, :length] = held
+    room.memory[:, :, length:total] = new
+    room.filled = total
+    return room.memory[:, :, :total], room
 
 
-def _begins(room: torch.Tensor, held: torch.Tensor) -> bool:
-    """Whether `held` is still the beginning of `room`: reordered beams and selected rows lie elsewhere."""
-    same = held.data_ptr() == room.data_ptr() and held.stride() == room.stride()
-    return same and held.shape[:2] == room.shape[:2]
+def _begins(memory: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether `held` is still the beginning of `memory`: reordered beams and selected rows lie elsewhere."""
+    same = held.data_ptr() == memory.data_ptr() and held.stride() == memory.stride()
+    return same and held.shape[:2] == memory.shape[:2]
 
 
 def _room(length: int) -> int:
@@ -121,8 +132,9 @@ def save_cache(
         cache: a transformers `DynamicCache`, of layers that keep all keys or those of a sliding window; on the CPU, in
             float32, float16 or bfloat16. It stays as it is.
         path: the file.
-        model: the model that made the cache, or a module that wraps it. Its config and a sample of each weight are
-            noted, so that a file is not used with another model.
+        model: the model that made the cache, or a module that wraps it. Its config and a sample of each weight (of a
+            tensor subclass, as packages for quantization have: only its shape and dtype) are noted, so that a file is
+            not used with another model.
         tokens: int [B, L] (or [L] for a batch of one), the ids of the tokens whose keys and values the cache holds,
             padding included. After `generate` these are all but the last one: `out[:, :-1]`.
         bits: 8: keys and values are rounded to 8-bit integers, with a factor for each token and KV head. The file is
@@ -131,7 +143,7 @@ def save_cache(
     Raises:
         TypeError: an argument of the wrong type (a static cache, for example); the message names it.
         ValueError: `tokens` are not those of the cache; the message names what differs. Or a number is not finite, with
-            `bits`.
+            `bits`; or the cache was loaded from a file in which a key index is damaged.
         NotImplementedError: the cache has layers of another kind (quantized, of linear attention), or lies on another
             device.
         OSError: the file cannot be written.
@@ -147,8 +159,10 @@ def write_cache(
     tokens: Any,
     bits: int | None = None,
     notes: Mapping[str, str] | None = None,
+    max_bytes: int | None = None,
 ) -> None:
-    """`save_cache` with further entries of the metadata, whose names there begin with "note."."""
+    """`save_cache` with further entries of the metadata, whose names there begin with "note.", and with a largest size
+    of the file, above which it raises `TooLargeError` and writes nothing."""
     _refuse_big_endian()
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list) or not isinstance(cache, DynamicCache):
@@ -187,7 +201,7 @@ def write_cache(
                 parts[f"{entry}.scale"] = ("F32", tuple(scale.shape), [_bytes(scale)])
                 tensors[entry] = ("I8", tuple(held.shape), _rounded(held, scale))
         found = stored(layer) if bits is None and about["kind"] == "full" else {}
-        about["index"] = [list(at) for at in found]
+        about["index"] = [[*at, hashlib.sha256(written).hexdigest()] for at, written in found.items()]
         for (row, start), written in found.items():
             parts[f"layers.{i}.index.{row}.{start}"] = ("U8", (len(written),), [written])
     tensors |= {"tokens": ("I64", tuple(ids.shape), [_bytes(ids)]), **parts}
@@ -204,7 +218,7 @@ def write_cache(
     }
     text = json.dumps(about)
     noted = {f"note.{key}": value for key, value in (notes or {}).items()}
-    write(path, tensors, {"dhsa": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), **noted})
+    write(path, tensors, {"dhsa": text, "sha256": hashlib.sha256(text.encode()).hexdigest(), **noted}, max_bytes)
 
 
 def _refuse_big_endian() -> None:
@@ -294,7 +308,8 @@ def _rounded(held: torch.Tensor, scale: torch.Tensor) -> Iterator[Any]:
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """What a file notes of a model: its config, and a hash over a sample of each of its weights."""
+    """What a file notes of a model: its config, and a hash over the names, shapes and dtypes of its weights and over a
+    sample of the numbers of each that is no tensor subclass."""
     inner = unwrapped(model)
     hashed = hashlib.sha256()
     for name, weight in inner.state_dict().items():
@@ -324,11 +339,14 @@ def _content(values: Any) -> Any:
 
 
 def attention_of(model: torch.nn.Module) -> str:
+    """What `SavedCache.attention` says of a model."""
     inner = unwrapped(model)
     name, state = inner.config._attn_implementation, inner.__dict__.get(STATE)
     if name != IMPLEMENTATION:
         return str(name)
-    return repr(Config() if state is None else state.config)
+    if state is None:
+        return repr(switching.DEFAULT)
+    return repr(state.config) if state.layers is None else f"{state.config!r} in layers {sorted(state.layers)}"
 
 
 def digest(ids: torch.Tensor) -> str:
@@ -386,14 +404,12 @@ def load_cache(path: str | os.PathLike[str], model: torch.nn.Module, *, prompt: 
     with torch.inference_mode(False), torch.no_grad(), _naming(path):
         about, entries, mapped = _open(path)
         _refuse_other_model(about, model)
-        shape = (about["batch"], about["length"])
         tokens = _copy(mapped, entries["tokens"], torch.int64)
         if digest(tokens) != about["tokens"]:
             raise ValueError("has token ids that were changed, expected those of its metadata")
         if asked is not None:
             _refuse_other_prompt(tokens, asked)
         layers = [_layer(i, each, about, entries, mapped, path) for i, each in enumerate(about["layers"])]
-        assert tuple(tokens.shape) == shape
     return SavedCache(layers, tokens, about["attention"])
 
 
@@ -417,19 +433,15 @@ def _open(path: str) -> tuple[dict[str, Any], dict[str, Entry], mmap.mmap]:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
         raise ValueError("is not a regular file, expected one that save_cache wrote")
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        metadata, entries = read_header(file, size)
+        metadata, entries = read_header(file)
         about = _about(metadata)
         expected = dict(_expected(about))
         for name, (dtype, shape) in expected.items():
             if name not in entries:
                 raise ValueError(f"has no tensor {name!r}, expected it by its metadata")
             found = entries[name]
-            if (
-                found.dtype != dtype
-                or (shape is not None and found.shape != shape)
-                or len(found.shape) != len(shape or "1")
-            ):
+            fits = len(found.shape) == 1 if shape is None else found.shape == shape
+            if found.dtype != dtype or not fits:
                 raise ValueError(
                     f"has tensor {name!r} of {found.dtype} {list(found.shape)}, expected {dtype} "
                     f"{'of one dimension' if shape is None else list(shape)} by its metadata"
@@ -438,7 +450,7 @@ def _open(path: str) -> tuple[dict[str, Any], dict[str, Entry], mmap.mmap]:
                 raise ValueError(f"has tensor {name!r} at byte {found.start}, expected a multiple of {WIDTHS[dtype]}")
         if others := sorted(entries.keys() - expected.keys()):
             raise ValueError(f"has tensor {others[0][:80]!r}, of which its metadata say nothing")
-        return about, entries, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        return about, entries, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _about(metadata: dict[str, str]) -> dict[str, Any]:
@@ -492,19 +504,23 @@ def _check(about: dict[str, Any]) -> None:
         window = number(layer["window"], "window", MAX_LENGTH) if kind == "sliding" else length + 1
         if size is None:
             continue
+        if not isinstance(size, list) or len(size) != 4:
+            raise TypeError
         heads, held, *widths = size
         number(heads, "heads")
         if number(held, "length of a layer", length) != min(length, max(window - 1, 1)):
             raise ValueError(
                 f"has a layer of {held} keys, expected {min(length, max(window - 1, 1))} of {length} tokens"
             )
-        if len(widths) != 2:
-            raise TypeError
         for width in widths:
             number(width, "width")
         number(layer["room"], "room", MAX_LENGTH - length, 0)
-        seen = [(number(row, "row", batch - 1, 0), number(start, "start", length, 0)) for row, start in layer["index"]]
-        if len(set(seen)) != len(seen):
+        seen = set()
+        for at in layer["index"]:
+            if not isinstance(at, list) or len(at) != 3 or not re.fullmatch("[0-9a-f]{64}", at[2]):
+                raise TypeError
+            seen.add((number(at[0], "row", batch - 1, 0), number(at[1], "start", length, 0)))
+        if len(seen) != len(layer["index"]):
             raise ValueError("names an index twice in its metadata")
 
 
@@ -520,7 +536,7 @@ def _expected(about: dict[str, Any]) -> Iterator[tuple[str, tuple[str, tuple[int
             yield f"layers.{i}.{which}", ("I8" if about["bits"] else DTYPES[about["dtype"]][1], (*shape, width))
             if about["bits"]:
                 yield f"layers.{i}.{which}.scale", ("F32", shape)
-        for row, start in layer["index"]:
+        for row, start, _ in layer["index"]:
             yield f"layers.{i}.index.{row}.{start}", ("U8", None)
 
 
@@ -566,10 +582,12 @@ def _layer(
         keys, values = (_tensor(mapped, entries[f"{name}.{which}"], dtype) for which in ("keys", "values"))
     if isinstance(layer, RoomyLayer):
         layer.hold(keys, values, held)
-        parts = {(row, at): entries[f"{name}.index.{row}.{at}"] for row, at in about["index"]}
-        if parts:
-            view = memoryview(mapped)
-            restore(layer, whole["batch"], {at: view[e.start : e.stop] for at, e in parts.items()}, path)
+        written = {}
+        for row, at, checksum in about["index"]:
+            entry = entries[f"{name}.index.{row}.{at}"]
+            written[row, at] = InFile(path, memoryview(mapped)[entry.start : entry.stop], checksum)
+        if written:
+            restore(layer, whole["batch"], written)
     else:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

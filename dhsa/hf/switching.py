@@ -143,8 +143,8 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
 
 def set_default(config: Config) -> None:
     """Makes `config` that of models that are loaded as "dhsa" and not patched, and of `patch` without a config. It must
-    neither share between layers nor choose keys in decoding steps, which need the hooks that `patch` puts on a model.
-    """
+    neither share between layers nor choose keys in decoding steps, which need the hooks that `patch` puts on a model,
+    nor have a predictor, whose networks `patch` compares with the model and gives to its layers."""
     global DEFAULT
     DEFAULT = config
 

@@ -3,6 +3,7 @@
 import torch
 
 from dhsa._arrays import torch_obstacle
+from dhsa._tensors import autocast
 
 __all__ = ["cast", "refuse_transforms"]
 
@@ -21,9 +22,7 @@ def cast(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value in one dtype. Under autocast they are cast to its dtype, as in
     `scaled_dot_product_attention`. Raises TypeError for mixed dtypes otherwise."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    query, key, value = autocast(query, key, value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             raise TypeError(

@@ -87,10 +87,8 @@ def run(args: argparse.Namespace) -> int:
     dhsa.set_num_threads(args.threads)
     torch.set_num_threads(dhsa.get_num_threads())
     console = Console(stderr=True)
-    source = commands.find_model(args.model)
     with commands.progress(console, remaining=True) as step:
-        with step("reading the model"):
-            tokenizer, model = commands.load(source)
+        _, tokenizer, model = commands.open_model(step, args.model, "float32")
         with step("reading the text"):
             text = read(args, tokenizer)
         state = args.out.with_suffix(".state")

@@ -16,7 +16,7 @@ APART = {"attend": {"chunk"}, "chunk": {"attend"}}  # rooms of one height
 LAYERS = [
     {"_typing"},
     {"_core"},
-    {"_arrays", "_checkpoint", "_files", "_register", "_threads", "_twin"},
+    {"_arrays", "_checkpoint", "_files", "_register", "_tensors", "_threads", "_twin"},
     {"_safetensors"},
     {"methods", "predictor", "selection"},
     {"config", "reference"},

@@ -204,6 +204,18 @@ def test_pictures_and_sounds():
     assert last_run(layer).path == "sparse"
 
 
+def test_other_numbers_of_queries_than_of_keys():
+    told = "bidirectional: attention of 90 queries to 600 keys, not as many, runs exact"
+    for q_len, k_len, why in ((90, LONG, told), (90, 95, "")):  # of 95 keys none would be left out
+        layer, (q, k, v) = layer_of(SPARSE), qkv(q_len=q_len, k_len=k_len)
+        out, _ = attention_forward(layer, q, k, v, None)
+        expected = masked_softmax(q, k, v, torch.ones(q_len, k_len).bool()).transpose(1, 2)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+        assert (last_run(layer).path, last_run(layer).reason) == ("dense", why)
+    found = reason(layer, SPARSE, *qkv(q_len=90, k_len=LONG)[:2], None, None, False)
+    assert found == ("causal", told)
+
+
 def test_masks_that_are_not_of_both_sides():
     at = torch.arange(LONG)
     distance = at[None] - at[:, None]
@@ -267,6 +279,22 @@ def test_the_table_is_transformers_mask(radius, side):
     seen = ((at >= table[..., :1]) & (at < table[..., 1:])).any(1)
     seen = torch.where(table[:, :1, :, :1].squeeze(1) == table[:, :1, :, 1:].squeeze(1), seen, seen)
     assert seen.equal(want[:, 0])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "gap"])
+@pytest.mark.parametrize("q_len", [90, 30])
+def test_padding_in_two_dimensions(side, q_len):
+    """Queries that are padding see the tokens, as in transformers' mask of four dimensions."""
+    padding = torch.ones(3, 90, dtype=torch.long)
+    if side != "gap":
+        padding = padded([90, 50, 1], 90, side)[1]
+    else:
+        padding[1, 20:40] = padding[2, 5:9] = padding[2, 30:60] = 0
+    q, k, v = qkv(batch=3, q_len=q_len, k_len=90)
+    expected = masked_softmax(q, k, v, padding.bool()[:, None, None]).transpose(1, 2)
+    for config in (EXACT, SPARSE.replace(budget=200)):
+        out, _ = attention_forward(layer_of(config), q, k, v, padding)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
 
 def test_a_pattern_of_another_kind_is_evaluated():

@@ -90,6 +90,41 @@ def test_finders_that_ask_the_others_too():
     )
 
 
+def test_a_loader_that_cannot_be_followed(tmp_path):
+    """It takes no attributes. It loads as ever, and a warning says what is amiss."""
+    (tmp_path / "awaited.py").write_text("value = 7\n")
+    run(
+        f"""
+        import warnings
+        from importlib.machinery import PathFinder
+        from dhsa._register import when_imported
+        class Slots:
+            __slots__ = ("loader",)
+            def create_module(self, spec):
+                return self.loader.create_module(spec)
+            def exec_module(self, module):
+                self.loader.exec_module(module)
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "awaited":
+                    found = PathFinder.find_spec(name, path, target)
+                    slots = Slots()
+                    slots.loader, found.loader = found.loader, slots
+                    return found
+        sys.path.insert(0, {str(tmp_path)!r})
+        sys.meta_path.insert(0, Finder())
+        called = []
+        when_imported("awaited", called.append, "nothing is appended")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import awaited
+        assert awaited.value == 7 and not called
+        told = [str(w.message) for w in caught if w.category is RuntimeWarning]
+        assert told == ["dhsa: the Slots that loads awaited cannot be followed, so nothing is appended"], told
+        """
+    )
+
+
 def test_threads():
     run(
         """

@@ -177,6 +177,29 @@ def test_appending_copies_nothing_until_the_room_is_used_up(one):
     assert layer.get_seq_length() == LENGTH + room + 2
 
 
+def test_what_was_appended_is_not_overwritten(one):
+    """After a crop, and by a shallow copy: neither earlier views nor the other cache change."""
+    model, _, path = one
+    loaded = dhsa.load_cache(path, model)
+    layer = loaded.layers[1]
+    new = torch.randn(3, 1, 2, 4, 32)
+    before, _ = layer.update(new[0], -new[0])
+    kept = before.clone()
+    layer.crop(-2)
+    layer.update(new[1], -new[1])
+    torch.testing.assert_close(before, kept, rtol=0, atol=0)
+    expected = torch.cat([kept[:, :, :-2], new[1]], 2)
+    torch.testing.assert_close(layer.keys, expected, rtol=0, atol=0)
+    at = layer.keys.data_ptr()
+    twin = copy.copy(layer)
+    layer.update(new[0], -new[0])
+    assert layer.keys.data_ptr() == at  # where the end is its own, nothing is copied
+    twin.update(new[2], -new[2])
+    torch.testing.assert_close(layer.keys, torch.cat([expected, new[0]], 2), rtol=0, atol=0)
+    torch.testing.assert_close(twin.keys, torch.cat([expected, new[2]], 2), rtol=0, atol=0)
+    torch.testing.assert_close(twin.values[:, :, LENGTH + 2 :], torch.cat([-new[1], -new[2]], 2), rtol=0, atol=0)
+
+
 def test_inference_mode_and_gradients(one):
     model, _, path = one
     with torch.inference_mode():
@@ -232,6 +255,25 @@ def test_another_attention_may_go_on(one):
         torch.testing.assert_close(generated(model, prompt, dhsa.load_cache(path, model))[1], expected, rtol=0, atol=0)
 
 
+def test_the_attention_that_read_it_is_noted(tmp_path, monkeypatch):
+    from dhsa.hf import switching
+
+    ids = tokens(1, 40)
+
+    def noted(model):
+        dhsa.save_cache(read(model, ids, (40,)), tmp_path / "x", model=model, tokens=ids)
+        return dhsa.load_cache(tmp_path / "x", model).attention
+
+    assert noted(build("llama", "sdpa")) == "sdpa"
+    model = build("llama", "dhsa")
+    assert noted(model) == repr(dhsa.Config())
+    monkeypatch.setattr(switching, "DEFAULT", SPARSE)  # as `python -m dhsa run` does
+    assert noted(model) == repr(SPARSE)
+    assert noted(dhsa.patch(model, STEPS)) == repr(STEPS)
+    assert noted(dhsa.patch(model, STEPS, layers=[2, 0])) == f"{STEPS!r} in layers [0, 2]"
+    assert noted(dhsa.patch(model, STEPS, layers=[])) == f"{STEPS!r} in layers []"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_eight_bits(dtype, tmp_path):
     model, ids = made("sparse steps", "gemma2", dtype), tokens(1, LENGTH)
@@ -274,7 +316,7 @@ def test_numbers_that_eight_bits_cannot_hold(tmp_path):
 
 def entries(path):
     with open(path, "rb") as file:
-        return saved.read_header(file, os.path.getsize(path))[1]
+        return saved.read_header(file)[1]
 
 
 def test_the_library_of_the_format_reads_it(one):
@@ -368,6 +410,9 @@ def test_another_prompt(one):
 # ---- files that are not what they should be --------------------------------------------------------------------------
 
 
+NO_FILE = "is cut short, was changed or is no safetensors file, expected a whole one: "
+
+
 def parts_of(data):
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
@@ -404,22 +449,40 @@ def test_cut_short_or_longer(one, tmp_path):
     model, _, path = one
     data = path.read_bytes()
     for size in (0, 1, 7, 8, 9, 500, 5000, len(data) // 2, len(data) - 1):
-        refused(tmp_path, model, data[:size], "expected|cut short")
-    refused(tmp_path, model, data + b"\0", f"has {len(data) + 1} bytes, expected {len(data)}")
+        refused(tmp_path, model, data[:size], NO_FILE)
+    refused(tmp_path, model, data + b"\0", NO_FILE)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(one, tmp_path, monkeypatch):
+    """The header that was checked is not that of the file that is open."""
+    import safetensors
+
+    model, _, path = one
+    data, bad, opening = path.read_bytes(), tmp_path / "bad", safetensors.safe_open
+    bad.write_bytes(data)
+    (tmp_path / "new").write_bytes(data)
+
+    def replaced(*args, **kwargs):
+        os.replace(tmp_path / "new", bad)
+        return opening(*args, **kwargs)
+
+    monkeypatch.setattr(safetensors, "safe_open", replaced)
+    with pytest.raises(ValueError, match=f"^{bad}: was replaced while it was opened"):
+        dhsa.load_cache(bad, model)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"GGUF" + bytes(100), "cut short, or no safetensors file"),
+        (b"GGUF" + bytes(100), NO_FILE),
         ((2).to_bytes(8, "little") + b"{}", "without metadata of dhsa"),
-        ((2).to_bytes(8, "little") + b"[]", "no JSON object"),
-        ((2).to_bytes(8, "little") + b"\xff\xff", "no JSON"),
-        ((5).to_bytes(8, "little") + b"[NaN]", "no JSON"),
-        ((8).to_bytes(8, "little") + b'{"a":1}' + b" ", "describes tensor 'a' wrongly"),
-        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "no JSON"),
-        ((2**63).to_bytes(8, "little") + bytes(100), "cut short"),
-        (joined({"__metadata__": {"dhsa": 3}}, b""), "metadata that are not strings"),
+        ((2).to_bytes(8, "little") + b"[]", NO_FILE),
+        ((2).to_bytes(8, "little") + b"\xff\xff", NO_FILE),
+        ((5).to_bytes(8, "little") + b"[NaN]", NO_FILE),
+        ((8).to_bytes(8, "little") + b'{"a":1}' + b" ", NO_FILE),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, NO_FILE),
+        ((2**63).to_bytes(8, "little") + bytes(100), NO_FILE),
+        (joined({"__metadata__": {"dhsa": 3}}, b""), NO_FILE),
         (joined({"__metadata__": {"dhsa": "["}}, b""), "metadata that cannot be read"),
         (joined({"__metadata__": {"dhsa": "[]"}}, b""), "metadata that cannot be read"),
         (joined({"__metadata__": {"dhsa": '{"format": 1}'}}, b""), "metadata that were changed"),
@@ -434,17 +497,18 @@ def test_no_such_file(data, message, one, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h["tokens"].update(shape=[1, 421]), "of 3360 bytes, expected 3368"),
-        (lambda h: h["tokens"].update(shape=[-1, 420]), "no sizes"),
-        (lambda h: h["tokens"].update(shape=[True, 420]), "no sizes"),
-        (lambda h: h["tokens"].update(shape=[2**40] * 8), "no sizes|expected"),
-        (lambda h: h["tokens"].update(shape=420), "wrongly"),
+        (lambda h: h["tokens"].update(shape=[1, 421]), NO_FILE),
+        (lambda h: h["tokens"].update(shape=[-1, 420]), NO_FILE),
+        (lambda h: h["tokens"].update(shape=[True, 420]), NO_FILE),
+        (lambda h: h["tokens"].update(shape=[2**40] * 8), NO_FILE),
+        (lambda h: h["tokens"].update(shape=420), NO_FILE),
         (lambda h: h["tokens"].update(shape=[420]), r"of I64 \[420\], expected I64 \[1, 420\]"),
-        (lambda h: h["tokens"].update(dtype="F64"), "of dtype 'F64'"),
-        (lambda h: h["tokens"].update(dtype=["I64"]), "of dtype"),
-        (lambda h: h["tokens"].update(data_offsets=[0, 3360]), "expected it at"),
-        (lambda h: h["tokens"].update(data_offsets=[2**63, 2**63 + 3360]), "no sizes"),
-        (lambda h: h["tokens"].pop("dtype"), "wrongly"),
+        (lambda h: h["tokens"].update(dtype="F64"), "of F64"),
+        (lambda h: h["tokens"].update(dtype=["I64"]), NO_FILE),
+        (lambda h: h["tokens"].update(data_offsets=[0, 3360]), NO_FILE),
+        (lambda h: h["tokens"].update(data_offsets=[2**63, 2**63 + 3360]), NO_FILE),
+        (lambda h: h["tokens"].pop("dtype"), NO_FILE),
+        (lambda h: h.update(tokens=list(h["tokens"].values())), NO_FILE),
         (lambda h: h.update(more={"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}), "metadata say nothing"),
         (lambda h: h.update(note=h.pop("tokens")), "no tensor 'tokens'"),
         (lambda h: h["__metadata__"].pop("sha256"), "metadata that were changed"),
@@ -465,14 +529,38 @@ def test_changed_ids(one, tmp_path):
     refused(tmp_path, model, bytes(data), "token ids that were changed")
 
 
-def test_a_changed_index_is_refused_when_it_is_needed(one, tmp_path):
+@pytest.mark.parametrize("part", [0, 0.3, 0.6, 0.999])
+def test_a_changed_index_is_refused_when_it_is_needed(part, one, tmp_path):
     model, ids, path = one
     data = bytearray(path.read_bytes())
     entry = next(e for name, e in entries(path).items() if ".index." in name)
-    data[entry.start + 3] ^= 1
+    data[entry.start + int(part * (entry.stop - entry.start))] ^= 1
     (tmp_path / "bad").write_bytes(data)
     loaded = dhsa.load_cache(tmp_path / "bad", model)
-    with pytest.raises(ValueError, match=f"{tmp_path / 'bad'}: the key index of a layer is damaged"):
+    told = f"^{tmp_path / 'bad'}: the key index of a layer is damaged: its bytes are not those of its checksum"
+    with pytest.raises(ValueError, match=told):
+        dhsa.save_cache(loaded, tmp_path / "again", model=model, tokens=ids)
+    with pytest.raises(ValueError, match=told):
+        generated(model, torch.cat([ids, ids[:, :2]], 1), loaded)
+
+
+def test_an_index_that_is_none_is_refused_when_it_is_needed(one, tmp_path):
+    """Its checksum is right, but its bytes are no key index."""
+    import hashlib
+
+    model, ids, path = one
+    data = bytearray(path.read_bytes())
+    name, entry = next((name, e) for name, e in entries(path).items() if ".index." in name)
+    layer, row, start = (int(n) for n in name.split(".") if n.isdecimal())
+    data[entry.start : entry.stop] = bytes(entry.stop - entry.start)
+
+    def change(about):
+        (at,) = (at for at in about["layers"][layer]["index"] if at[:2] == [row, start])
+        at[2] = hashlib.sha256(bytes(entry.stop - entry.start)).hexdigest()
+
+    (tmp_path / "bad").write_bytes(with_about(bytes(data), change))
+    loaded = dhsa.load_cache(tmp_path / "bad", model)
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'bad'}: the key index of a layer is damaged: (?!its bytes)"):
         generated(model, torch.cat([ids, ids[:, :2]], 1), loaded)
 
 
@@ -497,6 +585,7 @@ def opened(path, model):
     except ValueError as refusal:
         said = str(refusal)
     assert said.startswith(f"{path}: ")
+    assert "unpack" not in said
     return None
 
 

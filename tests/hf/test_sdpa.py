@@ -423,6 +423,20 @@ def test_short_calls_are_torchs(dtype):
     assert (counts.served, dict(counts.passed)) == (1, {"break-even: fewer than 50 keys": 1})
 
 
+def test_short_calls_under_autocast():
+    """They are computed in its dtype, whose numbers of queries and keys decide."""
+    queries, keys = sdpa.LEAST[torch.bfloat16]
+    assert (queries, keys) < sdpa.LEAST[torch.float32]
+    q, k, v = qkv(1, 2, lq=queries, lk=keys)
+    with dhsa.replacing_sdpa() as counts:
+        served(q, k, v)
+        assert counts.passed == {f"break-even: fewer than {sdpa.LEAST[torch.float32][0]} queries": 1}
+        with torch.autocast("cpu", torch.bfloat16):
+            served(q, k, v)
+            served(q[:, :, 1:], k, v)
+    assert (counts.served, counts.passed[f"break-even: fewer than {queries} queries"]) == (1, 1)
+
+
 def test_lasting_replacement():
     q, k, v = qkv(1, 2, lq=128, lk=128)
     counts = dhsa.replace_sdpa()

@@ -72,7 +72,8 @@ def command(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ask, "PIECE", 256)
 
     def run(*args, text=made[2], model=made[0], cache=tmp_path / "kept"):
-        argv = ["ask", "--model", model, "--text", text, "--cache", cache, "--budget", 96, "--new-tokens", 12, *args]
+        argv = ["ask", "--model", model, "--text", text, "--cache", cache, "--new-tokens", 12, *args]
+        argv += [] if {"--exact", "--budget"} & set(args) else ["--budget", 96]
         status = command_line.main([str(a) for a in argv])
         return status, capsys.readouterr()
 
@@ -189,13 +190,64 @@ def test_an_interrupted_answer_leads_to_the_next_question(command, passed, monke
     assert "tokens/s" in said.out
 
 
+def test_a_text_deleted_between_questions_is_read_again(command, passed, monkeypatch, tmp_path):
+    in_a_terminal(monkeypatch, "Why?")
+    asked = input
+
+    def deleted(prompt):
+        for path in (tmp_path / "kept").iterdir():
+            path.unlink()
+        return asked(prompt)
+
+    monkeypatch.setattr("builtins.input", deleted)
+    status, said = command("What?")
+    assert status == 0
+    assert said.out.count("tokens/s\n") >= 2
+    assert sum(passed[0]) > 2 * 700
+    assert kept(tmp_path) == []
+
+
+def test_a_text_that_is_too_large_is_not_written(command, passed, monkeypatch, tmp_path):
+    from dhsa.hf import saved
+
+    command("What?")
+    (path,) = (tmp_path / "kept").iterdir()
+    size = path.stat().st_size
+    assert "opened in" in command("What?", "--max-size", (size - 1) / 1e9)[1].out  # what is saved may be used
+    path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "_pieces", lambda *_: (pytest.fail("it is written") for _ in "1"))
+        status, said = command("What?", "--max-size", (size - 1) / 1e9)
+    assert status == 0
+    assert "The text is not saved: it takes " in said.out
+    assert "tokens/s" in said.out
+    command("What?", "--max-size", (size + 1) / 1e9)
+    assert [each.stat().st_size for each in (tmp_path / "kept").iterdir()] == [size]
+
+
+def test_a_cache_that_eight_bits_cannot_hold(command, passed, monkeypatch, tmp_path):
+    read = ask._read
+
+    def infinite(*args):
+        cache = read(*args)
+        cache.layers[1].values[0, 0, 7, 3] = torch.inf
+        return cache
+
+    monkeypatch.setattr(ask, "_read", infinite)
+    status, said = command("What?", "--bits", "8")
+    assert status == 0
+    assert "The text is not saved: bits: layers.1.values has numbers that are not finite" in said.out
+    assert "tokens/s" in said.out
+    assert kept(tmp_path) == []
+
+
 @pytest.mark.parametrize("where", ["reading", "saving"])
 def test_ctrl_c_leaves_no_half_file(where, made, command, passed, monkeypatch, tmp_path):
-    from dhsa.hf import saved
+    from dhsa.hf import compat, saved
 
     with monkeypatch.context() as patch:
         if where == "reading":
-            patch.setattr(ask, "_tokens_read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(compat, "cache_option", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
             patch.setattr(saved, "_pieces", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         status, said = command("What?")
@@ -215,7 +267,9 @@ def test_a_damaged_file_is_replaced(damage, command, passed, tmp_path):
     assert (status, "damaged" in said.out) == (0, True)
     status, said = command("What?")
     assert status == 0
-    assert re.search(r"a-book-\w+\.prompt\.safetensors: has .*; the text is read again\.", said.out)
+    assert re.search(
+        r"a-book-\w+\.prompt\.safetensors: (is cut short|has metadata).*; the text is read again\.", said.out
+    )
     assert sum(passed[-1]) > 700
     assert path.read_bytes() == data
     assert "opened in" in command("What?")[1].out
@@ -228,7 +282,7 @@ def test_a_damaged_index_is_an_error_of_the_user(command, passed, tmp_path):
     (path,) = (tmp_path / "kept").iterdir()
     data = bytearray(path.read_bytes())
     with open(path, "rb") as file:
-        _, entries = read_header(file, len(data))
+        _, entries = read_header(file)
     entry = next(e for name, e in entries.items() if ".index." in name)
     data[entry.start] ^= 1
     path.write_bytes(data)
@@ -281,8 +335,44 @@ def test_the_oldest_are_deleted_first(made, command, passed, tmp_path):
     assert [name.split("-")[0] for name in kept(tmp_path)] == ["a", "t0", "t2"]
     status, said = command("What?", "--bits", "8", "--max-size", "0")
     assert status == 0
-    assert "The text is not saved: it takes " in said.out
+    assert re.search(r"The text is not saved: it takes [\d.]+ MB, --max-size is 0\.0 MB", said.out)
     assert [name.split("-")[0] for name in kept(tmp_path)] == ["a", "t0", "t2"]
+
+
+def test_files_that_are_being_written_are_no_saved_texts(command, passed, tmp_path):
+    command("What?")
+    (name,) = kept(tmp_path)
+    part = tmp_path / "kept" / f".123.{name}"  # the name that a process writes to
+    part.write_bytes(bytes(10**7))
+    assert ".123." not in command("--list")[1].out
+    command("What?", "--bits", "8", "--max-size", "0.009")
+    assert len(kept(tmp_path)) == 3
+    assert command("--forget", part.name.removesuffix(ask.SUFFIX))[0] == 2
+    assert command("--forget", "all")[0] == 0
+    assert kept(tmp_path) == [part.name]
+
+
+def test_files_that_another_process_deletes(command, passed, monkeypatch, tmp_path):
+    for budget in (96, 97):
+        command("What?", "--budget", budget)
+    folder, notes = tmp_path / "kept", ask._notes
+    names = [name.removesuffix(ask.SUFFIX) for name in kept(tmp_path)]
+
+    def deleted(path):
+        found = notes(path)
+        for each in folder.iterdir():
+            each.unlink()
+        return found
+
+    monkeypatch.setattr(ask, "_notes", deleted)
+    status, said = command("--list")
+    assert (status, kept(tmp_path)) == (0, [])
+    assert all(name in said.out for name in names)
+    (folder / f"other{ask.SUFFIX}").write_bytes(bytes(100))
+    ask._trim(folder, 100, folder / f"gone{ask.SUFFIX}")
+    assert kept(tmp_path) == [f"other{ask.SUFFIX}"]
+    ask._trim(folder, 99, folder / f"gone{ask.SUFFIX}")
+    assert kept(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -300,6 +390,9 @@ def test_the_oldest_are_deleted_first(made, command, passed, tmp_path):
         (["What?", "--max-size", "nan"], "nan is no size in GB"),
         (["What?", "--tokens", "0"], "0 is less than 1"),
         (["--forget", "name"], "--forget: no saved text 'name'"),
+        (["--forget", "name", "--list"], "argument --list: not allowed with argument --forget"),
+        (["What?", "--exact", "--budget", "96"], "--exact: leaves no key out, so there is neither --budget nor"),
+        (["What?", "--exact", "--method", "rows"], "--exact: leaves no key out, so there is neither --budget nor"),
     ],
 )
 def test_bad_command_lines(args, message, command, tmp_path, monkeypatch, capsys):

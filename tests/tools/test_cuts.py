@@ -156,6 +156,17 @@ def test_models_are_cut_and_put_back(family):
         assert torch.equal(out, dhsa.sparse_attention(q, k, v, selection, **layer))
 
 
+@pytest.mark.parametrize("word", cuts.WORDS)
+def test_attention_to_both_sides_is_refused_where_it_leaves_keys_out(word):
+    config = dhsa.Config(budget=96, query_block=32)
+    q, k, v = (torch.randn(1, 2, 500, 16) for _ in range(3))
+    with pytest.raises(NotImplementedError, match=rf"^cuts={word}: is for causal attention"):
+        Cuts(word).run(q, k, v, config, causal=False)
+    out, _, stats = Cuts(word).run(q, k, v, dhsa.Config(budget=500), causal=False)
+    assert stats.path == "dense"
+    assert torch.equal(out, dhsa.attention(q, k, v, causal=False))
+
+
 # ---- settings, the engine, the store ---------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ What is checked: that rows mean what they say (replayed layers change no bit, li
 own forward), that a killed run goes on, that pairing pairs, that every setting is what its spec says.
 """
 
+import copy
 import json
 import math
 import re
@@ -20,7 +21,7 @@ import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
 from dhsa import commands  # noqa: E402
 from dhsa.commands import UserError  # noqa: E402
-from dhsa.evaluation import pairing, report, runner, settings, store, texts  # noqa: E402
+from dhsa.evaluation import pairing, report, runner, settings, store, tasks, texts  # noqa: E402
 from dhsa.evaluation.engine import Engine, refusals, weights_products, work  # noqa: E402
 from dhsa.hf import LayerRun  # noqa: E402
 from dhsa.hf.compat import float32_products  # noqa: E402
@@ -137,6 +138,55 @@ def test_likelihood_in_blocks(softcap, monkeypatch):
     assert best[3:].tolist() == (logits[3:].argmax(-1) == target[3:]).tolist()
 
 
+@pytest.mark.parametrize(("softcap", "bias", "dtype"), [(None, True, "float32"), (3.0, False, "bfloat16")])
+def test_divergence_in_blocks(softcap, bias, dtype, monkeypatch):
+    """KL and likeliest tokens, in blocks that divide neither rows nor vocabulary, against whole rows in float64."""
+    from types import SimpleNamespace
+
+    from dhsa.evaluation import likelihood
+
+    monkeypatch.setattr(likelihood, "_ROWS", 7)
+    monkeypatch.setattr(likelihood, "_WORDS", 10)
+    torch.manual_seed(0)
+    dtype = getattr(torch, dtype)
+    head = torch.nn.Linear(5, 53, bias=bias, dtype=dtype)
+    reference, target = 3 * torch.randn(31, 5).to(dtype), torch.randint(0, 53, (30,))
+    hidden = reference + 0.3 * torch.randn(31, 5).to(dtype)
+    reference[3:5], hidden[3:5] = hidden[3:5], reference[3:5]
+    hidden[9] = reference[9]
+    model = SimpleNamespace(
+        get_output_embeddings=lambda: head,
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=softcap)),
+    )
+    with torch.no_grad():
+        head.weight[31] = head.weight[4]  # equal logits in blocks apart: the lower token counts
+        if bias:
+            head.bias[31] = head.bias[4]
+        hidden[:2] = reference[0] = 9 * head.weight[4]
+
+        def logs(states):
+            logits = copy.deepcopy(head).double()(states[:-1].double())
+            return (logits if softcap is None else softcap * torch.tanh(logits / softcap)).log_softmax(-1)
+
+        p, q = logs(reference), logs(hidden)
+        ids = [0, *target.tolist()]
+        made, zero = Engine.divergence(SimpleNamespace(model=model), [hidden, reference], reference, ids, 1)
+        (same,) = Engine.divergence(SimpleNamespace(model=model), [hidden], hidden, ids, 1)
+    values, kl, agree = made
+    torch.testing.assert_close(values, q[range(30), target], rtol=0, atol=3e-6)
+    torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=3e-6)
+    assert values.dtype == kl.dtype == torch.float64
+    assert kl.max() > 0.02
+    assert kl[9] == 0
+    assert agree.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
+    assert 5 < agree.sum() < 30
+    torch.testing.assert_close(zero[0], p[range(30), target], rtol=0, atol=3e-6)
+    assert torch.equal(same[0], values)
+    for alike in (zero, same):
+        assert not alike[1].any()
+        assert alike[2].all()
+
+
 def test_products_in_bf16_are_put_back(engine):
     if float32_products() is None:
         with pytest.raises(UserError, match=r"products in bf16 need torch 2\.9"), weights_products("bf16"):
@@ -237,7 +287,7 @@ def test_specs():
         settings.methods("dense,")
 
 
-def test_every_field_counts():
+def test_every_field_counts(monkeypatch):
     """Two Configs that differ are two keys, so that a resumed run never takes one for the other."""
     base = {"model": "m", "dtype": "float32", "products": "fp32", "layers": ""}
     from dhsa.evaluation.tasks import Item
@@ -256,6 +306,22 @@ def test_every_field_counts():
     }  # fmt: skip
     assert len(keys) == 15
     assert key(settings.dense(), build="c") == key(settings.dense())
+    before = key()
+    monkeypatch.setattr(tasks.task("ppl"), "VERSION", 99)
+    assert key() != before
+
+
+def test_models_are_told_apart(tmp_path):
+    """By name, whose dots in a folder's are no suffix, and by content."""
+    names = set()
+    for name, text in (("m-0.5b", "a"), ("m-1.5b", "a"), ("n-0.5b", "b")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        names.add(runner.identity(tmp_path / name))
+    (tmp_path / "m-0.5b.gguf").write_text("a")
+    names.add(runner.identity(tmp_path / "m-0.5b.gguf"))
+    assert sorted(name.partition(":")[0] for name in names) == ["m-0.5b", "m-0.5b", "m-1.5b", "n-0.5b"]
+    assert len({name.partition(":")[2] for name in names}) == 3
 
 
 # ---- the run, killed and resumed -------------------------------------------------------------------------------------
@@ -280,6 +346,13 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
         logits = engine.model(torch.tensor([document.ids])).logits[0, 199:-1].double()
     nll = -logits.log_softmax(-1).gather(1, torch.tensor(document.ids[200:])[:, None]).mean()
     assert row["nll"] == pytest.approx(float(nll), abs=1e-5)
+    with torch.no_grad():
+        dense = engine.model(torch.tensor([document.ids])).logits[0, 199:-1].double()
+    p, q = dense.log_softmax(-1), logits.log_softmax(-1)
+    assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
+    assert row["kl"] > 1e-4
+    assert row["agreement"] == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert [(r["kl"], r["agreement"]) for r in whole if r["method"] == "dense"] == [(0.0, 1.0)] * 3
 
     # Killed in the middle of a line: what is whole stays, the rest is measured again, to the same bits.
     file = tmp_path / "results.jsonl"
@@ -291,7 +364,8 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
     assert "9 of 21 results exist already" in out
     assert "1 damaged lines" in out
     again = store.Store(file).rows
-    assert {k: r["nll"] for k, r in again.items()} == {r["key"]: r["nll"] for r in whole}
+    facts = ("nll", "kl", "agreement")
+    assert {k: [r[f] for f in facts] for k, r in again.items()} == {r["key"]: [r[f] for f in facts] for r in whole}
     assert [json.loads(line)["time"] for line in file.read_bytes().splitlines()[:9]] == [r["time"] for r in whole[:9]]
 
     # A line that is JSON, but not what was written: a number that changed, a field that is gone. And one of an earlier
@@ -320,6 +394,17 @@ def test_ppl_rows_resumed_after_a_kill(folder, engine, tmp_path, capsys):
     assert "| 3 | 1,200 |" in table
     assert (tmp_path / "ppl_400.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
+    # Rows of the version before KL: shown as they are, and measured again.
+    old = [{k: v for k, v in row.items() if k not in ("kl", "agreement", "check")} for row in rows_of(tmp_path)]
+    file.write_text("".join(json.dumps({**row, "key": f"old {row['key']}"}) + "\n" for row in old))
+    assert evaluate("no/such/model", tmp_path, "report") == 0
+    assert re.search(
+        r"^\| rows \| 96 \| [\d.]+ ± [\d.]+ \| [\d.]+ \| - ± - \| - ± - \|", (tmp_path / "report.md").read_text(), re.M
+    )
+    capsys.readouterr()
+    assert evaluate(folder, tmp_path, *args) == 0
+    assert "results exist already" not in capsys.readouterr().out
+
 
 def test_ratio_in_the_table_is_the_mean_of_log_ratios(folder, tmp_path):
     evaluate(folder, tmp_path, "ppl", "--methods", "rows", "--budget", "96", "--lengths", "300", "--documents", "3")
@@ -327,7 +412,11 @@ def test_ratio_in_the_table_is_the_mean_of_log_ratios(folder, tmp_path):
     logs = [b["nll"] - a["nll"] for a, b in zip(rows[0::2], rows[1::2], strict=True)]
     ratio = math.exp(np.mean(logs))
     error = ratio * np.std(logs, ddof=1) / math.sqrt(3)
-    assert f"| rows | 96 | {ratio:.4f} ± {error:.4f} |" in (tmp_path / "report.md").read_text()
+    table = (tmp_path / "report.md").read_text()
+    assert f"| rows | 96 | {ratio:.4f} ± {error:.4f} |" in table
+    kl, top = ([r[name] * scale for r in rows[1::2]] for name, scale in (("kl", 1), ("agreement", 100)))
+    cells = [(np.mean(values), np.std(values, ddof=1) / math.sqrt(3)) for values in (kl, top)]
+    assert f"| {cells[0][0]:.4f} ± {cells[0][1]:.4f} | {cells[1][0]:.1f} ± {cells[1][1]:.1f} |" in table
 
 
 def test_store_survives_damage(tmp_path):
@@ -380,12 +469,13 @@ def test_report_tells_builds_apart():
 def test_documents_from_files_folders_and_longbench(engine, tmp_path):
     (tmp_path / "b.txt").write_text("b" * 30)
     (tmp_path / "a.txt").write_text("a" * 50)
-    (tmp_path / "c.md").write_text("not read")
+    (tmp_path / "c.bin").write_text("not read")
+    (tmp_path / "d.PY").write_text("d" * 20)
     lines = tmp_path / "news.jsonl"
     lines.write_text("".join(json.dumps({"context": letter * 40}) + "\n" for letter in "xyz"))
     groups = texts.sources([tmp_path, lines])
     assert [[name for name, _ in group] for group in groups] == [
-        ["a.txt", "b.txt", "news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
+        ["a.txt", "b.txt", "d.PY", "news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
         ["news.jsonl:1", "news.jsonl:2", "news.jsonl:3"],
     ]
     word = engine.encode("axyz")
@@ -403,7 +493,7 @@ def test_documents_from_files_folders_and_longbench(engine, tmp_path):
         lines.write_text(bad)
         with pytest.raises(UserError, match=message):
             texts.sources([lines])
-    with pytest.raises(UserError, match=r"no \.txt or \.jsonl"):
+    with pytest.raises(UserError, match="no file of text, source code or records"):
         texts.sources([make(tmp_path / "empty")])
     with pytest.raises(UserError, match="--text: "):
         texts.sources([tmp_path / "none.txt"])

@@ -292,8 +292,9 @@ def test_every_task_in_miniature(folder, tmp_path, capsys):  # noqa: F811
     args = ["all", "--quick", "--budget", "128", "--methods", "rows,window", "--lengths", "1024", "--depths", "3"]
     assert evaluate(folder, tmp_path, *args) == 0
     rows = rows_of(tmp_path)
-    assert list(dict.fromkeys(r["task"] for r in rows)) == list(tasks.NAMES)
-    prompts = {task: {(r["item"], r["prompt"]) for r in rows if r["task"] == task} for task in tasks.NAMES}
+    names = [name for name in tasks.NAMES if name != "frontier"]  # which needs a quiet machine
+    assert list(dict.fromkeys(r["task"] for r in rows)) == names
+    prompts = {task: {(r["item"], r["prompt"]) for r in rows if r["task"] == task} for task in names}
     assert {task: len(of) for task, of in prompts.items()} == {
         "ppl": 2, "niah": 3, "ruler": 6, "longbench": 1, "output": 2,
     }  # fmt: skip

@@ -8,9 +8,11 @@ import pickle
 import resource
 import signal
 import struct
+import threading
 import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import pytest
 import dhsa
 from dhsa import _checkpoint
 from dhsa._checkpoint import find_state_dict, rebuild_tensor
+from dhsa._files import replacing
 from dhsa.commands import UserError
 from dhsa.evaluation.store import Store
 
@@ -286,3 +289,21 @@ def test_a_bit_of_a_training_state_that_fell_over(tmp_path):
     state.write_bytes(raw)
     with pytest.raises(UserError, match=r"cannot be read as the state of a training.*remove it"):
         training.train(*args, state=state, keep=stop)
+
+
+def test_threads_that_replace_one_file(tmp_path):
+    """Both write at the same time; the file is that of the one that ends last, and nothing else is left."""
+    both, path = threading.Barrier(2), tmp_path / "x"
+
+    def write(data):
+        with replacing(path) as part:
+            part.write_bytes(data[:1])
+            both.wait(60)
+            with open(part, "ab") as file:
+                file.write(data[1:])
+            both.wait(60)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, (b"a" * 1000, b"b" * 2000)))
+    assert path.read_bytes() in (b"a" * 1000, b"b" * 2000)
+    assert list(tmp_path.iterdir()) == [path]

@@ -59,7 +59,7 @@ def test_a_linked_script_finds_the_modules_beside_the_file(tmp_path):
 
 def test_module_package_folder_and_zip_file(tmp_path):
     (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").write_text("")
+    (tmp_path / "pack" / "__init__.py").write_text("import sys; print(sys.argv)")
     (tmp_path / "pack" / "show.py").write_text(SHOW)
     (tmp_path / "pack" / "__main__.py").write_text("from pack import show")
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
@@ -86,6 +86,16 @@ def test_exceptions_and_statuses(tmp_path):
     for code, status in (("import sys; sys.exit('no')", 1), ("import sys; sys.exit()", 0), ("", 0)):
         (tmp_path / "ends.py").write_text(code)
         assert same(tmp_path, ["ends.py"], ["ends.py"]).returncode == status
+
+
+def test_an_interrupted_program_ends_as_without_us(tmp_path):
+    (tmp_path / "waits.py").write_text(
+        "import os, signal, time\nprint('ready', flush=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    )
+    got = same(tmp_path, ["waits.py"], ["waits.py"])
+    assert got.returncode == -signal.SIGINT
+    assert got.stderr.endswith("KeyboardInterrupt\n")
+    assert "dhsa run: stopped" not in got.stderr
 
 
 def test_processes_of_the_program(tmp_path):
@@ -123,6 +133,7 @@ def test_torch_is_not_imported_for_a_program_without_it(tmp_path):
         (["--config", "forced.json", "--budget", "9", "a.py"], "--budget: budget: sink + local = 5 + 5 exceed"),
         (["--config", "share.json", "a.py"], "--config: share='selections' needs hooks on the model, which only dhsa."),
         (["--config", "decode.json", "a.py"], "--config: decode='dhsa' needs hooks on the model"),
+        (["--config", "predictor.json", "a.py"], "--config: boundaries='predictor' needs networks that belong to the"),
         (["--budget", "0", "a.py"], "argument --budget: 0 is less than 1"),
         (["--budget", "many", "a.py"], "argument --budget: invalid int value: 'many'"),
         ([], "name a program to run"),
@@ -138,6 +149,7 @@ def test_bad_input(tmp_path, arguments, message):
         "forced": '{"sink": 5, "local": 5}',
         "share": '{"share": "selections"}',
         "decode": '{"decode": "dhsa"}',
+        "predictor": '{"method": "dhsa", "boundaries": "predictor"}',
     }
     for name, text in files.items():
         (tmp_path / f"{name}.json").write_text(text)
@@ -197,6 +209,11 @@ def test_the_default_configuration(tmp_path):
     assert sparse["density"] < more["density"] < 1
     exact, said = found("--exact", "--replace-sdpa")
     assert (exact["paths"], exact["patched"]) == (["dense"] * 2, dhsa.Config(budget=None).to_dict())
+    mass = dhsa.Config(mass=0.9, floor=600, skip=1e-4, method="block", break_even=0)
+    (tmp_path / "mass.json").write_text(json.dumps(mass.to_dict()))
+    both, _ = found("--exact", "--config", "mass.json")
+    assert both["paths"] == ["dense"] * 2
+    assert both["patched"] == dhsa.Config(budget=None, skip=1e-4, method="block", break_even=0).to_dict()
     assert said.endswith("dhsa run: scaled_dot_product_attention: 2 calls served, 0 passed on to torch\n")
 
 
@@ -213,6 +230,24 @@ def test_replaced_in_a_program_that_imports_nothing_of_ours(tmp_path):
     assert done.stderr.endswith(
         "1 calls served, 1 passed on to torch:\n  1  dropout_p: is not 0, and there is no dropout\n"
     )
+
+
+def test_releases_that_are_not_supported_stay_usable(tmp_path):
+    """Packages of these names without what is expected of them: their import goes on, and a line says what is amiss."""
+    for package in ("torch", "transformers", "transformers/cli", "transformers/cli/serving"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("value = 7\n")
+    for module in ("modeling_utils", "cli/serving/model_manager"):
+        (tmp_path / "transformers" / f"{module}.py").write_text("value = 7\n")
+    (tmp_path / "program.py").write_text(
+        "import torch, transformers.modeling_utils, transformers.cli.serving.model_manager as manager\n"
+        "print(torch.value, transformers.modeling_utils.value, manager.value)\n"
+    )
+    got = dhsa_run("--replace-sdpa", "program.py", cwd=tmp_path)
+    assert (got.returncode, got.stdout) == (0, "7 7 7\n"), got.stderr
+    sdpa, implementation = got.stderr.splitlines()
+    assert sdpa.startswith("dhsa run: scaled_dot_product_attention is not replaced: ")
+    assert implementation.startswith("dhsa run: attention implementation 'dhsa' is not available: ")
 
 
 @pytest.fixture(scope="module")

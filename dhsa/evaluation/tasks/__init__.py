@@ -6,7 +6,8 @@ A task makes items (prompts), measures settings on an item, and turns rows into 
 - `measure(engine, item, settings) -> iterator of (setting, facts)`: facts are the fields of a row, as JSON can hold
 them;
 - `tables(rows) -> list of lines`: Markdown; `pictures(rows, folder) -> list of files`;
-- `DENSE`: whether dense attention is one of its settings.
+- `DENSE`: whether dense attention is one of its settings;
+- `VERSION`: that of its rows. Raise it when a measurement changes, so that old rows are not used.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 __all__ = ["NAMES", "Context", "Item", "task"]
 
-NAMES = ("ppl", "niah", "ruler", "longbench", "output")
+NAMES = ("ppl", "niah", "ruler", "longbench", "output", "frontier")
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Item:
     """One prompt.
 
     `name` is unique within its task. `facts` become fields of its rows and, with `ids`, part of their key. `data` is
-    for the task's own use and is determined by the two.
+    for the task's own use and is determined by the two. Without `due` the item is not measured; rows that exist are in
+    the report.
     """
 
     name: str
     ids: list[int]
     facts: dict[str, Any] = field(default_factory=dict)
     data: Any = None
+    due: bool = True
 
 
 @dataclass(frozen=True)

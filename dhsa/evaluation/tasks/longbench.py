@@ -20,6 +20,7 @@ from dhsa.evaluation.settings import Setting
 from dhsa.evaluation.tasks import Context, Item
 
 DENSE = True
+VERSION = 1
 SAMPLE = "paragraphs-sample"
 
 

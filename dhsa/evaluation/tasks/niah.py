@@ -23,6 +23,7 @@ from dhsa.evaluation.settings import Setting
 from dhsa.evaluation.tasks import Context, Item
 
 DENSE = True
+VERSION = 1
 
 _INSTRUMENTS = ["bassoon", "harp", "oboe", "cello", "banjo", "tuba", "zither", "harmonica", "trombone", "mandolin"]
 _CITIES = ["Lisbon", "Nairobi", "Quito", "Oslo", "Hanoi", "Tunis", "Bergen", "Lima", "Dakar", "Porto"]

@@ -28,6 +28,7 @@ from dhsa.evaluation.settings import Setting, dense
 from dhsa.evaluation.tasks import Context, Item
 
 DENSE = False
+VERSION = 1
 
 
 def items(context: Context) -> list[Item]:

@@ -21,6 +21,7 @@ from dhsa.evaluation.settings import Setting
 from dhsa.evaluation.tasks import Context, Item
 
 DENSE = True
+VERSION = 1
 
 _NEEDLE = "The lucky number of {} is {}."
 _SCENE = "Somewhere in the text below, lucky numbers are mentioned. They are asked for at its end.\n\n"
