@@ -38,7 +38,7 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
-/* How means are stored for products. Selection by row scores quantizes them (dhsa_quantize), since it only needs the
+/* How means are stored for products. Selection by row scores quantizes them (dhsa_kernels.quantize), since it only needs the
  * order of scores: they are whole numbers up to 127, which are stored as bytes, or as bf16 where that is what the CPU
  * multiplies. Their products have no rounding error, so that all tiers choose by the same numbers. Scores that a caller
  * asks for, and the paper's scores, use fp32 means. */
@@ -68,17 +68,14 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
  * finite, and writes zeros then. */
 int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
                     int64_t to, float *mean, float *sum);
-/* Divides x [n], finite, by its largest magnitude / 127 and rounds to whole numbers, half to even. Returns that
- * divisor, or 0 if x is so small that all numbers are 0. */
-float dhsa_quantize(const float *x, int64_t n, int8_t *to);
 /* Writes a mean [dim] to `to`, in the type that `kind` says, padded with zeros to `row` elements, and its factor and
  * bias. */
-void dhsa_mean_store(dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to, float *scale,
-                     int32_t *bias);
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
+                     void *to, float *scale, int32_t *bias);
 /* Writes a mean [dim] as entry `at` of `means`, which has the layout of chunks->means, and of scale and bias, which are
  * not used where chunks have none. */
-void dhsa_mean_put(const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, float *scale, int32_t *bias,
-                   int64_t at);
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+                   float *scale, int32_t *bias, int64_t at);
 /* The bytes of an element of a mean. */
 static inline int64_t dhsa_means_size(dhsa_means_kind kind)
 {

@@ -285,7 +285,7 @@ static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64
         *state = DHSA_CHUNK_BAD;
         memset(mean, 0, (size_t)dim * sizeof *mean);
     }
-    dhsa_mean_put(c, mean, dim, c->means, c->scale, c->bias, head * c->pitch + at);
+    dhsa_mean_put(kernels, c, mean, dim, c->means, c->scale, c->bias, head * c->pitch + at);
 }
 
 /* Writes the means of the last chunks of a decoding step: at the fine level the generated keys and the current key, at

@@ -48,33 +48,15 @@ void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t 
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
 
-float dhsa_quantize(const float *x, int64_t n, int8_t *to)
-{
-    /* Adding this number leaves no room for a fraction, so that it rounds; half to even. */
-    const float rounder = 0x1.8p23f;
-    float most = 0;
-    for (int64_t i = 0; i < n; i++) most = DHSA_MAX(most, fabsf(x[i]));
-    const float factor = 127.0f / most;
-    if (!isfinite(factor)) {
-        memset(to, 0, (size_t)n);
-        return 0;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        const float whole = x[i] * factor + rounder - rounder;
-        to[i] = (int8_t)(int32_t)whole;
-    }
-    return most / 127.0f;
-}
-
-void dhsa_mean_store(dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row, void *to, float *scale,
-                     int32_t *bias)
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
+                     void *to, float *scale, int32_t *bias)
 {
     if (kind == DHSA_MEANS_F32) {
         memcpy(to, mean, (size_t)dim * sizeof *mean);
         return;
     }
     int8_t whole[DHSA_MAX_HEAD_DIM];
-    *scale = dhsa_quantize(mean, dim, whole);
+    *scale = kernels->quantize(mean, dim, whole);
     if (kind == DHSA_MEANS_I8) {
         int32_t sum = 0;
         for (int64_t d = 0; d < dim; d++) sum += whole[d];
@@ -92,15 +74,15 @@ void dhsa_mean_store(dhsa_means_kind kind, const float *mean, int64_t dim, int64
     memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * 2);
 }
 
-void dhsa_mean_put(const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means, float *scale, int32_t *bias,
-                   int64_t at)
+void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
+                   float *scale, int32_t *bias, int64_t at)
 {
     const int64_t row = chunks->row;
     uint16_t line[DHSA_MAX_HEAD_DIM];
     void *to = (char *)means + at * row * dhsa_means_size(chunks->kind);
     const int quantized = chunks->kind != DHSA_MEANS_F32, bytes = chunks->kind == DHSA_MEANS_I8;
     if (chunks->squares) to = line;
-    dhsa_mean_store(chunks->kind, mean, dim, row, to, quantized ? scale + at : NULL, bytes ? bias + at : NULL);
+    dhsa_mean_store(kernels, chunks->kind, mean, dim, row, to, quantized ? scale + at : NULL, bytes ? bias + at : NULL);
     if (!chunks->squares) return;
     for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP)
         memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
@@ -196,7 +178,7 @@ static void means_task(void *context, int64_t index, int thread)
             const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, mean + dim);
             *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
-        dhsa_mean_put(chunks, mean, dim, chunks->means, chunks->scale, chunks->bias, head * chunks->pitch + c);
+        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->scale, chunks->bias, head * chunks->pitch + c);
     }
 }
 

@@ -175,8 +175,9 @@ typedef struct dhsa_kernels {
                          float *score);
     /* dst[d] = the sum of n >= 1 rows, `stride` bytes apart, added in order. */
     void (*sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int64_t n, int64_t dim, float *dst);
-    /* dst = x rounded to bf16 and limited to the largest finite bf16 in magnitude. */
-    void (*round_bf16)(const float *x, int64_t n, uint16_t *dst);
+    /* Divides x [n], finite, by its largest magnitude / 127 and rounds to whole numbers, half to even. Returns that
+     * divisor, or 0 where x is so small that all numbers are 0. */
+    float (*quantize)(const float *x, int64_t n, int8_t *dst);
 
     /* Operations on vectors of n elements, of any alignment. */
     void (*load)(const void *src, int dtype, int64_t n, float *dst); /* dst = src, converted */

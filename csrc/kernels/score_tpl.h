@@ -1,4 +1,4 @@
-/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of rows, rounding to bf16, sums of probabilities,
+/* score_tpl.h: the kernels of selection, included by tile_tpl.h: sums of rows, quantization, sums of probabilities,
  * and row scores. */
 
 /* V_LEN elements of a row of type dtype, from column d on. */
@@ -42,17 +42,27 @@ static void K_NAME(sum_rows)(const void *rows, ptrdiff_t stride, int dtype, int6
     K_BY_DTYPE(dtype, sum_as, rows, stride, n, dim, dst);
 }
 
-static void K_NAME(round_bf16)(const float *x, int64_t n, uint16_t *dst)
+/* Plain loops, which compilers turn into vectors of the tier. */
+static float K_NAME(quantize)(const float *x, int64_t n, int8_t *dst)
 {
-    const vf most = v_set1(0x1.fep127f), least = v_set1(-0x1.fep127f);
-    for (int64_t i = 0; i < n; i += V_LEN) {
-        float line[V_LEN] = {0};
-        uint16_t half[V_LEN];
-        const int count = n - i < V_LEN ? (int)(n - i) : V_LEN;
-        memcpy(line, x + i, (size_t)count * sizeof *line);
-        v_to_bf16(v_max(least, v_min(most, v_load(line))), half);
-        memcpy(dst + i, half, (size_t)count * sizeof *half);
+    /* Adding this number leaves no room for a fraction, so that it rounds, half to even. */
+    const float rounder = 0x1.8p23f;
+    uint32_t largest = 0; /* images of magnitudes in memory, which have their order */
+    float most;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = DHSA_MAX(largest, bits);
     }
+    memcpy(&most, &largest, sizeof most);
+    const float factor = 127.0f / most;
+    if (!isfinite(factor)) {
+        memset(dst, 0, (size_t)n);
+        return 0;
+    }
+    for (int64_t i = 0; i < n; i++) dst[i] = (int8_t)(int32_t)(x[i] * factor + rounder - rounder);
+    return most / 127.0f;
 }
 
 /* The weighted probabilities of one key, summed over the vectors of a row but not across a vector. */

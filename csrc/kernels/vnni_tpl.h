@@ -34,12 +34,9 @@ static inline __attribute__((always_inline)) void K_BYTES_NAME(tile)(const uint8
 #pragma GCC unroll 4
         for (int u = 0; u < per; u++) x[u] = _mm512_loadu_si512(q + 64 * u);
 #pragma GCC unroll 8
-        for (int i = 0; i < keys; i++) {
-            int32_t word;
-            memcpy(&word, k + i * pitch + d, sizeof word);
+        for (int i = 0; i < keys; i++)
 #pragma GCC unroll 4
-            for (int u = 0; u < per; u++) acc[i][u] = _mm512_dpbusd_epi32(acc[i][u], x[u], _mm512_set1_epi32(word));
-        }
+            for (int u = 0; u < per; u++) add_bytes(&acc[i][u], x[u], k + i * pitch + d);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < keys; i++)

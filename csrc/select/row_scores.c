@@ -158,7 +158,7 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         rows[r] = w->rows + r * bytes;
         const int finite = dhsa_all_finite(s->kernels, w->mean, dim);
         if (!finite) memset(w->mean, 0, (size_t)dim * sizeof *w->mean);
-        dhsa_mean_store(kind, w->mean, dim, s->chunks.row, w->rows + r * bytes, &scale, &bias);
+        dhsa_mean_store(s->kernels, kind, w->mean, dim, s->chunks.row, w->rows + r * bytes, &scale, &bias);
         factor[r] = finite ? (float)(scale * unit) : NAN;
     }
     char *to = w->panel + panel * panel_bytes(s);
@@ -229,10 +229,10 @@ static void load_cut(const dhsa_scorer *s, row_scores_scratch *w)
     uint16_t narrow[DHSA_MAX_HEAD_DIM + DHSA_PAIR_STEP];
     w->scale[0] = 1;
     if (s->chunks.kind == DHSA_MEANS_BF16 && !s->chunks.squares) {
-        dhsa_mean_store(DHSA_MEANS_BF16, w->mean, dim, s->chunks.row, narrow, w->scale, w->bias);
+        dhsa_mean_store(s->kernels, DHSA_MEANS_BF16, w->mean, dim, s->chunks.row, narrow, w->scale, w->bias);
         s->kernels->load(narrow, DHSA_BF16, s->chunks.row, (float *)w->tile);
     } else {
-        dhsa_mean_put(&s->chunks, w->mean, dim, w->tile, w->scale, w->bias, 0);
+        dhsa_mean_put(s->kernels, &s->chunks, w->mean, dim, w->tile, w->scale, w->bias, 0);
     }
 }
 
