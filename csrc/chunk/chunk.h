@@ -44,10 +44,9 @@ enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CH
  * asks for, and the paper's scores, use fp32 means. */
 typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16, DHSA_MEANS_I8, DHSA_MEANS_KINDS } dhsa_means_kind;
 
-/* A shortlist takes or leaves out a group of DHSA_CHUNK_GROUP neighbouring chunks as a whole; their means fill whole
- * squares (dhsa_square). The coarse stage scores the means of subgroups of DHSA_CHUNK_SUBGROUP chunks, and the score of
- * a group is the best of its subgroups, since the mean of a whole group would hide a single key. */
-enum { DHSA_CHUNK_GROUP = 16, DHSA_CHUNK_SUBGROUP = 4 };
+/* A shortlist takes or leaves out a group of DHSA_CHUNK_GROUP neighbouring chunks as a whole. The coarse stage scores
+ * the means of groups. */
+enum { DHSA_CHUNK_GROUP = 4 };
 
 typedef struct {
     dhsa_means_kind kind;
@@ -59,6 +58,9 @@ typedef struct {
     void *means;          /* [kv_heads, pitch, row]; zeros where the state is not good */
     float *scale;         /* [kv_heads, pitch]: factors of the means; not for DHSA_MEANS_F32 */
     int32_t *bias;        /* [kv_heads, pitch]: as dhsa_byte_kernels takes it; only for DHSA_MEANS_I8 */
+    float *spread;        /* [kv_heads, pitch]: the mean squared distance of a chunk's keys to their mean, divided by dim;
+                             only where `spreads` is set */
+    int spreads;
     unsigned char *state; /* [kv_heads, pitch] */
     int bad;              /* at least one mean is not finite */
 } dhsa_chunks;
@@ -68,6 +70,11 @@ int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
  * finite, and writes zeros then. */
 int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
                     int64_t to, float *mean, float *sum);
+/* The sum of the squares of all elements of keys [from, to); line [dim] is scratch. */
+float dhsa_chunk_squares(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
+                         int64_t to, float *line);
+/* The spread of n keys with this mean and sum of squares; 0 where that is not finite. */
+float dhsa_chunk_spread(const dhsa_kernels *kernels, const float *mean, float squares, int64_t n, int64_t dim);
 /* Writes a mean [dim] to `to`, in the type that `kind` says, padded with zeros to `row` elements, and its factor and
  * bias. */
 void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
@@ -82,23 +89,24 @@ static inline int64_t dhsa_means_size(dhsa_means_kind kind)
     return kind == DHSA_MEANS_F32 ? 4 : kind == DHSA_MEANS_BF16 ? 2 : 1;
 }
 /* Sets the layout of the means of `capacity` chunks, without memory for them. */
-void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim);
+void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int spreads, int64_t capacity,
+                      int64_t dim);
 /* Allocates the means of `capacity` chunks of each KV head. Returns 0 if there is no memory. */
-int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity,
-                     int64_t dim);
+int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int spreads, int64_t kv_heads,
+                     int64_t capacity, int64_t dim);
 void dhsa_chunks_close(dhsa_chunks *chunks);
 /* What is stored of the chunks of a KV head, as arrays with one entry of `size` bytes for each chunk: states, means,
- * and scale and bias where there are any. Returns the number of arrays. */
+ * and scale, bias and spread where there are any. Returns the number of arrays. */
 typedef struct {
     char *at;
     int64_t size;
 } dhsa_chunks_part;
-enum { DHSA_CHUNKS_PARTS = 4 };
+enum { DHSA_CHUNKS_PARTS = 5 };
 int dhsa_chunks_parts(const dhsa_chunks *chunks, int64_t head, dhsa_chunks_part *part);
 /* Makes room for `capacity` chunks; the first `used` keep their means. The old memory is freed unless `copy` is set,
  * which says that it belongs to another dhsa_chunks. Returns 0, and changes nothing, if there is no memory. */
 int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t used, int copy);
-/* Fills chunks->means and ->state from chunk `first` on, for batch item b of k. Thread t uses 2 * dim floats at
+/* Fills chunks->means and ->state from chunk `first` on, for batch item b of k. Thread t uses 3 * dim floats at
  * scratch + t * stride. */
 void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
                       char *scratch, int64_t stride, int num_threads);

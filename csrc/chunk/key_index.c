@@ -95,7 +95,7 @@ static void forget_chunks(dhsa_key_index *p, int64_t chunks)
     p->chunks = chunks;
     p->summed = -1;
     for (int i = 0; i < DHSA_LEVELS; i++)
-        p->levels[i].done = DHSA_MIN(p->levels[i].done, i == DHSA_LEVEL_FINE ? chunks : chunks / DHSA_CHUNK_SUBGROUP);
+        p->levels[i].done = DHSA_MIN(p->levels[i].done, i == DHSA_LEVEL_FINE ? chunks : chunks / DHSA_CHUNK_GROUP);
 }
 
 /* Drops everything about the keys from n on. */
@@ -160,7 +160,7 @@ static dhsa_status store_fingerprints(dhsa_key_index *p, const dhsa_tensor *k, i
 static void set_chunk_count(dhsa_key_index *p, int64_t chunks)
 {
     p->levels[DHSA_LEVEL_FINE].done = DHSA_MIN(p->levels[DHSA_LEVEL_FINE].done, p->chunks);
-    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / DHSA_CHUNK_SUBGROUP);
+    p->levels[DHSA_LEVEL_COARSE].done = DHSA_MIN(p->levels[DHSA_LEVEL_COARSE].done, p->chunks / DHSA_CHUNK_GROUP);
     p->chunks = chunks;
     p->summed = -1;
 }
@@ -274,9 +274,9 @@ dhsa_status dhsa_key_index_assign(dhsa_key_index *p, const dhsa_tensor *k, int64
 
 /* ---- means ----------------------------------------------------------------------------------------------------- */
 
-/* Writes the mean of n keys, given their sum, as mean number `at` of a KV head. */
-static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64_t at, const float *sum, int64_t n,
-                int64_t dim, float *mean)
+/* Writes the mean of n keys, given their sum and the sum of their squares, as mean number `at` of a KV head. */
+static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64_t at, const float *sum, float squares,
+                int64_t n, int64_t dim, float *mean)
 {
     unsigned char *state = c->state + head * c->pitch + at;
     for (int64_t d = 0; d < dim; d++) mean[d] = n > 0 ? sum[d] / (float)n : 0.0f;
@@ -286,6 +286,9 @@ static void put(const dhsa_kernels *kernels, dhsa_chunks *c, int64_t head, int64
         memset(mean, 0, (size_t)dim * sizeof *mean);
     }
     dhsa_mean_put(kernels, c, mean, dim, c->means, c->scale, c->bias, head * c->pitch + at);
+    if (c->spread)
+        c->spread[head * c->pitch + at] =
+            *state == DHSA_CHUNK_GOOD ? dhsa_chunk_spread(kernels, mean, squares, n, dim) : 0;
 }
 
 /* Writes the means of the last chunks of a decoding step: at the fine level the generated keys and the current key, at
@@ -296,21 +299,23 @@ static void put_last(dhsa_key_index *p, int level, const dhsa_kernels *kernels, 
 {
     const int64_t from = p->edges[p->chunks], end = k->shape[2] - 1, dim = p->dim;
     if (p->summed < 0 || p->summed < from) {
-        memset(p->sum, 0, (size_t)(p->kv_heads * dim) * sizeof *p->sum);
+        memset(p->sum, 0, (size_t)(p->kv_heads * (dim + 1)) * sizeof *p->sum);
         p->summed = from;
     }
     for (int64_t h = 0; h < p->kv_heads; h++) {
-        float *sum = p->sum + h * dim;
+        float *sum = p->sum + h * (dim + 1), *squares = sum + dim;
         for (int64_t i = p->summed; i < end; i++) kernels->add(dhsa_row(k, b, h, i), k->dtype, dim, sum);
+        *squares += dhsa_chunk_squares(kernels, k, b, h, p->summed, end, scratch);
         if (level == DHSA_LEVEL_FINE) {
-            put(kernels, c, h, at, sum, end - from, dim, scratch);
+            put(kernels, c, h, at, sum, *squares, end - from, dim, scratch);
             memset(scratch + dim, 0, (size_t)dim * sizeof *scratch);
             kernels->add(dhsa_row(k, b, h, end), k->dtype, dim, scratch + dim);
-            put(kernels, c, h, at + 1, scratch + dim, 1, dim, scratch);
+            put(kernels, c, h, at + 1, scratch + dim, 0, 1, dim, scratch);
         } else {
             memcpy(scratch + dim, sum, (size_t)dim * sizeof *scratch);
             kernels->add(dhsa_row(k, b, h, end), k->dtype, dim, scratch + dim);
-            put(kernels, c, h, at, scratch + dim, end + 1 - from, dim, scratch);
+            const float last = dhsa_chunk_squares(kernels, k, b, h, end, end + 1, scratch);
+            put(kernels, c, h, at, scratch + dim, *squares + last, end + 1 - from, dim, scratch);
         }
     }
     p->summed = DHSA_MAX(p->summed, end);
@@ -329,7 +334,7 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
     if (!l->open) {
         l->done = 0;
         l->open =
-            dhsa_chunks_open(&l->chunks, kind, squares, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
+            dhsa_chunks_open(&l->chunks, kind, squares, level == DHSA_LEVEL_COARSE, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
         if (!l->open) {
             dhsa_chunks_close(&l->chunks);
             return no_memory(error, k->shape[2]);
@@ -339,15 +344,15 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
                                  0)) {
         return no_memory(error, k->shape[2]);
     }
-    if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, p->dim * (int64_t)sizeof *p->sum)))
+    if (!p->sum && !(p->sum = dhsa_alloc(p->kv_heads, (p->dim + 1) * (int64_t)sizeof *p->sum)))
         return no_memory(error, k->shape[2]);
     const int64_t last = p->total == p->chunks ? 0 : level == DHSA_LEVEL_FINE ? 2 : 1; /* chunks of a decoding step */
     l->chunks.edges = edges;
     l->chunks.chunks = count - last;
     dhsa_chunks_fill(kernels, k, b, &l->chunks, l->done, arenas, stride, num_threads);
     /* A coarse chunk that is not whole may grow, so its mean is not final. */
-    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_SUBGROUP;
-    if (last > 0) dhsa_whole(arenas, 2 * p->dim * (int64_t)sizeof(float));
+    l->done = level == DHSA_LEVEL_FINE || last > 0 ? count - last : p->chunks / DHSA_CHUNK_GROUP;
+    if (last > 0) dhsa_whole(arenas, 3 * p->dim * (int64_t)sizeof(float));
     if (last > 0) put_last(p, level, kernels, k, b, count - last, &l->chunks, (float *)arenas);
     l->chunks.chunks = count;
     dhsa_chunks_look(&l->chunks, p->kv_heads);
@@ -436,7 +441,7 @@ int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
     if (!p) return 0;
     int64_t bytes = p->fingerprints_room * (int64_t)sizeof *p->fingerprints +
                     p->edges_room * (int64_t)sizeof *p->edges +
-                    (p->sum ? p->kv_heads * p->dim * (int64_t)sizeof *p->sum : 0);
+                    (p->sum ? p->kv_heads * (p->dim + 1) * (int64_t)sizeof *p->sum : 0);
     for (int i = 0; i < DHSA_LEVELS; i++) {
         const dhsa_chunks *c = &p->levels[i].chunks;
         dhsa_chunks_part part[DHSA_CHUNKS_PARTS];
@@ -450,6 +455,7 @@ int64_t dhsa_key_index_bytes(const dhsa_key_index *p)
 
 /* A header of so many int64, in this order; then the fingerprints, the edges, and for each level and KV head the parts
  * (dhsa_chunks_parts) of the first `done` chunks, as they lie in memory. All of the machine's byte order. */
+enum { SQUARE = 16 }; /* means of a square, which are written as a whole */
 enum {
     HEAD_MAGIC = 0,
     HEAD_DTYPE,
@@ -474,13 +480,12 @@ int64_t dhsa_key_index_write(const dhsa_key_index *p, char *bytes)
     int64_t head[HEAD_SIZE] = {HEAD_VALUE, p->dtype, p->kv_heads, p->dim, p->known, p->chunks}, at = 0;
     for (int i = 0; i < DHSA_LEVELS; i++) {
         const dhsa_level *l = &p->levels[i];
-        const int64_t most = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / DHSA_CHUNK_SUBGROUP;
+        const int64_t most = i == DHSA_LEVEL_FINE ? p->chunks : p->chunks / DHSA_CHUNK_GROUP;
         int64_t *of = head + HEAD_LEVELS + 3 * i;
         if (!l->open) continue;
         of[0] = l->chunks.kind;
         of[1] = l->chunks.squares;
-        of[2] = DHSA_MIN(l->done, most) / DHSA_CHUNK_GROUP *
-                DHSA_CHUNK_GROUP; /* whole squares; the rest is soon made again */
+        of[2] = DHSA_MIN(l->done, most) / SQUARE * SQUARE; /* the rest is soon made again */
     }
     put_bytes(bytes, &at, head, sizeof head);
     put_bytes(bytes, &at, p->fingerprints, p->known * (int64_t)sizeof *p->fingerprints);
@@ -527,6 +532,7 @@ static int means_fit(const dhsa_chunks *c, int64_t head, int64_t done)
 {
     const int64_t at = head * c->pitch, n = done * c->row;
     int bad = 0;
+    if (c->spread && !floats_fit(c->spread + at, done, 1)) return 0;
     if (c->kind == DHSA_MEANS_F32) return floats_fit((const float *)c->means + at * c->row, n, 0);
     if (!floats_fit(c->scale + at, done, 1)) return 0;
     if (c->kind == DHSA_MEANS_BF16) { /* whole numbers up to 127 */
@@ -555,18 +561,18 @@ static int means_fit(const dhsa_chunks *c, int64_t head, int64_t done)
 static int take_level(dhsa_key_index *p, int level, const int64_t *of, const char *bytes, int64_t n, int64_t *at)
 {
     dhsa_level *l = &p->levels[level];
-    const int64_t chunks_of = level == DHSA_LEVEL_FINE ? 1 : DHSA_CHUNK_SUBGROUP, done = of[2];
+    const int64_t chunks_of = level == DHSA_LEVEL_FINE ? 1 : DHSA_CHUNK_GROUP, done = of[2];
     if (done == 0) return of[0] >= 0 && of[0] < DHSA_MEANS_KINDS;
     if (of[0] < 0 || of[0] >= DHSA_MEANS_KINDS || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) ||
-        done < 0 || done > p->chunks / chunks_of || done % DHSA_CHUNK_GROUP != 0)
+        done < 0 || done > p->chunks / chunks_of || done % SQUARE != 0)
         return 0;
     dhsa_chunks plan;
     int64_t cells, need;
-    dhsa_chunks_plan(&plan, (dhsa_means_kind)of[0], (int)of[1], done, p->dim);
+    dhsa_chunks_plan(&plan, (dhsa_means_kind)of[0], (int)of[1], level == DHSA_LEVEL_COARSE, done, p->dim);
     const int64_t row = plan.row * dhsa_means_size(plan.kind);
     /* Looked at before memory is asked for, so that this is in proportion to the bytes that are there. */
     if (!dhsa_mul(p->kv_heads, done, &cells) || !dhsa_mul(cells, row + 1, &need) || need > n - *at) return 0;
-    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP,
+    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, plan.spreads, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP,
                                p->dim);
     if (!l->open) {
         dhsa_chunks_close(&l->chunks);

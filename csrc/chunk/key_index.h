@@ -22,7 +22,7 @@ struct dhsa_key_index {
     int64_t known, fingerprints_room, turn; /* turn: where the stretch of keys that the next call checks begins */
     int32_t *edges; /* [total + 1]: keys before edges[chunks] are cut; later edges are those of a decoding step */
     int64_t chunks, total, edges_room;
-    float *sum;     /* [kv_heads, dim]: sum of the keys [edges[chunks], summed) */
+    float *sum;     /* [kv_heads, dim + 1]: sum of the keys [edges[chunks], summed), then of their squares */
     int64_t summed; /* -1: the sum is not computed */
     dhsa_level levels[DHSA_LEVELS];
 };
@@ -38,7 +38,7 @@ dhsa_status dhsa_key_index_update(dhsa_key_index *index, const dhsa_tensor *k, i
 dhsa_status dhsa_key_index_assign(dhsa_key_index *index, const dhsa_tensor *k, int64_t b, const int32_t *boundaries,
                                   int64_t n, int64_t same, int num_threads, dhsa_error *error);
 /* Computes the means of a level that are missing, for the chunks with edges [count + 1]. The edges of chunks that the
- * index kept must be those of the last call. *chunks becomes a view of the means. Thread t uses 2 * dim floats at
+ * index kept must be those of the last call. *chunks becomes a view of the means. Thread t uses 3 * dim floats at
  * arenas + t * stride. */
 dhsa_status dhsa_key_index_means(dhsa_key_index *index, int level, dhsa_means_kind kind, const dhsa_kernels *kernels,
                                  const dhsa_tensor *k, int64_t b, const int32_t *edges, int64_t count,

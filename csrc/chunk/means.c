@@ -37,6 +37,26 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
     return 0;
 }
 
+float dhsa_chunk_squares(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t kv_head, int64_t from,
+                         int64_t to, float *line)
+{
+    const int64_t dim = k->shape[3];
+    float sum = 0;
+    for (int64_t i = from; i < to; i++) {
+        const void *key = dhsa_row(k, b, kv_head, i);
+        if (k->dtype != DHSA_F32) kernels->load(key, k->dtype, dim, line);
+        const float *x = k->dtype == DHSA_F32 ? key : line;
+        sum += kernels->dot(x, x, dim);
+    }
+    return sum;
+}
+
+float dhsa_chunk_spread(const dhsa_kernels *kernels, const float *mean, float squares, int64_t n, int64_t dim)
+{
+    const float spread = (squares / (float)n - kernels->dot(mean, mean, dim)) / (float)dim;
+    return n > 1 && spread > 0 && isfinite(spread) ? spread : 0;
+}
+
 void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to,
                      float sign, float *mean)
 {
@@ -88,24 +108,26 @@ void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const
         memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
 }
 
-void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t capacity, int64_t dim)
+void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int spreads, int64_t capacity,
+                      int64_t dim)
 {
     static const int64_t step[DHSA_MEANS_KINDS] = {1, DHSA_PAIR_STEP, 4};
-    *chunks = (dhsa_chunks){.kind = kind, .squares = squares};
+    *chunks = (dhsa_chunks){.kind = kind, .squares = squares, .spreads = spreads};
     chunks->pitch = dhsa_round_up(capacity, 16); /* a whole number of squares */
     chunks->row = dhsa_round_up(dim, step[kind]);
 }
 
-int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int64_t kv_heads, int64_t capacity,
-                     int64_t dim)
+int dhsa_chunks_open(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int spreads, int64_t kv_heads,
+                     int64_t capacity, int64_t dim)
 {
     const int64_t spare = kind == DHSA_MEANS_BF16 ? DHSA_PAIR_STEP : 0; /* read past the end by bf16 products */
     int64_t cells;
-    dhsa_chunks_plan(chunks, kind, squares, capacity, dim);
+    dhsa_chunks_plan(chunks, kind, squares, spreads, capacity, dim);
     if (!dhsa_mul(kv_heads, chunks->pitch, &cells)) cells = INT64_MAX - spare;
     if (!(chunks->state = dhsa_alloc(cells, 1))) return 0;
     if (kind != DHSA_MEANS_F32 && !(chunks->scale = dhsa_alloc(cells, sizeof *chunks->scale))) return 0;
     if (kind == DHSA_MEANS_I8 && !(chunks->bias = dhsa_alloc(cells, sizeof *chunks->bias))) return 0;
+    if (spreads && !(chunks->spread = dhsa_alloc(cells, sizeof *chunks->spread))) return 0;
     chunks->means = dhsa_alloc(cells + spare, chunks->row * dhsa_means_size(kind));
     return chunks->means != NULL;
 }
@@ -115,10 +137,12 @@ void dhsa_chunks_close(dhsa_chunks *chunks)
     dhsa_free(chunks->means);
     dhsa_free(chunks->scale);
     dhsa_free(chunks->bias);
+    dhsa_free(chunks->spread);
     dhsa_free(chunks->state);
     chunks->means = NULL;
     chunks->scale = NULL;
     chunks->bias = NULL;
+    chunks->spread = NULL;
     chunks->state = NULL;
 }
 
@@ -130,13 +154,14 @@ int dhsa_chunks_parts(const dhsa_chunks *chunks, int64_t head, dhsa_chunks_part 
     part[n++] = (dhsa_chunks_part){(char *)chunks->means + at * row, row};
     if (chunks->scale) part[n++] = (dhsa_chunks_part){(char *)(chunks->scale + at), sizeof *chunks->scale};
     if (chunks->bias) part[n++] = (dhsa_chunks_part){(char *)(chunks->bias + at), sizeof *chunks->bias};
+    if (chunks->spread) part[n++] = (dhsa_chunks_part){(char *)(chunks->spread + at), sizeof *chunks->spread};
     return n;
 }
 
 int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t used, int copy)
 {
     dhsa_chunks old = *chunks;
-    if (!dhsa_chunks_open(chunks, old.kind, old.squares, kv_heads, capacity, dim)) {
+    if (!dhsa_chunks_open(chunks, old.kind, old.squares, old.spreads, kv_heads, capacity, dim)) {
         dhsa_chunks_close(chunks);
         *chunks = old;
         return 0;
@@ -167,7 +192,7 @@ static void means_task(void *context, int64_t index, int thread)
     const int64_t head = index / job->groups, first = job->first + index % job->groups * GROUP;
     const int64_t last = DHSA_MIN(first + GROUP, chunks->chunks), dim = job->k->shape[3];
     float *mean = (float *)(job->scratch + thread * job->stride);
-    dhsa_whole(mean, 2 * dim * (int64_t)sizeof *mean);
+    dhsa_whole(mean, 3 * dim * (int64_t)sizeof *mean);
     for (int64_t c = first; c < last; c++) {
         const int64_t from = chunks->edges[c], to = chunks->edges[c + 1];
         unsigned char *state = chunks->state + head * chunks->pitch + c;
@@ -177,6 +202,14 @@ static void means_task(void *context, int64_t index, int thread)
         } else {
             const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, mean + dim);
             *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
+        }
+        if (chunks->spread) {
+            const float squares =
+                *state == DHSA_CHUNK_GOOD
+                    ? dhsa_chunk_squares(job->kernels, job->k, job->b, head, from, to, mean + 2 * dim)
+                    : 0;
+            chunks->spread[head * chunks->pitch + c] =
+                dhsa_chunk_spread(job->kernels, mean, squares, DHSA_MAX(to - from, 1), dim);
         }
         dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->scale, chunks->bias, head * chunks->pitch + c);
     }

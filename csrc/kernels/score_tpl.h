@@ -186,38 +186,50 @@ static void K_NAME(power_sums)(const float *s, int n, int rows, const dhsa_power
 }
 
 /* The score of one key, summed over the vectors of a row but not across a vector. */
-K_INLINE vf power_score(const float *s, float key, const dhsa_powers *powers, const vf *factor, const vf *addend,
-                        const int capped, const int per)
+K_INLINE vf power_score(const float *s, int j, const dhsa_powers *powers, const vf *factor, const vf *addend,
+                        const vf *row_spread, const int spread, const int capped, const int per)
 {
-    vf sum = power_of(s, v_set1(key), powers, 0, factor[0], addend[0], capped);
+    const vf key = v_set1(powers->key[j]), by = v_set1(spread ? powers->spread[j] : 0.0f);
+    vf sum = v_set1(0.0f);
 #pragma GCC unroll 8
-    for (int u = 1; u < per; u++)
-        sum = v_add(sum, power_of(s, v_set1(key), powers, u, factor[u], addend[u], capped));
+    for (int u = 0; u < per; u++) {
+        const vf base = spread ? v_fma(by, row_spread[u], addend[u]) : addend[u];
+        const vf power = power_of(s, key, powers, u, factor[u], base, capped);
+        sum = u ? v_add(sum, power) : power;
+    }
     return sum;
 }
 
 K_INLINE void power_scores_of(const float *s, int n, const dhsa_powers *powers, int degree, const float *shift,
-                              float *score, const int capped, const int per)
+                              float *score, const int spread, const int capped, const int per)
 {
-    const float *key = powers->key;
-    vf factor[V_PER], addend[V_PER];
+    vf factor[V_PER], addend[V_PER], row_spread[V_PER];
     int j = 0;
     power_factors(powers, (float)degree, shift, factor, addend, capped, per);
+#pragma GCC unroll 8
+    for (int u = 0; u < per; u++)
+        row_spread[u] =
+            spread ? v_mul(v_set1(K_EXPONENT_BITS), v_load(powers->row_spread + u * V_LEN)) : v_set1(0.0f);
     for (; j + V_LEN <= n; j += V_LEN) {
         vf x[V_LEN];
 #pragma GCC unroll 16
         for (int i = 0; i < V_LEN; i++, s += K_LANES)
-            x[i] = power_score(s, key[j + i], powers, factor, addend, capped, per);
+            x[i] = power_score(s, j + i, powers, factor, addend, row_spread, spread, capped, per);
         v_store(score + j, v_add(v_load(score + j), v_sums(x)));
     }
-    for (; j < n; j++, s += K_LANES) score[j] += v_sum(power_score(s, key[j], powers, factor, addend, capped, per));
+    for (; j < n; j++, s += K_LANES)
+        score[j] += v_sum(power_score(s, j, powers, factor, addend, row_spread, spread, capped, per));
 }
 
 static void K_NAME(power_scores)(const float *s, int n, int rows, const dhsa_powers *powers, int degree,
                                  const float *shift, float *score)
 {
-    if (powers->cap > 0)
-        power_scores_of(s, n, powers, degree, shift, score, 1, V_PER);
+    if (powers->cap > 0 && powers->spread)
+        power_scores_of(s, n, powers, degree, shift, score, 1, 1, V_PER);
+    else if (powers->cap > 0)
+        power_scores_of(s, n, powers, degree, shift, score, 0, 1, V_PER);
+    else if (powers->spread)
+        K_FOR_ROWS(rows, power_scores_of, s, n, powers, degree, shift, score, 1, 0);
     else
-        K_FOR_ROWS(rows, power_scores_of, s, n, powers, degree, shift, score, 0);
+        K_FOR_ROWS(rows, power_scores_of, s, n, powers, degree, shift, score, 0, 0);
 }

@@ -38,7 +38,7 @@ int dhsa_block_means_open(dhsa_block_means *m, const dhsa_selector *s)
 {
     const int64_t k_len = s->k->shape[2], blocks = dhsa_ceil_div(k_len, s->config->key_block);
     m->edges = dhsa_block_edges(k_len, s->config->key_block);
-    const int opened = dhsa_chunks_open(&m->chunks, DHSA_MEANS_F32, 0, s->k->shape[1], blocks, s->k->shape[3]);
+    const int opened = dhsa_chunks_open(&m->chunks, DHSA_MEANS_F32, 0, 0, s->k->shape[1], blocks, s->k->shape[3]);
     m->chunks.edges = m->edges;
     m->chunks.chunks = blocks;
     return opened && m->edges;

@@ -36,13 +36,15 @@ typedef struct {
     tile *tiles;     /* of the current KV head, or one tile where they are not needed again */
     float *products; /* [panels at a time] of [product_rows, lanes], or of one tile */
     float *factor;   /* [panels, lanes]: of the rows, dhsa_powers.row */
+    float *far;      /* [panels, lanes]: of the rows, dhsa_powers.row_spread */
     float *m, *l;    /* [panels, lanes]: the largest exponents of the rows; sums, then logarithms of sums */
     float *score;    /* [TILE] */
     float *scale;    /* [TILE]: factors that cannot be used in place */
     float *unit;     /* [most]: the factors of all tiles of a KV head, where the tiles are needed again */
+    float *spread;   /* [most]: their spreads, where chunks have any */
     int32_t *bias;   /* [TILE] */
     float *top;      /* [lanes]: largest products, which bf16->qk writes and nothing reads */
-    float *mean;     /* [2, dim] */
+    float *mean;     /* [3, dim] */
     char *panel;     /* [panels] of packed rows */
     char *rows;      /* [lanes, row]: the rows before they are packed */
     char *tile;      /* [TILE] means that cannot be used in place in chunks.means */
@@ -88,16 +90,18 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
         void *to;
         int64_t bytes;
     } parts[] = {
-        {&w->mean, 2 * dim * 4}, /* comes first: dhsa_chunks_fill uses this memory too */
+        {&w->mean, 3 * dim * 4}, /* comes first: dhsa_chunks_fill uses this memory too */
         {&w->products,
          DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->most) * lanes * 4), panels * product_rows(s->most) * lanes * 4)},
         {&w->tiles, max_tiles(s) * (int64_t)sizeof *w->tiles},
         {&w->factor, panels * lanes * 4},
+        {&w->far, panels * lanes * 4},
         {&w->m, panels * lanes * 4},
         {&w->l, panels * lanes * 4},
         {&w->score, TILE * 4},
         {&w->scale, TILE * 4},
         {&w->unit, product_rows(s->most) * 4},
+        {&w->spread, s->chunks.spreads ? product_rows(s->most) * 4 : 0},
         {&w->bias, TILE * 4},
         {&w->top, lanes * 4},
         {&w->panel, panels * panel_bytes(s)},
@@ -146,8 +150,8 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     const double softcap = s->config->softcap, log2e = 1.4426950408889634;
     const double unit = softcap > 0 ? s->config->scale / softcap : s->config->scale * log2e;
     const void *rows[DHSA_MAX_LANES];
-    float *factor = w->factor + panel * lanes;
-    for (int r = 0; r < lanes; r++) factor[r] = 0;
+    float *factor = w->factor + panel * lanes, *far = w->far + panel * lanes;
+    for (int r = 0; r < lanes; r++) factor[r] = far[r] = 0;
     for (int r = 0; r < n; r++) {
         const int64_t from = job->from + (at + r) / s->heads_per_kv * s->step;
         float scale = 1;
@@ -158,6 +162,7 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         rows[r] = w->rows + r * bytes;
         const int finite = dhsa_all_finite(s->kernels, w->mean, dim);
         if (!finite) memset(w->mean, 0, (size_t)dim * sizeof *w->mean);
+        far[r] = (float)(s->kernels->dot(w->mean, w->mean, dim) * s->config->scale * s->config->scale * log2e);
         dhsa_mean_store(s->kernels, kind, w->mean, dim, s->chunks.row, w->rows + r * bytes, &scale, &bias);
         factor[r] = finite ? (float)(scale * unit) : NAN;
     }
@@ -291,10 +296,24 @@ static float length_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t 
     return (float)((job->cut_end && chunk == job->n - 1 ? job->cut_end : edges[1]) - edges[0]);
 }
 
-static dhsa_powers powers_of(const dhsa_scorer *s, const row_scores_scratch *w, const float *key, int panel)
+/* spread: NULL, or [n]. */
+static dhsa_powers powers_of(const dhsa_scorer *s, const row_scores_scratch *w, const float *key, const float *spread,
+                             int panel)
 {
     const double log2e = 1.4426950408889634;
-    return (dhsa_powers){key, w->factor + panel * s->kernels->lanes, (float)(s->config->softcap * log2e)};
+    const int64_t at = panel * s->kernels->lanes;
+    return (dhsa_powers){key, w->factor + at, (float)(s->config->softcap * log2e), spread, w->far + at};
+}
+
+/* The spreads of a tile, in place or copied to w->spread; NULL where chunks have none, as has the cut one. */
+static const float *spreads_of(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t,
+                               row_scores_scratch *w)
+{
+    const float *spread = s->chunks.spread + kv_head * s->chunks.pitch + job->first;
+    if (!s->chunks.spreads || t->cut) return NULL;
+    if (t->in_one_piece) return spread + t->chunk[0];
+    for (int i = 0; i < t->n; i++) w->spread[t->row + i] = spread[t->chunk[i]];
+    return w->spread + t->row;
 }
 
 /* Adds the squared probabilities of a tile to score, and the probabilities to mass unless it is NULL. */
@@ -338,6 +357,7 @@ static void score_stored(const dhsa_scorer *s, const dhsa_block_job *job, const 
 {
     const dhsa_kernels *kn = s->kernels;
     const int64_t lanes = kn->lanes, pitch = product_rows(live(job)) * lanes;
+    const int32_t *edges = s->chunks.edges + job->first;
     for (int64_t i = 0; i < r->panels * lanes; i++) {
         w->m[i] = -INFINITY;
         w->l[i] = 0;
@@ -352,16 +372,19 @@ static void score_stored(const dhsa_scorer *s, const dhsa_block_job *job, const 
         dhsa_ahead ahead = row_scores_look_ahead(s, job, r->kv_head, t, r->panels, &next);
         for (int p = 0; p < r->panels; p++) {
             float *products = w->products + p * pitch + t->row * lanes;
-            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, p);
+            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
             multiply(s, t, p, used_lanes(s, r, p), w, products, &ahead);
             kn->power_tops(products, t->n, used_lanes(s, r, p), &powers, w->m + p * lanes);
         }
     }
     for (int64_t index = 0; index < r->tiles; index++) {
         const tile *t = w->tiles + index;
-        for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
+        if (t->in_one_piece && !t->cut)
+            for (int i = 0; i < t->n; i++) w->score[i] = (float)(edges[t->chunk[0] + i + 1] - edges[t->chunk[0] + i]);
+        else
+            for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
         for (int p = 0; p < r->panels && t->n > 0; p++) {
-            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, p);
+            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
             kn->power_sums(w->products + p * pitch + t->row * lanes, t->n, used_lanes(s, r, p), &powers, w->score,
                            w->m + p * lanes, w->l + p * lanes);
         }
@@ -370,8 +393,10 @@ static void score_stored(const dhsa_scorer *s, const dhsa_block_job *job, const 
         w->l[i] = i < r->rows - r->at ? log_of_sum(w->m[i], w->l[i], w->factor[i]) : INFINITY;
     for (int64_t index = 0; index < r->tiles; index++) {
         const tile *t = w->tiles + index;
-        for (int p = 0; p < r->panels && t->n > 0; p++) {
-            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, p);
+        if (t->n == 0) continue;
+        const float *spread = spreads_of(s, job, r->kv_head, t, w);
+        for (int p = 0; p < r->panels; p++) {
+            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, spread, p);
             add_tile(s, t, w->products + p * pitch + t->row * lanes, used_lanes(s, r, p), &powers, w->l + p * lanes, w,
                      score, mass);
         }
@@ -391,7 +416,7 @@ static void score_at_once(const dhsa_scorer *s, const dhsa_block_job *job, const
         const char *next;
         dhsa_ahead ahead = row_scores_look_ahead(s, job, r->kv_head, t, r->panels, &next);
         for (int p = 0; p < r->panels; p++) {
-            const dhsa_powers powers = powers_of(s, w, t->scale, p);
+            const dhsa_powers powers = powers_of(s, w, t->scale, NULL, p);
             multiply(s, t, p, used_lanes(s, r, p), w, w->products, &ahead);
             add_tile(s, t, w->products, used_lanes(s, r, p), &powers, w->l + p * lanes, w, score, mass);
         }

@@ -85,13 +85,14 @@ dhsa_status dhsa_scorer_open(dhsa_scorer *s, const dhsa_tensor *q, const dhsa_te
         s->bf16 = s->bytes ? NULL : s->kernels->bf16;
         kind = s->bytes ? DHSA_MEANS_I8 : DHSA_MEANS_BF16;
     }
+    const int spreads = level == DHSA_LEVEL_COARSE;
     s->key_indexes = key_indexes;
     s->level = level;
     int opened = 1;
     if (key_indexes)
-        dhsa_chunks_plan(&s->chunks, kind, s->bf16 != NULL, s->capacity, dim);
+        dhsa_chunks_plan(&s->chunks, kind, s->bf16 != NULL, spreads, s->capacity, dim);
     else
-        opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, Hkv, s->capacity, dim);
+        opened = dhsa_chunks_open(&s->chunks, kind, s->bf16 != NULL, spreads, Hkv, s->capacity, dim);
     s->arena_size = row_scores ? dhsa_row_scores_plan(s) : dhsa_mean_plan(s);
     if (opened) return DHSA_OK;
     dhsa_scorer_close(s);

@@ -5,6 +5,8 @@ Responsible for candidates, chunk means and both scores; the top-k is in selecti
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from dhsa._twin.attention import check
@@ -32,6 +34,15 @@ def chunk_means(k, boundaries) -> np.ndarray:
             if row[c + 1] > row[c]:
                 means[b, :, c] = k[b, :, row[c] : row[c + 1]].mean(axis=1)
     return means
+
+
+def chunk_spreads(k, edges) -> np.ndarray:
+    """The mean squared distance of the keys of each chunk to their mean, divided by D: k [Hkv, L, D] -> [Hkv, C]."""
+    spreads = np.zeros((len(k), len(edges) - 1))
+    for c, (a, b) in enumerate(itertools.pairwise(edges)):
+        if b > a:
+            spreads[:, c] = k[:, a:b].var(axis=1).mean(axis=-1)
+    return np.where(np.isfinite(spreads), spreads, 0.0)
 
 
 def candidates(
@@ -102,13 +113,15 @@ def power(x) -> np.ndarray:
     return np.where(x <= -127, 0.0, np.where(x >= 63, 2.0**63, np.ldexp(1 + np.clip(x, -127, 63) - whole, whole.astype(int))))
 
 
-def row_scores(q, means, rows, query_block, scale, softcap, members, group, quantize, lengths, logs=None):
+def row_scores(q, means, rows, query_block, scale, softcap, members, group, quantize, lengths, logs=None, spreads=None):
     """Sums of squared row probabilities over the candidate chunks, of the probabilities themselves, which chunks have a
     finite mean, and the logarithms to base 2 of the rows' denominators.
 
     q [H, n, D], the block's queries; means [Hkv, C, D], candidate chunks only -> float64 [C], float64 [C], bool [C],
     dict from (head, first query) to float. A chunk counts as often in a row's denominator as it has keys, lengths [C],
     and what is squared is the probability of one of them. logs: the denominators of an earlier stage, to be used.
+    spreads [Hkv, C]: of the keys of chunks. If products with these were normally distributed, their squared
+    probabilities would be larger than that of the mean by exp(2 variance); half of that exponent is added.
     """
     finite = np.isfinite(means[sorted({h // group for h in members})]).all(axis=(0, 2))
     step = -(-query_block // rows)
@@ -120,7 +133,9 @@ def row_scores(q, means, rows, query_block, scale, softcap, members, group, quan
         if quantize:
             keys, key_scale = quantized(keys)
         for u in range(0, q.shape[1], step):
-            row, row_scale = q[h, u : u + step].mean(axis=0), 1.0
+            row, row_scale, extra = q[h, u : u + step].mean(axis=0), 1.0, 0.0
+            if spreads is not None:
+                extra = np.log2(np.e) * scale**2 * (row @ row) * spreads[h // group][finite_here]
             if quantize:
                 row, row_scale = quantized(row)
             s = scale * row_scale * key_scale * (keys @ row)
@@ -136,7 +151,7 @@ def row_scores(q, means, rows, query_block, scale, softcap, members, group, quan
             found[h, u] = log
             if log == np.inf:
                 continue
-            squares[finite_here] += power(2 * (s - log))
+            squares[finite_here] += power(2 * (s - log) + extra)
             sums[finite_here] += weights * power(s - log)
     return squares, sums, finite, found
 

@@ -9,48 +9,47 @@ import numpy as np
 
 from dhsa._arrays import check_int
 from dhsa._twin.blocks import Block
-from dhsa._twin.scores import chunk_means, row_scores
+from dhsa._twin.scores import chunk_means, chunk_spreads, row_scores
 from dhsa._twin.selection import Segments, local_span
 from dhsa.methods.base import Method
 
 __all__ = ["Rows"]
 
 MIN_SHORTLIST = 8192  # keys; with fewer, scoring every chunk is cheap
-# The coarse stage: chunks of a subgroup, subgroups of a group.
-UNIT, UNITS_OF_GROUP = 4, 4
+GROUP = 4  # chunks of a group, which the coarse stage takes or leaves out as a whole
 
 
-def _row_scores(block: Block, edges: np.ndarray, live: np.ndarray, logs: Any = None):
+def _row_scores(block: Block, edges: np.ndarray, live: np.ndarray, logs: Any = None, whole: Any = None):
     """Row scores and mass of chunks ``edges``, whether their means are finite, and the logarithms of the denominators of
-    the rows; 0 and True where not live. Means and rows are quantized."""
+    the rows; 0 and True where not live. Means and rows are quantized. whole: the chunks whose spread counts."""
     o = block.options
     score, mass, finite = np.zeros(len(live)), np.zeros(len(live)), np.ones(len(live), bool)
     means = chunk_means(block.k[None, :, : block.end], edges)[0]
+    spreads = None if whole is None else np.where(whole, chunk_spreads(block.k[:, : block.end], edges), 0.0)[:, live]
     score[live], mass[live], finite[live], logs = row_scores(
         block.queries, means[:, live], o["rows"], o["query_block"], o["scale"], o["softcap"], range(len(block.q)),
-        len(block.q) // len(block.k), True, np.diff(edges)[live], logs,
+        len(block.q) // len(block.k), True, np.diff(edges)[live], logs, spreads,
     )  # fmt: skip
     return score, mass, finite, logs
 
 
 def _shortlist(block: Block, cuts: np.ndarray) -> tuple[np.ndarray, Any]:
-    """Which chunks the coarse stage leaves: whole groups of 16, each with the best score of its four subgroups. And the
-    logarithms of the denominators of the rows."""
+    """Which chunks the coarse stage leaves: whole groups of 4, by the scores of their mean keys. And the logarithms of
+    the denominators of the rows."""
     o = block.options
-    groups = np.append(cuts[:-1][:: UNIT * UNITS_OF_GROUP], cuts[-1])
-    edges = np.minimum(np.append(cuts[:-1][::UNIT], cuts[-1]), block.end)
+    groups = np.append(cuts[:-1][::GROUP], cuts[-1])
+    edges = np.minimum(groups, block.end)
     live = np.maximum(edges[:-1], block.lo) < edges[1:]
-    score, _, finite, logs = _row_scores(block, edges, live)
+    score, _, finite, logs = _row_scores(block, edges, live, whole=edges[1:] == groups[1:])
     score[~finite], score[~live] = np.inf, -np.inf
-    best = np.maximum.reduceat(score, np.arange(0, len(score), UNITS_OF_GROUP))
     near, far = local_span(block.lo, block.end, o["local"], block.middle)
-    best[(groups[:-1] < o["sink"]) | ((groups[1:] > near) & (groups[:-1] < far))] = np.inf
+    score[(groups[:-1] < o["sink"]) | ((groups[1:] > near) & (groups[:-1] < far))] = np.inf
     keys = np.maximum(np.minimum(groups[1:], block.end) - np.maximum(groups[:-1], block.lo), 0)
-    chosen, held = np.zeros(len(best), bool), 0
-    for g in np.lexsort((-np.arange(len(best)), -best)):
+    chosen, held = np.zeros(len(score), bool), 0
+    for g in np.lexsort((-np.arange(len(score)), -score)):
         if held < o["shortlist"] and keys[g] > 0:
             chosen[g], held = True, held + keys[g]
-    return np.repeat(chosen, UNIT * UNITS_OF_GROUP)[: len(cuts) - 1], logs
+    return np.repeat(chosen, GROUP)[: len(cuts) - 1], logs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dhsa._twin.boundaries import pick_boundaries
 
-GROUP = 16  # chunks; what a decoding step adds begins a group of its own
+GROUP = 4  # chunks; what a decoding step adds begins a group of its own
 
 
 class KeyIndex:
@@ -32,7 +32,7 @@ class KeyIndex:
         """k [Hkv, L, D]; scores: of gap j between keys j and j + 1, in a step among all keys but the last; n: the most
         gaps to pick for all L keys.
 
-        Returns the boundaries, in a step with the empty chunks that fill up the prompt's last group of 16.
+        Returns the boundaries, in a step with the empty chunks that fill up the prompt's last group of 4.
         """
         length, before, cuts = k.shape[1], self.keys.shape[1], len(self.edges)
         end = length - step

@@ -8,20 +8,17 @@
 #include "select/scorer.h"
 #include "select/selector.h"
 
-enum { SUBGROUPS = DHSA_CHUNK_GROUP / DHSA_CHUNK_SUBGROUP };
-
 typedef struct {
     dhsa_scorer fine, coarse;
-    int32_t *edges;       /* [edges_size]: of the subgroups of the batch item */
-    int32_t *group_edges; /* [groups + 1] */
-    int64_t edges_size, groups;
+    int32_t *edges; /* [groups + 1]: of the groups of the batch item */
+    int64_t groups;
 } rows_state;
 
 /* Scratch memory of one thread, after that of the scorers. */
 typedef struct {
     float *score;    /* [capacity] */
     float *mass;     /* [capacity]; only with a share of mass */
-    float *coarse;   /* [edges_size]; only with two stages */
+    float *coarse;   /* [groups]; only with two stages */
     float *logs;     /* of the rows, see dhsa_block_job; only with two stages */
     int32_t *groups; /* [groups]; only with two stages. All may be on a shortlist, since empty chunks have no keys */
 } rows_parts;
@@ -31,7 +28,7 @@ static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena,
     int64_t used = DHSA_MAX(state->fine.arena_size, state->coarse.arena_size);
     w->score = dhsa_part(arena, &used, state->fine.capacity * 4);
     w->mass = with_mass ? dhsa_part(arena, &used, state->fine.capacity * 4) : NULL;
-    w->coarse = dhsa_part(arena, &used, state->edges_size * 4);
+    w->coarse = dhsa_part(arena, &used, state->groups * 4);
     w->groups = dhsa_part(arena, &used, state->groups * 4);
     w->logs = dhsa_part(arena, &used, state->edges ? state->fine.kv_per_set * dhsa_row_scores_rows(&state->fine) * 4 : 0);
     return used;
@@ -49,7 +46,6 @@ static void rows_close(dhsa_selector *s)
     dhsa_scorer_close(&state->fine);
     dhsa_scorer_close(&state->coarse);
     dhsa_free(state->edges);
-    dhsa_free(state->group_edges);
 }
 
 static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
@@ -65,14 +61,12 @@ static dhsa_status rows_open(dhsa_selector *s, dhsa_error *error)
     s->segments = state->fine.capacity;
     s->arena_size = rows_lay_out(state, config->mass > 0, NULL, &unused);
     if (!two) return DHSA_OK;
-    state->edges_size = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_SUBGROUP) + 1;
     state->groups = dhsa_ceil_div(state->fine.capacity, DHSA_CHUNK_GROUP);
-    state->edges = dhsa_alloc(state->edges_size, sizeof *state->edges);
-    state->group_edges = dhsa_alloc(state->groups + 1, sizeof *state->group_edges);
-    if (!state->edges || !state->group_edges)
+    state->edges = dhsa_alloc(state->groups + 1, sizeof *state->edges);
+    if (!state->edges)
         return dhsa_fail(error, DHSA_ERR_NO_MEMORY, "select: no memory for the edges of %" PRId64 " groups",
                          state->groups);
-    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &config->score, state->edges_size, 1, s->key_indexes,
+    status = dhsa_scorer_open(&state->coarse, s->q, s->k, &config->score, state->groups + 1, 1, s->key_indexes,
                               DHSA_LEVEL_COARSE, error);
     s->arena_size = rows_lay_out(state, 0, NULL, &unused);
     return status;
@@ -85,11 +79,9 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
     const dhsa_status status = dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas,
                                                  s->arena_stride, s->num_threads, error);
     if (status || !state->edges) return status;
-    for (int64_t u = 0; u < state->edges_size; u++)
-        state->edges[u] = boundaries[DHSA_MIN(u * DHSA_CHUNK_SUBGROUP, s->n_boundaries - 1)];
     for (int64_t g = 0; g <= state->groups; g++)
-        state->group_edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
-    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->edges_size, s->arenas, s->arena_stride,
+        state->edges[g] = boundaries[DHSA_MIN(g * DHSA_CHUNK_GROUP, s->n_boundaries - 1)];
+    return dhsa_scorer_begin(&state->coarse, b, state->edges, state->groups + 1, s->arenas, s->arena_stride,
                              s->num_threads, error);
 }
 
@@ -101,19 +93,13 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
     const rows_state *state = s->state;
     const dhsa_block_job options = {.logs = w->logs};
     float *score = w->coarse;
-    dhsa_segments segments = {.edges = state->group_edges, .score = score};
-    int64_t first, last;
-    dhsa_scorer_run(&state->coarse, set, block, &options, dhsa_selector_arena(s, thread), score, NULL, &first, &last);
-    segments.first = first / SUBGROUPS;
-    segments.last = dhsa_ceil_div(last, SUBGROUPS);
-    for (int64_t g = segments.first; g < segments.last; g++) {
-        float best = -INFINITY;
-        for (int64_t u = DHSA_MAX(g * SUBGROUPS, first); u < DHSA_MIN((g + 1) * SUBGROUPS, last); u++)
-            best = DHSA_MAX(best, score[u]);
-        const int forced = segments.edges[g] < s->config->sink ||
-                           (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end);
-        score[g] = forced ? INFINITY : best;
-    }
+    dhsa_segments segments = {.edges = state->edges, .score = score};
+    dhsa_scorer_run(&state->coarse, set, block, &options, dhsa_selector_arena(s, thread), score, NULL, &segments.first,
+                    &segments.last);
+    for (int64_t g = segments.first; g < segments.last; g++)
+        if (segments.edges[g] < s->config->sink ||
+            (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end))
+            score[g] = INFINITY;
     return dhsa_topk_segments(s, thread, span, &segments, s->config->shortlist, w->groups);
 }
 
