@@ -218,7 +218,7 @@ def chunk_scores(
         heads: which heads share a selection: "all", "group" or "head".
         scale: None: 1 for "block", 1 / sqrt(D) for "rows".
         softcap: bounds the logits of "rows", or the products of "block". None: no bound.
-        rows: for "rows": mean queries of a full block. None: query_block // 2.
+        rows: for "rows": mean queries of a full block. None: query_block, that is every query.
         window: the layer's sliding window, which bounds a block's candidate keys.
         causal: for "rows", False: the keys after the block are candidates too.
 
@@ -239,7 +239,7 @@ def chunk_scores(
     check_choice(score, "score", SCORES)
     check_choice(pooling, "pooling", POOLINGS)
     heads_index = check_choice(heads, "heads", HEADS)
-    rows = max(1, query_block // 2) if rows is None else check_int(rows, "rows", 1, query_block)
+    rows = query_block if rows is None else check_int(rows, "rows", 1, query_block)
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = boundary_array(boundaries, k.shape[0])
     result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")

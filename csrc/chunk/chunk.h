@@ -62,7 +62,7 @@ typedef struct {
                              only where `spreads` is set */
     int spreads;
     unsigned char *state; /* [kv_heads, pitch] */
-    int bad;              /* at least one mean is not finite */
+    int odd;              /* at least one state is not good */
 } dhsa_chunks;
 
 int dhsa_all_finite(const dhsa_kernels *kernels, const float *x, int64_t n);
@@ -110,7 +110,7 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
  * scratch + t * stride. */
 void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
                       char *scratch, int64_t stride, int num_threads);
-/* Sets chunks->bad from the states. */
+/* Sets chunks->odd from the states. */
 void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads);
 
 /* Writes the mean of queries [from, to) of head h, times sign (-1, 0 or 1), to mean [dim]. */

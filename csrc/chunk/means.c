@@ -225,7 +225,11 @@ void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t
 
 void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads)
 {
-    chunks->bad = 0;
-    for (int64_t h = 0; h < kv_heads; h++)
-        chunks->bad |= memchr(chunks->state + h * chunks->pitch, DHSA_CHUNK_BAD, (size_t)chunks->chunks) != NULL;
+    chunks->odd = 0;
+    for (int64_t h = 0; h < kv_heads; h++) {
+        const unsigned char *state = chunks->state + h * chunks->pitch;
+        unsigned char worst = DHSA_CHUNK_GOOD;
+        for (int64_t c = 0; c < chunks->chunks; c++) worst = DHSA_MAX(worst, state[c]);
+        chunks->odd |= worst != DHSA_CHUNK_GOOD;
+    }
 }

@@ -51,15 +51,15 @@ typedef struct {
 } row_scores_scratch;
 
 /* The number of tiles of whole chunks; the cut chunk is a tile of its own. Tiles begin at multiples of TILE, so the
- * first and the last may be short. With a shortlist, each holds TILE / DHSA_CHUNK_GROUP groups of it. */
+ * first and the last may be short, or they are parts of job->live. */
 static int64_t whole_tiles(const dhsa_block_job *job, int64_t whole)
 {
-    if (job->groups) return dhsa_ceil_div(job->n_groups, TILE / DHSA_CHUNK_GROUP);
+    if (job->live) return dhsa_ceil_div(job->n_live, TILE);
     return whole ? dhsa_ceil_div(job->first % TILE + whole, TILE) : 0;
 }
 
 /* The most chunks that take part, not counting the cut one. */
-static int64_t live(const dhsa_block_job *job) { return job->groups ? job->n_groups * DHSA_CHUNK_GROUP : job->n; }
+static int64_t live(const dhsa_block_job *job) { return job->live ? job->n_live : job->n; }
 
 static int64_t product_rows(int64_t chunks) { return dhsa_round_up(chunks + TILE - 1, TILE) + DHSA_PAIR_STEP; }
 
@@ -187,13 +187,10 @@ static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     if (t->cut) {
         t->chunk[0] = (int32_t)whole;
         t->n = cut == DHSA_CHUNK_GOOD;
-    } else if (job->groups) {
-        const int64_t first = index * (TILE / DHSA_CHUNK_GROUP),
-                      last = DHSA_MIN(first + TILE / DHSA_CHUNK_GROUP, job->n_groups);
-        for (int64_t g = first; g < last; g++) {
-            const int64_t from = job->groups[g] * DHSA_CHUNK_GROUP - job->first;
-            for (int64_t c = DHSA_MAX(from, 0); c < DHSA_MIN(from + DHSA_CHUNK_GROUP, whole); c++)
-                if (state[c] == DHSA_CHUNK_GOOD) t->chunk[t->n++] = (int32_t)c;
+    } else if (job->live) {
+        for (int64_t i = index * TILE; i < DHSA_MIN((index + 1) * TILE, job->n_live); i++) {
+            const int64_t c = job->live[i] - job->first;
+            if (state[c] == DHSA_CHUNK_GOOD) t->chunk[t->n++] = (int32_t)c;
         }
     } else {
         for (int64_t c = DHSA_MAX(index * TILE - base, 0); c < DHSA_MIN((index + 1) * TILE - base, whole); c++)
@@ -281,7 +278,7 @@ static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, r
 static dhsa_ahead row_scores_look_ahead(const dhsa_scorer *s, const dhsa_block_job *job, int64_t kv_head, const tile *t,
                                         int panels, const char **next)
 {
-    const int64_t first = t->chunk[t->n - 1] + 1, n = job->groups || t->cut ? 0 : DHSA_MIN(TILE, job->n - first);
+    const int64_t first = t->chunk[t->n - 1] + 1, n = job->live || t->cut ? 0 : DHSA_MIN(TILE, job->n - first);
     const int64_t bytes = s->chunks.row * dhsa_means_size(s->chunks.kind);
     *next = (const char *)s->chunks.means + (kv_head * s->chunks.pitch + job->first + first) * bytes;
     dhsa_ahead ahead = {.row = next, .end = next + (n > 0), .bytes = (int)(n * bytes)};
@@ -462,12 +459,10 @@ unsigned char dhsa_row_scores(const dhsa_scorer *s, const dhsa_block_job *job, i
     unsigned char last = DHSA_CHUNK_GOOD;
     row_scores_scratch w;
     row_scores_lay_out(s, arena, &w);
-    /* Chunks outside the groups come after all others. */
-    for (int64_t c = 0; c < job->n; c++) score[c] = job->groups ? -INFINITY : 0;
-    for (int64_t g = 0; job->groups && g < job->n_groups; g++) {
-        const int64_t from = job->groups[g] * DHSA_CHUNK_GROUP - job->first;
-        for (int64_t c = DHSA_MAX(from, 0); c < DHSA_MIN(from + DHSA_CHUNK_GROUP, job->n); c++) score[c] = 0;
-    }
+    if (job->live)
+        for (int64_t i = 0; i < job->n_live; i++) score[job->live[i] - job->first] = 0;
+    else
+        memset(score, 0, (size_t)job->n * sizeof *score);
     if (job->cut_end) score[job->n - 1] = 0;
     for (int64_t c = 0; mass && c < job->n; c++) mass[c] = 0;
     if (s->bf16) s->bf16->begin();

@@ -22,39 +22,60 @@ static int64_t search(const int32_t *edges, int64_t n, int64_t x, int above)
     return low;
 }
 
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const dhsa_block_job *options, char *arena,
-                     float *score, float *mass, int64_t *first, int64_t *last)
+/* Writes the chunks of list->groups that are whole chunks of the block to list->live; returns how many. */
+static int64_t find_live(const dhsa_block_job *job, const dhsa_shortlist *list)
+{
+    const int64_t last = job->first + job->n - (job->cut_end != 0);
+    int64_t n = 0;
+    for (int64_t g = 0; g < list->n_groups; g++) {
+        const int64_t from = list->groups[g] * (int64_t)DHSA_CHUNK_GROUP;
+        for (int64_t c = DHSA_MAX(from, job->first); c < DHSA_MIN(from + DHSA_CHUNK_GROUP, last); c++)
+            list->live[n++] = (int32_t)c;
+    }
+    return n;
+}
+
+/* Replaces the score of a chunk that is empty or not finite. As in exact attention, a NaN must reach the queries that
+ * see it, so a chunk that is not finite is always picked. Adding 0 turns -0 into +0, so that the two zeros tie. */
+static void finish_score(unsigned char state, float *score, float *mass)
+{
+    *score = state == DHSA_CHUNK_EMPTY ? -INFINITY : state == DHSA_CHUNK_BAD ? INFINITY : *score + 0.0f;
+    if (mass && state != DHSA_CHUNK_GOOD) *mass = 0;
+}
+
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, dhsa_shortlist *list, char *arena, float *score,
+                     float *mass, int64_t *first, int64_t *last)
 {
     const int64_t q_len = s->q->shape[2], k_len = s->k->shape[2], chunks = s->chunks.chunks;
     const dhsa_span span = dhsa_span_candidates(s->config, q_len, k_len, block);
     const int32_t *edges = s->chunks.edges;
     *first = search(edges, chunks + 1, span.lo, 1) - 1;
     *last = search(edges, chunks + 1, span.end, 0);
-    dhsa_block_job job = options ? *options : (dhsa_block_job){.groups = NULL};
-    job.set = set;
-    job.from = block * s->config->query_block;
-    job.first = *first;
-    job.n = *last - *first;
+    dhsa_block_job job = {.set = set, .from = block * s->config->query_block, .first = *first, .n = *last - *first};
     job.to = DHSA_MIN(job.from + s->config->query_block, q_len);
     const int row_scores = s->config->score == DHSA_SCORE_ROWS;
     const int64_t kv = set * s->k->shape[1] / s->head_sets; /* the first KV head of the set */
     /* Row scores use no keys past the end of the block. The scores of the paper use the means of whole chunks. */
     if (row_scores && edges[*last] > span.end) job.cut_end = span.end;
-    score += *first;
-    if (mass) mass += *first;
-    const unsigned char last_state =
-        row_scores ? dhsa_row_scores(s, &job, kv, arena, score, mass) : dhsa_mean_score(s, &job, kv, arena, score);
-    for (int64_t c = 0; c < job.n; c++) {
-        unsigned char state = DHSA_CHUNK_GOOD;
-        if (score[c] == -INFINITY && !s->chunks.bad) continue; /* not on the shortlist */
-        for (int64_t h = kv; h < kv + s->kv_per_set; h++)
-            state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + job.first + c]);
-        if (c == job.n - 1) state = last_state;
-        /* As in exact attention, a NaN must reach the queries that see it, so such a chunk is always picked.
-         * Adding 0 turns -0 into +0, so that the two zeros tie. */
-        score[c] = state == DHSA_CHUNK_EMPTY ? -INFINITY : state == DHSA_CHUNK_BAD ? INFINITY : score[c] + 0.0f;
-        if (mass && state != DHSA_CHUNK_GOOD) mass[c] = 0;
+    if (list) {
+        job.logs = list->logs;
+        job.logs_given = list->groups != NULL;
+        job.live = list->groups ? list->live : NULL;
+        if (list->groups) job.n_live = list->n_live = find_live(&job, list);
     }
+    const unsigned char last_state = row_scores
+                                         ? dhsa_row_scores(s, &job, kv, arena, score + *first, mass ? mass + *first : NULL)
+                                         : dhsa_mean_score(s, &job, kv, arena, score + *first);
+    if (job.live && job.cut_end) list->live[list->n_live++] = (int32_t)(*last - 1);
+    const int64_t n = job.live ? list->n_live : job.n;
+    for (int64_t i = 0; i < n && (s->chunks.odd || !row_scores); i++) {
+        const int64_t c = job.live ? job.live[i] : *first + i;
+        unsigned char state = DHSA_CHUNK_GOOD;
+        for (int64_t h = kv; h < kv + s->kv_per_set; h++)
+            state = DHSA_MAX(state, s->chunks.state[h * s->chunks.pitch + c]);
+        if (c < *last - 1) finish_score(state, score + c, mass ? mass + c : NULL);
+    }
+    finish_score(last_state, score + *last - 1, mass ? mass + *last - 1 : NULL);
 }
 
 /* ---- the scorer ------------------------------------------------------------------------------------------------ */

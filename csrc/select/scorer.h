@@ -30,15 +30,26 @@ typedef struct {
     int64_t set, from, to; /* queries [from, to) */
     int64_t first, n;
     int64_t cut_end; /* row scores: the last chunk is cut here; 0: it is not */
-    /* Row scores: only the chunks of these groups and the cut chunk take part; ascending. NULL: all. Group g begins at
-     * chunk g * DHSA_CHUNK_GROUP. */
-    const int32_t *groups;
-    int64_t n_groups;
+    /* Row scores: only these chunks and the cut chunk take part; counted from the first chunk of the batch item,
+     * ascending. NULL: all. */
+    const int32_t *live;
+    int64_t n_live;
     /* Row scores: NULL, or [kv_per_set, dhsa_row_scores_rows]: the logarithms to base 2 of the denominators of the rows'
      * probabilities, relative to logits times log2(e). Written, or with logs_given read. */
     float *logs;
     int logs_given;
 } dhsa_block_job;
+
+/* What one stage of row scores leaves to the next. */
+typedef struct {
+    float *logs; /* as in dhsa_block_job; written by the first stage */
+    /* For the second stage: the groups of chunks that are left, ascending. Group g begins at chunk g *
+     * DHSA_CHUNK_GROUP. The first stage has none. */
+    const int32_t *groups;
+    int64_t n_groups;
+    int32_t *live; /* [chunks + 1]: receives the chunks of these groups that hold candidates, and the cut chunk */
+    int64_t n_live;
+} dhsa_shortlist;
 
 /* Allocates the means of chunks for rows of n_boundaries boundaries, unless key_indexes (may be NULL) keep them, at
  * `level`. quantized: row scores quantize means and mean queries. Arguments have been checked. */
@@ -52,11 +63,10 @@ dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundari
                               int64_t stride, int num_threads, dhsa_error *error);
 /* Writes the scores of the chunks [*first, *last) that hold candidates of one query block to score[*first .. *last). A
  * score is never NaN; empty chunks get -inf, and chunks without a finite mean +inf. mass: NULL, or (row scores only) it
- * receives the attention mass of the same chunks, 0 where the chunk is empty or its mean is not finite. options: NULL,
- * or (row scores only) the groups that are scored, the others get -inf, and the logarithms; other members are not
- * read. */
-void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, const dhsa_block_job *options, char *arena,
-                     float *score, float *mass, int64_t *first, int64_t *last);
+ * receives the attention mass of the same chunks, 0 where the chunk is empty or its mean is not finite. list: NULL, or
+ * (row scores only) scores are written for the chunks of a shortlist only. */
+void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, dhsa_shortlist *list, char *arena, float *score,
+                     float *mass, int64_t *first, int64_t *last);
 
 /* Row scores, in row_scores.c. Sets s->step and s->panels and returns the bytes of scratch that a thread needs. */
 int64_t dhsa_row_scores_plan(dhsa_scorer *s);

@@ -31,8 +31,7 @@ dhsa_status dhsa_selector_open(dhsa_selector *s, const dhsa_method *method, cons
         status = dhsa_fail(error, DHSA_ERR_NO_MEMORY, "%s: no memory for flags of %" PRId64 " keys", method->name,
                            k->shape[2]);
     if (!status && method->open) status = method->open(s, error);
-    s->arena_stride = s->arena_size;
-    for (int i = 0; i < 2; i++) dhsa_part(NULL, &s->arena_stride, s->segments * 4); /* scratch of dhsa_topk */
+    s->arena_stride = dhsa_topk_scratch(s->segments, s->arena_size);
     if (!status) status = dhsa_selector_alloc_arenas(s, error);
     if (status) dhsa_selector_close(s);
     return status;

@@ -99,6 +99,8 @@ static inline int dhsa_select_threads(int num_threads, int64_t lists)
 typedef struct {
     const int32_t *edges;
     int64_t first, last;
+    const int32_t *live; /* NULL, or [n_live]: only these segments count, ascending; they hold enough keys */
+    int64_t n_live;
     const float *score; /* [c]: of segment c, not NaN. The highest come first; +inf is always taken, if there is room */
     const float
         *mass; /* [c]: estimated attention mass on any scale; finite, >= 0; 0 where the score is +inf; or NULL */
@@ -114,6 +116,8 @@ int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa
  * recent are taken first. */
 int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments,
                            int64_t keys, int32_t *chosen);
+/* The bytes of a thread's arena, of which arena_size are the method's, with the scratch memory of dhsa_topk. */
+int64_t dhsa_topk_scratch(int64_t segments, int64_t arena_size);
 /* Writes keys [from, to) to list and returns how many. */
 int64_t dhsa_write_keys(int32_t *list, int64_t from, int64_t to);
 

@@ -12,10 +12,11 @@ enum { PASSES = 3, MOST_DIGITS = 1 << 11 };
 static const int shifts[PASSES] = {21, 10, 0};
 static const uint32_t masks[PASSES] = {0x7ff, 0x7ff, 0x3ff};
 
-/* Scratch memory of one thread, [segments] each. */
+/* Scratch memory of one thread, [segments] each. Entry i stands for the i-th segment that counts. */
 typedef struct {
     uint32_t *key;  /* the image of the score */
-    int32_t *alive; /* segments whose higher digits equal those of the threshold */
+    int32_t *size;  /* the number of free keys */
+    int32_t *alive; /* entries whose higher digits equal those of the threshold */
 } topk_scratch;
 
 static topk_scratch topk_lay_out(const dhsa_selector *s, int thread)
@@ -24,8 +25,15 @@ static topk_scratch topk_lay_out(const dhsa_selector *s, int thread)
     char *arena = dhsa_selector_arena(s, thread);
     topk_scratch w;
     w.key = dhsa_part(arena, &used, s->segments * 4);
+    w.size = dhsa_part(arena, &used, s->segments * 4);
     w.alive = dhsa_part(arena, &used, s->segments * 4);
     return w;
+}
+
+int64_t dhsa_topk_scratch(int64_t segments, int64_t arena_size)
+{
+    for (int i = 0; i < 3; i++) dhsa_part(NULL, &arena_size, segments * 4);
+    return arena_size;
 }
 
 /* The candidates that are not forced: keys [from, to), and in bidirectional attention [after, end) too. */
@@ -35,6 +43,10 @@ typedef struct {
 } free_keys;
 
 static inline int64_t edge(const dhsa_segments *u, int64_t c) { return u->edges ? u->edges[c] : c; }
+
+static inline int64_t entries(const dhsa_segments *u) { return u->live ? u->n_live : u->last - u->first; }
+
+static inline int64_t segment_of(const dhsa_segments *u, int64_t i) { return u->live ? u->live[i] : u->first + i; }
 
 /* The number of keys of segment c in [from, to). */
 static inline int64_t keys_within(const dhsa_segments *u, int64_t c, int64_t from, int64_t to)
@@ -48,32 +60,49 @@ static inline int64_t free_in(const free_keys *f, int64_t c)
     return f->after < f->end ? before + keys_within(f->segments, c, f->after, f->end) : before;
 }
 
-/* Fills w->key, and fills w->alive with the segments that have free keys; returns how many. Segments that score -inf
- * are left out if the others have `enough` keys: most segments of a long prompt are not on the shortlist. */
+/* Fills w->size. The first case is that of causal attention, in a form that compilers make vectors of. */
+static void find_sizes(const free_keys *f, const topk_scratch *w, int64_t n)
+{
+    const dhsa_segments *u = f->segments;
+    if (u->edges && !u->live && f->after >= f->end) {
+        const int32_t *edges = u->edges + u->first, from = (int32_t)f->from, to = (int32_t)f->to;
+        for (int64_t i = 0; i < n; i++) {
+            const int32_t size = DHSA_MIN(edges[i + 1], to) - DHSA_MAX(edges[i], from);
+            w->size[i] = DHSA_MAX(size, 0);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) w->size[i] = (int32_t)free_in(f, segment_of(u, i));
+}
+
+/* Fills w->key and w->size, and w->alive with the entries that have free keys; returns how many. Segments that score
+ * -inf are left out if the others have `enough` keys. */
 static int64_t topk_order(const free_keys *f, const topk_scratch *w, int64_t enough)
 {
     enum { LOWEST = 0x007fffff /* the image of -inf */ };
-    const int64_t first = f->segments->first, last = f->segments->last;
+    const dhsa_segments *u = f->segments;
+    const int64_t n = entries(u);
     int64_t count = 0, keys = 0;
-    for (int64_t c = first; c < last; c++) {
-        uint32_t u;
-        memcpy(&u, f->segments->score + c, sizeof u);
-        w->key[c] = u ^ ((uint32_t)-(int32_t)(u >> 31) | 0x80000000u);
-    }
-    for (int64_t c = first; c < last; c++) {
-        if (w->key[c] == LOWEST) continue;
-        const int64_t n = free_in(f, c);
-        keys += n;
-        if (n > 0) w->alive[count++] = (int32_t)c;
+    find_sizes(f, w, n);
+    if (u->live)
+        for (int64_t i = 0; i < n; i++) memcpy(w->key + i, u->score + u->live[i], sizeof *w->key);
+    else
+        memcpy(w->key, u->score + u->first, (size_t)n * sizeof *w->key);
+    for (int64_t i = 0; i < n; i++) w->key[i] ^= (uint32_t)-(int32_t)(w->key[i] >> 31) | 0x80000000u;
+    for (int64_t i = 0; i < n; i++) {
+        if (w->key[i] == LOWEST) continue;
+        keys += w->size[i];
+        w->alive[count] = (int32_t)i;
+        count += w->size[i] > 0;
     }
     if (keys >= enough) return count;
     count = 0;
-    for (int64_t c = first; c < last; c++)
-        if (free_in(f, c) > 0) w->alive[count++] = (int32_t)c;
+    for (int64_t i = 0; i < n; i++)
+        if (w->size[i] > 0) w->alive[count++] = (int32_t)i;
     return count;
 }
 
-/* Keeps the segments alive that have this digit; returns how many. */
+/* Keeps the entries alive that have this digit; returns how many. */
 static int64_t filter_digit(const topk_scratch *w, int64_t count, int pass, uint32_t digit)
 {
     int64_t kept = 0;
@@ -92,7 +121,7 @@ static uint32_t topk_threshold(const free_keys *f, const topk_scratch *w, int64_
     for (int pass = 0; pass < PASSES; pass++) {
         int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most DHSA_MAX_LENGTH in all */
         for (int64_t i = 0; i < count; i++)
-            histogram[w->key[w->alive[i]] >> shifts[pass] & masks[pass]] += (int32_t)free_in(f, w->alive[i]);
+            histogram[w->key[w->alive[i]] >> shifts[pass] & masks[pass]] += w->size[w->alive[i]];
         uint32_t digit = masks[pass];
         while (histogram[digit] < need) need -= histogram[digit--];
         prefix |= digit << shifts[pass];
@@ -112,8 +141,8 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *
         double histogram[MOST_DIGITS] = {0};
         int32_t sizes[MOST_DIGITS] = {0};
         for (int64_t i = 0; i < count; i++) {
-            const int64_t c = w->alive[i], n = free_in(f, c);
-            const uint32_t digit = w->key[c] >> shifts[pass] & masks[pass];
+            const int64_t c = segment_of(u, w->alive[i]), n = w->size[w->alive[i]];
+            const uint32_t digit = w->key[w->alive[i]] >> shifts[pass] & masks[pass];
             histogram[digit] += (double)u->mass[c] * (double)n / (double)keys_within(u, c, span.lo, span.end);
             sizes[digit] += (int32_t)n;
         }
@@ -126,7 +155,7 @@ static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *
         count = filter_digit(w, count, pass, digit);
     }
     for (int64_t i = count - 1; i >= 0 && need > 0; i--) { /* equal scores: the most recent first */
-        const int64_t c = w->alive[i], n = free_in(f, c);
+        const int64_t c = segment_of(u, w->alive[i]), n = w->size[w->alive[i]];
         need -= (double)u->mass[c] * (double)n / (double)keys_within(u, c, span.lo, span.end);
         keys += n;
     }
@@ -162,11 +191,11 @@ int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, c
     const free_keys f = {segments, span.lo, span.end, span.end, span.end};
     int64_t left = 0, count = 0;
     const uint32_t least = topk_threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
-    for (int64_t c = segments->last - 1; c >= segments->first; c--) {
-        const int64_t n = free_in(&f, c);
-        if (n == 0 || w.key[c] < least || (w.key[c] == least && left <= 0)) continue;
-        if (w.key[c] == least) left -= n;
-        chosen[count++] = (int32_t)c;
+    for (int64_t i = entries(segments) - 1; i >= 0; i--) {
+        const int64_t n = w.size[i];
+        if (n == 0 || w.key[i] < least || (w.key[i] == least && left <= 0)) continue;
+        if (w.key[i] == least) left -= n;
+        chosen[count++] = (int32_t)segment_of(segments, i);
     }
     for (int64_t i = 0; i < count / 2; i++) {
         const int32_t other = chosen[count - 1 - i];
@@ -185,9 +214,8 @@ int64_t dhsa_write_keys(int32_t *list, int64_t from, int64_t to)
 /* Writes keys [from, to) below `end` and returns the new end. */
 static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
 {
-    if (from >= to) return end;
-    dhsa_write_keys(end - (to - from), from, to);
-    return end - (to - from);
+    while (to > from) *--end = (int32_t)--to;
+    return end;
 }
 
 /* Writes the chosen keys of [from, to), those of segments above the image `least` and *left keys of those that equal
@@ -195,12 +223,13 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
 static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *w, int64_t from, int64_t to,
                              uint32_t least, int64_t *left, int32_t *end)
 {
-    for (int64_t c = segments->last - 1; c >= segments->first; c--) {
-        if (w->key[c] < least) continue;
+    for (int64_t i = entries(segments) - 1; i >= 0; i--) {
+        if (w->key[i] < least) continue;
+        const int64_t c = segment_of(segments, i);
         const int64_t last = DHSA_MIN(edge(segments, c + 1), to);
         int64_t first = DHSA_MAX(edge(segments, c), from);
         if (first >= last) continue;
-        if (w->key[c] == least) {
+        if (w->key[i] == least) {
             first = DHSA_MAX(first, last - *left);
             *left -= last - first;
         }

@@ -229,7 +229,7 @@ def select(
         softcap=softcap,
         window=window,
         rows=rows,
-        bf16=score == "rows",
+        quantize=score == "rows",
         causal=causal,
     )
     return select_from_scores(

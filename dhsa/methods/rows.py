@@ -58,7 +58,7 @@ class Rows(Method):
     softmax over the chunk means, in which a chunk counts as often as it has keys; the squares are summed.
 
     Args:
-        rows: mean queries that a full block is reduced to, 1 to query_block. None: query_block // 2.
+        rows: mean queries that a full block is reduced to, 1 to query_block. None: query_block, that is every query by itself.
         shortlist: if a block has more candidates, a coarse pass over groups of 16 chunks leaves about this many keys,
             whose chunks are then scored, so the cost of a block hardly grows with the prompt. At least the budget; 0:
             never. None: 4 budgets, at least 8192; never with `Config.mass`.
@@ -84,7 +84,7 @@ class Rows(Method):
         self._keep_int("shortlist", 0)
 
     def core(self, *, query_block: int, budget: int | None) -> dict[str, Any]:
-        rows = max(1, query_block // 2) if self.rows is None else check_int(self.rows, "rows", 1, query_block)
+        rows = query_block if self.rows is None else check_int(self.rows, "rows", 1, query_block)
         if self.shortlist is not None and 0 < self.shortlist < (budget or 0):
             raise ValueError(f"shortlist: {self.shortlist} keys are fewer than the budget of {budget}")
         return {"rows": rows, "shortlist": self.shortlist}

@@ -356,7 +356,7 @@ def test_selection_of_each_sharing_follows_its_scores():
     for heads, sets in (("all", 1), ("group", 2), ("head", 4)):
         options = {"query_block": 16, "heads": heads}
         selection = reference.select(q, k, edges, budget=40, sink=3, local=12, dense_tail=0, **options)
-        scores = reference.chunk_scores(q, k, edges, score="rows", bf16=True, **options)
+        scores = reference.chunk_scores(q, k, edges, score="rows", quantize=True, **options)
         assert selection.shape == (2, sets, 5)
         assert (np.diff(selection.indptr) == np.minimum(40, 20 + 16 * (np.arange(sets * 10) % 5 + 1))).all()
         vectors.check_follows_scores(

@@ -83,7 +83,11 @@ static int64_t block_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     const int64_t from = block * s->config->score.query_block,
                   to = DHSA_MIN(from + s->config->score.query_block, s->q->shape[2]);
     const block_parts w = block_lay_out(s, dhsa_selector_arena(s, thread));
-    dhsa_segments segments = {state->edges, span.lo / length, dhsa_ceil_div(span.end, length), w.score, w.mass};
+    dhsa_segments segments = {.edges = state->edges,
+                              .first = span.lo / length,
+                              .last = dhsa_ceil_div(span.end, length),
+                              .score = w.score,
+                              .mass = w.mass};
     const int64_t last = segments.last - 1, first_head = set * s->heads_per_set;
     for (int64_t c = segments.first; c < segments.last; c++) w.score[c] = w.mass[c] = 0;
     const float *means = NULL, *last_key = NULL;

@@ -156,7 +156,7 @@ static int64_t hisa_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
         mass[segments] = bad ? 0 : fine[i];
         edges[++segments] = key[i] + 1;
     }
-    const dhsa_segments all = {edges, 0, segments, score, mass};
+    const dhsa_segments all = {.edges = edges, .last = segments, .score = score, .mass = mass};
     return dhsa_topk(s, thread, span, &all, list, room);
 }
 

@@ -43,7 +43,7 @@ static int64_t oracle_list(const dhsa_selector *s, int64_t set, int64_t block, d
         w.score[j] = INFINITY;
         w.mass[j] = 0;
     }
-    const dhsa_segments segments = {NULL, span.lo, span.end, w.score, w.mass};
+    const dhsa_segments segments = {.first = span.lo, .last = span.end, .score = w.score, .mass = w.mass};
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 

@@ -92,7 +92,7 @@ static int64_t proxy_list(const dhsa_selector *s, int64_t set, int64_t block, dh
     dhsa_probe_do(&st->probe, &run, arena);
     if (mass) dhsa_coarse_score(&st->own, s, set, block, span, arena, mass);
     dhsa_finite_blocks(s, set, span, score, mass);
-    const dhsa_segments segments = {st->edges, first, last, score, mass};
+    const dhsa_segments segments = {.edges = st->edges, .first = first, .last = last, .score = score, .mass = mass};
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 

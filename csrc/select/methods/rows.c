@@ -19,8 +19,9 @@ typedef struct {
     float *score;    /* [capacity] */
     float *mass;     /* [capacity]; only with a share of mass */
     float *coarse;   /* [groups]; only with two stages */
-    float *logs;     /* of the rows, see dhsa_block_job; only with two stages */
-    int32_t *groups; /* [groups]; only with two stages. All may be on a shortlist, since empty chunks have no keys */
+    /* Only with two stages, see dhsa_shortlist. All groups may be on a shortlist, since empty chunks have no keys. */
+    float *logs;
+    int32_t *groups, *live;
 } rows_parts;
 
 static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena, rows_parts *w)
@@ -30,6 +31,7 @@ static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena,
     w->mass = with_mass ? dhsa_part(arena, &used, state->fine.capacity * 4) : NULL;
     w->coarse = dhsa_part(arena, &used, state->groups * 4);
     w->groups = dhsa_part(arena, &used, state->groups * 4);
+    w->live = dhsa_part(arena, &used, state->edges ? (state->fine.capacity + 1) * 4 : 0);
     w->logs = dhsa_part(arena, &used, state->edges ? state->fine.kv_per_set * dhsa_row_scores_rows(&state->fine) * 4 : 0);
     return used;
 }
@@ -91,10 +93,10 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
                               const rows_parts *w)
 {
     const rows_state *state = s->state;
-    const dhsa_block_job options = {.logs = w->logs};
+    dhsa_shortlist list = {.logs = w->logs};
     float *score = w->coarse;
     dhsa_segments segments = {.edges = state->edges, .score = score};
-    dhsa_scorer_run(&state->coarse, set, block, &options, dhsa_selector_arena(s, thread), score, NULL, &segments.first,
+    dhsa_scorer_run(&state->coarse, set, block, &list, dhsa_selector_arena(s, thread), score, NULL, &segments.first,
                     &segments.last);
     for (int64_t g = segments.first; g < segments.last; g++)
         if (segments.edges[g] < s->config->sink ||
@@ -112,12 +114,14 @@ static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     rows_parts w;
     rows_lay_out(state, s->config->mass > 0, arena, &w);
     dhsa_segments segments = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
-    dhsa_block_job options = {.groups = NULL};
-    if (rows_two_stages(s->config, span.end - span.lo)) {
-        options = (dhsa_block_job){.groups = w.groups, .logs = w.logs, .logs_given = 1};
-        options.n_groups = rows_shortlist(s, set, block, span, thread, &w);
+    const int two = rows_two_stages(s->config, span.end - span.lo);
+    dhsa_shortlist left = {.logs = w.logs, .groups = w.groups, .live = w.live};
+    if (two) left.n_groups = rows_shortlist(s, set, block, span, thread, &w);
+    dhsa_scorer_run(fine, set, block, two ? &left : NULL, arena, w.score, w.mass, &segments.first, &segments.last);
+    if (two) {
+        segments.live = left.live;
+        segments.n_live = left.n_live;
     }
-    dhsa_scorer_run(fine, set, block, &options, arena, w.score, w.mass, &segments.first, &segments.last);
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 

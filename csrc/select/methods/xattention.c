@@ -96,7 +96,7 @@ static int64_t xattention_list(const dhsa_selector *s, int64_t set, int64_t bloc
     }
     memcpy(w.mass + first, w.score + first, (size_t)(last - first) * sizeof *w.score);
     dhsa_finite_blocks(s, set, span, w.score, w.mass);
-    const dhsa_segments segments = {st->edges, first, last, w.score, w.mass};
+    const dhsa_segments segments = {.edges = st->edges, .first = first, .last = last, .score = w.score, .mass = w.mass};
     return dhsa_topk(s, thread, span, &segments, list, room);
 }
 
