@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dhsa._files import replacing
+from dhsa.config import Config, LayerConfigs
 
 __all__ = [
     "INSTALL",
@@ -34,6 +35,7 @@ __all__ = [
     "packaged_model",
     "prepare",
     "progress",
+    "read_config",
     "read_text",
     "reference_text",
     "tokenize",
@@ -180,6 +182,14 @@ def logits(model: Any, hidden: Any) -> Any:
     result = model.get_output_embeddings()(hidden)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return result if softcap is None else softcap * (result / softcap).tanh()
+
+
+def read_config(path: Path) -> Config | LayerConfigs:
+    """The configs of a file, for an option --config."""
+    try:
+        return Config.load(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--config: {error}") from error
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------

@@ -83,13 +83,13 @@ class Engine:
 
     def first_sparse(self, setting: Setting, length: int) -> int:
         """Return the first layer in which the setting may leave keys out; all before it are exact."""
-        limit, mass = setting.config.budget, setting.config.mass
         for layer in range(self.depth):
             if self.layers is not None and layer not in self.layers:
                 continue
-            if mass is not None or setting.config.skip is not None:
+            config, window = setting.at(layer), self.windows[layer]
+            if config.mass is not None or config.skip is not None:
                 return layer
-            window = self.windows[layer]
+            limit = config.budget
             if limit is not None and length > limit and not (window is not None and window <= limit):
                 return layer
         return self.depth

@@ -11,13 +11,13 @@ from dhsa.config import Config
 from dhsa.functional import RunStats
 from dhsa.selection import Selection
 
-from . import break_even, switching
+from . import break_even
 from .caches import Memory, recall
 from .compat import outside_graphs, reads_text
 from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranged_rows, ranges_of, two_sided
 from .records import record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported, sinks_in
-from .switching import EXACT, STATE, State
+from .switching import EXACT, STATE, State, config_of
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
@@ -92,7 +92,7 @@ def attend(
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
-    config = switching.DEFAULT if state is None else state.config_for(layer)
+    config = config_of(module)
     # Chunks are stored for layers without a window only: keys that leave a window take their chunks with them.
     memory, unseen = None, ""
     if sliding_window is None:
