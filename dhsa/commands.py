@@ -28,6 +28,7 @@ __all__ = [
     "cache_folder",
     "cpu_name",
     "find_model",
+    "library_source",
     "load",
     "logits",
     "model_layers",
@@ -217,6 +218,21 @@ def reference_text() -> str:
 def beginning(text: str, tokens: int) -> str:
     """As much of a text as has its first `tokens` tokens, so that the rest need not be tokenized."""
     return text[: 24 * tokens]
+
+
+def library_source() -> list[tuple[str, str]]:
+    """(name, source) of the modules of Python's standard library, real programs that come with every Python."""
+    import sysconfig
+
+    found = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        try:
+            found.append((path.name, path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    if not found:
+        raise UserError("this Python comes without the source of its library; name a text by --text FILE")
+    return found
 
 
 def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:

@@ -204,7 +204,7 @@ class _Watch:
         why, error = Reason("", ""), 0.0
         if self._compare:
             if run.path == "sparse" or run.skipped:
-                exact, _ = _exactly(module, q, k, v, mask, *rest, **options)
+                exact, _ = hf.attention.recompute(module, _EXACT, q, k, v, mask, *rest, **options)
                 error = _distance(out, exact)
             if run.path != "sparse":
                 why = self._why(module, q, k, mask, options)
@@ -226,17 +226,6 @@ class _Watch:
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         return reason(module, config, q, k, mask, options.get("sliding_window"), causal)
-
-
-def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """Compute the attention function by an exact config, and discard its record."""
-    notes = module.__dict__
-    state, runs = notes[hf.switching.STATE], notes.pop(hf.records.RUNS)
-    notes[hf.switching.STATE] = dataclasses.replace(state, config=_EXACT, own={})
-    try:
-        return hf.attention_forward(module, *args, **options)
-    finally:
-        notes[hf.switching.STATE], notes[hf.records.RUNS] = state, runs
 
 
 def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:

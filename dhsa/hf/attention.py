@@ -1,6 +1,7 @@
 """The attention function of implementation "dhsa". A call of transformers is planned as a list of stretches, the C core
 computes each of them, and a record of the call is stored."""
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,13 +16,13 @@ from . import break_even
 from .caches import Memory, recall
 from .compat import outside_graphs, reads_text
 from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranged_rows, ranges_of, two_sided
-from .records import record
+from .records import RUNS, LayerRun, last_run, record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported, sinks_in
 from .switching import EXACT, STATE, State, config_of
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
-__all__ = ["attend", "attention_forward", "one_sided"]
+__all__ = ["attend", "attention_forward", "one_sided", "recompute"]
 
 
 @outside_graphs
@@ -72,6 +73,22 @@ def attention_forward(
     if recorded:
         return forward_only(lambda q, k, v, s=None: attend(module, q, k, v, *others, sinks=s), *inputs), None
     return attend(module, query, key, value, *others, sinks=sinks), None
+
+
+def recompute(module: torch.nn.Module, config: Config, *args: Any, **options: Any) -> tuple[torch.Tensor, LayerRun]:
+    """`attention_forward` of a module of a patched model by another config: its result and its record. The module keeps
+    its own config and the record of its last call."""
+    notes = module.__dict__
+    state, runs = notes[STATE], notes.pop(RUNS, None)
+    notes[STATE] = dataclasses.replace(state, config=config, layers=None, own={})
+    try:
+        out, _ = attention_forward(module, *args, **options)
+        return out, last_run(module)[0]
+    finally:
+        notes[STATE] = state
+        notes.pop(RUNS, None)
+        if runs is not None:
+            notes[RUNS] = runs
 
 
 def attend(
