@@ -7,6 +7,7 @@ has a line here.
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 from dhsa.config import Config
 
@@ -14,7 +15,7 @@ __all__ = ["EXACT", "between", "budgets", "families", "probe"]
 
 EXACT = Config(budget=None)
 _COMMON = {"query_block": 64, "sink": 16, "local": 128, "dense_tail": 64, "break_even": 0}
-_CUTS = (
+_CUTS: tuple[dict[str, Any], ...] = (
     {"boundaries": "similarity"},
     {"boundaries": "fixed", "chunk_size": 2},
     {"boundaries": "fixed", "chunk_size": 4},
@@ -30,7 +31,8 @@ def families() -> list[Config]:
     """
     made = [Config().replace(budget=_LEAST, break_even=0)]
     for heads, cuts, rows in product(("group", "head"), _CUTS, _ROWS):
-        made.append(Config(method="rows", budget=_LEAST, heads=heads, rows=rows, **cuts, **_COMMON))
+        fields = {"method": "rows", "budget": _LEAST, "heads": heads, "rows": rows}
+        made.append(Config.from_dict({**fields, **cuts, **_COMMON}))
     return list(dict.fromkeys(made))
 
 

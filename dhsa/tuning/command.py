@@ -310,10 +310,9 @@ class _Tuning:
                     made[name] = Option(weights[layer] * statistics.fmean(errors), seconds[window, name])
             for family in sorted({of[name] for name in measured}):
                 for less, more in pairwise(sizes):
-                    ends = [made.get(f"{family} {size}") for size in (less, more)]
+                    a, b = made.get(f"{family} {less}"), made.get(f"{family} {more}")
                     size = candidates.between(less, more)
-                    if None not in ends and window is None:
-                        a, b = ends
+                    if a is not None and b is not None and window is None:
                         name = f"{family} {size}"
                         self.configs[name] = self.configs[f"{family} {less}"].replace(**_fitting(size))
                         made[name] = Option(math.sqrt(a.kl * b.kl), math.sqrt(a.seconds * b.seconds))
@@ -419,7 +418,10 @@ class _Tuning:
 
     def _notes(self, configs: LayerConfigs, alike: tuple[str, Option] | None) -> dict[str, Any]:
         default = Config(break_even=0)
-        rows = {"tuned": (configs, "the result"), "default": (default, "the default")}
+        rows: dict[str, tuple[Config | LayerConfigs, str]] = {
+            "tuned": (configs, "the result"),
+            "default": (default, "the default"),
+        }
         judged = {
             name: self._summary(self._rows(config, self.judges, f"{what}, held out"), self.judges)
             for name, (config, what) in rows.items()
@@ -466,7 +468,7 @@ def _fitting(budget: int) -> dict[str, int]:
 def _name(config: Config, budget: int) -> str:
     """Return the name of a candidate: its family, and its budget at the end."""
     cuts = f"{config.boundaries}-{config.chunk_size}" if config.boundaries == "fixed" else config.boundaries
-    rows = config.options.rows if config.method == "rows" else None
+    rows = config.options.asked().get("rows")
     words = [config.method, cuts, str(config.heads), "rows=auto" if rows is None else f"rows={rows}"]
     if config == Config().replace(budget=config.budget, break_even=0):
         words = ["default"]

@@ -18,6 +18,7 @@ import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
 from dhsa import commands, hf  # noqa: E402
 from dhsa.evaluation.engine import Engine  # noqa: E402
+from dhsa.evaluation.settings import Setting  # noqa: E402
 from dhsa.evaluation.store import Store  # noqa: E402
 from dhsa.tuning import candidates, choose, measure  # noqa: E402
 from dhsa.tuning import command as tuning  # noqa: E402
@@ -179,6 +180,20 @@ def test_importance_is_what_one_sparse_layer_changes(engine):
         assert found[layer]["error"] == pytest.approx(float(gap), rel=1e-4)
         assert found[layer]["kl"] == pytest.approx(float(kl), rel=1e-3, abs=1e-7)
         assert found[layer]["kl"] > 0
+
+
+def test_layers_that_are_remembered_change_no_bit(engine):
+    ids, config = prompt(engine), candidates.probe(LENGTH)
+    reference = engine.remember(ids)
+    setting = Setting("layer 2", dhsa.LayerConfigs(default=EXACT, layers={2: config}))
+    hidden, work = engine.prefill(ids, setting)
+    assert work["replayed_layers"] == 2
+    engine.forget()
+    again, work = engine.prefill(ids, setting)
+    assert work["replayed_layers"] == 0
+    assert torch.equal(hidden, again)
+    assert torch.equal(reference, measure.read(engine, ids).hidden)
+    assert not torch.equal(hidden, reference)
 
 
 def test_configs_as_a_whole(engine):
