@@ -32,7 +32,7 @@ SCREENED = 4  # layers in which all families are measured
 KEPT = 8  # families that are then measured in all layers
 SHORT = 2048  # tokens of the documents by which the layers' importance is measured
 ROUNDS = 6  # the most configs that are measured as a whole
-EXACT_NAME = "exact"
+EXACT_NAME, DEFAULT = "exact", "default"  # names of candidates
 NEAR = 0.93  # of the target, from which on a config is good enough
 
 
@@ -119,6 +119,16 @@ class _Document:
     name: str
     ids: list[int]
     hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """The result of a search: the configs; the name of the candidate that is the best alike in all layers, and what it
+    does (KL, share of time), if one keeps to the target; and the default at the budget with the nearest time."""
+
+    configs: LayerConfigs
+    alike: tuple[str, Option] | None
+    default: Config
 
 
 class _Tuning:
@@ -249,9 +259,9 @@ class _Tuning:
     def result(self) -> tuple[LayerConfigs, Any]:
         """Return the configs, with notes of how they were found, and a table for the terminal."""
         layers = self._measured()
-        (configs, _), alike = self._search(layers)
-        notes = self._notes(configs, alike)
-        return dataclasses.replace(configs, notes=notes), _table(notes)
+        found = self._search(layers)
+        notes = self._notes(found)
+        return dataclasses.replace(found.configs, notes=notes), _table(notes)
 
     def _measured(self) -> dict[int, dict[str, Option]]:
         """Return {layer: {name of a candidate: what it does}} for the layers in which something can be left out."""
@@ -320,10 +330,8 @@ class _Tuning:
         self.names = [name for name in self.configs if any(name in made for made in layers.values())]
         return layers
 
-    def _search(
-        self, layers: dict[int, dict[str, Option]]
-    ) -> tuple[tuple[LayerConfigs, Option], tuple[str, Option] | None]:
-        """Return the best configs and what they do, and the best single candidate for all layers and what it does.
+    def _search(self, layers: dict[int, dict[str, Option]]) -> _Found:
+        """Return the best configs.
 
         What is measured as a whole corrects the estimates: the sum of what the layers add, and the seconds, each by a
         factor.
@@ -363,7 +371,11 @@ class _Tuning:
                 )
             nothing = self._configs_of(layers, [EXACT_NAME] * len(of))
             best = nothing, self._whole(nothing, self.known, "dense attention")
-        return best, single
+        shares = {
+            name: o.seconds / exact * speed for name, o in uniform(of, self.names).items() if name.startswith(DEFAULT)
+        }
+        near = min(shares, key=lambda name: abs(shares[name] - best[1].seconds))
+        return _Found(best[0], single, self.configs[near])
 
     def _chosen(self, of: Sequence[Mapping[str, Option]], exact: float, kl: float, time: float) -> list[str] | None:
         """Return the choice for the target times `kl` or `time`, which correct the estimates."""
@@ -416,12 +428,13 @@ class _Tuning:
             made[layer] = self.configs[name].replace(break_even=least)
         return LayerConfigs(default=EXACT, layers=made, model=self.facts)
 
-    def _notes(self, configs: LayerConfigs, alike: tuple[str, Option] | None) -> dict[str, Any]:
-        default = Config(break_even=0)
+    def _notes(self, found: _Found) -> dict[str, Any]:
+        name = f"default, budget {found.default.budget:,}"
         rows: dict[str, tuple[Config | LayerConfigs, str]] = {
-            "tuned": (configs, "the result"),
-            "default": (default, "the default"),
+            "tuned": (found.configs, "the result"),
+            name: (found.default, f"the {name}"),
         }
+        alike = found.alike
         judged = {
             name: self._summary(self._rows(config, self.judges, f"{what}, held out"), self.judges)
             for name, (config, what) in rows.items()
@@ -434,8 +447,8 @@ class _Tuning:
             "length": self.args.length,
             "target": {"kl": self.args.kl} if self.args.kl is not None else {"time": self.args.time},
             "measured": {
-                "tuned": self._summary(self._rows(configs, self.known, "the result"), self.known),
-                "default": self._summary(self._rows(default, self.known, "the default"), self.known),
+                name: self._summary(self._rows(config, self.known, what), self.known)
+                for name, (config, what) in rows.items()
             },
             "alike": None if alike is None else {"config": alike[0], "kl": alike[1].kl, "time": alike[1].seconds},
             "held_out": judged,
@@ -471,7 +484,7 @@ def _name(config: Config, budget: int) -> str:
     rows = config.options.asked().get("rows")
     words = [config.method, cuts, str(config.heads), "rows=auto" if rows is None else f"rows={rows}"]
     if config == Config().replace(budget=config.budget, break_even=0):
-        words = ["default"]
+        words = [DEFAULT]
     return f"{' '.join(words)} {budget}"
 
 
@@ -525,6 +538,6 @@ def _described(configs: LayerConfigs) -> str:
 
     groups: dict[str, list[int]] = {}
     for layer, config in configs.layers.items():
-        words = "exact" if config == EXACT else _name(config, config.budget or 0)
+        words = EXACT_NAME if config == EXACT else _name(config.replace(break_even=0), config.budget or 0)
         groups.setdefault(words, []).append(layer)
     return "\n".join(f"layers {', '.join(map(str, layers))}: {words}" for words, layers in groups.items())
