@@ -7,7 +7,7 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -242,7 +242,7 @@ class _Tuning:
         from dhsa.tuning.measure import read, whole
 
         fields = Setting(what, configs).fields()
-        keys = [self._key("whole", document, config=fields, layers=self.tuned) for document in documents]
+        keys = [self._key("configs", document, config=fields, layers=self.tuned) for document in documents]
         missing = [(key, document) for key, document in zip(keys, documents, strict=True) if key not in self.store]
         if missing:
             with self.step(f"{what}: {len(missing)} documents", total=len(missing)) as advance:
@@ -250,7 +250,7 @@ class _Tuning:
                     if document.hash not in self._read:
                         self._read[document.hash] = read(self.engine, document.ids)
                     found = whole(self.engine, document.ids, self._read[document.hash], configs, self.tuned)
-                    self.store.add({"key": key, "stage": "whole", "what": what, "found": found})
+                    self.store.add({"key": key, "stage": "configs", "what": what, "found": found})
                     advance()
         return [self.store.rows[key]["found"] for key in keys]
 
@@ -277,10 +277,10 @@ class _Tuning:
         two = [sizes[len(sizes) // 3], sizes[-2]] if len(sizes) > 2 else sizes[:1]
         some = {name: self.configs[name] for name in self.configs if int(name.rpartition(" ")[2]) in two}
         rows = self._candidates("all families", first, screened, some)
-        fastest = _fastest(rows.values(), some)
+        times = _times(rows.values(), some)
         points = {
             family: [
-                (row["candidates"][name][0], fastest[row["window"], name])
+                (row["candidates"][name][0], times[row["window"], name])
                 for row in rows.values()
                 for name in (f"{family} {size}" for size in two)
                 if all(f"{other} {name.rpartition(' ')[2]}" in row["candidates"] for other in set(of.values()))
@@ -308,7 +308,7 @@ class _Tuning:
         from dhsa.tuning import candidates
 
         windows = {layer: found[0][layer]["window"] for layer in self.tuned}
-        seconds = _fastest([rows[layer] for rows in found for layer in self.tuned], measured)
+        seconds = _times([rows[layer] for rows in found for layer in self.tuned], measured)
         layers: dict[int, dict[str, Option]] = {}
         for layer in self.tuned:
             window = windows[layer]
@@ -488,18 +488,20 @@ def _name(config: Config, budget: int) -> str:
     return f"{' '.join(words)} {budget}"
 
 
-def _fastest(rows: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[tuple[int | None, str], float]:
-    """Return {(window, name of a candidate or "exact"): the least seconds in any layer with this window}.
+def _times(rows: Collection[Mapping[str, Any]], names: Iterable[str]) -> dict[tuple[int | None, str], float]:
+    """Return {(window, name of a candidate or "exact"): seconds in a layer with this window}.
 
-    Layers of one shape take nearly the same time, and what else runs on the machine only adds to it.
+    Layers of one shape take nearly the same time. Candidates are compared with exact attention in the same layer, just
+    before them, and the median of these shares is taken, so that what else runs on the machine hardly counts.
     """
-    fastest: dict[tuple[int | None, str], float] = {}
-    for row in rows:
-        times = {name: row["candidates"][name][1] for name in names if name in row["candidates"]}
-        for name, seconds in {EXACT_NAME: row["exact"], **times}.items():
-            at = row["window"], name
-            fastest[at] = min(seconds, fastest.get(at, math.inf))
-    return fastest
+    found: dict[tuple[int | None, str], float] = {}
+    for window in {row["window"] for row in rows}:
+        alike = [row for row in rows if row["window"] == window]
+        exact = found[window, EXACT_NAME] = statistics.median(row["exact"] for row in alike)
+        for name in names:
+            if shares := [r["candidates"][name][1] / r["exact"] for r in alike if name in r["candidates"]]:
+                found[window, name] = exact * statistics.median(shares)
+    return found
 
 
 def _weights(found: Sequence[Mapping[int, Mapping[str, float]]], layers: Sequence[int]) -> dict[int, float]:

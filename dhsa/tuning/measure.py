@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import AttentionInterface
@@ -20,25 +19,16 @@ from dhsa.evaluation.settings import Setting, dense
 from dhsa.hf.attention import recompute
 from dhsa.tuning.candidates import EXACT, probe
 
-__all__ = ["Dense", "candidates_of_layers", "importance", "read", "whole"]
+__all__ = ["candidates_of_layers", "importance", "read", "whole"]
 
 SCORED = 1024  # the most positions of a document whose distributions are compared
 SCORED_OF_LAYERS = 256  # where one layer at a time is sparse
 
 
-@dataclass(frozen=True)
-class Dense:
-    """A document read by dense attention: its last hidden states [length, size], and each layer's seconds."""
-
-    hidden: Any
-    seconds: dict[int, float]
-
-
-def read(engine: Engine, ids: list[int]) -> Dense:
-    """Read a document by dense attention."""
+def read(engine: Engine, ids: list[int]) -> Any:
+    """Return the last hidden states [length, size] of a document that is read by dense attention."""
     engine.forget()
-    hidden, _ = engine.prefill(ids, dense())
-    return Dense(hidden, _seconds(engine))
+    return engine.prefill(ids, dense())[0]
 
 
 def candidates_of_layers(
@@ -103,20 +93,30 @@ def importance(
 
 
 def whole(
-    engine: Engine, ids: list[int], reference: Dense, configs: Config | LayerConfigs, layers: Collection[int]
+    engine: Engine, ids: list[int], reference: Any, configs: Config | LayerConfigs, layers: Collection[int]
 ) -> dict[str, float]:
     """Measure configs on a document: the mean KL divergence from dense attention in nats, the share of positions whose
     likeliest token is the same, and the seconds of `layers`, by these configs and by dense attention.
+
+    reference: what `read` returned. Dense attention's seconds are measured in each layer just after those of its
+    config, so that both find the machine in the same state.
     """
+    exact = dict.fromkeys(layers, 0.0)
+
+    def see(layer: int, by: Callable[[Config], tuple[Any, hf.LayerRun]], window: int | None) -> None:
+        if layer in exact:
+            exact[layer] = by(EXACT)[1].attend_seconds
+
     engine.forget()
-    hidden, _ = engine.prefill(ids, Setting("configs", configs))
-    own = _seconds(engine)
-    kl, same = _divergence(engine, hidden, reference.hidden, ids, SCORED)
+    with _watching(engine.model, see):
+        hidden, _ = engine.prefill(ids, Setting("configs", configs))
+    own = {run.layer: run.select_seconds + run.attend_seconds for run in dhsa.last_run(engine.model, "prefill")}
+    kl, same = _divergence(engine, hidden, reference, ids, SCORED)
     return {
         "kl": kl,
         "agreement": same,
         "seconds": sum(own[layer] for layer in layers),
-        "dense_seconds": sum(reference.seconds[layer] for layer in layers),
+        "dense_seconds": sum(exact.values()),
     }
 
 
@@ -133,10 +133,6 @@ def _error(out: Any, exact: Any) -> float:
     exact = exact[:, first:].double()
     norm = float(exact.square().sum())
     return float((out[:, first:].double() - exact).square().sum()) / norm if norm else 0.0
-
-
-def _seconds(engine: Engine) -> dict[int, float]:
-    return {run.layer: run.select_seconds + run.attend_seconds for run in dhsa.last_run(engine.model, "prefill")}
 
 
 @contextmanager

@@ -192,18 +192,18 @@ def test_layers_that_are_remembered_change_no_bit(engine):
     again, work = engine.prefill(ids, setting)
     assert work["replayed_layers"] == 0
     assert torch.equal(hidden, again)
-    assert torch.equal(reference, measure.read(engine, ids).hidden)
+    assert torch.equal(reference, measure.read(engine, ids))
     assert not torch.equal(hidden, reference)
 
 
 def test_configs_as_a_whole(engine):
     ids = prompt(engine)
     reference = measure.read(engine, ids)
-    assert set(reference.seconds) == {0, 1, 2, 3}
     config = candidates.probe(LENGTH)
     found = measure.whole(engine, ids, reference, config, [0, 1, 2, 3])
-    assert found["dense_seconds"] == pytest.approx(sum(reference.seconds.values()))
-    assert found["seconds"] > 0
+    assert min(found["seconds"], found["dense_seconds"]) > 0
+    runs = dhsa.last_run(engine.model, "prefill")
+    assert found["seconds"] == pytest.approx(sum(run.select_seconds + run.attend_seconds for run in runs))
     assert found["kl"] > 0
     assert 0 < found["agreement"] <= 1
     same = measure.whole(engine, ids, reference, EXACT, [0, 1, 2, 3])
@@ -255,7 +255,7 @@ def test_the_target_is_kept_to_and_the_file_is_used(folder, tmp_path, capsys):
     assert "measurements exist already" in capsys.readouterr().out
     after = rows_of(out.with_suffix(".state.jsonl"))
     assert after[: len(before)] == before
-    assert {row["stage"] for row in after[len(before) :]} <= {"whole"}
+    assert {row["stage"] for row in after[len(before) :]} <= {"configs"}
 
 
 def by_the_numbers(layers, name):
