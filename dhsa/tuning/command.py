@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     from dhsa.evaluation.store import Store
 
     console = Console(width=None if sys.stdout.isatty() else 132)
-    out = args.out or Path(f"{commands.find_model(args.model).stem}.dhsa.json")
+    source = commands.find_model(args.model)
+    out = args.out or Path(f"{source.name if source.is_dir() else source.stem}.dhsa.json")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out: there is no folder {out.absolute().parent}")
     if out.exists() and not out.is_file():
