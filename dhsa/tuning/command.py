@@ -143,7 +143,7 @@ class _Tuning:
 
         import dhsa
         from dhsa import hf
-        from dhsa.evaluation import runner
+        from dhsa.evaluation import runner, texts
         from dhsa.evaluation.engine import Engine
 
         self.engine = Engine(model, tokenizer)
@@ -159,13 +159,10 @@ class _Tuning:
         }  # fmt: skip
         self.build = runner.build_hash()
         with step("reading the text"):
-            groups = _texts(args)
-            count = args.documents + args.held_out
-            self.documents = self._documents(groups, args.length, count)
-            short = min(SHORT, args.length)
-            self.short = self._documents(groups, short, args.documents) if short < args.length else self.documents
-        self.known, self.judges = self.documents[: args.documents], self.documents[args.documents :]
-        self.short = self.short[: args.documents]
+            choice, others = texts.halves(_texts(args, self.engine))  # no text is in both
+            self.known = self._documents(choice, args.length, args.documents)
+            self.short = self._documents(choice, min(SHORT, args.length), args.documents)
+            self.judges = self._documents(others, args.length, args.held_out) if args.held_out else []
         self._read: dict[str, Any] = {}  # what dense attention gave for a document
         self.tuned: list[int] = []  # the layers in which something can be left out
         self.configs: dict[str, Config] = {}  # by the names of candidates
@@ -464,13 +461,12 @@ class _Tuning:
         }
 
 
-def _texts(args: argparse.Namespace) -> list[list[tuple[str, str]]]:
+def _texts(args: argparse.Namespace, engine: Any) -> list[list[tuple[str, str]]]:
     """Return the texts in groups from which documents are drawn in turn: without --text, prose and code."""
     from dhsa.evaluation import texts
 
-    if args.text is not None:
-        return texts.sources(args.text)
-    return [*texts.sources(None), commands.library_source()]
+    groups = texts.rendered(engine, texts.sources(args.text))
+    return groups if args.text is not None else [*groups, commands.library_source()]
 
 
 def _fitting(budget: int) -> dict[str, int]:

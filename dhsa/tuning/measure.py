@@ -27,7 +27,6 @@ SCORED_OF_LAYERS = 256  # where one layer at a time is sparse
 
 def read(engine: Engine, ids: list[int]) -> Any:
     """Return the last hidden states [length, size] of a document that is read by dense attention."""
-    engine.forget()
     return engine.prefill(ids, dense())[0]
 
 
@@ -57,7 +56,6 @@ def candidates_of_layers(
                     made[name] = [_error(out, exact), of.select_seconds + of.attend_seconds]
         keep(layer, {"window": window, "exact": run.attend_seconds, "candidates": made})
 
-    engine.forget()
     with _watching(engine.model, see):
         engine.prefill(ids, dense())
 
@@ -107,9 +105,8 @@ def whole(
         if layer in exact:
             exact[layer] = by(EXACT)[1].attend_seconds
 
-    engine.forget()
     with _watching(engine.model, see):
-        hidden, _ = engine.prefill(ids, Setting("configs", configs))
+        hidden, _ = engine.prefill(ids, Setting("configs", configs), replay=False)
     own = {run.layer: run.select_seconds + run.attend_seconds for run in dhsa.last_run(engine.model, "prefill")}
     kl, same = _divergence(engine, hidden, reference, ids, SCORED)
     return {
@@ -123,7 +120,7 @@ def whole(
 def _divergence(engine: Engine, hidden: Any, reference: Any, ids: list[int], most: int) -> tuple[float, float]:
     """Return (KL, agreement), the means over at most about `most` positions in the second half."""
     first = len(ids) // 2
-    _, kl, same = engine.divergence(hidden, reference, ids, first, max(1, (len(ids) - first) // most))
+    ((_, kl, same),) = engine.divergence([hidden], reference, ids, first, max(1, (len(ids) - first) // most))
     return max(0.0, float(kl.mean())), float(same.double().mean())
 
 
