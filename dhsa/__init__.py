@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dhsa import methods as methods
 from dhsa._register import register_when_imported
-from dhsa.config import Config
+from dhsa.config import Config, LayerConfigs
 from dhsa.functional import (
     attention,
     boundaries,
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BoundaryPredictor",
     "Config",
+    "LayerConfigs",
     "SdpaCounts",
     "Selection",
     "attention",

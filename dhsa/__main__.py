@@ -12,6 +12,7 @@ from dhsa.commands import UserError
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
 from dhsa.training import command as training
+from dhsa.tuning import command as tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=evaluation.DESCRIPTION,
         )
     )
+    tuning.add_arguments(
+        commands.add_parser(
+            "tune",
+            help="find a configuration for each layer of a model: the fastest that keeps its predictions",
+            description=tuning.DESCRIPTION,
+        )
+    )
     training.add_arguments(
         commands.add_parser(
             "train-boundaries",
@@ -78,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "check": doctor,
             "eval": evaluation,
             "train-boundaries": training,
+            "tune": tuning,
             "run": running,
         }
         return modules[args.command].run(args)

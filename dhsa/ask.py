@@ -22,6 +22,7 @@ from typing import Any
 from dhsa import commands
 from dhsa._safetensors import TooLargeError, read_header
 from dhsa.commands import UserError, at_least
+from dhsa.config import Config, LayerConfigs
 from dhsa.methods import registry
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=at_least(4), metavar="N", help=f"keys a block of queries may see; default: {BUDGET}")
     add("--method", choices=tuple(registry), help=f"how these keys are selected; default: {METHOD}")
     add("--exact", action="store_true", help="attend to every key, in place of --budget and --method")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a file of Config.save or of dhsa tune, in place of --budget, --method and --exact",
+    )
     add("--bits", type=int, choices=(8,), help="save the cache in 8 bits: smaller, slower to open, and rounded")
     add(
         "--cache",
@@ -103,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.question is not None and not args.question.strip():
         raise UserError("the question is empty")
     text = commands.read_text(args.text)
+    config = _config(args)
 
     with commands.progress(console) as step:
         source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
@@ -112,8 +120,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"The text has {len(prompt):,} tokens; the model was made for {most:,}.", highlight=False)
     import dhsa
 
-    method: Any = args.method or METHOD
-    config = dhsa.Config(method=method, budget=None if args.exact else args.budget or BUDGET)
     try:
         dhsa.patch(model, config)
     except ValueError as error:
@@ -144,6 +150,15 @@ def run(args: argparse.Namespace) -> int:
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
+
+
+def _config(args: argparse.Namespace) -> Config | LayerConfigs:
+    if args.config is not None:
+        if args.exact or args.budget is not None or args.method is not None:
+            raise UserError("--config: its file says what --exact, --budget and --method would; leave them out")
+        return commands.read_config(args.config)
+    method: Any = args.method or METHOD
+    return Config(method=method, budget=None if args.exact else args.budget or BUDGET)
 
 
 # ---- the prompt ------------------------------------------------------------------------------------------------------

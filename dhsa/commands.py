@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dhsa._files import replacing
+from dhsa.config import Config, LayerConfigs
 
 __all__ = [
     "INSTALL",
@@ -27,6 +28,7 @@ __all__ = [
     "cache_folder",
     "cpu_name",
     "find_model",
+    "library_source",
     "load",
     "logits",
     "model_layers",
@@ -34,6 +36,7 @@ __all__ = [
     "packaged_model",
     "prepare",
     "progress",
+    "read_config",
     "read_text",
     "reference_text",
     "tokenize",
@@ -182,6 +185,14 @@ def logits(model: Any, hidden: Any) -> Any:
     return result if softcap is None else softcap * (result / softcap).tanh()
 
 
+def read_config(path: Path) -> Config | LayerConfigs:
+    """The configs of a file, for an option --config."""
+    try:
+        return Config.load(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--config: {error}") from error
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +218,21 @@ def reference_text() -> str:
 def beginning(text: str, tokens: int) -> str:
     """As much of a text as has its first `tokens` tokens, so that the rest need not be tokenized."""
     return text[: 24 * tokens]
+
+
+def library_source() -> list[tuple[str, str]]:
+    """(name, source) of the modules of Python's standard library, real programs that come with every Python."""
+    import sysconfig
+
+    found = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        try:
+            found.append((path.name, path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    if not found:
+        raise UserError("this Python comes without the source of its library; name a text by --text FILE")
+    return found
 
 
 def tokenize(tokenizer: Any, text: str, tokens: int) -> Any:

@@ -1,4 +1,5 @@
 """Config: what every method of selection has in common, and the method with its own options, in one frozen object.
+LayerConfigs: a Config for each layer of a model. Both are written to files of JSON and read from them.
 
 What the choices do is in csrc/ and, readable, in dhsa.reference; the options of a method are in dhsa/methods/.
 """
@@ -8,12 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dhsa import _core, methods
 from dhsa._arrays import check_choice, check_int, type_name
+from dhsa._files import read_json, replacing
 from dhsa.methods.base import MAX_OPTION, Method
 from dhsa.methods.dhsa import POOLINGS
 from dhsa.methods.rows import MIN_SHORTLIST
@@ -30,6 +36,7 @@ __all__ = [
     "SCORES",
     "SHARED",
     "Config",
+    "LayerConfigs",
 ]
 
 BOUNDARIES = ("similarity", "fixed", "predictor")
@@ -39,6 +46,13 @@ DECODES = ("exact", "dhsa")
 SHARED = ("boundaries", "selections")
 
 MAX_QUERY_BLOCK = 65536
+
+FORMAT, VERSION = "dhsa.config", 1  # of files
+MAX_FILE_BYTES = 4 << 20  # a file of 1,000 layers has 600 KB
+_KEYS = ("format", "version", "config", "layers", "model", "notes")
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")  # no leading zeros: two names would be one layer
+# The fields by which keys are cut, which layers that share boundaries must have in common.
+_CUTS = ("method", "boundaries", "chunk_size", "num_chunks", "boundary_window", "theta", "nms", "predictor")
 
 # {option: the methods that have it}
 OPTIONS: dict[str, tuple[str, ...]] = {}
@@ -413,16 +427,7 @@ class Config(_Derived):
         Raises:
             ValueError: the Config has a predictor of its own, and `predictor` is None.
         """
-        found = self._differing()
-        if (network := found.pop("predictor", None)) is not None and network is not BoundaryPredictor.default():
-            if predictor is None:
-                raise ValueError(
-                    "predictor: a network cannot be stored in a dict; save it and give its path as `predictor`"
-                )
-            found["predictor"] = str(predictor)
-        if found.get("theta") == -math.inf:
-            found["theta"] = "-inf"  # JSON has none
-        return found
+        return _plain(self._differing(), predictor)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -439,6 +444,36 @@ class Config(_Derived):
         if isinstance(values.get("predictor"), str):
             values["predictor"] = BoundaryPredictor.load(values["predictor"])
         return cls(**values)
+
+    def save(self, path: str | os.PathLike[str], *, predictor: str | None = None) -> None:
+        """Write this Config to a file of JSON, in place of what is at `path`. The file has every field, so that it says
+        the same if a default changes.
+
+        Args:
+            path: the file. `Config.load` reads it, and `patch` takes its path in place of a Config.
+            predictor: as in `to_dict`. A path that is not absolute is relative to the folder of the file.
+
+        Raises:
+            ValueError: as in `to_dict`. OSError: the file cannot be written; what was there stays.
+        """
+        _write(path, {"config": _all_fields(self, predictor)})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Config | LayerConfigs:
+        """Read a file that `save` wrote: a Config, or LayerConfigs where it has one for each layer. A file that has
+        nothing but a dict of `to_dict` is read as well.
+
+        The file is not trusted: nothing in it is executed, and what is unknown, of another version or out of range is
+        refused. It may name the file of a predictor, which is read.
+
+        Raises:
+            ValueError: the file is damaged, has a name or a version that is unknown, a value that Config refuses, or
+                more than 4 MiB. OSError: it, or a file that it names, cannot be read.
+        """
+        try:
+            return _read(read_json(path, MAX_FILE_BYTES), os.path.dirname(os.fspath(path)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     @classmethod
     def source(cls, method: str, **overrides: Any) -> Config:
@@ -527,3 +562,190 @@ def _init(self: Config, **values: Any) -> None:
 
 
 Config.__init__ = _init  # type: ignore[method-assign]
+
+
+# ---- a Config for each layer -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LayerConfigs:
+    """A Config for each layer of a model. `patch`, `patched`, `check` and the commands take it in place of a Config;
+    `python -m dhsa tune` finds one.
+
+    Args:
+        default: the Config of the layers that are not in `layers`, and of attention outside of layers.
+        layers: {index of a layer: its Config}.
+        model: what the configs were made for, as `dhsa.hf.model_facts` returns it. A model of which one of these facts
+            is another is refused. None: any model that has all of `layers`.
+        notes: anything that JSON can hold, for example how the configs were found. It has no effect, and equal configs
+            with other notes are equal.
+
+    `share` must be the same in all of them. With "boundaries", the fields by which keys are cut must be the same as
+    well; with "selections", all that leave keys out must be equal. Layers that are exact may have any.
+
+    Raises:
+        TypeError: an argument of the wrong type; the message names it.
+        ValueError: a layer's index is negative, or the configs cannot share what `share` says.
+    """
+
+    default: Config
+    layers: Mapping[int, Config]
+    model: Mapping[str, Any] | None = None
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.default, Config):
+            raise TypeError(f"default: expected a dhsa.Config, got {type_name(self.default)}")
+        for name, value in (("layers", self.layers), ("model", self.model), ("notes", self.notes)):
+            if not isinstance(value, Mapping) and not (name == "model" and value is None):
+                raise TypeError(f"{name}: expected a dict, got {type_name(value)}")
+        layers = {}
+        for layer, config in self.layers.items():
+            if not isinstance(config, Config):
+                raise TypeError(f"layers: expected a dhsa.Config for layer {layer}, got {type_name(config)}")
+            layers[check_int(layer, "layers: an index", 0, 999_999)] = config
+        object.__setattr__(self, "layers", MappingProxyType(dict(sorted(layers.items()))))
+        object.__setattr__(self, "notes", MappingProxyType(dict(self.notes)))
+        if self.model is not None:
+            object.__setattr__(self, "model", MappingProxyType(dict(self.model)))
+        _check_sharing([self.default, *layers.values()])
+
+    @property
+    def share(self) -> str | None:
+        """`Config.share`, which all of the configs have in common."""
+        return self.default.share
+
+    def at(self, layer: int | None) -> Config:
+        """The Config of a layer; of attention outside of layers for None."""
+        return self.default if layer is None else self.layers.get(layer, self.default)
+
+    def replace(self, **changes: Any) -> LayerConfigs:
+        """A copy in which every Config has these changes; see `Config.replace`."""
+        return dataclasses.replace(
+            self,
+            default=self.default.replace(**changes),
+            layers={layer: config.replace(**changes) for layer, config in self.layers.items()},
+        )
+
+    def save(self, path: str | os.PathLike[str], *, predictor: str | None = None) -> None:
+        """Write these configs to a file of JSON, as `Config.save` does; `Config.load` reads it.
+
+        Args:
+            path: the file.
+            predictor: the path of the file that the network of all configs was saved to, as in `Config.save`.
+
+        Raises:
+            ValueError: as in `Config.save`; or the configs have different networks.
+            TypeError: `model` or `notes` has what JSON cannot hold. OSError: the file cannot be written.
+        """
+        own = {config.predictor for config in (self.default, *self.layers.values())} - {None}
+        if predictor is not None and len(own - {BoundaryPredictor.default()}) > 1:
+            raise ValueError("predictor: the configs have different networks, a file holds one")
+        found: dict[str, Any] = {
+            "config": _all_fields(self.default, predictor),
+            "layers": {str(layer): _all_fields(config, predictor) for layer, config in self.layers.items()},
+        }
+        if self.model is not None:
+            found["model"] = dict(self.model)
+        if self.notes:
+            found["notes"] = dict(self.notes)
+        _write(path, found)
+
+    def __hash__(self) -> int:
+        return hash((self.default, tuple(self.layers.items())))
+
+    def __repr__(self) -> str:
+        model = "" if self.model is None else f", model={dict(self.model)}"
+        return f"LayerConfigs(default={self.default}, layers={dict(self.layers)}{model})"
+
+    def __reduce__(self) -> tuple:
+        model = None if self.model is None else dict(self.model)
+        return _rebuild_layers, (self.default, dict(self.layers), model, dict(self.notes))
+
+
+def _rebuild_layers(default: Config, layers: Any, model: Any, notes: Any) -> LayerConfigs:
+    return LayerConfigs(default=default, layers=layers, model=model, notes=notes)
+
+
+def _check_sharing(configs: Iterable[Config]) -> None:
+    """Raises ValueError for configs of layers that cannot share what they are to share."""
+    shares = {config.share for config in configs}
+    if len(shares) > 1:
+        raise ValueError(
+            f"share: layers share with each other, so it is the same for all; got {sorted(map(repr, shares))}"
+        )
+    if shares == {None}:
+        return
+    sparse = list({config: None for config in configs if not config.exact})
+    names = _CUTS if shares == {"boundaries"} else (*FIELDS, "options")
+    for config in sparse[1:]:
+        if other := [name for name in names if getattr(config, name) != getattr(sparse[0], name)]:
+            raise ValueError(
+                f"share: {config.share} of one layer serve the others, so that {', '.join(other)} must be the same in "
+                "all layers that leave keys out"
+            )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _plain(values: dict[str, Any], predictor: str | None) -> dict[str, Any]:
+    """Fields as JSON can hold them; ValueError for a network that has no path."""
+    if (network := values.pop("predictor", None)) is not None and network is not BoundaryPredictor.default():
+        if predictor is None:
+            raise ValueError(
+                "predictor: a network cannot be stored in a dict; save it and give its path as `predictor`"
+            )
+        values["predictor"] = str(predictor)
+    if values.get("theta") == -math.inf:
+        values["theta"] = "-inf"  # JSON has none
+    return values
+
+
+def _all_fields(config: Config, predictor: str | None) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in FIELDS} | dataclasses.asdict(config.options)
+    return _plain(values, predictor)
+
+
+def _write(path: str | os.PathLike[str], values: dict[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=1, allow_nan=False)
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def _read(found: Any, folder: str) -> Config | LayerConfigs:
+    """What a file holds. TypeError or ValueError that says what is wrong."""
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object of JSON, got {type_name(found)}")
+    if "format" not in found:
+        return Config.from_dict(found)
+    if found["format"] != FORMAT:
+        raise ValueError(f"format: expected {FORMAT!r}, got {str(found['format'])[:80]!r}")
+    version = found.get("version")
+    if isinstance(version, bool) or version != VERSION:
+        raise ValueError(f"version: this release reads {VERSION}, got {str(version)[:80]}")
+    if unknown := sorted(set(found) - set(_KEYS)):
+        raise ValueError(f"{unknown[0][:80]!r} is not known; a file has {', '.join(_KEYS)}")
+    if "config" not in found:
+        raise ValueError("config: is missing")
+    network = functools.cache(lambda name: BoundaryPredictor.load(os.path.join(folder, name)))  # once for all layers
+    config = _read_config(found["config"], network)
+    if "layers" not in found:
+        return config
+    layers = {}
+    if not isinstance(found["layers"], dict):
+        raise ValueError(f"layers: expected an object, got {type_name(found['layers'])}")
+    for name, values in found["layers"].items():
+        if not _LAYER.fullmatch(name):
+            raise ValueError(f"layers: expected indices, got {name[:80]!r}")
+        try:
+            layers[int(name)] = _read_config(values, network)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {name}: {error}") from error
+    return LayerConfigs(default=config, layers=layers, model=found.get("model"), notes=found.get("notes", {}))
+
+
+def _read_config(values: Any, network: Callable[[str], BoundaryPredictor]) -> Config:
+    if isinstance(values, dict) and isinstance(values.get("predictor"), str):
+        values = {**values, "predictor": network(values["predictor"])}
+    return Config.from_dict(values)

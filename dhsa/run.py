@@ -11,7 +11,6 @@ import argparse
 import atexit
 import functools
 import importlib.util
-import json
 import os
 import runpy
 import shutil
@@ -24,8 +23,8 @@ from types import ModuleType
 from typing import Any
 
 from dhsa._register import MODELS, when_imported
-from dhsa.commands import UserError, at_least
-from dhsa.config import Config
+from dhsa.commands import UserError, at_least, read_config
+from dhsa.config import Config, LayerConfigs
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -42,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", type=at_least(1), metavar="N", help="keys a block of queries may see; default: that of dhsa.Config")
     add("--exact", action="store_true", help="leave no key out")
     add(
-        "--config", type=Path, metavar="FILE", help="a configuration in JSON, as json.dumps(config.to_dict()) writes it"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a file of Config.save or of dhsa tune, or JSON as json.dumps(config.to_dict()) writes it",
     )
     add(
         "--replace-sdpa",
@@ -79,36 +81,34 @@ def run(args: argparse.Namespace) -> int:
 # ---- the configuration -----------------------------------------------------------------------------------------------
 
 
-def _config(args: argparse.Namespace) -> Config:
-    config = Config()
-    if args.config is not None:
-        try:
-            config = Config.from_dict(json.loads(args.config.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"--config: {args.config}: {error}") from error
+def _config(args: argparse.Namespace) -> Config | LayerConfigs:
+    config = Config() if args.config is None else read_config(args.config)
     if args.exact and args.budget is not None:
         raise UserError("--exact: leaves no key out, so there is no --budget")
     try:
         if args.exact:
             config = config.replace(budget=None, mass=None, floor=None)
         elif args.budget is not None:
+            if isinstance(config, LayerConfigs):
+                raise UserError("--budget: the file of --config has a budget for each layer")
             config = config.replace(budget=args.budget)
     except ValueError as error:
         raise UserError(f"--{'exact' if args.exact else 'budget'}: {error}") from error
-    for name, plain in (("share", None), ("decode", "exact")):
-        if (value := getattr(config, name)) != plain:
+    for one in (config.default, *config.layers.values()) if isinstance(config, LayerConfigs) else (config,):
+        for name, plain in (("share", None), ("decode", "exact")):
+            if (value := getattr(one, name)) != plain:
+                raise UserError(
+                    f"--config: {name}={value!r} needs hooks on the model, which only dhsa.patch(model) puts there"
+                )
+        if one.boundaries == "predictor":
             raise UserError(
-                f"--config: {name}={value!r} needs hooks on the model, which only dhsa.patch(model) puts there"
+                "--config: boundaries='predictor' needs networks that belong to the model and its layers, which only "
+                "dhsa.patch(model) checks"
             )
-    if config.boundaries == "predictor":
-        raise UserError(
-            "--config: boundaries='predictor' needs networks that belong to the model and its layers, which only "
-            "dhsa.patch(model) checks"
-        )
     return config
 
 
-def _make_default(config: Config) -> None:
+def _make_default(config: Config | LayerConfigs) -> None:
     try:
         from dhsa.hf.switching import set_default
     except _UNSUPPORTED as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import commands
-from dhsa.commands import at_least
+from dhsa.commands import UserError, at_least
+from dhsa.config import Config
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", type=at_least(4), default=2048, metavar="N", help="keys a block of queries may see; default: 2048"
     )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a file of Config.save or of dhsa tune, in place of --budget"
+    )
     kinds = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=kinds, default=kinds[0], help=f"of the weights; default: {kinds[0]}")
 
@@ -37,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 132)
     text = commands.read_text(args.text)
+    config = Config(budget=args.budget) if args.config is None else commands.read_config(args.config)
     with commands.progress(console) as step:
         source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
         with step("tokenizing"):
@@ -45,8 +50,12 @@ def run(args: argparse.Namespace) -> int:
 
         total = 2 * commands.model_layers(model)
         with step(f"prefill of {ids.shape[1]:,} tokens, exact and sparse", total=total) as advance:
-            found = dhsa.check(model, ids, dhsa.Config(budget=args.budget), advance=advance)
-    console.print(_table(found, source.name, args.dtype))
+            try:
+                found = dhsa.check(model, ids, config, advance=advance)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+    attends = f"budget {args.budget:,}" if args.config is None else args.config.name
+    console.print(_table(found, source.name, args.dtype, attends))
     for line in found.summary():
         console.print(line, highlight=False, markup=False, soft_wrap=True, style=_style(line))
     return 0 if found.ok else 1
@@ -56,7 +65,7 @@ def _style(line: str) -> str | None:
     return {"warning": "yellow", "not ok": "bold red", "ok": "bold green"}.get(line.partition(":")[0])
 
 
-def _table(found: Any, name: str, dtype: str) -> Any:
+def _table(found: Any, name: str, dtype: str, attends: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -64,7 +73,7 @@ def _table(found: Any, name: str, dtype: str) -> Any:
     from dhsa.doctor.report import HEADINGS, cells
 
     table = Table(
-        title=f"{name}, {found.shape[1]:,} tokens in {dtype}, budget {found.config.budget:,}, "
+        title=f"{name}, {found.shape[1]:,} tokens in {dtype}, {attends}, "
         f"{dhsa.get_num_threads()} threads, {dhsa.build_info()['isa']}",
         title_style="bold",
         box=SIMPLE_HEAD,

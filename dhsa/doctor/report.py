@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dhsa.config import Config
+from dhsa.config import Config, LayerConfigs
 
 __all__ = ["HEADINGS", "Check", "LayerCheck", "cells"]
 
@@ -48,7 +48,7 @@ class Check:
     """The result of `dhsa.check`. `print` it for a table.
 
     Attributes:
-        config: the Config that was checked.
+        config: the Config or LayerConfigs that was checked.
         shape: (batch, tokens) of the prompt.
         layers: a LayerCheck for each attention layer, in the order in which they ran.
         kl: for each row, the divergence of the next token's distribution in nats, exact || sparse.
@@ -66,7 +66,7 @@ class Check:
             against it.
     """
 
-    config: Config
+    config: Config | LayerConfigs
     shape: tuple[int, int]
     layers: list[LayerCheck]
     kl: tuple[float, ...]

@@ -7,6 +7,7 @@ that left keys out, exact attention is also computed from the same inputs. The f
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -16,7 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from dhsa import functional, hf
-from dhsa.config import Config
+from dhsa.config import Config, LayerConfigs
 from dhsa.doctor.findings import Facts, findings
 from dhsa.doctor.reasons import Reason, reason
 from dhsa.doctor.report import Check, LayerCheck
@@ -34,7 +35,7 @@ _EXACT = Config(budget=None)
 def check(
     model: torch.nn.Module,
     input_ids: torch.Tensor,
-    config: Config | None = None,
+    config: Config | LayerConfigs | str | os.PathLike[str] | None = None,
     *,
     attention_mask: torch.Tensor | None = None,
     layers: Iterable[int] | None = None,
@@ -48,7 +49,8 @@ def check(
     Args:
         model: a transformers model with a language modelling head, on the CPU, or a module that wraps one.
         input_ids: int64 or int32 [B, L], L at least 2.
-        config: the Config to check. None: that of a patched model, else the default.
+        config: the Config to check, or LayerConfigs, or the path of a file of either. None: that of a patched model,
+            else the default.
         attention_mask: None, [B, L] of 1 (a token) and 0 (padding), or a complete 4-D mask as transformers takes it.
         layers: the layers that may be sparse, as for `patch`. None: all; for a patched model and a config of None,
             those that it was patched with.
@@ -69,11 +71,9 @@ def check(
     ids, mask = _checked(model, input_ids, attention_mask)
     state: hf.switching.State | None = model.__dict__.get(hf.switching.STATE)
     own = model.config._attn_implementation if state is None else state.former[0][1]
-    if config is None:
-        config = hf.switching.DEFAULT if state is None else state.config
-        layers = state.layers if state is not None and layers is None else layers
-    if not isinstance(config, Config):
-        raise TypeError(f"config: expected a dhsa.Config or None, got {type(config).__name__}")
+    if config is None and state is not None:
+        config, layers = state.config, state.layers if layers is None else layers
+    config = hf.switching.as_config(config)
     prompt = _Prompt(ids, mask, _positions(ids, mask))
 
     with _untouched(model), torch.no_grad():
@@ -204,7 +204,7 @@ class _Watch:
         why, error = Reason("", ""), 0.0
         if self._compare:
             if run.path == "sparse" or run.skipped:
-                exact, _ = _exactly(module, q, k, v, mask, *rest, **options)
+                exact, _ = hf.attention.recompute(module, _EXACT, q, k, v, mask, *rest, **options)
                 error = _distance(out, exact)
             if run.path != "sparse":
                 why = self._why(module, q, k, mask, options)
@@ -218,24 +218,14 @@ class _Watch:
     def _why(self, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]) -> Reason:
         state: hf.switching.State = module.__dict__[hf.switching.STATE]
         layer = getattr(module, "layer_idx", None)
-        if not state.config.exact and state.layers is not None and layer not in state.layers:
+        config = state.config.at(layer) if isinstance(state.config, LayerConfigs) else state.config
+        if not config.exact and state.layers is not None and layer not in state.layers:
             if layer in self._unserved:
                 return Reason("network", "the predictor has no network for it")
             return Reason("layers", "it is not among layers=")
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        return reason(module, state.config, q, k, mask, options.get("sliding_window"), causal)
-
-
-def _exactly(module: torch.nn.Module, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """Compute the attention function by an exact config, and discard its record."""
-    notes = module.__dict__
-    state, runs = notes[hf.switching.STATE], notes.pop(hf.records.RUNS)
-    notes[hf.switching.STATE] = dataclasses.replace(state, config=_EXACT, own={})
-    try:
-        return hf.attention_forward(module, *args, **options)
-    finally:
-        notes[hf.switching.STATE], notes[hf.records.RUNS] = state, runs
+        return reason(module, config, q, k, mask, options.get("sliding_window"), causal)
 
 
 def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
@@ -264,7 +254,7 @@ def _prefill(
     model: PreTrainedModel,
     head: torch.nn.Module,
     prompt: _Prompt,
-    config: Config,
+    config: Config | LayerConfigs,
     layers: Iterable[int] | None,
     watch: _Watch,
 ) -> tuple[torch.Tensor, float]:
@@ -329,21 +319,23 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _served(
-    model: PreTrainedModel, config: Config, chosen: frozenset[int] | None
+    model: PreTrainedModel, config: Config | LayerConfigs, chosen: frozenset[int] | None
 ) -> tuple[frozenset[int] | None, tuple[int, ...], tuple[int, ...]]:
     """Return (layers that may be sparse, those of `chosen` without a boundary network, those cut by the one for all
     layers).
 
     ValueError if the networks belong to another model.
     """
-    hf.switching.own_networks(model, config, ())
-    predictor = config.predictor
-    if config.boundaries != "predictor" or predictor is None or not predictor.layers:
-        return chosen, (), ()
     present = {m.layer_idx for m in hf.switching.attention_modules(model) if getattr(m, "layer_idx", None) is not None}
     wanted = frozenset(present) if chosen is None else chosen
-    without = tuple(sorted(wanted - set(predictor.layers)))
-    return (chosen, (), without) if predictor.shared else (wanted - set(without), without, ())
+    unserved: set[int] = set()
+    shared: set[int] = set()
+    for one, layers in hf.switching.by_config(config, wanted).items():
+        hf.switching.own_networks(model, one, ())
+        predictor = one.predictor
+        if one.boundaries == "predictor" and predictor is not None and predictor.layers:
+            (shared if predictor.shared else unserved).update(set(layers) - set(predictor.layers))
+    return wanted - unserved if unserved else chosen, tuple(sorted(unserved)), tuple(sorted(shared))
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dhsa import commands
 from dhsa.commands import UserError
 from dhsa.evaluation.cuts import cutting
 from dhsa.evaluation.likelihood import divergence, likelihood
-from dhsa.evaluation.settings import Setting
+from dhsa.evaluation.settings import Setting, dense
 from dhsa.hf.compat import cache_option, float32_products
 
 __all__ = ["Engine", "refusals", "weights_products", "work"]
@@ -83,13 +83,13 @@ class Engine:
 
     def first_sparse(self, setting: Setting, length: int) -> int:
         """Return the first layer in which the setting may leave keys out; all before it are exact."""
-        limit, mass = setting.config.budget, setting.config.mass
         for layer in range(self.depth):
             if self.layers is not None and layer not in self.layers:
                 continue
-            if mass is not None or setting.config.skip is not None:
+            config, window = setting.at(layer), self.windows[layer]
+            if config.mass is not None or config.skip is not None:
                 return layer
-            window = self.windows[layer]
+            limit = config.budget
             if limit is not None and length > limit and not (window is not None and window <= limit):
                 return layer
         return self.depth
@@ -112,6 +112,17 @@ class Engine:
         if any(r.path == "sparse" and r.layer < first for r in runs):
             self._kept.pop(first, None)  # exact by a rule that this file does not know: nothing is replayed
         return out.last_hidden_state[0], work(runs, seconds, replayed, setting.dense)
+
+    def remember(self, ids: list[int]) -> Any:
+        """Return the last hidden states of a prompt by dense attention, and keep what every layer computes: prefills of
+        this prompt by other settings then begin at their first sparse layer.
+        """
+        self._prompt, self._kept = tuple(ids), {}
+        with ExitStack() as stack:
+            for first in range(1, self.depth + 1):
+                stack.enter_context(self._keeping(first))
+            stack.enter_context(self._attending(dense()))
+            return self.model.get_decoder()(torch.tensor([ids], device="cpu"), use_cache=False).last_hidden_state[0]
 
     @contextmanager
     def _attending(self, setting: Setting) -> Iterator[None]:
@@ -166,21 +177,21 @@ class Engine:
             )
 
     def divergence(
-        self, hidden: Sequence[Any], reference: Any, ids: list[int], first: int
+        self, hidden: Sequence[Any], reference: Any, ids: list[int], first: int, every: int = 1
     ) -> list[tuple[Any, Any, Any]]:
         """Return, for each of `hidden`, (log-likelihood float64, KL from the reference float64, whether the likeliest
-        token is the reference's) of the distributions that predict ids[first:].
+        token is the reference's) of the distributions that predict ids[first::every].
 
         hidden, reference: last hidden states [length, size] of prefills of `ids`. Logits are float32 whatever the
         dtype of the model: rounded to bf16 they are up to 0.06 from their values at 16 to 32, which alone is a KL of
         about 0.001.
         """
-        states = [h[first - 1 : len(ids) - 1] for h in (reference, *hidden)]
+        states = [h[first - 1 : len(ids) - 1 : every] for h in (reference, *hidden)]
         # Numbers that are in bf16 already lose nothing in products of bf16, whose sums are float32.
         narrow = states[0].dtype == torch.bfloat16 and float32_products() is not None
         with torch.no_grad(), weights_products("bf16") if narrow else nullcontext():
             theirs, *own = (s.float() for s in states)
-            return divergence(self.model, own, theirs, torch.tensor(ids[first:], device="cpu"))
+            return divergence(self.model, own, theirs, torch.tensor(ids[first::every], device="cpu"))
 
     def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
         """Return (greedy continuation, the fields of a row that describe the work): prefill by the setting, exact

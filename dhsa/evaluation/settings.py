@@ -2,6 +2,7 @@
 
 A specification is `name[:field=value]...`. The name is a method of `dhsa.Config`, "paper" for `Config.paper()`, or
 "exact" for no selection (useful with `exact:skip=0.001`). Then come fields of Config; `predictor=FILE` is loaded.
+`config=FILE` has the configs of a file, as they are.
 `name:source` uses what the method's source prescribes, and `cuts=WORD` boundaries that no Config offers (cuts.py). The
 rules that are the same for all methods are here, so that no comparison favours one of them by accident.
 """
@@ -36,7 +37,7 @@ class Setting:
     """
 
     label: str
-    config: dhsa.Config
+    config: dhsa.Config | dhsa.LayerConfigs
     budget: int | None = None
     mass: float | None = None
     cuts: str = ""
@@ -54,23 +55,32 @@ class Setting:
 
     def at(self, layer: int) -> dhsa.Config:
         """Return the Config for one layer, for which a predictor may have a network of its own."""
-        predictor = self.config.predictor
+        config = self.config.at(layer) if isinstance(self.config, dhsa.LayerConfigs) else self.config
+        predictor = config.predictor
         if predictor is None or not predictor.layers:
-            return self.config
-        return self.config.replace(predictor=predictor.layer(layer))
+            return config
+        return config.replace(predictor=predictor.layer(layer))
 
     def fields(self) -> dict[str, Any]:
         """Return every field of the Config as JSON can hold it, with a predictor as the hash of its weights; and `cuts`
-        if set.
+        if set. With a Config for each layer, those of the layers are in "layers".
         """
-        values = {name: getattr(self.config, name) for name in configs.FIELDS}
-        values |= dataclasses.asdict(self.config.options)
-        if values.get("predictor") is not None:
-            values["predictor"] = _predictor_hash(values["predictor"])
+        if isinstance(self.config, dhsa.LayerConfigs):
+            layers = {str(layer): _fields(config) for layer, config in self.config.layers.items()}
+            return {**_fields(self.config.default), "layers": layers}
+        values = _fields(self.config)
         if self.cuts:
             values["cuts"] = self.cuts
-        # JSON has no infinity.
-        return {k: str(v) if isinstance(v, float) and abs(v) == float("inf") else v for k, v in values.items()}
+        return values
+
+
+def _fields(config: dhsa.Config) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in configs.FIELDS}
+    values |= dataclasses.asdict(config.options)
+    if values.get("predictor") is not None:
+        values["predictor"] = _predictor_hash(values["predictor"])
+    # JSON has no infinity.
+    return {k: str(v) if isinstance(v, float) and abs(v) == float("inf") else v for k, v in values.items()}
 
 
 def _predictor_hash(predictor: Any) -> str:
@@ -138,6 +148,8 @@ def setting(
     a quarter, `local` (None: that of Config) the rest of the half. Fields in the specification itself override these.
     Raises UserError for unknown names and for what Config refuses.
     """
+    if spec.startswith("config="):
+        return _of_file(spec)
     name, *words = spec.split(":")
     if name not in NAMES:
         raise UserError(f"--methods: no method {name!r}; there are {', '.join(NAMES)}")
@@ -167,6 +179,17 @@ def setting(
     for word in cuts:
         _check_cuts(spec, word, config)
     return Setting(spec, config, config.budget, config.mass, "".join(cuts))
+
+
+def _of_file(spec: str) -> Setting:
+    """Return the setting of a file of configs, which has its own budgets."""
+    try:
+        config = dhsa.Config.load(spec.removeprefix("config="))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--methods: {error}") from error
+    if isinstance(config, dhsa.LayerConfigs):
+        return Setting(spec, config)
+    return Setting(spec, config, config.budget, config.mass)
 
 
 def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:

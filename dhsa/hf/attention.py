@@ -1,6 +1,7 @@
 """The attention function of implementation "dhsa". A call of transformers is planned as a list of stretches, the C core
 computes each of them, and a record of the call is stored."""
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,17 +12,17 @@ from dhsa.config import Config
 from dhsa.functional import RunStats
 from dhsa.selection import Selection
 
-from . import break_even, switching
+from . import break_even
 from .caches import Memory, recall
 from .compat import outside_graphs, reads_text
 from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranged_rows, ranges_of, two_sided
-from .records import record
+from .records import RUNS, LayerRun, last_run, record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported, sinks_in
-from .switching import EXACT, STATE, State
+from .switching import EXACT, STATE, State, config_of
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
-__all__ = ["attend", "attention_forward", "one_sided"]
+__all__ = ["attend", "attention_forward", "one_sided", "recompute"]
 
 
 @outside_graphs
@@ -74,6 +75,22 @@ def attention_forward(
     return attend(module, query, key, value, *others, sinks=sinks), None
 
 
+def recompute(module: torch.nn.Module, config: Config, *args: Any, **options: Any) -> tuple[torch.Tensor, LayerRun]:
+    """`attention_forward` of a module of a patched model by another config: its result and its record. The module keeps
+    its own config and the record of its last call."""
+    notes = module.__dict__
+    state, runs = notes[STATE], notes.pop(RUNS, None)
+    notes[STATE] = dataclasses.replace(state, config=config, layers=None, own={})
+    try:
+        out, _ = attention_forward(module, *args, **options)
+        return out, last_run(module)[0]
+    finally:
+        notes[STATE] = state
+        notes.pop(RUNS, None)
+        if runs is not None:
+            notes[RUNS] = runs
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -92,7 +109,7 @@ def attend(
     k_len = key.shape[2]
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
-    config = switching.DEFAULT if state is None else state.config_for(layer)
+    config = config_of(module)
     # Chunks are stored for layers without a window only: keys that leave a window take their chunks with them.
     memory, unseen = None, ""
     if sliding_window is None:

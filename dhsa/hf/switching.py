@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dhsa.config import Config
+from dhsa.config import Config, LayerConfigs
 from dhsa.predictor import TRAIN
 
 from .caches import unwatch, watch
@@ -29,7 +30,10 @@ __all__ = [
     "IMPLEMENTATION",
     "STATE",
     "State",
+    "as_config",
     "attention_modules",
+    "by_config",
+    "config_of",
     "model_facts",
     "own_networks",
     "patch",
@@ -40,10 +44,13 @@ __all__ = [
 
 IMPLEMENTATION = "dhsa"
 EXACT = Config(budget=None)
-DEFAULT = Config()  # of models that are not patched, and of `patch` without a config; see `set_default`
+DEFAULT: Config | LayerConfigs = (
+    Config()
+)  # of models that are not patched, and of `patch` without a config; see `set_default`
 Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)  # a transformers model, or a module around one
+TUNE = "python -m dhsa tune --model MODEL --out FILE"
 STATE = "_dhsa_state"  # on a patched model and on its modules
-FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads", "head_dim")
+FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 class Entry(NamedTuple):
@@ -58,10 +65,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """What `patch` stores on a model: its Config and layers, the implementation that its configs named before, and all
-    that `unpatch` restores."""
+    """What `patch` stores on a model: its Config or LayerConfigs, its layers, the implementation that its configs named
+    before, and all that `unpatch` restores."""
 
-    config: Config
+    config: Config | LayerConfigs
     layers: frozenset[int] | None
     former: tuple[tuple[Any, str | None], ...]
     own: Mapping[int, Config] = field(default_factory=dict)  # for layers that have a boundary network of their own
@@ -72,10 +79,52 @@ class State:
     def config_for(self, layer: int | None) -> Config:
         if self.layers is not None and layer not in self.layers:
             return EXACT
-        return self.config if layer is None else self.own.get(layer, self.config)
+        if layer is not None and layer in self.own:
+            return self.own[layer]
+        return self.config.at(layer) if isinstance(self.config, LayerConfigs) else self.config
 
 
-def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Wrapped:
+def config_of(module: torch.nn.Module) -> Config:
+    """The Config of an attention module, patched or not. Raises ValueError if the configs of `set_default` are for
+    another model than that of the module."""
+    layer = getattr(module, "layer_idx", None)
+    state: State | None = module.__dict__.get(STATE)
+    if state is not None:
+        return state.config_for(layer)
+    if not isinstance(DEFAULT, LayerConfigs):
+        return DEFAULT
+    if layer is not None and DEFAULT.model is not None:
+        _refuse_other_model(DEFAULT.model, module)
+    return DEFAULT.at(layer)
+
+
+def as_config(config: object) -> Config | LayerConfigs:
+    """What the argument `config` of `patch` stands for. Raises TypeError for what is none, and as `Config.load`."""
+    if config is None:
+        return DEFAULT
+    if isinstance(config, (str, os.PathLike)):
+        return Config.load(config)
+    if not isinstance(config, (Config, LayerConfigs)):
+        raise TypeError(
+            "config: expected a dhsa.Config, dhsa.LayerConfigs, the path of a file of them, or None, got "
+            f"{type(config).__name__}"
+        )
+    return config
+
+
+def by_config(config: Config | LayerConfigs, layers: Iterable[int]) -> dict[Config, list[int]]:
+    """The layers of each Config."""
+    found: dict[Config, list[int]] = {}
+    for layer in layers:
+        found.setdefault(config.at(layer) if isinstance(config, LayerConfigs) else config, []).append(layer)
+    return found
+
+
+def patch(
+    model: Wrapped,
+    config: Config | LayerConfigs | str | os.PathLike[str] | None = None,
+    layers: Iterable[int] | None = None,
+) -> Wrapped:
     """Switch the attention of `model` to this package, in place, and return the model.
 
     Patching a patched model replaces config and layers. The config is kept on the model, so that `generate` and
@@ -88,18 +137,19 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
 
     Args:
         model: a transformers model, or a module that wraps one.
-        config: a `dhsa.Config`. None: the default one. `Config(budget=None)` is exact.
+        config: a `dhsa.Config`, or `dhsa.LayerConfigs` with one for each layer, or the path of a file of either. None:
+            the default one. `Config(budget=None)` is exact.
         layers: the indices of the layers that may be sparse; the others are exact. None: all.
 
     Raises:
         TypeError: `model` neither is nor wraps a transformers model, or `config` is no Config.
-        ValueError: a layer does not exist; the boundary predictor was trained for another model or lacks the network of
-            a layer; or the model cannot change its attention implementation. The model is left as it was.
+        ValueError: a layer does not exist; the boundary predictor or the configs of layers were made for another model;
+            the predictor lacks the network of a layer; the model cannot change its attention implementation; or as
+            `Config.load`. The model is left as it was.
+        OSError: the file of the config cannot be read.
     """
     given, model = model, unwrapped(model)
-    config = DEFAULT if config is None else config
-    if not isinstance(config, Config):
-        raise TypeError(f"config: expected a dhsa.Config or None, got {type(config).__name__}")
+    config = as_config(config)
     present = {m.layer_idx for m in attention_modules(model) if isinstance(getattr(m, "layer_idx", None), int)}
     chosen = None
     if layers is not None:
@@ -108,7 +158,14 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
         chosen = frozenset(_index(layer) for layer in layers)
         if missing := sorted(chosen - present):
             raise ValueError(f"layers: {missing} not in this model, whose layers are {_span(present)}")
-    own = own_networks(model, config, present if chosen is None else chosen)
+    if isinstance(config, LayerConfigs):
+        if config.model is not None:
+            _refuse_other_model(config.model, model)
+        if missing := sorted(set(config.layers) - present):
+            raise ValueError(f"config: has configs of layers {missing}, but those of this model are {_span(present)}")
+    own: dict[int, Config] = {}
+    for one, of in by_config(config, present if chosen is None else chosen).items():
+        own |= own_networks(model, one, of)
     if (kind := reads_mask(model)) is not None:
         raise ValueError(
             f'model: the layers of {kind!r} read the mask tensor themselves, which "dhsa" does not make; '
@@ -141,7 +198,7 @@ def patch(model: Wrapped, config: Config | None = None, layers: Iterable[int] | 
     return given
 
 
-def set_default(config: Config) -> None:
+def set_default(config: Config | LayerConfigs) -> None:
     """Makes `config` that of models that are loaded as "dhsa" and not patched, and of `patch` without a config. It must
     neither share between layers nor choose keys in decoding steps, which need the hooks that `patch` puts on a model,
     nor have a predictor, whose networks `patch` compares with the model and gives to its layers."""
@@ -150,16 +207,38 @@ def set_default(config: Config) -> None:
 
 
 def model_facts(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the properties that identify the model whose keys a boundary predictor was trained on.
+    """Return the properties that identify the model that a boundary predictor or configs of layers were made for.
 
     Args:
         model: a transformers model, or a module that wraps one.
 
     Returns:
-        A dict of "model_type", "num_hidden_layers", "hidden_size", "num_key_value_heads" and "head_dim".
+        A dict of "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads" and
+        "head_dim".
     """
-    text = unwrapped(model).config.get_text_config()
+    return _facts(unwrapped(model))
+
+
+def _facts(module: torch.nn.Module) -> dict[str, Any]:
+    text: Any = getattr(module, "config", None)
+    if isinstance(text, PreTrainedConfig):
+        text = text.get_text_config()
     return {name: getattr(text, name, None) for name in FACTS}
+
+
+def _other_facts(noted: Mapping[str, Any], module: torch.nn.Module) -> str:
+    """In what the model of `module` differs from the one that something was made for, in words; "" if in nothing."""
+    have = _facts(module)
+    other = [name for name in FACTS if name in noted and noted[name] != have[name]]
+    if not other:
+        return ""
+    made = ", ".join(f"{name} {noted[name]!r}" for name in other)
+    return f"for a model with {made}, but this one has " + ", ".join(f"{have[name]!r}" for name in other)
+
+
+def _refuse_other_model(noted: Mapping[str, Any], module: torch.nn.Module) -> None:
+    if other := _other_facts(noted, module):
+        raise ValueError(f"config: made {other}; make one for it: {TUNE}")
 
 
 def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) -> dict[int, Config]:
@@ -168,16 +247,8 @@ def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) 
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None:
         return {}
-    if predictor.model is not None:
-        have = model_facts(model)
-        if other := [name for name in FACTS if name in predictor.model and predictor.model[name] != have[name]]:
-            raise ValueError(
-                "predictor: trained for a model with "
-                + ", ".join(f"{name} {predictor.model[name]!r}" for name in other)
-                + ", but this one has "
-                + ", ".join(f"{have[name]!r}" for name in other)
-                + f"; train one for it: {TRAIN}"
-            )
+    if predictor.model is not None and (other := _other_facts(predictor.model, model)):
+        raise ValueError(f"predictor: trained {other}; train one for it: {TRAIN}")
     if not predictor.layers:
         return {}
     if not predictor.shared and (bare := sorted(set(layers) - set(predictor.layers))):
@@ -211,7 +282,11 @@ def unpatch(model: Wrapped) -> Wrapped:
 
 
 @contextmanager
-def patched(model: Wrapped, config: Config | None = None, layers: Iterable[int] | None = None) -> Iterator[Wrapped]:
+def patched(
+    model: Wrapped,
+    config: Config | LayerConfigs | str | os.PathLike[str] | None = None,
+    layers: Iterable[int] | None = None,
+) -> Iterator[Wrapped]:
     """`patch` for the duration of a with statement. Afterwards the model is as it was: patched by an outer one, or not
     at all.
 

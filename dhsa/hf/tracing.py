@@ -16,11 +16,10 @@ from transformers.masking_utils import and_masks, causal_mask_function, sdpa_mas
 from dhsa._arrays import torch_tangent
 from dhsa.config import Config
 
-from . import switching
 from .compat import exporting, reads_text
 from .handles import HANDLE, number_of
 from .refusals import check_padding
-from .switching import EXACT, STATE, State
+from .switching import EXACT, STATE, State, config_of
 
 __all__ = ["probes", "thawed", "traced_attention", "traced_ranges", "tracing"]
 
@@ -59,8 +58,7 @@ _number_of = torch.compiler.assume_constant_result(number_of)
 def _frozen(module: torch.nn.Module, is_causal: bool | None) -> str:
     """The attributes of a module that attention reads, as they are now, as strings that a saved program can contain."""
     layer = getattr(module, "layer_idx", None)
-    state: State | None = module.__dict__.get(STATE)
-    config = switching.DEFAULT if state is None else state.config_for(layer)
+    config = config_of(module)
     if config.predictor is not None:
         raise NotImplementedError(
             'torch.export: boundaries="predictor" cannot be written into a program; patch the model with others'

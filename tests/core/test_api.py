@@ -40,10 +40,11 @@ def normal(*shape, dtype=np.float32, seed=0):
 def test_names():
     functions = "attention boundaries pick_boundaries chunk_scores select sparse_attention"
     ratios = "boundary_ratios attention_ratios"
-    others = "Config Selection BoundaryPredictor set_num_threads get_num_threads set_isa build_info reference"
+    others = "Config LayerConfigs Selection BoundaryPredictor reference"
+    machine = "set_num_threads get_num_threads set_isa build_info"
     hooks = "patch unpatch patched last_run check save_cache load_cache"
     drop_in = "scaled_dot_product_attention SdpaCounts replacing_sdpa replace_sdpa restore_sdpa"
-    assert sorted(dhsa.__all__) == sorted(f"{functions} {ratios} {others} {hooks} {drop_in}".split())
+    assert sorted(dhsa.__all__) == sorted(f"{functions} {ratios} {others} {machine} {hooks} {drop_in}".split())
     assert set(dhsa.__all__) <= set(dir(dhsa))
     assert dhsa.reference is reference
     with pytest.raises(AttributeError, match="no attribute 'atention'"):

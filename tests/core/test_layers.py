@@ -24,11 +24,12 @@ LAYERS = [
     {"dhsa"},
     {"commands", "hf", "plot", "sdpa"},
     {"ask", "demo", "doctor", "evaluation", "run", "training"},
+    {"tuning"},
     {"__main__"},
 ]
 ALONE = {
     "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference", "run",
-    "sdpa", "training",
+    "sdpa", "training", "tuning",
 }  # fmt: skip
 
 

@@ -266,7 +266,8 @@ def test_a_model_takes_the_networks_of_its_layers(torch, models):
         weights |= {f"layers.{layer}.{name}": x for name, x in compact_weights(64, seed=layer).items()}
     facts = hf.model_facts(model)
     assert facts == {
-        "model_type": "gemma3_text", "num_hidden_layers": 4, "hidden_size": 64, "num_key_value_heads": 2, "head_dim": 32
+        "model_type": "gemma3_text", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32,
     }  # fmt: skip
     predictor = dhsa.BoundaryPredictor.from_state_dict(weights, model=facts)
     config = dhsa.Config(

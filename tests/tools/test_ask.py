@@ -16,6 +16,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tiny import build  # noqa: E402
 
+import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
 from dhsa import ask, commands  # noqa: E402
 
@@ -73,7 +74,7 @@ def command(made, tmp_path, monkeypatch, capsys):
 
     def run(*args, text=made[2], model=made[0], cache=tmp_path / "kept"):
         argv = ["ask", "--model", model, "--text", text, "--cache", cache, "--new-tokens", 12, *args]
-        argv += [] if {"--exact", "--budget"} & set(args) else ["--budget", 96]
+        argv += [] if {"--exact", "--budget", "--config"} & set(args) else ["--budget", 96]
         status = command_line.main([str(a) for a in argv])
         return status, capsys.readouterr()
 
@@ -112,6 +113,19 @@ def test_the_text_is_read_once(templated, made, command, passed, tmp_path):
     expected = passed.tokenizer.decode(out[0, ids.shape[1] :])
     assert expected.split("\n\n")[0] in exact.out
     assert len(kept(tmp_path)) == 2  # the configuration is part of what a text is kept by
+
+
+def test_configs_of_a_file(made, command, passed, tmp_path):
+    exact, layer = dhsa.Config(budget=None), dhsa.Config(budget=96, dense_tail=0, break_even=0)
+    for name, layers in (("one", {1: layer}), ("two", {3: layer})):
+        dhsa.LayerConfigs(default=exact, layers=layers).save(tmp_path / f"{name}.json")
+        assert command("What?", "--config", tmp_path / f"{name}.json")[0] == 0
+        assert [run.path for run in dhsa.last_run(passed.model, "prefill")].count("sparse") == 1
+    assert len(kept(tmp_path)) == 2  # the configs are part of what a text is kept by
+    dhsa.LayerConfigs(default=exact, layers={}, model={"head_dim": 5}).save(tmp_path / "other.json")
+    status, said = command("What?", "--config", tmp_path / "other.json")
+    assert status == 2
+    assert "--model: config: made for a model with head_dim 5, but this one has 32" in said.err
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ PUBLIC = ("dhsa.hf", "dhsa.methods", "dhsa.plot", "dhsa.reference", "dhsa.traini
 # Modules whose public names are those of `dhsa`, and modules behind the command line.
 OTHERS = {
     "ask", "commands", "config", "demo", "doctor", "evaluation", "functional", "labels", "predictor", "run", "sdpa",
-    "selecting", "selection",
+    "selecting", "selection", "tuning",
 }  # fmt: skip
 
 

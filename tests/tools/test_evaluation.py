@@ -287,6 +287,31 @@ def test_specs():
         settings.methods("dense,")
 
 
+def test_configs_of_a_file(folder, engine, tmp_path):
+    """They are measured as they are, whatever the budget; each layer by its own."""
+    small, large = dhsa.Config(budget=64, break_even=0), dhsa.Config(budget=128, break_even=0)
+    configs = dhsa.LayerConfigs(default=dhsa.Config(budget=None), layers={1: small, 3: large})
+    configs.save(tmp_path / "a.json")
+    spec = f"config={tmp_path / 'a.json'}"
+    made = settings.setting(spec, 640)
+    assert made == settings.setting(spec, 320)
+    assert (made.config, made.budget, made.at(0).exact, made.at(1), made.at(3)) == (configs, None, True, small, large)
+    assert made.fields()["layers"]["3"]["budget"] == 128
+    assert engine.first_sparse(made, 500) == 1
+    work = engine.prefill(prompt(), made)[1]
+    assert work["sparse_layers"] == 2
+    exact = dhsa.LayerConfigs(default=small, layers={1: dhsa.Config(budget=None)})
+    exact.save(tmp_path / "a.json")
+    assert engine.first_sparse(settings.setting(spec, None), 500) == 3  # layers 0 and 2 have windows within 64 keys
+    small.save(tmp_path / "a.json")
+    assert settings.setting(spec, 640).given == "64"
+    assert evaluate(folder, tmp_path / "out", "output", "--lengths", 300, "--documents", 1, "--methods", spec) == 0
+    assert {row["method"] for row in rows_of(tmp_path / "out")} == {spec}
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(UserError, match=r"--methods: .*a\.json: expected an object of JSON"):
+        settings.setting(spec, 640)
+
+
 def test_every_field_counts(monkeypatch):
     """Two Configs that differ are two keys, so that a resumed run never takes one for the other."""
     base = {"model": "m", "dtype": "float32", "products": "fp32", "layers": ""}

@@ -126,14 +126,16 @@ def test_torch_is_not_imported_for_a_program_without_it(tmp_path):
         (["-m", "no.such"], "-m no.such: No module named 'no'"),
         (["-m", "nosuch"], "-m nosuch: there is no module of this name"),
         (["--exact", "--budget", "9", "a.py"], "--exact: leaves no key out, so there is no --budget"),
-        (["--config", "missing.json", "a.py"], "--config: missing.json: [Errno 2]"),
-        (["--config", "bad.json", "a.py"], "--config: bad.json: Expecting value"),
+        (["--config", "missing.json", "a.py"], "--config: [Errno 2] No such file or directory: 'missing.json'"),
+        (["--config", "bad.json", "a.py"], "--config: bad.json: no JSON: Expecting value"),
         (["--config", "unknown.json", "a.py"], "--config: unknown.json: Config has no field 'bugdet'"),
-        (["--config", "list.json", "a.py"], "--config: list.json: values: expected a dict, got list"),
+        (["--config", "list.json", "a.py"], "--config: list.json: expected an object of JSON, got list"),
         (["--config", "forced.json", "--budget", "9", "a.py"], "--budget: budget: sink + local = 5 + 5 exceed"),
         (["--config", "share.json", "a.py"], "--config: share='selections' needs hooks on the model, which only dhsa."),
         (["--config", "decode.json", "a.py"], "--config: decode='dhsa' needs hooks on the model"),
         (["--config", "predictor.json", "a.py"], "--config: boundaries='predictor' needs networks that belong to the"),
+        (["--config", "layers.json", "a.py"], "--config: decode='dhsa' needs hooks on the model"),
+        (["--config", "layers.json", "--budget", "9", "a.py"], "--budget: the file of --config has a budget for each"),
         (["--budget", "0", "a.py"], "argument --budget: 0 is less than 1"),
         (["--budget", "many", "a.py"], "argument --budget: invalid int value: 'many'"),
         ([], "name a program to run"),
@@ -153,6 +155,8 @@ def test_bad_input(tmp_path, arguments, message):
     }
     for name, text in files.items():
         (tmp_path / f"{name}.json").write_text(text)
+    layers = {1: dhsa.Config(decode="dhsa")}
+    dhsa.LayerConfigs(default=dhsa.Config(), layers=layers).save(tmp_path / "layers.json")
     got = dhsa_run(*arguments, cwd=tmp_path)
     assert got.returncode == 2
     assert message in got.stderr

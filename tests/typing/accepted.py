@@ -98,6 +98,9 @@ def other_library(q: Tensor, k: Tensor, v: Tensor, config: dhsa.Config) -> None:
 def settings() -> None:
     """What is not an array."""
     assert_type(dhsa.Config(method="dhsa").replace(budget=None), dhsa.Config)
+    layers = dhsa.LayerConfigs(default=dhsa.Config(), layers={3: dhsa.Config(budget=512)})
+    assert_type(layers.at(3), dhsa.Config)
+    assert_type(layers.replace(skip=0.01), dhsa.LayerConfigs)
     assert_type(dhsa.get_num_threads(), int)
     assert_type(dhsa.build_info(), dict[str, Any])
     assert_type(dhsa.__version__, str)
