@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 BOUNDARIES = ("similarity", "fixed", "predictor")
+_OF_SIMILARITY = ("num_chunks", "boundary_window", "theta", "nms")
 SCORES = ("rows", "block")
 HEADS = ("group", "all", "head")
 DECODES = ("exact", "dhsa")
@@ -120,7 +121,9 @@ class _Derived:
 class Config(_Derived):
     """How the keys that each block of queries attends to are found. Frozen; make variants with `replace`.
 
-    The default is what measured best without training: row scores over chunks cut by key similarity.
+    The default is what measured best without training: a list for each head, by the scores of all queries for pairs of
+    neighbouring keys. `Config.fast` and `Config.faithful` are further points of the same trade of time for closeness to
+    exact attention; `dhsa tune` finds those of a model.
 
     Args:
         method: how keys are found: the name of a method in `dhsa.methods.registry`, or an instance of its class, which
@@ -143,10 +146,13 @@ class Config(_Derived):
         dense_tail: blocks that hold one of the last `dense_tail` queries see every key (0: none). The paper computes an
             instruction at the end of the prompt densely. Bidirectional attention has none.
         heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none). None: the
-            method's own default, "head" for "vertical_slash", "xattention" and "proxy", else "group".
+            method's own default, "head" for "rows", "vertical_slash", "xattention" and "proxy", else "group". In
+            decoding steps the heads of a KV head share one, since each key is read once then.
         boundaries: how keys are cut into chunks: "similarity" (where the cosine similarity of neighbouring means is
             low; no training), "fixed" (every `chunk_size` keys), "predictor" (a trained network, see `predictor`).
-        chunk_size: keys in a chunk for boundaries="fixed".
+            None: "fixed" under "rows", else "similarity"; also "similarity" where one of its options (`num_chunks`,
+            `boundary_window`, `theta`, `nms`) is given.
+        chunk_size: keys in a chunk for boundaries="fixed". None: 2 under "rows", else 8.
         num_chunks: the largest number of gaps to cut at (there is one chunk more). With L keys, None is L // 4 under
             "rows" (8192 from 32K keys on, L // 8 from 64K on), else L // 8; with the paper's network it is
             (L // query_block) * 8. "paper" is that number with any boundaries.
@@ -187,7 +193,7 @@ class Config(_Derived):
 
     method: str = "rows"
     options: Method = dataclasses.field(default=methods.Rows(), init=False)
-    budget: int | None = 2048
+    budget: int | None = 1024
     mass: float | None = None
     floor: int | None = None
     query_block: int = 64
@@ -195,8 +201,8 @@ class Config(_Derived):
     local: int = 128
     dense_tail: int = 64
     heads: Literal["group", "all", "head"] | None = None
-    boundaries: Literal["similarity", "fixed", "predictor"] = "similarity"
-    chunk_size: int = 8
+    boundaries: Literal["similarity", "fixed", "predictor"] | None = None
+    chunk_size: int | None = None
     num_chunks: int | Literal["paper"] | None = None
     boundary_window: int = 4
     theta: float | None = None
@@ -216,7 +222,7 @@ class Config(_Derived):
                 "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle"
             ]
             | Method = "rows",
-            budget: int | None = 2048,
+            budget: int | None = 1024,
             mass: float | None = None,
             floor: int | None = None,
             query_block: int = 64,
@@ -224,8 +230,8 @@ class Config(_Derived):
             local: int | None = None,
             dense_tail: int = 64,
             heads: Literal["group", "all", "head"] | None = None,
-            boundaries: Literal["similarity", "fixed", "predictor"] = "similarity",
-            chunk_size: int = 8,
+            boundaries: Literal["similarity", "fixed", "predictor"] | None = None,
+            chunk_size: int | None = None,
             num_chunks: int | Literal["paper"] | None = None,
             boundary_window: int = 4,
             theta: float | None = None,
@@ -250,6 +256,10 @@ class Config(_Derived):
         keep("options", options)
         if self.heads is None:
             keep("heads", options.heads)
+        if self.boundaries is None:
+            keep("boundaries", "similarity" if self._asked & set(_OF_SIMILARITY) else options.boundaries)
+        if self.chunk_size is None:
+            keep("chunk_size", options.chunk_size)
         if self.budget is not None:
             keep("budget", check_int(self.budget, "budget", 1, MAX_OPTION))
         keep("query_block", check_int(self.query_block, "query_block", 1, MAX_QUERY_BLOCK))

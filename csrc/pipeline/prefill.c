@@ -283,6 +283,8 @@ static dhsa_status run(const dhsa_problem *p, const dhsa_boundary_config *bounda
     if (key_indexes && p->q.shape[2] == 1) { /* a decoding step */
         select.score.query_block = select.score.mean_queries = 1;
         select.dense_tail = 0;
+        /* Steps take as long as reading the keys they choose, so that heads share them. */
+        if (select.score.heads == DHSA_HEADS_HEAD) select.score.heads = DHSA_HEADS_GROUP;
         /* A single query needs a shorter shortlist than a block, whose queries differ in the keys that they need. */
         select.shortlist = DHSA_MAX(select.shortlist / 2, DHSA_MIN(select.shortlist, select.budget));
     }

@@ -38,6 +38,7 @@ class Method:
         reads_keys: whether its lists depend on the values of queries and keys, and not on positions alone.
         has_both_sides: whether it serves bidirectional attention, in which a block selects keys on both sides of it.
         heads: the default of `Config.heads`.
+        boundaries, chunk_size: the defaults of these fields of Config.
         paper_fields: the setting of its source as far as it is known: its own options and fields of Config.
     """
 
@@ -50,6 +51,8 @@ class Method:
     reads_keys: ClassVar[bool] = True
     has_both_sides: ClassVar[bool] = False
     heads: ClassVar[str] = "group"
+    boundaries: ClassVar[str] = "similarity"
+    chunk_size: ClassVar[int] = 8
     paper_fields: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod

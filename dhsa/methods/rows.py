@@ -15,7 +15,7 @@ from dhsa.methods.base import Method
 
 __all__ = ["Rows"]
 
-MIN_SHORTLIST = 8192  # keys; with fewer, scoring every chunk is cheap
+MIN_SHORTLIST = 4096  # keys; with fewer, scoring every chunk is cheap
 GROUP = 4  # chunks of a group, which the coarse stage takes or leaves out as a whole
 
 
@@ -54,14 +54,16 @@ def _shortlist(block: Block, cuts: np.ndarray) -> tuple[np.ndarray, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows(Method):
-    """Chunks by row scores: the queries of a block are averaged in small groups, *rows*; each row and head takes a
-    softmax over the chunk means, in which a chunk counts as often as it has keys; the squares are summed.
+    """Chunks by row scores: each query of a block, or each mean of a few neighbouring ones, takes a softmax over the
+    chunk means, in which a chunk counts as often as it has keys; the squares are summed. Queries and means are rounded
+    to 8 bits for that, and exponentials are powers of two that are linear between whole exponents.
 
     Args:
-        rows: mean queries that a full block is reduced to, 1 to query_block. None: query_block, that is every query by itself.
-        shortlist: if a block has more candidates, a coarse pass over groups of 16 chunks leaves about this many keys,
-            whose chunks are then scored, so the cost of a block hardly grows with the prompt. At least the budget; 0:
-            never. None: 4 budgets, at least 8192; never with `Config.mass`.
+        rows: mean queries that a full block is reduced to, 1 to query_block. None: query_block, so that every query
+            counts by itself.
+        shortlist: if a block has more candidates, a coarse stage over groups of 4 chunks leaves about this many keys,
+            whose chunks are then scored. At least the budget; 0: never. None: 4 budgets, at least 4096; never with
+            `Config.mass`.
 
     Raises:
         TypeError, ValueError: naming the option.
@@ -72,9 +74,12 @@ class Rows(Method):
     name: ClassVar[str] = "rows"
     summary: ClassVar[str] = "chunks by the softmax of small groups of queries over chunk means"
     source: ClassVar[str] = "this project"
-    cost: ClassVar[str] = "`rows` G chunks of the shortlist, and an eighth of the rows by all groups of 4 chunks"
+    cost: ClassVar[str] = "`rows` G (chunks of the shortlist + groups of 4 chunks)"
     has_chunks: ClassVar[bool] = True
     has_both_sides: ClassVar[bool] = True
+    heads: ClassVar[str] = "head"
+    boundaries: ClassVar[str] = "fixed"
+    chunk_size: ClassVar[int] = 2
 
     rows: int | None = None
     shortlist: int | None = None

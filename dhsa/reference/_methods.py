@@ -60,7 +60,7 @@ def method_blocks(
     options = {
         "query_block": query_block, "key_block": key_block, "stride": stride, "pooling": pooling, "softcap": softcap,
         "rows": (max(1, query_block // 4) if method == "hisa" else query_block) if rows is None else rows,
-        "shortlist": max(8192, 4 * (budget or 0)) if shortlist is None else shortlist,
+        "shortlist": max(4096, 4 * (budget or 0)) if shortlist is None else shortlist,
         "window": window, "causal": causal, "sink": sink, "local": local,
         "scale": q.shape[3] ** -0.5 if scale is None else scale, "budget": budget, "mass": mass,
     }  # fmt: skip
