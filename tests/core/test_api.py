@@ -468,7 +468,7 @@ def test_config_defaults():
     assert parsed(config) == {
         "method": "rows", "budget": 2048, "mass": None, "floor": 144, "query_block": 64, "sink": 16, "local": 128,
         "dense_tail": 64, "heads": "group", "boundaries": "similarity", "chunk_size": 8, "num_chunks": None,
-        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 32, "rounded": False,
+        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 32, "quantized": False,
         "shortlist": 8192, "pooling": "mean", "key_block": 128, "stride": None, "exact": False, "exact_up_to": 2048,
     }  # fmt: skip
     assert config._core.num_gaps(1000) == 250

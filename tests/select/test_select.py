@@ -292,7 +292,7 @@ def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=N
     """The C lists are what the reference makes of the C scores, bit for bit; returns the selection."""
     if edges is None:
         edges = dhsa.boundaries(k, config)
-    words = {"pooling": config.pooling} if config.method == "dhsa" else {"rows": config._core.rows, "rounded": True}
+    words = {"pooling": config.pooling} if config.method == "dhsa" else {"rows": config._core.rows, "quantized": True}
     asked = _core.Config(method=config.method, query_block=config.query_block, heads=config.heads, **words)
     layer = (scale, softcap) if config.method == "rows" else (None, None)
     shape = (q.shape[0], {"all": 1, "group": k.shape[1], "head": q.shape[1]}[config.heads])
