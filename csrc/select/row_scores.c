@@ -37,7 +37,7 @@ typedef struct {
     float *products; /* [panels at a time] of [product_rows, lanes], or of one tile */
     float *factor;   /* [panels, lanes]: of the rows, dhsa_powers.row */
     float *far;      /* [panels, lanes]: of the rows, dhsa_powers.row_spread */
-    float *m, *l;    /* [panels, lanes]: the largest exponents of the rows; sums, then logarithms of sums */
+    float *m, *l;    /* [panels, lanes]: references of the exponents of rows; sums, then logarithms of sums */
     float *score;    /* [TILE] */
     float *scale;    /* [TILE]: factors that cannot be used in place */
     float *unit;     /* [most]: the factors of all tiles of a KV head, where the tiles are needed again */
@@ -341,50 +341,93 @@ static int used_lanes(const dhsa_scorer *s, const rows_at_once *r, int panel)
     return (int)DHSA_MIN(s->kernels->lanes, r->rows - r->at - panel * s->kernels->lanes);
 }
 
+/* Whether power() of exponents above a row's reference may have been cut. */
+static int has_overflown(float sum) { return sum >= 0x1p60f; }
+
 /* A row that does not count gets the logarithm +inf, so that its probabilities are 0: one that is not finite, or that
  * has a logit that is not. */
-static float log_of_sum(float top, float sum, float factor)
+static float log_of_sum(float reference, float sum, float factor)
 {
-    return isfinite(top) && sum > 0 && !isnan(factor) ? top + log2f(sum) : INFINITY;
+    return isfinite(reference) && sum > 0 && !has_overflown(sum) && !isnan(factor) ? reference + log2f(sum) : INFINITY;
+}
+
+/* Stores the products of a tile, which is not empty. */
+static void store_products(const dhsa_scorer *s, const dhsa_block_job *job, const rows_at_once *r,
+                           row_scores_scratch *w, tile *t, int64_t pitch)
+{
+    const char *next;
+    dhsa_ahead ahead = row_scores_look_ahead(s, job, r->kv_head, t, r->panels, &next);
+    load_tile(s, job, r->kv_head, w, t);
+    memcpy(w->unit + t->row, t->scale, (size_t)t->n * sizeof *w->unit);
+    for (int p = 0; p < r->panels; p++)
+        multiply(s, t, p, used_lanes(s, r, p), w, w->products + p * pitch + t->row * s->kernels->lanes, &ahead);
+}
+
+static void find_tops(const dhsa_scorer *s, const rows_at_once *r, row_scores_scratch *w, const tile *t, int64_t pitch)
+{
+    const int64_t lanes = s->kernels->lanes;
+    for (int p = 0; p < r->panels && t->n > 0; p++) {
+        const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
+        s->kernels->power_tops(w->products + p * pitch + t->row * lanes, t->n, used_lanes(s, r, p), &powers,
+                               w->m + p * lanes);
+    }
+}
+
+static void add_sums_of(const dhsa_scorer *s, const dhsa_block_job *job, const rows_at_once *r, row_scores_scratch *w,
+                        const tile *t, int64_t pitch)
+{
+    const int64_t lanes = s->kernels->lanes;
+    const int32_t *edges = s->chunks.edges + job->first;
+    if (t->in_one_piece && !t->cut)
+        for (int i = 0; i < t->n; i++) w->score[i] = (float)(edges[t->chunk[0] + i + 1] - edges[t->chunk[0] + i]);
+    else
+        for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
+    for (int p = 0; p < r->panels && t->n > 0; p++) {
+        const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
+        s->kernels->power_sums(w->products + p * pitch + t->row * lanes, t->n, used_lanes(s, r, p), &powers, w->score,
+                               w->m + p * lanes, w->l + p * lanes);
+    }
+}
+
+/* Makes whole numbers of the references: power() of exponents relative to such a number is an exact multiple of
+ * power() of the exponents themselves, so that any reference gives the same logarithms. Clears the sums. */
+static void begin_sums(row_scores_scratch *w, int64_t rows)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        w->m[i] = floorf(w->m[i]);
+        w->l[i] = 0;
+    }
 }
 
 /* Computes the logarithms of the denominators of rows from products that are stored, then adds the probabilities. */
 static void score_stored(const dhsa_scorer *s, const dhsa_block_job *job, const rows_at_once *r, row_scores_scratch *w,
                          float *score, float *mass)
 {
-    const dhsa_kernels *kn = s->kernels;
-    const int64_t lanes = kn->lanes, pitch = product_rows(live(job)) * lanes;
-    const int32_t *edges = s->chunks.edges + job->first;
-    for (int64_t i = 0; i < r->panels * lanes; i++) {
-        w->m[i] = -INFINITY;
-        w->l[i] = 0;
-    }
+    const int64_t lanes = s->kernels->lanes, pitch = product_rows(live(job)) * lanes, last = r->tiles - 1;
+    int exact = 1;
+    for (int64_t i = 0; i < r->panels * lanes; i++) w->m[i] = -INFINITY;
+    for (int64_t index = 0; index < r->tiles && r->at == 0; index++)
+        find_tile(s, job, r->kv_head, index, r->cut, w->tiles + index);
+    /* The first keys and those near the queries have large logits, and power() has a wide range, so that the reference
+     * is taken from them. */
+    for (int64_t index = 0; index < r->tiles; index += DHSA_MAX(last, 1))
+        if (w->tiles[index].n > 0) {
+            store_products(s, job, r, w, w->tiles + index, pitch);
+            find_tops(s, r, w, w->tiles + index, pitch);
+        }
+    begin_sums(w, r->panels * lanes);
     for (int64_t index = 0; index < r->tiles; index++) {
         tile *t = w->tiles + index;
-        if (r->at == 0) find_tile(s, job, r->kv_head, index, r->cut, t);
         if (t->n == 0) continue;
-        load_tile(s, job, r->kv_head, w, t);
-        memcpy(w->unit + t->row, t->scale, (size_t)t->n * sizeof *w->unit);
-        const char *next;
-        dhsa_ahead ahead = row_scores_look_ahead(s, job, r->kv_head, t, r->panels, &next);
-        for (int p = 0; p < r->panels; p++) {
-            float *products = w->products + p * pitch + t->row * lanes;
-            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
-            multiply(s, t, p, used_lanes(s, r, p), w, products, &ahead);
-            kn->power_tops(products, t->n, used_lanes(s, r, p), &powers, w->m + p * lanes);
-        }
+        if (index > 0 && index < last) store_products(s, job, r, w, t, pitch);
+        add_sums_of(s, job, r, w, t, pitch);
     }
-    for (int64_t index = 0; index < r->tiles; index++) {
-        const tile *t = w->tiles + index;
-        if (t->in_one_piece && !t->cut)
-            for (int i = 0; i < t->n; i++) w->score[i] = (float)(edges[t->chunk[0] + i + 1] - edges[t->chunk[0] + i]);
-        else
-            for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
-        for (int p = 0; p < r->panels && t->n > 0; p++) {
-            const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
-            kn->power_sums(w->products + p * pitch + t->row * lanes, t->n, used_lanes(s, r, p), &powers, w->score,
-                           w->m + p * lanes, w->l + p * lanes);
-        }
+    for (int64_t i = 0; i < DHSA_MIN(r->panels * lanes, r->rows - r->at); i++)
+        exact &= isfinite(w->m[i]) && w->l[i] > 0 && !has_overflown(w->l[i]);
+    if (!exact) { /* the largest exponents themselves are needed */
+        for (int64_t index = 0; index < r->tiles; index++) find_tops(s, r, w, w->tiles + index, pitch);
+        begin_sums(w, r->panels * lanes);
+        for (int64_t index = 0; index < r->tiles; index++) add_sums_of(s, job, r, w, w->tiles + index, pitch);
     }
     for (int64_t i = 0; i < r->panels * lanes; i++)
         w->l[i] = i < r->rows - r->at ? log_of_sum(w->m[i], w->l[i], w->factor[i]) : INFINITY;

@@ -218,14 +218,26 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
     return end;
 }
 
-/* Writes the chosen keys of [from, to), those of segments above the image `least` and *left keys of those that equal
- * it, below `end`; returns the new end. Written backwards, so that of equal scores the later keys are taken. */
-static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *w, int64_t from, int64_t to,
-                             uint32_t least, int64_t *left, int32_t *end)
+/* Leaves the entries alive whose image is at least `least`; returns how many. Without a branch, since it is not known
+ * which these are. */
+static int64_t choose_entries(const topk_scratch *w, int64_t n, uint32_t least)
 {
-    for (int64_t i = entries(segments) - 1; i >= 0; i--) {
-        if (w->key[i] < least) continue;
-        const int64_t c = segment_of(segments, i);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        w->alive[count] = (int32_t)i;
+        count += w->key[i] >= least;
+    }
+    return count;
+}
+
+/* Writes the chosen keys of [from, to), those of segments above the image `least` and *left keys of those that equal
+ * it, below `end`; returns the new end. Written backwards, so that of equal scores the later keys are taken. The first
+ * `count` entries that are alive are the chosen ones. */
+static int32_t *write_chosen(const dhsa_segments *segments, const topk_scratch *w, int64_t count, int64_t from,
+                             int64_t to, uint32_t least, int64_t *left, int32_t *end)
+{
+    for (int64_t j = count - 1; j >= 0; j--) {
+        const int64_t i = w->alive[j], c = segment_of(segments, i);
         const int64_t last = DHSA_MIN(edge(segments, c + 1), to);
         int64_t first = DHSA_MAX(edge(segments, c), from);
         if (first >= last) continue;
@@ -252,9 +264,10 @@ int64_t dhsa_topk(const dhsa_selector *s, int thread, dhsa_span span, const dhsa
     int32_t *end = list + size;
     int64_t left = 0;
     const uint32_t least = need > 0 ? topk_threshold(&f, &w, need, &left) : 0;
-    if (need > 0 && f.after < f.end) end = write_chosen(segments, &w, f.after, f.end, least, &left, end);
+    const int64_t count = need > 0 ? choose_entries(&w, entries(segments), least) : 0;
+    if (need > 0 && f.after < f.end) end = write_chosen(segments, &w, count, f.after, f.end, least, &left, end);
     end = write_below(end, span.local_lo, local_end);
-    if (need > 0) end = write_chosen(segments, &w, f.from, f.to, least, &left, end);
+    if (need > 0) end = write_chosen(segments, &w, count, f.from, f.to, least, &left, end);
     write_below(end, span.lo, sink_end);
     return size;
 }

@@ -149,7 +149,8 @@ def row_scores(q, means, rows, query_block, scale, softcap, members, group, quan
             elif not s.size or not np.isfinite(row).all() or not np.isfinite(s.max()):
                 log = np.inf
             else:
-                log = s.max() + np.log2((weights * power(s - s.max())).sum())
+                most = np.floor(s.max())  # a whole number, so that the choice of the reference does not matter
+                log = most + np.log2((weights * power(s - most)).sum())
             found[h, u] = log
             if log == np.inf:
                 continue

@@ -72,7 +72,7 @@ class Rows(Method):
     """
 
     name: ClassVar[str] = "rows"
-    summary: ClassVar[str] = "chunks by the softmax of small groups of queries over chunk means"
+    summary: ClassVar[str] = "chunks by the softmax of single queries over chunk means"
     source: ClassVar[str] = "this project"
     cost: ClassVar[str] = "`rows` G (chunks of the shortlist + groups of 4 chunks)"
     has_chunks: ClassVar[bool] = True
