@@ -31,7 +31,7 @@ class Config:
         nms: int = 0,
         predictor: tuple[Any, ...] | None = None,
         rows: int = 1,
-        rounded: bool = False,
+        quantized: bool = False,
         shortlist: int = 0,
         pooling: str = "mean",
         key_block: int = 128,
@@ -72,7 +72,7 @@ class Config:
     @property
     def rows(self) -> int: ...
     @property
-    def rounded(self) -> bool: ...
+    def quantized(self) -> bool: ...
     @property
     def shortlist(self) -> int: ...
     @property

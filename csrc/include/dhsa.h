@@ -180,7 +180,7 @@ typedef struct {
     dhsa_heads heads;
     int64_t query_block;
     int64_t mean_queries; /* rows score: number of mean queries of a full block, 1..query_block */
-    int rounded;          /* rows score: mean queries and mean keys are rounded to bf16, as method rows does */
+    int quantized;        /* rows score: mean queries and mean keys are quantized, as method rows does */
     double scale;         /* factor of the logits (rows) or of the products (block; the paper: 1) */
     double softcap;       /* softcap of the logits (rows) or of the products (block); 0: none */
     int64_t window;       /* 0: none */

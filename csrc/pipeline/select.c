@@ -137,7 +137,7 @@ dhsa_status dhsa_chunk_scores(const dhsa_tensor *q, const dhsa_tensor *k, const 
     if ((status = dhsa_score_config_check(config, error)) || (status = call_check(q, k, config, error)) ||
         (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(scores, "scores", error)) ||
         (status = dhsa_boundaries_check(boundaries, k->shape[0], n_boundaries, k->shape[2], error)) ||
-        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, config->rounded, NULL, DHSA_LEVEL_FINE, error)))
+        (status = dhsa_scorer_open(s, q, k, config, n_boundaries, config->quantized, NULL, DHSA_LEVEL_FINE, error)))
         return status;
     job.width = n_boundaries - 1;
     num_threads = dhsa_select_threads(num_threads, s->head_sets * s->blocks);

@@ -43,7 +43,7 @@ static const char *const pooling_names[] = {"mean", "mean_sqrt", NULL};
     X(nms, INT, boundaries.nms, 0, 0, NULL)                                                                            \
     X(predictor, WEIGHTS, weights, 0, 0, NULL)                                                                         \
     X(rows, INT, select.score.mean_queries, 1, 0, NULL)                                                                \
-    X(rounded, FLAG, select.score.rounded, 0, 0, NULL)                                                                 \
+    X(quantized, FLAG, select.score.quantized, 0, 0, NULL)                                                             \
     X(shortlist, INT, select.shortlist, 0, 0, NULL)                                                                    \
     X(pooling, CHOICE, select.score.pooling, 0, 0, pooling_names)                                                      \
     X(key_block, INT, select.key_block, 1, 0, NULL)                                                                    \

@@ -94,13 +94,15 @@ def block_scores(q, means, lengths, pooling, members, group):
 def quantized(x) -> tuple[np.ndarray, np.ndarray]:
     """Vectors x [..., D] as whole numbers up to 127, rounded half to even, and their factors [...]; float64.
 
-    Computed in float32, as the core does. Non-finite vectors give NaN.
+    Computed in float32, as the core does. Vectors so small that 127 divided by them overflows give zeros, and those
+    that are not finite NaN.
     """
     x = np.asarray(x, np.float32)
     most = np.abs(x).max(axis=-1, keepdims=True, initial=0)
-    factor = np.float32(127) / most
-    usable = np.isfinite(factor)
-    whole = np.where(usable, np.rint(x * np.where(usable, factor, 0)), np.where(most == 0, 0, np.nan))
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        factor = np.float32(127) / most
+        usable = np.isfinite(factor)
+        whole = np.where(usable, np.rint(x * factor), np.where(np.isfinite(most), 0, np.nan))
     scale = np.where(usable, most / np.float32(127), 0)[..., 0]
     return whole.astype(np.float64), scale.astype(np.float64)
 
@@ -108,9 +110,9 @@ def quantized(x) -> tuple[np.ndarray, np.ndarray]:
 def power(x) -> np.ndarray:
     """A power of two that is linear between whole exponents: 2**floor(x) * (1 + x - floor(x)); 0 for x <= -127 and for
     NaN, and at most 2**63."""
-    x = np.where(np.isnan(x), -np.inf, x)
-    whole = np.floor(np.clip(x, -127, 63))
-    return np.where(x <= -127, 0.0, np.where(x >= 63, 2.0**63, np.ldexp(1 + np.clip(x, -127, 63) - whole, whole.astype(int))))
+    x = np.clip(np.where(np.isnan(x), -np.inf, x), -127, 63)
+    whole = np.floor(x)
+    return np.where(x == -127, 0.0, np.ldexp(1 + x - whole, whole.astype(int)))
 
 
 def row_scores(q, means, rows, query_block, scale, softcap, members, group, quantize, lengths, logs=None, spreads=None):

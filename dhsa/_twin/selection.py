@@ -200,11 +200,11 @@ def select(
     boundaries,
     *,
     query_block: int = 64,
-    budget: int | None = 2048,
+    budget: int | None = 1024,
     sink: int = 16,
     local: int = 128,
     dense_tail: int = 64,
-    heads: str = "group",
+    heads: str | None = None,
     score: str = "rows",
     pooling: str = "mean",
     rows: int | None = None,
@@ -214,8 +214,10 @@ def select(
     causal: bool = True,
 ) -> Selection:
     """``chunk_scores`` and then ``select_from_scores``; the defaults are those of ``dhsa.Config``, but every chunk is
-    scored: for the shortlist of longer prompts see ``method_lists``."""
+    scored: for the shortlist of longer prompts see ``method_lists``. heads None: "head" for "rows", else "group"."""
     q, k = np.asarray(q), np.asarray(k)
+    if heads is None:
+        heads = "head" if score == "rows" else "group"
     scores = chunk_scores(
         q,
         k,
@@ -270,13 +272,14 @@ def prefill(
     boundaries=None,
     boundary_options: Mapping[str, Any] | None = None,
     query_block: int = 64,
-    budget: int | None = 2048,
+    budget: int | None = 1024,
     **select_options: Any,
 ) -> Prefill:
     """boundaries -> chunk scores -> selection -> attention, causal unless causal=False is among the options.
 
-    ``boundaries`` int [B, C + 1] or None: cut by ``reference.boundaries(k, query_block=..., **boundary_options)``, for
-    row scores with n = L // 4, but at most 8192 or L // 8, and nms 2.
+    ``boundaries`` int [B, C + 1] or None: cut by ``reference.boundaries(k, query_block=..., **boundary_options)``. For
+    row scores that is every 2 keys if there are no options, else with n = L // 4, but at most 8192 or L // 8, and nms
+    2.
     ``select_options`` are those of ``select``. Where the selection leaves out no visible key the path is exact:
     "window" if a window cuts anything, else "dense".
     """
@@ -284,7 +287,8 @@ def prefill(
         rows = select_options.get("score", "rows") == "rows"
         length = np.shape(k)[2]
         fine = {"num_chunks": max(length // 8, min(length // 4, 8192)), "nms": 2} if rows else {}
-        boundaries = cut(k, query_block=query_block, **(fine | dict(boundary_options or {})))
+        pairs = {"kind": "fixed", "chunk_size": 2} if rows else {}
+        boundaries = cut(k, query_block=query_block, **(fine | dict(boundary_options or pairs)))
     selection = select(
         q,
         k,

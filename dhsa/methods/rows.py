@@ -20,8 +20,8 @@ GROUP = 4  # chunks of a group, which the coarse stage takes or leaves out as a 
 
 
 def _row_scores(block: Block, edges: np.ndarray, live: np.ndarray, logs: Any = None, whole: Any = None):
-    """Row scores and mass of chunks ``edges``, whether their means are finite, and the logarithms of the denominators of
-    the rows; 0 and True where not live. Means and rows are quantized. whole: the chunks whose spread counts."""
+    """Row scores and mass of chunks ``edges``, whether their means are finite, and the logarithms of the denominators
+    of the rows; 0 and True where not live. Means and rows are quantized. whole: the chunks whose spread counts."""
     o = block.options
     score, mass, finite = np.zeros(len(live)), np.zeros(len(live)), np.ones(len(live), bool)
     means = chunk_means(block.k[None, :, : block.end], edges)[0]

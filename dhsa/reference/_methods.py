@@ -26,7 +26,7 @@ def method_blocks(
     k,
     *,
     boundaries=None,
-    budget: int | None = 2048,
+    budget: int | None = 1024,
     mass: float | None = None,
     floor: int | None = None,
     query_block: int = 64,

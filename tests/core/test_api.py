@@ -446,14 +446,14 @@ def test_interrupt_is_honoured_on_return(make_qkv):
 def test_config_defaults():
     config = dhsa.Config()
     expected = {
-        "budget": 2048,
+        "budget": 1024,
         "query_block": 64,
         "sink": 16,
         "local": 128,
         "dense_tail": 64,
-        "heads": "group",
-        "boundaries": "similarity",
-        "chunk_size": 8,
+        "heads": "head",
+        "boundaries": "fixed",
+        "chunk_size": 2,
         "num_chunks": None,
         "boundary_window": 4,
         "theta": None,
@@ -466,15 +466,30 @@ def test_config_defaults():
     }
     assert {name: getattr(config, name) for name in expected} == expected
     assert parsed(config) == {
-        "method": "rows", "budget": 2048, "mass": None, "floor": 144, "query_block": 64, "sink": 16, "local": 128,
-        "dense_tail": 64, "heads": "group", "boundaries": "similarity", "chunk_size": 8, "num_chunks": None,
-        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 32, "rounded": False,
-        "shortlist": 8192, "pooling": "mean", "key_block": 128, "stride": None, "exact": False, "exact_up_to": 2048,
+        "method": "rows", "budget": 1024, "mass": None, "floor": 144, "query_block": 64, "sink": 16, "local": 128,
+        "dense_tail": 64, "heads": "head", "boundaries": "fixed", "chunk_size": 2, "num_chunks": None,
+        "boundary_window": 4, "theta": -math.inf, "nms": 2, "predictor": None, "rows": 64, "quantized": False,
+        "shortlist": 4096, "pooling": "mean", "key_block": 128, "stride": None, "exact": False, "exact_up_to": 1024,
     }  # fmt: skip
-    assert config._core.num_gaps(1000) == 250
     assert dhsa.Config(budget=3000)._core.shortlist == 12000
-    chunks = [config._core.num_gaps(length) for length in (32_000, 40_000, 65_536, 131_072)]
+    similar = dhsa.Config(boundaries="similarity")
+    assert similar._core.num_gaps(1000) == 250
+    chunks = [similar._core.num_gaps(length) for length in (32_000, 40_000, 65_536, 131_072)]
     assert chunks == [8000, 8192, 8192, 16_384]
+
+
+def test_how_keys_are_cut_follows_what_is_asked_for():
+    """Similarity where one of its options is given, else as the method wants it."""
+    for options in ({"num_chunks": 40}, {"num_chunks": "paper"}, {"boundary_window": 4}, {"theta": 0.0}, {"nms": 3}):
+        assert dhsa.Config(**options).boundaries == "similarity"
+        assert dhsa.Config(**options, boundaries="fixed").boundaries == "fixed"
+        assert dhsa.Config().replace(**options).boundaries == "similarity"
+    for options in ({}, {"chunk_size": 5}, {"budget": 300}, {"rows": 4}):
+        assert dhsa.Config(**options).boundaries == "fixed"
+    assert dhsa.Config(chunk_size=5).chunk_size == 5
+    paper = dhsa.Config(method="dhsa")
+    assert (paper.boundaries, paper.chunk_size, paper.heads) == ("similarity", 8, "group")
+    assert (paper.replace(method="rows").boundaries, paper.replace(method="rows").chunk_size) == ("fixed", 2)
 
 
 def parsed(config):
@@ -487,7 +502,7 @@ def test_config_fits_default_forced_keys_into_a_small_budget():
     assert (dhsa.Config(budget=144).sink, dhsa.Config(budget=144).local) == (16, 128)
     assert (dhsa.Config(budget=128).sink, dhsa.Config(budget=128).local) == (16, 64)
     assert (dhsa.Config(budget=128, local=120).sink, dhsa.Config(budget=128, local=120).local) == (8, 120)
-    assert dhsa.Config(budget=128, local=120).replace(budget=2048) == dhsa.Config(local=120)
+    assert dhsa.Config(budget=128, local=120).replace(budget=1024) == dhsa.Config(local=120)
     assert dhsa.Config().replace(budget=1).local == 0
     assert (dhsa.Config.paper(budget=64).sink, dhsa.Config.paper(budget=64).local) == (16, 32)
 
@@ -618,7 +633,7 @@ def test_config_mass():
     config = dhsa.Config(mass=0.9, budget=None, sink=100, local=200)
     assert (config._core.budget, config._core.mass, config._core.floor, config.exact_up_to) == (None, 0.9, 300, 300)
     floored = dhsa.Config(mass=0.9, floor=600)
-    assert (floored._core.budget, floored._core.floor, floored.exact_up_to, floored.exact) == (2048, 600, 600, False)
+    assert (floored._core.budget, floored._core.floor, floored.exact_up_to, floored.exact) == (1024, 600, 600, False)
     assert config.replace(mass=None) == dhsa.Config(budget=None, sink=100, local=200)
 
 

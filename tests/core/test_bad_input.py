@@ -430,8 +430,8 @@ OTHER_CALLS = {
     "mass of window": (lambda: dhsa.Config(method="window", mass=0.9), ValueError, r"^mass: .*no shares of"),
     "mass of dhsa": (lambda: dhsa.Config.paper(mass=0.9), ValueError, r"^mass: .*'dhsa' are no shares"),
     "floor alone": (lambda: dhsa.Config(floor=500), ValueError, r"^floor: is the least number of keys where `mass`"),
-    "floor below forced": (lambda: dhsa.Config(mass=0.9, floor=143), ValueError, r"^floor: expected 144 to 2048"),
-    "floor above budget": (lambda: dhsa.Config(mass=0.9, floor=4000), ValueError, r"^floor: expected 144 to 2048"),
+    "floor below forced": (lambda: dhsa.Config(mass=0.9, floor=143), ValueError, r"^floor: expected 144 to 1024"),
+    "floor above budget": (lambda: dhsa.Config(mass=0.9, floor=4000), ValueError, r"^floor: expected 144 to 1024"),
     "key_block": (lambda: dhsa.Config(method="block", key_block=0), ValueError, r"^key_block: "),
     "stride": (lambda: dhsa.Config(method="proxy", stride=0), ValueError, r"^stride: "),
     "boundaries of no chunks": (

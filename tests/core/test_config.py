@@ -51,7 +51,7 @@ from dhsa._twin.selection import is_exact
         ({"theta": math.nan}, ValueError, "^theta: expected a number, got nan"),
         ({"theta": "0"}, TypeError, "^theta: expected a number, got str"),
         ({"nms": -1}, ValueError, "^nms: expected at least 0, got -1"),
-        ({"rounded": 1}, TypeError, "^rounded: expected a bool, got int"),
+        ({"quantized": 1}, TypeError, "^quantized: expected a bool, got int"),
         ({"predictor": 5}, TypeError, "^predictor: expected a tuple, got int"),
         ({"predictor": (1, 2)}, TypeError, "^predictor: expected a tuple of 13 items, got 2"),
         ({"budgets": 5}, TypeError, "^Config has no field 'budgets'"),

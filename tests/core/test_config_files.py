@@ -27,8 +27,8 @@ CONFIGS = {
 
 
 def layered(**changes):
-    layers = {3: dhsa.Config(budget=512), 0: dhsa.Config(budget=None), 2: dhsa.Config(heads="head")}
-    return dhsa.LayerConfigs(**{"default": dhsa.Config(budget=1024), "layers": layers, "model": MODEL} | changes)
+    layers = {3: dhsa.Config(budget=512), 0: dhsa.Config(budget=None), 2: dhsa.Config(heads="group")}
+    return dhsa.LayerConfigs(**{"default": dhsa.Config(budget=700), "layers": layers, "model": MODEL} | changes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -66,11 +66,11 @@ def test_configs_of_layers_are_read_as_they_were_written(tmp_path):
     assert repr(again) == repr(pickle.loads(pickle.dumps(again)))
     assert again.notes == configs.notes
     assert list(again.layers) == [0, 2, 3]
-    assert [again.at(layer).budget for layer in (None, 0, 1, 2, 3, 9)] == [1024, None, 1024, 2048, 512, 1024]
+    assert [again.at(layer).budget for layer in (None, 0, 1, 2, 3, 9)] == [700, None, 700, 1024, 512, 700]
     for twin in (pickle.loads(pickle.dumps(again)), copy.deepcopy(again), copy.copy(again)):
         assert (twin, twin.notes) == (configs, configs.notes)
     assert again != layered(model=None)
-    assert again.replace(skip=0.01).at(2) == dhsa.Config(heads="head", skip=0.01)
+    assert again.replace(skip=0.01).at(2) == dhsa.Config(heads="group", skip=0.01)
     assert again.replace(skip=0.01).notes == configs.notes
     with pytest.raises(TypeError):
         again.layers[1] = dhsa.Config()

@@ -270,12 +270,14 @@ assert torch.equal(dhsa.sparse_attention(q, k, v, selection), dhsa.attention(q, 
 assert dhsa.boundaries(k, config).device.type == "cpu"
 
 from types import SimpleNamespace
-from dhsa.evaluation.likelihood import _rows
+from dhsa.evaluation.likelihood import likelihood
 from dhsa.evaluation.tasks.output import _block_mass
 from dhsa.training.networks import build, focal_loss
 from dhsa.training.settings import Settings
 head = SimpleNamespace(weight=torch.randn(50, 16, device="cpu", dtype=torch.float32), bias=None)
-told, hits = _rows(head, None, q[0, 0], torch.ones(60, dtype=torch.long, device="cpu"), True)
+settings = SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=None))
+model = SimpleNamespace(get_output_embeddings=lambda: head, config=settings)
+told, hits = likelihood(model, q[0, 0], torch.ones(60, dtype=torch.long, device="cpu"), True)
 assert told.device.type == hits.device.type == "cpu" and told.isfinite().all() and told.dtype == torch.float64
 mass = _block_mass(q[0], k[0], 0, None, 0.25, None)
 assert mass.device.type == "cpu" and mass.isfinite().all()

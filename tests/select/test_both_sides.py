@@ -365,7 +365,7 @@ def test_selection_remembers_that_it_is_not_causal(window):
     position, key = np.arange(70)[:, None] + 20, np.arange(90)
     visible = np.abs(key - position) < (window or 1000)
     np.testing.assert_array_equal(seen, whole & visible)
-    assert selection.density() == seen.sum() / (visible.sum() * 4)
+    assert selection.density() == seen.sum() / (visible.sum() * 2 * 4)
     assert 0 < selection.density() < 1
     again = dhsa.Selection.from_mask(seen, query_block=16, window=window, causal=False)
     np.testing.assert_array_equal(again.mask(causal=True), seen)

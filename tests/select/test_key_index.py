@@ -12,11 +12,12 @@ from hypothesis import given, settings
 import dhsa
 from dhsa import _core, functional, reference
 
-ROWS = dhsa.Config(budget=64, sink=4, local=16, query_block=16, dense_tail=0)
+ROWS = dhsa.Config(boundaries="similarity", budget=64, sink=4, local=16, query_block=16, dense_tail=0)
 CONFIGS = {
     "rows": ROWS,
     "rows, shortlist": ROWS.replace(shortlist=96),
-    "few rows": dhsa.Config(rows=4, budget=64, sink=4, local=16, query_block=16, dense_tail=0),
+    "few rows": ROWS.replace(rows=4, heads="all"),
+    "heads of a group": ROWS.replace(shortlist=96, heads="group"),
     "paper's score": ROWS.replace(method="dhsa"),
     "fixed": ROWS.replace(boundaries="fixed", chunk_size=5),
 }
@@ -51,7 +52,8 @@ def expected(q, k, v, config, *key_indexes):
     if q.shape[2] == 1:
         rows = {"rows": 1} if config.method == "rows" else {}
         half = {"shortlist": max(config.shortlist // 2, config.budget)} if getattr(config, "shortlist", None) else {}
-        config = config.replace(query_block=1, dense_tail=0, **rows, **half)
+        heads = "group" if config.heads == "head" else config.heads  # the heads of a KV head share a list in steps
+        config = config.replace(query_block=1, dense_tail=0, heads=heads, **rows, **half)
     cuts = padded([index.boundaries for index in key_indexes], k.shape[2])
     return dhsa.sparse_attention(q, k, v, dhsa.select(q, k, config, boundaries=cuts))
 

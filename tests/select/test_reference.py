@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhsa import reference
+from dhsa._twin import scores as twin
 
 few = settings(max_examples=60, deadline=None)
 
@@ -219,14 +220,90 @@ def test_boundaries_of_each_kind():
 # ---- chunk scores ----------------------------------------------------------------------------------------------
 
 
+def line_power(x):
+    """2 ** x at whole x, and on the line between these elsewhere."""
+    below = np.floor(x)
+    return np.exp2(below) + (np.exp2(below + 1) - np.exp2(below)) * (x - below)
+
+
+def squared_powers(logits, lengths):
+    """The squared probabilities of rows of logits [..., C] by powers of two in place of exponentials."""
+    x = logits / np.log(2)
+    top = x.max(axis=-1, keepdims=True)
+    return line_power(2 * (x - top - np.log2((lengths * line_power(x - top)).sum(axis=-1, keepdims=True))))
+
+
+def test_powers_are_linear_between_whole_exponents():
+    x = np.linspace(-126, 62, 5001)
+    np.testing.assert_allclose(twin.power(x), line_power(x), rtol=1e-13)
+    assert (twin.power(x) / np.exp2(x) < 1.0615).all()
+    np.testing.assert_array_equal(twin.power(np.arange(-126.0, 63)), np.exp2(np.arange(-126.0, 63)))
+    ends = twin.power(np.array([-127.0, -1e9, -np.inf, np.nan, 63, 1e9, np.inf]))
+    np.testing.assert_array_equal(ends, [0, 0, 0, 0, 2.0**63, 2.0**63, 2.0**63])
+
+
+def test_quantized_vectors():
+    """Whole numbers up to 127, half to even, and their factor; vectors are 0 where the factor has no inverse."""
+    whole, factor = twin.quantized([[0.5, 1.5, -2.5, 127], [0, -0.0, 0, 0], [1e-40, 0, 0, 0], [np.nan, 1, 2, 3]])
+    np.testing.assert_array_equal(whole, [[0, 2, -2, 127], [0] * 4, [0] * 4, [np.nan] * 4])
+    np.testing.assert_array_equal(factor[:3], [1, 0, 0])
+    x = np.random.default_rng(0).standard_normal((50, 40)) * np.exp2(np.arange(-25, 25))[:, None]
+    whole, factor = twin.quantized(x)
+    np.testing.assert_array_equal(np.abs(whole).max(axis=1), 127)
+    np.testing.assert_array_equal(whole, np.round(whole))
+    assert (np.abs(x - whole * factor[:, None]) <= factor[:, None] * 0.50001).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_quantized_row_scores_are_those_of_quantized_vectors(softcap):
+    q, k, _ = qkv(12, heads=2, kv_heads=1, q_len=8, k_len=24)
+    edges = np.arange(0, 25, 3)
+    got = reference.chunk_scores(
+        q, k, edges, query_block=8, rows=4, score="rows", heads="all", softcap=softcap, quantize=True
+    )
+    means = k[0, 0].reshape(8, 3, -1).mean(axis=1)
+    rows = q[0].reshape(2, 4, 2, -1).mean(axis=2)
+    (means, by), (rows, of) = twin.quantized(means), twin.quantized(rows)
+    logits = rows @ means.T * by * of[..., None] / np.sqrt(8)
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    want = squared_powers(logits, np.full(8, 3)).sum(axis=(0, 1))
+    np.testing.assert_allclose(got[0, 0, 0], want, rtol=1e-12)
+    plain = reference.chunk_scores(q, k, edges, query_block=8, rows=4, score="rows", heads="all", softcap=softcap)
+    assert 1e-4 < (np.abs(plain / got - 1)).max() < 0.1
+
+
+def test_the_spread_of_keys_adds_to_their_squares():
+    """Half of what normally distributed products would add: row_scores with the spreads of chunks."""
+    q, k, _ = qkv(13, heads=1, kv_heads=1, q_len=4, k_len=12)
+    edges, lengths = [0, 5, 9, 10, 12], np.array([5, 4, 1, 2])
+    spreads = twin.chunk_spreads(k[0], edges)
+    for c, (a, b) in enumerate(itertools.pairwise(edges)):
+        far = k[0, 0, a:b] - k[0, 0, a:b].mean(axis=0)
+        np.testing.assert_allclose(spreads[0, c], (far**2).mean(), rtol=1e-12, atol=1e-15)
+    means = twin.chunk_means(k, edges)[0]
+    words = 4, 4, 0.5, None, [0], 1, False, lengths
+    squares, sums, _, logs = twin.row_scores(q[0], means, *words, spreads=spreads)
+    _, same_sums, _, same_logs = twin.row_scores(q[0], means, *words)
+    np.testing.assert_array_equal(sums, same_sums)
+    assert logs == same_logs
+    expected = np.zeros(4)
+    for u in range(4):
+        x = 0.5 * means[0] @ q[0, 0, u] / np.log(2)
+        more = 0.25 * (q[0, 0, u] @ q[0, 0, u]) * spreads[0] / np.log(2)
+        expected += line_power(2 * (x - logs[0, u]) + more)
+    np.testing.assert_allclose(squares, expected, rtol=1e-12)
+    given = {key: value + 1 for key, value in logs.items()}  # denominators of an earlier stage that are twice as large
+    np.testing.assert_allclose(twin.row_scores(q[0], means, *words, given)[1], sums / 2, rtol=1e-12)
+
+
 def test_row_scores_of_single_keys_are_squared_probabilities():
     q, k, _ = qkv(6, heads=2, kv_heads=1, q_len=8, k_len=24)
     scores = reference.chunk_scores(q, k, np.arange(25), query_block=4, rows=4, score="rows", heads="all", softcap=3.0)
     for i, end in enumerate((20, 24)):
         s = q[0, :, 4 * i : 4 * i + 4] @ k[0, 0, :end].T / np.sqrt(8)
-        p = np.exp(3.0 * np.tanh(s / 3.0))
-        p /= p.sum(axis=-1, keepdims=True)
-        np.testing.assert_allclose(scores[0, 0, i, :end], (p**2).sum(axis=(0, 1)), rtol=1e-12)
+        squares = squared_powers(3.0 * np.tanh(s / 3.0), np.ones(end))
+        np.testing.assert_allclose(scores[0, 0, i, :end], squares.sum(axis=(0, 1)), rtol=1e-12)
         assert (scores[0, 0, i, end:] == -np.inf).all()
 
 
@@ -237,8 +314,7 @@ def test_row_scores_cut_the_straddling_chunk_and_average_neighbours():
         means, lengths = np.stack([k[0, 0, :3].mean(0), k[0, 0, 3:end].mean(0)]), np.array([3, end - 3])
         expected = 0
         for row in rows:
-            p = np.exp(means @ row.mean(0))
-            expected = expected + (p / (lengths * p).sum()) ** 2
+            expected = expected + squared_powers(means @ row.mean(0), lengths)
         np.testing.assert_allclose(scores[0, 0, i], expected, rtol=1e-12)
 
 
@@ -279,8 +355,7 @@ def test_a_row_with_an_infinite_query_adds_nothing():
     q[0, 0, 5] = np.inf
     expected = 0
     for u in (0, 2, 6):  # rows of two queries each; that of queries 4 and 5 is bad
-        p = np.exp(means @ q[0, 0, u : u + 2].mean(0))
-        expected = expected + (p / (4 * p).sum()) ** 2
+        expected = expected + squared_powers(means @ q[0, 0, u : u + 2].mean(0), np.array([4, 4]))
     scores = reference.chunk_scores(q, k, [0, 4, 8], query_block=8, score="rows", rows=4, scale=1.0)
     np.testing.assert_allclose(scores[0, 0, 0], expected, rtol=1e-12)
     blocks = reference.chunk_scores(q, k, [0, 4, 8], query_block=4)

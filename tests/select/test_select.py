@@ -125,7 +125,7 @@ def test_similarity_boundaries_are_picked_from_the_scores(length, options):
     k = normal(3, 2, length, 8)
     n, nms = options.get("num_chunks", length // 4), options.get("nms", 2)
     rows = [reference.pick_boundaries(row, n, theta=options.get("theta", -np.inf), nms=nms) for row in similarity(k, 4)]
-    cuts = dhsa.boundaries(k, dhsa.Config(**options))
+    cuts = dhsa.boundaries(k, dhsa.Config(boundaries="similarity", **options))
     assert cuts.shape == (3, max(len(row) for row in rows))
     for row, want in zip(cuts, rows, strict=True):
         np.testing.assert_array_equal(row[: len(want)], want)
@@ -288,17 +288,27 @@ def test_not_finite_keys_and_queries(tier, score, softcap, heads):
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 
+def core_scores(
+    q, k, edges, *, method="rows", query_block, heads, scale=None, softcap=None, window=None, causal=True, **words
+):
+    """Scores of chunks by the core's own options, such as means and mean queries as selection has them."""
+    asked = _core.Config(method=method, query_block=query_block, heads=heads, **words)
+    sets = {"all": 1, "group": k.shape[1], "head": q.shape[1]}[heads]
+    scores = np.empty((q.shape[0], sets, -(-q.shape[2] // query_block), edges.shape[1] - 1), np.float32)
+    _core.chunk_scores(q, k, edges, asked, scale, softcap, window, causal, scores, 2)
+    return scores
+
+
 def check_select(q, k, config, *, window=None, scale=None, softcap=None, edges=None):
     """The C lists are what the reference makes of the C scores, bit for bit; returns the selection."""
     if edges is None:
         edges = dhsa.boundaries(k, config)
-    words = {"pooling": config.pooling} if config.method == "dhsa" else {"rows": config._core.rows, "rounded": True}
-    asked = _core.Config(method=config.method, query_block=config.query_block, heads=config.heads, **words)
-    layer = (scale, softcap) if config.method == "rows" else (None, None)
-    shape = (q.shape[0], {"all": 1, "group": k.shape[1], "head": q.shape[1]}[config.heads])
-    shape += (-(-q.shape[2] // config.query_block), edges.shape[1] - 1)
-    scores = np.empty(shape, np.float32)
-    _core.chunk_scores(q, k, edges, asked, *layer, window, True, scores, 2)  # of means as selection has them
+    words = {"method": config.method, "query_block": config.query_block, "heads": config.heads, "window": window}
+    if config.method == "dhsa":
+        scores = core_scores(q, k, edges, pooling=config.pooling, **words)
+    else:
+        layer = {"scale": scale, "softcap": softcap}
+        scores = core_scores(q, k, edges, rows=config._core.rows, quantized=True, **layer, **words)
     want = reference.select_from_scores(
         scores, edges, q_len=q.shape[2], k_len=k.shape[2], query_block=config.query_block, budget=config.budget,
         sink=config.sink, local=config.local, dense_tail=config.dense_tail, window=window,
@@ -425,20 +435,46 @@ def test_half_dtypes_are_read_as_their_float32(torch, dtype, score):
     ("dim", "options"),
     [(16, {}), (45, {"rows": 4, "softcap": 3.0}), (256, {"window": 40}), (64, {"rows": 16, "scale": -0.2})],
 )
-def test_bf16_row_scores_are_of_means_rounded_to_bf16(torch, tier, dim, options, heads):
-    """No looser than fp32 once the means are rounded: sums, softmax and squares stay fp32."""
-    q, k = (torch.from_numpy(normal(1, 4, 83, dim)).bfloat16(), torch.from_numpy(normal(1, 2, 110, dim)).bfloat16())
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_quantized_row_scores(torch, tier, dim, options, heads, dtype):
+    """No looser than fp32 once means and rows are quantized, since products of whole numbers are exact. Sums of keys
+    and queries are exact here, so that both sides round the same numbers."""
+    q, k = (np.round(normal(1, n, length, dim, seed=n) * 64) / 64 for n, length in ((4, 83), (2, 110)))
+    q, k = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (q, k))
     k[0, 1, 20, 3] = float("nan")
     q[0, 0, 50, 1] = float("inf")
-    kwargs = {"query_block": 16, "score": "rows", "heads": heads} | options
+    k[0, 0, 30:60] *= 2.0**-10
+    kwargs = {"query_block": 16, "heads": heads, "rows": 16} | options
     edges = some_boundaries(1, 110)
-    got = dhsa.chunk_scores(q, k, edges, **kwargs).numpy()
+    got = core_scores(q, k, edges, quantized=True, **kwargs)
     q, k = q.float().numpy(), k.float().numpy()
-    want = once(reference.chunk_scores, q, k, edges, bf16=True, **kwargs)
+    want = once(reference.chunk_scores, q, k, edges, score="rows", quantize=True, **kwargs)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
     finite = np.isfinite(got)
-    apart = np.abs(got[finite] - once(reference.chunk_scores, q, k, edges, **kwargs)[finite])
+    apart = np.abs(got[finite] - once(reference.chunk_scores, q, k, edges, score="rows", **kwargs)[finite])
     assert (apart / got[finite]).max() > 1e-3
+
+
+@every_tier
+def test_quantized_row_scores_of_extreme_inputs(tier):
+    """Of the largest numbers as of the same numbers, scaled; of zeros, and of numbers so small that they count as
+    zeros, every logit is 0."""
+    q, k = np.round(normal(1, 2, 20, 12) * 64), np.round(normal(1, 1, 40, 12, seed=1) * 64)
+    edges = np.arange(0, 41, 4, dtype=np.int32)[None]
+    kwargs = {"query_block": 20, "heads": "head", "rows": 20, "quantized": True}
+    large, small = np.float32(2.0**110), np.float32(2.0**-140)
+    plain = core_scores(q, k, edges, scale=2.0**-12, **kwargs)
+    assert np.ptp(plain) > plain.mean()
+    np.testing.assert_array_equal(core_scores(q, k * large, edges, scale=2.0**-122, **kwargs), plain)
+    np.testing.assert_array_equal(core_scores(q * large, k, edges, scale=2.0**-122, **kwargs), plain)
+    of_none = core_scores(np.zeros_like(q), np.zeros_like(k), edges, scale=1.0, **kwargs)
+    want = reference.chunk_scores(
+        0 * q, 0 * k, edges, query_block=20, score="rows", heads="head", scale=1.0, quantize=True
+    )
+    np.testing.assert_allclose(of_none, want, rtol=1e-4)
+    for factor in (np.float32(0), small):
+        np.testing.assert_array_equal(core_scores(q, k * factor, edges, scale=1.0, **kwargs), of_none)
+        np.testing.assert_array_equal(core_scores(q * factor, k, edges, scale=1.0, **kwargs), of_none)
 
 
 @every_tier
@@ -617,7 +653,8 @@ def test_prefill_against_the_reference(tier, score):
 def reference_case():
     q, k = normal(1, 4, 160, 16), normal(1, 2, 160, 16, seed=1)
     edges = some_boundaries(1, 160)
-    return q, k, edges, reference.chunk_scores(q, k, edges, query_block=16, score="rows", heads="group")
+    options = {"query_block": 16, "score": "rows", "heads": "head", "quantize": True}
+    return q, k, edges, reference.chunk_scores(q, k, edges, **options)
 
 
 @every_tier

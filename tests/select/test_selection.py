@@ -55,13 +55,13 @@ def test_mask_round_trip_and_density(make_qkv, window):
     config = dhsa.Config(budget=12, query_block=16, sink=2, local=4, dense_tail=0)
     selection = dhsa.select(q, k, config, window=window)
     whole, seen = selection.mask(), selection.mask(causal=True)
-    assert whole.shape == seen.shape == (2, 2, 70, 90)
+    assert whole.shape == seen.shape == (2, 4, 70, 90)
     assert whole.dtype == np.bool_
     np.testing.assert_array_equal(whole, reference.selection_mask(selection, 70, 90))
     position, key = np.arange(70)[:, None] + 20, np.arange(90)
     visible = (key <= position) & (key > position - (window or 1000))
     np.testing.assert_array_equal(seen, whole & visible)
-    assert selection.density() == pytest.approx(seen.sum() / (visible.sum() * 4))
+    assert selection.density() == pytest.approx(seen.sum() / (visible.sum() * 2 * 4))
     assert 0 < selection.density() < 1
     assert dhsa.Selection.from_mask(whole, query_block=16) == selection or window is not None
     from_seen = dhsa.Selection.from_mask(seen, query_block=16, window=window)
