@@ -174,7 +174,8 @@ typedef struct dhsa_kernels {
     /* sum[r] += sum over j < n of weight[j] * power(exponent - shift[r]). */
     void (*power_sums)(const float *s, int n, int rows, const dhsa_powers *powers, const float *weight,
                        const float *shift, float *sum);
-    /* score[j] += sum over r of power(degree * (exponent - shift[r]) + spread) for j < n; degree 1 or 2. */
+    /* score[j] += sum over r of power(degree * (exponent - shift[r]) + spread) for j < n; degree 1 or 2. The shift of
+     * lanes from `rows` on is +inf, so that they add nothing. */
     void (*power_scores)(const float *s, int n, int rows, const dhsa_powers *powers, int degree, const float *shift,
                          float *score);
     /* dst[d] = the sum of n >= 1 rows, `stride` bytes apart, added in order. */
