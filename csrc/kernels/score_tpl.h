@@ -99,10 +99,7 @@ static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *
 
 /* power(x) for y = (x + 127) * 2^23, whose integer part is the image of that float in memory. v_max must come first:
  * it returns its second argument for a NaN. */
-K_INLINE vf power_vf(vf y)
-{
-    return v_of_bits(v_min(v_set1(190.0f * K_EXPONENT_BITS), v_max(y, v_set1(0.0f))));
-}
+K_INLINE vf power_vf(vf y) { return v_of_bits(v_min(v_set1(190.0f * K_EXPONENT_BITS), v_max(y, v_set1(0.0f)))); }
 
 /* The exponent of product x. */
 K_INLINE vf power_exponent(vf x, vf key, vf row, float cap)
@@ -219,8 +216,7 @@ K_INLINE void power_scores_of(const float *s, int n, const dhsa_powers *powers, 
     power_factors(powers, (float)degree, shift, factor, addend, careful, per);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++)
-        row_spread[u] =
-            spread ? v_mul(v_set1(K_EXPONENT_BITS), v_load(powers->row_spread + u * V_LEN)) : v_set1(0.0f);
+        row_spread[u] = spread ? v_mul(v_set1(K_EXPONENT_BITS), v_load(powers->row_spread + u * V_LEN)) : v_set1(0.0f);
     for (; j + V_LEN <= n; j += V_LEN) {
         vf x[V_LEN];
 #pragma GCC unroll 16
