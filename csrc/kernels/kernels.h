@@ -97,19 +97,19 @@ static inline ptrdiff_t dhsa_square(ptrdiff_t row, ptrdiff_t at, ptrdiff_t lengt
 
 /* How the products s[j * lanes + r] of n keys and a panel become exponents of two, for row scores. Both sides were
  * divided by a factor when they were quantized: key j by key[j], and row[r] is the factor of row r times the scale of
- * the logits times log2(e). The exponent is s * key[j] * row[r]; with a softcap it is cap * tanh(that), where cap is the
- * softcap times log2(e) and row[r] is divided by cap.
+ * the logits times log2(e). The exponent is s * key[j] * row[r]; with a softcap it is cap * tanh(that), where cap is
+ * the softcap times log2(e) and row[r] is divided by cap.
  *
- * Of a key that stands for several, spread[j] says how far they are apart; power_scores adds spread[j] * row_spread[r] to
- * the exponent, since some of them then have larger products than their mean.
+ * Of a key that stands for several, spread[j] says how far they are apart; power_scores adds spread[j] * row_spread[r]
+ * to the exponent, since some of them then have larger products than their mean.
  *
  * power(x) is a power of two that is linear between whole exponents: 2^floor(x) * (1 + x - floor(x)), at most 6 percent
  * above 2^x. This takes a few instructions, and scores are only ranked. It is 0 for x <= -127 and for NaN, and no
  * larger than 2^63, so that sums are finite. */
 typedef struct {
-    const float *key; /* [n] */
-    const float *row; /* [lanes] */
-    float cap;        /* 0: no softcap */
+    const float *key;                 /* [n] */
+    const float *row;                 /* [lanes] */
+    float cap;                        /* 0: no softcap */
     const float *spread, *row_spread; /* [n], [lanes]; NULL: none */
 } dhsa_powers;
 
@@ -174,7 +174,8 @@ typedef struct dhsa_kernels {
     /* sum[r] += sum over j < n of weight[j] * power(exponent - shift[r]). */
     void (*power_sums)(const float *s, int n, int rows, const dhsa_powers *powers, const float *weight,
                        const float *shift, float *sum);
-    /* score[j] += sum over r of power(degree * (exponent - shift[r]) + spread) for j < n; degree 1 or 2. */
+    /* score[j] += sum over r of power(degree * (exponent - shift[r]) + spread) for j < n; degree 1 or 2. The shift of
+     * lanes from `rows` on is +inf, so that they add nothing. */
     void (*power_scores)(const float *s, int n, int rows, const dhsa_powers *powers, int degree, const float *shift,
                          float *score);
     /* dst[d] = the sum of n >= 1 rows, `stride` bytes apart, added in order. */

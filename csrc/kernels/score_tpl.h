@@ -100,11 +100,20 @@ static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *
 /* power(x) for y = (x + 127) * 2^23, whose integer part is the image of that float in memory. */
 K_INLINE vf power_vf(vf y) { return v_of_bits(v_min(v_set1(190.0f * K_EXPONENT_BITS), y)); }
 
-/* The exponent of product x, times `row` instead of powers->row where there is no softcap. */
-K_INLINE vf power_exponent(vf x, vf key, vf row, float cap, const int capped)
+/* The exponent of product x. */
+K_INLINE vf power_exponent(vf x, vf key, vf row, float cap)
 {
     const vf y = v_mul(v_mul(x, key), row);
-    return capped ? v_mul(v_set1(cap), tanh_vf(y)) : y;
+    return cap > 0 ? v_mul(v_set1(cap), tanh_vf(y)) : y;
+}
+
+/* Whether the difference of exponents and shifts must be computed from exponents as power_tops has them. A sum of
+ * products is faster, but for it a large shift has a rounding error that exponents do not have. */
+K_INLINE int power_is_careful(int rows, const dhsa_powers *powers, const float *shift)
+{
+    int far = powers->cap > 0;
+    for (int r = 0; r < rows; r++) far |= fabsf(shift[r]) > 0x1p13f && fabsf(shift[r]) <= FLT_MAX;
+    return far;
 }
 
 K_INLINE void power_tops_of(const float *s, int n, const dhsa_powers *powers, float *top, const int capped,
@@ -120,7 +129,7 @@ K_INLINE void power_tops_of(const float *s, int n, const dhsa_powers *powers, fl
         const vf key = v_set1(powers->key[j]);
 #pragma GCC unroll 8
         for (int u = 0; u < per; u++)
-            most[u] = v_max(power_exponent(v_load(s + u * V_LEN), key, row[u], powers->cap, capped), most[u]);
+            most[u] = v_max(power_exponent(v_load(s + u * V_LEN), key, row[u], capped ? powers->cap : 0), most[u]);
     }
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) v_store(top + u * V_LEN, most[u]);
@@ -134,39 +143,41 @@ static void K_NAME(power_tops)(const float *s, int n, int rows, const dhsa_power
         K_FOR_ROWS(rows, power_tops_of, s, n, powers, top, 0);
 }
 
-/* The factor and the addend that make y of power_vf from an exponent (capped) or from a product times its key's
- * factor. */
+/* The factor and the addend that make y of power_vf from a product times its key's factor, or (careful) from the
+ * difference of an exponent and its shift. */
 K_INLINE void power_factors(const dhsa_powers *powers, float degree, const float *shift, vf *factor, vf *addend,
-                            const int capped, const int per)
+                            const int careful, const int per)
 {
+    const vf unit = v_set1(degree * K_EXPONENT_BITS), one = v_set1(127.0f * K_EXPONENT_BITS);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) {
-        const vf unit = v_set1(degree * K_EXPONENT_BITS);
-        factor[u] = capped ? unit : v_mul(unit, v_load(powers->row + u * V_LEN));
-        addend[u] = v_sub(v_set1(127.0f * K_EXPONENT_BITS), v_mul(unit, v_load(shift + u * V_LEN)));
+        factor[u] = careful ? unit : v_mul(unit, v_load(powers->row + u * V_LEN));
+        addend[u] = careful ? one : v_sub(one, v_mul(unit, v_load(shift + u * V_LEN)));
     }
 }
 
-K_INLINE vf power_of(const float *s, vf key, const dhsa_powers *powers, int u, vf factor, vf addend, const int capped)
+/* power() of the exponent of a product, part u of a row. */
+K_INLINE vf power_of(const float *s, vf key, const dhsa_powers *powers, const float *shift, int u, vf factor, vf addend,
+                     const int careful)
 {
     const vf x = v_load(s + u * V_LEN);
-    if (!capped) return power_vf(v_fma(v_mul(x, key), factor, addend));
-    return power_vf(
-        v_fma(power_exponent(x, key, v_load(powers->row + u * V_LEN), powers->cap, 1), factor, addend));
+    if (!careful) return power_vf(v_fma(v_mul(x, key), factor, addend));
+    const vf exponent = power_exponent(x, key, v_load(powers->row + u * V_LEN), powers->cap);
+    return power_vf(v_fma(v_sub(exponent, v_load(shift + u * V_LEN)), factor, addend));
 }
 
 K_INLINE void power_sums_of(const float *s, int n, const dhsa_powers *powers, const float *weight, const float *shift,
-                            float *sum, const int capped, const int per)
+                            float *sum, const int careful, const int per)
 {
     vf factor[V_PER], addend[V_PER], total[V_PER];
-    power_factors(powers, 1.0f, shift, factor, addend, capped, per);
+    power_factors(powers, 1.0f, shift, factor, addend, careful, per);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) total[u] = v_load(sum + u * V_LEN);
     for (int j = 0; j < n; j++, s += K_LANES) {
         const vf key = v_set1(powers->key[j]), by = v_set1(weight[j]);
 #pragma GCC unroll 8
         for (int u = 0; u < per; u++)
-            total[u] = v_fma(power_of(s, key, powers, u, factor[u], addend[u], capped), by, total[u]);
+            total[u] = v_fma(power_of(s, key, powers, shift, u, factor[u], addend[u], careful), by, total[u]);
     }
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) v_store(sum + u * V_LEN, total[u]);
@@ -175,54 +186,54 @@ K_INLINE void power_sums_of(const float *s, int n, const dhsa_powers *powers, co
 static void K_NAME(power_sums)(const float *s, int n, int rows, const dhsa_powers *powers, const float *weight,
                                const float *shift, float *sum)
 {
-    if (powers->cap > 0)
+    if (power_is_careful(rows, powers, shift))
         power_sums_of(s, n, powers, weight, shift, sum, 1, V_PER);
     else
         K_FOR_ROWS(rows, power_sums_of, s, n, powers, weight, shift, sum, 0);
 }
 
 /* The score of one key, summed over the vectors of a row but not across a vector. */
-K_INLINE vf power_score(const float *s, int j, const dhsa_powers *powers, const vf *factor, const vf *addend,
-                        const vf *row_spread, const int spread, const int capped, const int per)
+K_INLINE vf power_score(const float *s, int j, const dhsa_powers *powers, const float *shift, const vf *factor,
+                        const vf *addend, const vf *row_spread, const int spread, const int careful, const int per)
 {
     const vf key = v_set1(powers->key[j]), by = v_set1(spread ? powers->spread[j] : 0.0f);
     vf sum = v_set1(0.0f);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++) {
         const vf base = spread ? v_fma(by, row_spread[u], addend[u]) : addend[u];
-        const vf power = power_of(s, key, powers, u, factor[u], base, capped);
+        const vf power = power_of(s, key, powers, shift, u, factor[u], base, careful);
         sum = u ? v_add(sum, power) : power;
     }
     return sum;
 }
 
 K_INLINE void power_scores_of(const float *s, int n, const dhsa_powers *powers, int degree, const float *shift,
-                              float *score, const int spread, const int capped, const int per)
+                              float *score, const int spread, const int careful, const int per)
 {
     vf factor[V_PER], addend[V_PER], row_spread[V_PER];
     int j = 0;
-    power_factors(powers, (float)degree, shift, factor, addend, capped, per);
+    power_factors(powers, (float)degree, shift, factor, addend, careful, per);
 #pragma GCC unroll 8
     for (int u = 0; u < per; u++)
-        row_spread[u] =
-            spread ? v_mul(v_set1(K_EXPONENT_BITS), v_load(powers->row_spread + u * V_LEN)) : v_set1(0.0f);
+        row_spread[u] = spread ? v_mul(v_set1(K_EXPONENT_BITS), v_load(powers->row_spread + u * V_LEN)) : v_set1(0.0f);
     for (; j + V_LEN <= n; j += V_LEN) {
         vf x[V_LEN];
 #pragma GCC unroll 16
         for (int i = 0; i < V_LEN; i++, s += K_LANES)
-            x[i] = power_score(s, j + i, powers, factor, addend, row_spread, spread, capped, per);
+            x[i] = power_score(s, j + i, powers, shift, factor, addend, row_spread, spread, careful, per);
         v_store(score + j, v_add(v_load(score + j), v_sums(x)));
     }
     for (; j < n; j++, s += K_LANES)
-        score[j] += v_sum(power_score(s, j, powers, factor, addend, row_spread, spread, capped, per));
+        score[j] += v_sum(power_score(s, j, powers, shift, factor, addend, row_spread, spread, careful, per));
 }
 
 static void K_NAME(power_scores)(const float *s, int n, int rows, const dhsa_powers *powers, int degree,
                                  const float *shift, float *score)
 {
-    if (powers->cap > 0 && powers->spread)
+    const int careful = power_is_careful(rows, powers, shift);
+    if (careful && powers->spread)
         power_scores_of(s, n, powers, degree, shift, score, 1, 1, V_PER);
-    else if (powers->cap > 0)
+    else if (careful)
         power_scores_of(s, n, powers, degree, shift, score, 0, 1, V_PER);
     else if (powers->spread)
         K_FOR_ROWS(rows, power_scores_of, s, n, powers, degree, shift, score, 1, 0);

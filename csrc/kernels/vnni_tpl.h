@@ -1,6 +1,6 @@
 /* vnni_tpl.h: products of bytes by vpdpbusd, which multiplies four neighbouring unsigned bytes of one input by four
- * signed bytes of the other and adds the products to a 32-bit sum, in each of 16 lanes. vnni.c defines V_PER, the number
- * of vectors in a row of a panel, and K_BYTES, the name of the table. */
+ * signed bytes of the other and adds the products to a 32-bit sum, in each of 16 lanes. vnni.c defines V_PER, the
+ * number of vectors in a row of a panel, and K_BYTES, the name of the table. */
 #define K_BYTES_GLUE2(a, b) a##_##b
 #define K_BYTES_GLUE(a, b) K_BYTES_GLUE2(a, b)
 #define K_BYTES_NAME(op) K_BYTES_GLUE(op, K_BYTES)
@@ -54,8 +54,7 @@ static inline __attribute__((always_inline)) void K_BYTES_NAME(qk_of)(const uint
         K_BYTES_NAME(tile)(q, k + j * pitch, pitch, bias + j, s + (ptrdiff_t)j * K_BYTES_LANES, BYTES_KEYS, per);
         dhsa_ask(ahead, BYTES_KEYS * dim);
     }
-    for (; j < n; j++)
-        K_BYTES_NAME(tile)(q, k + j * pitch, pitch, bias + j, s + (ptrdiff_t)j * K_BYTES_LANES, 1, per);
+    for (; j < n; j++) K_BYTES_NAME(tile)(q, k + j * pitch, pitch, bias + j, s + (ptrdiff_t)j * K_BYTES_LANES, 1, per);
 }
 
 static void K_BYTES_NAME(qk)(const uint8_t *q, const int8_t *k, const int32_t *bias, int n, int dim, int rows, float *s,

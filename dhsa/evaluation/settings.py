@@ -176,6 +176,8 @@ def setting(
         raise UserError(f"--methods: {spec}: {error}") from error
     if asked.get("predictor") is not None and config.boundaries != "predictor":
         raise UserError(f"--methods: {spec}: predictor= needs boundaries=predictor, got {config.boundaries}")
+    if cuts and config.boundaries == "fixed" and not asked.keys() & {"boundaries", "chunk_size"}:
+        config = config.replace(boundaries="similarity")  # fixed ones are alike in all layers
     for word in cuts:
         _check_cuts(spec, word, config)
     return Setting(spec, config, config.budget, config.mass, "".join(cuts))

@@ -369,6 +369,48 @@ static void test_powers(int n, int used, float cap, int degree, int spread)
     }
 }
 
+/* Exponents so large that their rounding would matter: the largest one, which is the shift, has the power 1 exactly,
+ * and products that are equal have equal powers. */
+static void test_far_powers(int n, int used)
+{
+    const int lanes = kn->lanes;
+    for (float size = 1e3f; size < 1e30f; size *= 100) {
+        const exponents e = random_exponents(n, used, 0, 0);
+        float *shift = floats((size_t)lanes), *sum = floats((size_t)lanes), *score = floats((size_t)n),
+              *weight = floats((size_t)n);
+        for (int r = 0; r < used; r++)
+            ((float *)e.powers.row)[r] = (r % 2 ? -1.0f : 1.0f) * (1 + fabsf(uniform())) * size;
+        for (int r = 0; r < lanes; r++) {
+            shift[r] = r < used ? -INFINITY : INFINITY;
+            sum[r] = 0;
+        }
+        for (int j = 0; j < n; j++) {
+            weight[j] = (float)(1 << j % 3);
+            score[j] = 0;
+        }
+        kn->power_tops(e.s, n, used, &e.powers, shift);
+        for (int r = used; r < lanes; r++) shift[r] = INFINITY;
+        kn->power_sums(e.s, n, used, &e.powers, weight, shift, sum);
+        kn->power_scores(e.s, n, used, &e.powers, 2, shift, score);
+        for (int r = 0; r < used; r++) {
+            double want = 0;
+            for (int j = 0; j < n; j++) {
+                const float x = e.s[j * lanes + r] * e.powers.key[j];
+                want += weight[j] * power((double)(x * e.powers.row[r]) - shift[r]);
+            }
+            near("power_sums of far", n, r, sum[r], (float)want, (float)(want * 2e-3));
+        }
+        for (int j = 0; j < n; j++) {
+            double want = 0;
+            for (int r = 0; r < used; r++) {
+                const float x = e.s[j * lanes + r] * e.powers.key[j];
+                want += power(2 * ((double)(x * e.powers.row[r]) - shift[r]));
+            }
+            near("power_scores of far", n, j, score[j], (float)want, (float)(want * 2e-3 + 0x1p-126));
+        }
+    }
+}
+
 /* Each row alone, since the largest powers hide small ones in a sum: known values of power(x). */
 static void test_power_values(void)
 {
@@ -816,6 +858,10 @@ int main(void)
                         for (int spread = 0; spread < 2; spread++) test_powers(n, used, cap, degree, spread);
                     forget();
                 }
+            for (int used = 1; used <= kn->lanes; used += 3) {
+                test_far_powers(n, used);
+                forget();
+            }
             forget();
         }
         test_power_values();

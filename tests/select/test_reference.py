@@ -229,7 +229,7 @@ def line_power(x):
 def squared_powers(logits, lengths):
     """The squared probabilities of rows of logits [..., C] by powers of two in place of exponentials."""
     x = logits / np.log(2)
-    top = x.max(axis=-1, keepdims=True)
+    top = np.floor(x.max(axis=-1, keepdims=True))
     return line_power(2 * (x - top - np.log2((lengths * line_power(x - top)).sum(axis=-1, keepdims=True))))
 
 

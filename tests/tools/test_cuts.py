@@ -169,15 +169,17 @@ def test_attention_to_both_sides_is_refused_where_it_leaves_keys_out(word):
 
 # ---- settings, the engine, the store ---------------------------------------------------------------------------------
 
+SIMILAR = "rows:boundaries=similarity"  # what "rows" is with any word for its cuts
+
 
 def test_the_engine_cuts_each_prefill_anew(engine):  # noqa: F811
-    made = {spec: settings.setting(spec, 96) for spec in ("rows", *(f"rows:cuts={word}" for word in cuts.WORDS))}
+    made = {spec: settings.setting(spec, 96) for spec in (SIMILAR, *(f"rows:cuts={word}" for word in cuts.WORDS))}
     assert {engine.first_sparse(s, 500) for s in made.values()} == {1}
     hidden = {spec: engine.prefill(prompt(), s)[0] for spec, s in made.items()}
     work = {spec: engine.prefill(prompt(), s)[1] for spec, s in made.items()}
     assert {done["sparse_layers"] for done in work.values()} == {2}
     for done in work.values():  # as many keys; which of a block's own are among them differs
-        assert done["density"] == pytest.approx(work["rows"]["density"], abs=0.005)
+        assert done["density"] == pytest.approx(work[SIMILAR]["density"], abs=0.005)
     for a in hidden:
         for b in hidden:
             assert torch.equal(hidden[a], hidden[b]) == (a == b)
@@ -186,8 +188,8 @@ def test_the_engine_cuts_each_prefill_anew(engine):  # noqa: F811
         assert torch.equal(engine.prefill(prompt(), s)[0], hidden[spec])
     # With one sparse layer there is nothing to share.
     one = type(engine)(engine.model, engine.tokenizer, layers=[3])
-    assert torch.equal(one.prefill(prompt(), made["rows"])[0], one.prefill(prompt(), made["rows:cuts=shared"])[0])
-    shared = settings.setting("rows:share=boundaries", 96)  # the option's way, with other waves of blocks
+    assert torch.equal(one.prefill(prompt(), made[SIMILAR])[0], one.prefill(prompt(), made["rows:cuts=shared"])[0])
+    shared = settings.setting(f"{SIMILAR}:share=boundaries", 96)  # the option's way, with other waves of blocks
     assert (engine.prefill(prompt(), shared)[0] - hidden["rows:cuts=shared"]).abs().max() < 1e-4
     text, _ = engine.generate(prompt(), made["rows:cuts=shared-label"], 3)
     assert len(text) == 3
@@ -195,7 +197,7 @@ def test_the_engine_cuts_each_prefill_anew(engine):  # noqa: F811
 
 def test_losses_are_of_these_cuts(engine):  # noqa: F811
     """`output`: a setting's boundaries, shared ones those of the item's first sparse layer."""
-    made = [settings.setting(spec, 96) for spec in ("rows", "rows:cuts=label", "dhsa:cuts=shared-label")]
+    made = [settings.setting(spec, 96) for spec in (SIMILAR, "rows:cuts=label", "dhsa:cuts=shared-label")]
     found = dict(output.measure(engine, tasks.Item("a", prompt(), {"length": 500}), made))
     layers, kept = [1, 3], []
     assert [[entry["layer"] for entry in facts["layers_seen"]] for facts in found.values()] == [layers] * 3
@@ -221,7 +223,7 @@ def test_losses_are_of_these_cuts(engine):  # noqa: F811
 def test_words_make_other_settings_and_other_rows():
     item = tasks.Item("a", [1, 2, 3], {"length": 3})
     base = {"model": "m", "dtype": "float32", "products": "fp32", "layers": ""}
-    made = [settings.setting(spec, 96) for spec in ("rows", *(f"rows:cuts={word}" for word in cuts.WORDS))]
+    made = [settings.setting(spec, 96) for spec in (SIMILAR, *(f"rows:cuts={word}" for word in cuts.WORDS))]
     assert [s.cuts for s in made] == ["", *cuts.WORDS]
     assert len({runner.key(base, "ppl", item, s, "b") for s in made}) == 4
     assert len({s.config for s in made}) == 1
@@ -273,7 +275,7 @@ def test_predictors_come_from_files(engine, tmp_path):  # noqa: F811
         assert torch.equal(hidden, whole)
     assert made[0].fields()["predictor"] != made[1].fields()["predictor"]
     assert json.dumps(made[0].fields())
-    with pytest.raises(UserError, match="predictor= needs boundaries=predictor, got similarity"):
+    with pytest.raises(UserError, match="predictor= needs boundaries=predictor, got fixed"):
         settings.setting(f"rows:predictor={files[0]}", 96)
     with pytest.raises(UserError, match="boundaries=predictor is ignored"):
         settings.setting(f"rows:boundaries=predictor:predictor={files[0]}:cuts=label", 96)
@@ -318,7 +320,7 @@ def test_networks_of_single_layers(engine):  # noqa: F811
 
 
 def test_rows_of_a_run_say_their_cuts(folder, tmp_path):  # noqa: F811
-    methods = "rows,rows:cuts=label,rows:cuts=shared,dhsa:cuts=shared-label"
+    methods = f"{SIMILAR},rows:cuts=label,rows:cuts=shared,dhsa:cuts=shared-label"
     args = ["ppl", "--methods", methods, "--budget", "96", "--lengths", "400", "--documents", "1"]
     assert evaluate(folder, tmp_path, *args) == 0
     rows = rows_of(tmp_path)

@@ -24,7 +24,7 @@ from test_demo import check  # noqa: E402
 
 # What each notebook prints, among other things; and what it needs beyond the above.
 SAYS = {
-    "quickstart": ["Selection(shape=(1, 2, 64), query_block=64", "layer 3: full    sparse"],
+    "quickstart": ["Selection(shape=(1, 4, 64), query_block=64", "layer 3: full    sparse"],
     "boundaries": [
         "layer 11: keys [1, 1, 1024, 256]",
         "label            256 chunks, 255 cuts",

@@ -13,7 +13,7 @@ import dhsa
 from dhsa.plot import chunks_html, key_shares, mass_kept, plot_methods, plot_selection, tokens_html
 
 LENGTH, SIZE = 300, 32
-CONFIG = dhsa.Config(budget=96, query_block=SIZE, sink=8, local=40, dense_tail=0)
+CONFIG = dhsa.Config(heads="group", budget=96, query_block=SIZE, sink=8, local=40, dense_tail=0)
 
 
 @pytest.fixture
