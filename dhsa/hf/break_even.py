@@ -37,16 +37,16 @@ class Costs(NamedTuple):
     key: float
 
 
-# One thread of an Intel Xeon with AVX-512 and AMX, 501 calls on a machine busy with other work, November 2026. In the
-# median they miss a call's quotient of sparse and exact by 2 % in float32, by 5 % in the others, also at query blocks
-# and groups that were not fitted (32 and 128 queries; 1 and 8 heads); but float32 with one head a group takes up to 1.5
-# times of what they say, and so stays sparse. Lengths from which sparse prefill was measured to be faster: 1.2 to 1.9
-# budgets in float32; 2 to 3.7 in bfloat16 and float16, where exact attention is faster; 3.4 to 6 with two heads a
-# group.
+# float32, and bfloat16 multiplied by vector instructions: one thread of an AMD EPYC (Zen 4) with AVX512-BF16 and
+# AVX512-VNNI, 100 and 156 calls on a machine busy with other work, 2026-11-30. In the median they miss a call's quotient
+# of sparse and exact by 3 and 5 %. Lengths from which sparse prefill was faster there: 1.8 to 2.7 budgets in float32,
+# 2.0 to 3.3 in bfloat16. bfloat16 and float16 multiplied by tile registers: fitted on an Intel Xeon with AMX, November
+# 2026, to calls of an earlier default; only `score` is an estimate, from the instructions of a product's powers.
 COSTS = {
-    "float32": Costs(product=30.1e-12, pair=0.933, gather=12.4, score=0.0821, key=23.4),
-    "bfloat16": Costs(product=6.34e-12, pair=0.424, gather=84.0, score=0.45, key=1.33),
-    "float16": Costs(product=7.95e-12, pair=0.438, gather=79.1, score=0.421, key=24.0),
+    "float32": Costs(product=41.1e-12, pair=1.03, gather=0.0, score=0.332, key=0.0),
+    "bfloat16 by vectors": Costs(product=21.3e-12, pair=0.905, gather=0.0, score=0.67, key=0.0),
+    "bfloat16": Costs(product=6.34e-12, pair=0.424, gather=84.0, score=0.8, key=1.33),
+    "float16": Costs(product=7.95e-12, pair=0.438, gather=79.1, score=0.8, key=24.0),
 }
 
 
@@ -163,5 +163,7 @@ def _pairs_of_sides(q_len: int, k_len: int, width: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _multiplied_as(dtype: str, isa: str) -> str:
-    """The dtype in which products are computed: float32 for 16-bit numbers that the instruction set in use converts."""
-    return dtype if dtype in _core.build_info()["products"] else "float32"
+    """The entry of COSTS: float32 for 16-bit numbers that the instruction set in use converts."""
+    if dtype not in _core.build_info()["products"]:
+        return "float32"
+    return "bfloat16 by vectors" if dtype == "bfloat16" and isa == "avx512bf16" else dtype
