@@ -113,10 +113,10 @@ def fit(found: list[dict[str, Any]]) -> tuple[break_even.Costs, list[float]]:
     sides, products = [], []
     for r in found:
         heads, kv_heads, dim = r["shape"]
-        work = break_even.work(dhsa.Config(budget=r["budget"]), r["q_len"], r["k_len"], None)
-        group = heads / kv_heads
-        left = r["sparse_over_exact"] * work.visible
-        sides.append([x / left for x in (work.kept, work.listed / group, work.visible, work.keys / group)])
+        config, group = dhsa.Config(budget=r["budget"]), heads // kv_heads
+        work = break_even.work(config, r["q_len"], r["k_len"], None)
+        left, shared = r["sparse_over_exact"] * work.visible, break_even.sharing(config, group)
+        sides.append([x / left for x in (work.kept, work.listed / shared, work.scored, work.keys / group)])
         products.append(r["exact_seconds"] / (work.visible * heads * dim))
     a, one = np.array(sides), np.ones(len(found))
     best = min(

@@ -497,6 +497,18 @@ class Config(_Derived):
         return cls(**{"method": method, **methods.registry[method].paper_fields, **overrides})
 
     @classmethod
+    def fast(cls, **overrides: Any) -> Config:
+        """Half of the default's keys, in chunks of four: about half of the default's time, further from exact attention
+        (docs/SELECTION.md). `overrides` are fields of Config and options of the method."""
+        return cls(**{"budget": 512, "chunk_size": 4, **overrides})
+
+    @classmethod
+    def faithful(cls, **overrides: Any) -> Config:
+        """Twice the default's keys: nearer to exact attention, and slower. `overrides` are fields of Config and options
+        of the method."""
+        return cls(**{"budget": 2048, **overrides})
+
+    @classmethod
     def paper(cls, **overrides: Any) -> Config:
         """The setting of the paper's first version: query blocks of 256, 128 local keys, one selection for all heads,
         block scores with sqrt(length) pooling, (L // 256) * 8 gaps more than 8 apart.

@@ -88,7 +88,10 @@ static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000)));
 }
-static inline vf v_of_bits(vf x) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(x)); }
+static inline vf v_of_bits(vf x)
+{
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_cvtps_epi32(x), _mm256_setzero_si256()));
+}
 static inline vf v_sums(const vf *x)
 {
     const vf a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));

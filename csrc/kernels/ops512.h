@@ -75,7 +75,10 @@ static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
 }
-static inline vf v_of_bits(vf x) { return _mm512_castsi512_ps(_mm512_cvtps_epi32(x)); }
+static inline vf v_of_bits(vf x)
+{
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512()));
+}
 /* Interleaves pairs of vectors and adds the halves, first within 128-bit quarters, then across quarters. */
 static inline vf v_sums(const vf *x)
 {

@@ -44,7 +44,7 @@ static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
 }
 static inline vf v_of_bits(vf x)
 {
-    const uint32_t bits = (uint32_t)lrintf(x);
+    const uint32_t bits = x > 0 ? (uint32_t)lrintf(x) : 0;
     memcpy(&x, &bits, sizeof x);
     return x;
 }

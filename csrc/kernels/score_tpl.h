@@ -97,9 +97,8 @@ static void K_NAME(add_sums)(const float *p, int n, const float *weight, float *
 
 #define K_EXPONENT_BITS 8388608.0f /* 2^23: the exponent of a float counts in units of this */
 
-/* power(x) for y = (x + 127) * 2^23, whose integer part is the image of that float in memory. v_max must come first:
- * it returns its second argument for a NaN. */
-K_INLINE vf power_vf(vf y) { return v_of_bits(v_min(v_set1(190.0f * K_EXPONENT_BITS), v_max(y, v_set1(0.0f)))); }
+/* power(x) for y = (x + 127) * 2^23, whose integer part is the image of that float in memory. */
+K_INLINE vf power_vf(vf y) { return v_of_bits(v_min(v_set1(190.0f * K_EXPONENT_BITS), y)); }
 
 /* The exponent of product x. */
 K_INLINE vf power_exponent(vf x, vf key, vf row, float cap)

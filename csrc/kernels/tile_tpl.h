@@ -5,13 +5,13 @@
  * Required before inclusion:
  *   K_ISA and K_TEXT (name as token and as string), V_LEN, V_PER (vectors in a row of a panel)
  *   QK_ROWS, PV_ROWS (keys and value columns of a register tile)
- *   vf, vm (mask): v_load, v_store (aligned or not), v_set1, v_add, v_sub, v_mul, v_div, v_min,
- *       v_fma(a, b, c) = a * b + c, v_max (the second argument if either is NaN)
+ *   vf, vm (mask): v_load, v_store (aligned or not), v_set1, v_add, v_sub, v_mul, v_div,
+ *       v_fma(a, b, c) = a * b + c, v_max and v_min (the second argument if either is NaN)
  *   v_exp2 (2^x for x <= about 0; -inf -> 0, NaN -> NaN), v_rcp (to fp32 rounding), v_sum (the sum across a vector)
  *   v_range(lo, hi, j): mask of lo[i] <= j < hi[i] from int32 arrays; v_pick(m, a, b) = m ? a : b; v_eq(a, b): mask
  *   v_from_f16(const uint16_t *), v_from_bf16, v_to_f16(vf, uint16_t *), v_to_bf16
  *   v_pairs_bf16(const uint16_t *, vf *even, vf *odd): the even and the odd ones of 2 * V_LEN elements
- *   v_of_bits(vf): the float whose image in memory is that number, 0 <= x < 2^31, rounded to a whole number
+ *   v_of_bits(vf): the float whose image in memory is x < 2^31, rounded to a whole number; 0 for x < 0 and NaN
  *   v_transpose(vf[V_LEN]): transposes V_LEN x V_LEN elements; v_sums(const vf[V_LEN]): the sum across each vector */
 
 #include <float.h>

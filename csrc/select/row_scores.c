@@ -377,11 +377,13 @@ static void add_sums_of(const dhsa_scorer *s, const dhsa_block_job *job, const r
                         const tile *t, int64_t pitch)
 {
     const int64_t lanes = s->kernels->lanes;
-    const int32_t *edges = s->chunks.edges + job->first;
-    if (t->in_one_piece && !t->cut)
-        for (int i = 0; i < t->n; i++) w->score[i] = (float)(edges[t->chunk[0] + i + 1] - edges[t->chunk[0] + i]);
-    else
+    if (t->in_one_piece && !t->cut) {
+        const int32_t *restrict edges = s->chunks.edges + job->first + t->chunk[0];
+        float *restrict length = w->score;
+        for (int i = 0, n = t->n; i < n; i++) length[i] = (float)(edges[i + 1] - edges[i]);
+    } else {
         for (int i = 0; i < t->n; i++) w->score[i] = length_of(s, job, t->chunk[i]);
+    }
     for (int p = 0; p < r->panels && t->n > 0; p++) {
         const dhsa_powers powers = powers_of(s, w, w->unit + t->row, NULL, p);
         s->kernels->power_sums(w->products + p * pitch + t->row * lanes, t->n, used_lanes(s, r, p), &powers, w->score,

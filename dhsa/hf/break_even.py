@@ -15,6 +15,7 @@ import torch
 
 from dhsa import _core
 from dhsa.config import Config
+from dhsa.methods.rows import GROUP
 
 __all__ = ["NOISE", "WORTH", "Costs", "fallback", "reason", "seconds", "work"]
 
@@ -26,9 +27,8 @@ WORTH = 500e-6
 
 class Costs(NamedTuple):
     """Costs for one dtype. `product`: the seconds that exact attention takes for one (query, key) pair, divided by
-    head_dim. The others are in units of such a pair: one pair of a selected key; gathering one selected key for a KV
-    head, whose query heads share it; scoring chunks, for one visible pair; cutting and averaging one key of a KV
-    head."""
+    head_dim. The others are in units of such a pair: one pair of a selected key; gathering one key of a list; scoring
+    one chunk, or group of chunks, for one row; cutting and averaging one key of a KV head."""
 
     product: float
     pair: float
@@ -96,22 +96,28 @@ def seconds(
     """The estimated seconds of an exact and of a sparse call on the machine of COSTS, for one row of the batch: a row
     must not be treated differently in a batch than alone. On other machines only their quotient is meaningful."""
     costs = COSTS[_multiplied_as(str(q.dtype).removeprefix("torch."), _core.isa_current())]
-    kept, visible, listed, keys = work(config, q.shape[2], k.shape[2], window, causal=causal)
+    kept, visible, listed, scored, keys = work(config, q.shape[2], k.shape[2], window, causal=causal)
     group = q.shape[1] // k.shape[1]
-    sparse = costs.pair * kept + costs.gather * listed / group
+    sparse = costs.pair * kept + costs.gather * listed / sharing(config, group)
     if config.share != "selections":  # else nearly all layers use the selection of another
-        sparse += costs.score * visible + costs.key * keys / group
+        sparse += costs.score * scored + costs.key * keys / group
     unit = q.shape[1] * q.shape[3] * costs.product
     return visible * unit, sparse * unit
 
 
+def sharing(config: Config, group: int) -> int:
+    """The heads that gather the keys of a list once, of a `group` of heads with the same keys."""
+    return 1 if config.heads == "head" else group
+
+
 class Work(NamedTuple):
-    """Counts of a sparse call for each head: pairs attended to, visible pairs, keys in all lists of its blocks, keys
-    of the sequence."""
+    """Counts of a sparse call for each head: pairs attended to, visible pairs, keys in all lists of its blocks, products
+    of a row and a chunk or group of chunks, keys of the sequence."""
 
     kept: int
     visible: int
     listed: float
+    scored: float
     keys: int
 
 
@@ -119,11 +125,25 @@ def work(config: Config, q_len: int, k_len: int, window: int | None, *, causal: 
     width = k_len if window is None else window
     if not causal:
         kept = q_len * min(2 * width - 1, k_len, config.exact_up_to)
-        return Work(kept, _pairs_of_sides(q_len, k_len, width), kept / config.query_block, k_len)
+        visible = _pairs_of_sides(q_len, k_len, width)
+        scored = _scored(config, k_len, min(visible, q_len * (config._core.shortlist or k_len)), visible)
+        return Work(kept, visible, kept / config.query_block, scored, k_len)
     block = config.query_block
     tail = q_len - (q_len - config.dense_tail) // block * block if config.dense_tail else 0
     kept = _pairs(tail, k_len, width) + _pairs(q_len - tail, k_len - tail, min(width, config.exact_up_to))
-    return Work(kept, _pairs(q_len, k_len, width), kept / block, k_len)
+    visible, most = _pairs(q_len, k_len, width), config._core.shortlist or k_len
+    # Queries with more candidates than the shortlist score groups too.
+    late = min(q_len, max(0, k_len - most)) if width > most else 0
+    scored = _scored(config, k_len, _pairs(q_len, k_len, min(width, most)), _pairs(late, k_len, width))
+    return Work(kept, visible, kept / block, scored, k_len)
+
+
+def _scored(config: Config, k_len: int, fine: float, coarse: float) -> float:
+    """The products of a row and a chunk for `fine` pairs of a query and a key, and of a row and a group of chunks for
+    `coarse` ones."""
+    core = config._core
+    chunk = config.chunk_size if config.boundaries == "fixed" else k_len / (core.num_gaps(k_len) + 1)
+    return (fine + coarse / GROUP) / chunk * min(1, core.rows / config.query_block)
 
 
 def _pairs(q_len: int, k_len: int, width: int) -> int:

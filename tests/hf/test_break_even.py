@@ -117,19 +117,28 @@ def test_the_rule_compares_what_calls_do(monkeypatch):
     config = dhsa.Config(budget=128, dense_tail=0)
     q, k = shaped((2, 1, 8), 1024)
     kept, visible = 128 * 129 // 2 + (1024 - 128) * 128, 1024 * 1025 // 2
-    assert break_even.work(config, 1024, 1024, None) == (kept, visible, kept / 64, 1024)
+    assert break_even.work(config, 1024, 1024, None) == (kept, visible, kept / 64, visible / 2, 1024)
     costs = break_even.Costs(product=1e-9, pair=2.0, gather=32.0, score=0.25, key=10.0)
     monkeypatch.setattr(break_even, "COSTS", {"float32": costs})
-    sparse = 2 * kept + 32 * kept / 64 / 2 + visible / 4 + 10 * 1024 / 2
+    sparse = 2 * kept + 32 * kept / 64 + visible / 8 + 10 * 1024 / 2
     assert break_even.seconds(config, q, k, None) == pytest.approx((visible * 16e-9, sparse * 16e-9))
     # Layers that take another's lists choose nothing.
     shared = break_even.seconds(config.replace(share="selections"), q, k, None)[1]
-    assert shared == pytest.approx((2 * kept + 32 * kept / 128) * 16e-9)
+    assert shared == pytest.approx((2 * kept + 32 * kept / 64) * 16e-9)
+    # Heads that share lists gather their keys once; fewer rows score less; a shortlist of 256 keys, and groups of 8.
+    together = break_even.work(config.replace(heads="group"), 1024, 1024, None)
+    assert together == break_even.work(config, 1024, 1024, None)
+    grouped = break_even.seconds(config.replace(heads="group"), q, k, None)[1]
+    assert grouped == pytest.approx((sparse - 32 * kept / 128) * 16e-9)
+    late = (257 + 1024) * 768 // 2
+    listed = (256 * 257 // 2 + 768 * 256) / 2 + late / 8
+    assert break_even.work(config.replace(shortlist=256), 1024, 1024, None).scored == listed
+    assert break_even.work(config.replace(shortlist=256, rows=16), 1024, 1024, None).scored == listed / 4
 
     assert not exact_again(config, q, k)
     monkeypatch.setattr(break_even, "COSTS", {"float32": costs._replace(pair=6.0)})
     said = break_even.reason(config, q, k, None)
-    assert said.startswith("break-even: leaving all but 128 of 1,024 keys out would take about 1.7")
+    assert said.startswith("break-even: leaving all but 128 of 1,024 keys out would take about 1.66")
     assert said.endswith(" times as long")
     for other in ({"break_even": 0}, {"method": "window"}, {"method": "dhsa"}, {"mass": 0.9}, {"budget": 1024}):
         assert not exact_again(config.replace(**other), q, k)
