@@ -389,11 +389,11 @@ def test_a_compiled_encoder(model_of, name):
 
 @pytest.mark.parametrize("share", ["boundaries", "selections"])
 def test_layers_share(model_of, share):
-    model, ids = model_of("eurobert"), tokens(2, LONG)
-    with dhsa.patched(model, SPARSE.replace(share=share)):
+    model, ids, config = model_of("eurobert"), tokens(2, LONG), SPARSE.replace(boundaries="similarity")
+    with dhsa.patched(model, config.replace(share=share)):
         got, again = model(ids)[0], model(ids)[0]
         assert {run.path for run in dhsa.last_run(model)} == {"sparse"}
-    with dhsa.patched(model, SPARSE):
+    with dhsa.patched(model, config):
         apart = model(ids)[0]
     assert torch.equal(got, again)
     assert not torch.equal(got, apart)  # the second layer uses what the first one found

@@ -248,7 +248,7 @@ def test_segments_of_any_table_rebuild_it(seed):
 
 def test_what_a_stretch_must_have():
     assert least_stretch(dhsa.Config(budget=None)) is None
-    assert least_stretch(dhsa.Config()) == Least(512, 2049)  # 64 of the 512 are the dense tail
+    assert least_stretch(dhsa.Config()) == Least(512, 1025)  # 64 of the 512 are the dense tail
     assert least_stretch(dhsa.Config(query_block=128, dense_tail=0, budget=300)) == Least(1024, 301)
     assert least_stretch(dhsa.Config(mass=0.9, budget=None, floor=500)) == Least(512, 501)
 

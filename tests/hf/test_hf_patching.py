@@ -145,7 +145,7 @@ def test_last_run_says_what_was_skipped():
     """Padded prompts as well: what `skip` leaves out does not hang on the way a mask takes."""
     model, ids = build("llama"), tokens(1, 600)
     for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.mul_(20)  # random weights would attend to everything
+        layer.self_attn.q_proj.weight.mul_(60)  # random weights would attend to everything
     for config in (EXACT, dhsa.Config(budget=400, query_block=64, sink=16, local=64)):
         for mask in (torch.ones(1, 600), torch.arange(600)[None] >= 40):
             with dhsa.patched(model, config.replace(skip=0.5)):

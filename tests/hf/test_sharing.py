@@ -17,7 +17,7 @@ from dhsa import functional, hf  # noqa: E402
 from dhsa.hf.compat import GRAPHS, cache_option  # noqa: E402
 
 # Below the windows of the tiny models, so that layers of both kinds are sparse.
-SMALL = dhsa.Config(budget=48, sink=4, local=16, query_block=32, dense_tail=16)
+SMALL = dhsa.Config(boundaries="similarity", budget=48, sink=4, local=16, query_block=32, dense_tail=16)
 CUTS, LISTS = SMALL.replace(share="boundaries"), SMALL.replace(share="selections")
 KINDS = ["sliding_attention", "full_attention"]
 
