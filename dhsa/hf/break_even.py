@@ -111,8 +111,8 @@ def sharing(config: Config, group: int) -> int:
 
 
 class Work(NamedTuple):
-    """Counts of a sparse call for each head: pairs attended to, visible pairs, keys in all lists of its blocks, products
-    of a row and a chunk or group of chunks, keys of the sequence."""
+    """Counts of a sparse call for each head: pairs attended to, visible pairs, keys in all lists of its blocks,
+    products of a row and a chunk or group of chunks, keys of the sequence."""
 
     kept: int
     visible: int
