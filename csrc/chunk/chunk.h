@@ -38,10 +38,10 @@ dhsa_status dhsa_compact_logits_checked(const dhsa_compact *net, const dhsa_tens
 
 enum { DHSA_CHUNK_GOOD = 0, DHSA_CHUNK_BAD /* its mean is not finite */, DHSA_CHUNK_EMPTY };
 
-/* How means are stored for products. Selection by row scores quantizes them (dhsa_kernels.quantize), since it only needs the
- * order of scores: they are whole numbers up to 127, which are stored as bytes, or as bf16 where that is what the CPU
- * multiplies. Their products have no rounding error, so that all tiers choose by the same numbers. Scores that a caller
- * asks for, and the paper's scores, use fp32 means. */
+/* How means are stored for products. Selection by row scores quantizes them (dhsa_kernels.quantize), since it only
+ * needs the order of scores: they are whole numbers up to 127, which are stored as bytes, or as bf16 where that is what
+ * the CPU multiplies. Their products have no rounding error, so that all tiers choose by the same numbers. Scores that
+ * a caller asks for, and the paper's scores, use fp32 means. */
 typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16, DHSA_MEANS_I8, DHSA_MEANS_KINDS } dhsa_means_kind;
 
 /* A shortlist takes or leaves out a group of DHSA_CHUNK_GROUP neighbouring chunks as a whole. The coarse stage scores
@@ -52,14 +52,14 @@ typedef struct {
     dhsa_means_kind kind;
     const int32_t *edges; /* [chunks + 1], without the padding */
     int64_t chunks;
-    int64_t row;          /* elements of a stored mean: dim, rounded up to what the products take */
-    int64_t pitch;        /* means from one KV head to the next */
-    int squares;          /* means are in the layout that 16-bit products take keys in, dhsa_square() */
-    void *means;          /* [kv_heads, pitch, row]; zeros where the state is not good */
-    float *scale;         /* [kv_heads, pitch]: factors of the means; not for DHSA_MEANS_F32 */
-    int32_t *bias;        /* [kv_heads, pitch]: as dhsa_byte_kernels takes it; only for DHSA_MEANS_I8 */
-    float *spread;        /* [kv_heads, pitch]: the mean squared distance of a chunk's keys to their mean, divided by dim;
-                             only where `spreads` is set */
+    int64_t row;   /* elements of a stored mean: dim, rounded up to what the products take */
+    int64_t pitch; /* means from one KV head to the next */
+    int squares;   /* means are in the layout that 16-bit products take keys in, dhsa_square() */
+    void *means;   /* [kv_heads, pitch, row]; zeros where the state is not good */
+    float *scale;  /* [kv_heads, pitch]: factors of the means; not for DHSA_MEANS_F32 */
+    int32_t *bias; /* [kv_heads, pitch]: as dhsa_byte_kernels takes it; only for DHSA_MEANS_I8 */
+    float *spread; /* [kv_heads, pitch]: the mean squared distance of a chunk's keys to their mean, divided by dim;
+                      only where `spreads` is set */
     int spreads;
     unsigned char *state; /* [kv_heads, pitch] */
     int odd;              /* at least one state is not good */

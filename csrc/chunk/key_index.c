@@ -333,8 +333,8 @@ dhsa_status dhsa_key_index_means(dhsa_key_index *p, int level, dhsa_means_kind k
     }
     if (!l->open) {
         l->done = 0;
-        l->open =
-            dhsa_chunks_open(&l->chunks, kind, squares, level == DHSA_LEVEL_COARSE, p->kv_heads, count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
+        l->open = dhsa_chunks_open(&l->chunks, kind, squares, level == DHSA_LEVEL_COARSE, p->kv_heads,
+                                   count + count / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
         if (!l->open) {
             dhsa_chunks_close(&l->chunks);
             return no_memory(error, k->shape[2]);
@@ -563,8 +563,8 @@ static int take_level(dhsa_key_index *p, int level, const int64_t *of, const cha
     dhsa_level *l = &p->levels[level];
     const int64_t chunks_of = level == DHSA_LEVEL_FINE ? 1 : DHSA_CHUNK_GROUP, done = of[2];
     if (done == 0) return of[0] >= 0 && of[0] < DHSA_MEANS_KINDS;
-    if (of[0] < 0 || of[0] >= DHSA_MEANS_KINDS || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) ||
-        done < 0 || done > p->chunks / chunks_of || done % SQUARE != 0)
+    if (of[0] < 0 || of[0] >= DHSA_MEANS_KINDS || of[1] < 0 || of[1] > (of[0] == DHSA_MEANS_BF16) || done < 0 ||
+        done > p->chunks / chunks_of || done % SQUARE != 0)
         return 0;
     dhsa_chunks plan;
     int64_t cells, need;
@@ -572,8 +572,8 @@ static int take_level(dhsa_key_index *p, int level, const int64_t *of, const cha
     const int64_t row = plan.row * dhsa_means_size(plan.kind);
     /* Looked at before memory is asked for, so that this is in proportion to the bytes that are there. */
     if (!dhsa_mul(p->kv_heads, done, &cells) || !dhsa_mul(cells, row + 1, &need) || need > n - *at) return 0;
-    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, plan.spreads, p->kv_heads, done + done / 4 + 2 * DHSA_CHUNK_GROUP,
-                               p->dim);
+    l->open = dhsa_chunks_open(&l->chunks, plan.kind, plan.squares, plan.spreads, p->kv_heads,
+                               done + done / 4 + 2 * DHSA_CHUNK_GROUP, p->dim);
     if (!l->open) {
         dhsa_chunks_close(&l->chunks);
         return -1;

@@ -204,14 +204,14 @@ static void means_task(void *context, int64_t index, int thread)
             *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
         }
         if (chunks->spread) {
-            const float squares =
-                *state == DHSA_CHUNK_GOOD
-                    ? dhsa_chunk_squares(job->kernels, job->k, job->b, head, from, to, mean + 2 * dim)
-                    : 0;
+            const float squares = *state == DHSA_CHUNK_GOOD
+                                      ? dhsa_chunk_squares(job->kernels, job->k, job->b, head, from, to, mean + 2 * dim)
+                                      : 0;
             chunks->spread[head * chunks->pitch + c] =
                 dhsa_chunk_spread(job->kernels, mean, squares, DHSA_MAX(to - from, 1), dim);
         }
-        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->scale, chunks->bias, head * chunks->pitch + c);
+        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->scale, chunks->bias,
+                      head * chunks->pitch + c);
     }
 }
 

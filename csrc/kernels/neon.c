@@ -67,10 +67,7 @@ static inline void v_pairs_bf16(const uint16_t *p, vf *even, vf *odd)
     *even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
     *odd = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000u)));
 }
-static inline vf v_of_bits(vf x)
-{
-    return vreinterpretq_f32_s32(vmaxq_s32(vcvtnq_s32_f32(x), vdupq_n_s32(0)));
-}
+static inline vf v_of_bits(vf x) { return vreinterpretq_f32_s32(vmaxq_s32(vcvtnq_s32_f32(x), vdupq_n_s32(0))); }
 static inline vf v_sums(const vf *x) { return vpaddq_f32(vpaddq_f32(x[0], x[1]), vpaddq_f32(x[2], x[3])); }
 static inline void v_transpose(vf *x)
 {

@@ -14,8 +14,8 @@
 #include "select/scorer.h"
 
 enum {
-    TILE = 128, /* chunks of a tile: its products stay in L1, its means in L2 for all panels */
-    PANELS = 8, /* the most panels that share a tile of means */
+    TILE = 128,            /* chunks of a tile: its products stay in L1, its means in L2 for all panels */
+    PANELS = 8,            /* the most panels that share a tile of means */
     PRODUCTS = 512 * 1024, /* the most bytes that stored products take, so that these stay in L2 */
 };
 

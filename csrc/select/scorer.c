@@ -63,9 +63,9 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, dhsa_shor
         job.live = list->groups ? list->live : NULL;
         if (list->groups) job.n_live = list->n_live = find_live(&job, list);
     }
-    const unsigned char last_state = row_scores
-                                         ? dhsa_row_scores(s, &job, kv, arena, score + *first, mass ? mass + *first : NULL)
-                                         : dhsa_mean_score(s, &job, kv, arena, score + *first);
+    const unsigned char last_state =
+        row_scores ? dhsa_row_scores(s, &job, kv, arena, score + *first, mass ? mass + *first : NULL)
+                   : dhsa_mean_score(s, &job, kv, arena, score + *first);
     if (job.live && job.cut_end) list->live[list->n_live++] = (int32_t)(*last - 1);
     const int64_t n = job.live ? list->n_live : job.n;
     for (int64_t i = 0; i < n && (s->chunks.odd || !row_scores); i++) {

@@ -34,8 +34,8 @@ typedef struct {
      * ascending. NULL: all. */
     const int32_t *live;
     int64_t n_live;
-    /* Row scores: NULL, or [kv_per_set, dhsa_row_scores_rows]: the logarithms to base 2 of the denominators of the rows'
-     * probabilities, relative to logits times log2(e). Written, or with logs_given read. */
+    /* Row scores: NULL, or [kv_per_set, dhsa_row_scores_rows]: the logarithms to base 2 of the denominators of the
+     * rows' probabilities, relative to logits times log2(e). Written, or with logs_given read. */
     float *logs;
     int logs_given;
 } dhsa_block_job;

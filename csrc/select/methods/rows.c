@@ -1,6 +1,6 @@
 /* rows.c: the method "rows", this project's own: selects chunks by row scores, in two stages where there are many keys.
- * The coarse stage scores groups of neighbouring chunks, computes the denominators of the rows' probabilities, and makes
- * a shortlist of config->shortlist keys; the fine stage scores only the chunks on it. That adds one level to the
+ * The coarse stage scores groups of neighbouring chunks, computes the denominators of the rows' probabilities, and
+ * makes a shortlist of config->shortlist keys; the fine stage scores only the chunks on it. That adds one level to the
  * hierarchy of DHSA (arXiv 2510.24606). The scores are computed in row_scores.c. */
 #include <inttypes.h>
 #include <math.h>
@@ -16,9 +16,9 @@ typedef struct {
 
 /* Scratch memory of one thread, after that of the scorers. */
 typedef struct {
-    float *score;    /* [capacity] */
-    float *mass;     /* [capacity]; only with a share of mass */
-    float *coarse;   /* [groups]; only with two stages */
+    float *score;  /* [capacity] */
+    float *mass;   /* [capacity]; only with a share of mass */
+    float *coarse; /* [groups]; only with two stages */
     /* Only with two stages, see dhsa_shortlist. All groups may be on a shortlist, since empty chunks have no keys. */
     float *logs;
     int32_t *groups, *live;
@@ -32,7 +32,8 @@ static int64_t rows_lay_out(const rows_state *state, int with_mass, char *arena,
     w->coarse = dhsa_part(arena, &used, state->groups * 4);
     w->groups = dhsa_part(arena, &used, state->groups * 4);
     w->live = dhsa_part(arena, &used, state->edges ? (state->fine.capacity + 1) * 4 : 0);
-    w->logs = dhsa_part(arena, &used, state->edges ? state->fine.kv_per_set * dhsa_row_scores_rows(&state->fine) * 4 : 0);
+    w->logs =
+        dhsa_part(arena, &used, state->edges ? state->fine.kv_per_set * dhsa_row_scores_rows(&state->fine) * 4 : 0);
     return used;
 }
 
@@ -88,7 +89,8 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 }
 
 /* Writes the groups on the shortlist of a block, ascending, to w->groups, and the logarithms of the rows' denominators
- * to w->logs; returns the number of groups. The groups of forced keys are on the list, since they count in its length. */
+ * to w->logs; returns the number of groups. The groups of forced keys are on the list, since they count in its length.
+ */
 static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
                               const rows_parts *w)
 {
