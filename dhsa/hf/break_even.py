@@ -38,10 +38,10 @@ class Costs(NamedTuple):
 
 
 # float32, and bfloat16 multiplied by vector instructions: one thread of an AMD EPYC (Zen 4) with AVX512-BF16 and
-# AVX512-VNNI, 100 and 156 calls on a machine busy with other work, 2026-11-30. In the median they miss a call's quotient
-# of sparse and exact by 3 and 5 %. Lengths from which sparse prefill was faster there: 1.8 to 2.7 budgets in float32,
-# 2.0 to 3.3 in bfloat16. bfloat16 and float16 multiplied by tile registers: fitted on an Intel Xeon with AMX, November
-# 2026, to calls of an earlier default; only `score` is an estimate, from the instructions of a product's powers.
+# AVX512-VNNI, 100 and 156 calls on a machine busy with other work, 2026-11-30. In the median they miss a call's
+# quotient of sparse and exact by 3 and 5 %. Lengths from which sparse prefill was faster there: 1.8 to 2.7 budgets in
+# float32, 2.0 to 3.3 in bfloat16. bfloat16 and float16 multiplied by tile registers: fitted on an Intel Xeon with AMX,
+# November 2026, to calls of an earlier default; only `score` is an estimate, from the instructions of a power.
 COSTS = {
     "float32": Costs(product=41.1e-12, pair=1.03, gather=0.0, score=0.332, key=0.0),
     "bfloat16 by vectors": Costs(product=21.3e-12, pair=0.905, gather=0.0, score=0.67, key=0.0),

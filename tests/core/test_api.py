@@ -797,3 +797,22 @@ def test_run_reports(make_qkv):
     assert stats.density == pytest.approx(dhsa.select(q, k, SMALL).density())
     assert run(q, k, v, dhsa.Config(budget=400))[2].path == "dense"
     assert run(q, k, v, SMALL, window=32)[2].path == "window"
+
+
+def test_presets_are_the_default_with_other_budgets():
+    assert dhsa.Config.fast() == dhsa.Config(budget=512, chunk_size=4)
+    assert dhsa.Config.faithful() == dhsa.Config(budget=2048)
+    changed = dhsa.Config.fast(budget=300, decode="dhsa")
+    assert changed == dhsa.Config(budget=300, chunk_size=4, decode="dhsa")
+    assert dhsa.Config.faithful(heads="group").heads == "group"
+    with pytest.raises(TypeError, match="budgets"):
+        dhsa.Config.fast(budgets=3)
+
+
+def test_chunks_are_pairs_unless_an_option_of_similarity_is_given():
+    assert (dhsa.Config().boundaries, dhsa.Config().chunk_size) == ("fixed", 2)
+    assert dhsa.Config(num_chunks=9).boundaries == dhsa.Config(nms=3).boundaries == "similarity"
+    assert dhsa.Config(method="dhsa").boundaries == "similarity"
+    assert dhsa.Config(boundaries="fixed", method="dhsa").chunk_size == 8
+    assert dhsa.Config(num_chunks=9).replace(num_chunks=None) == dhsa.Config()
+    assert dhsa.Config.from_dict(dhsa.Config(num_chunks=9).to_dict()) == dhsa.Config(num_chunks=9)
