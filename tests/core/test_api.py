@@ -800,10 +800,11 @@ def test_run_reports(make_qkv):
 
 
 def test_presets_are_the_default_with_other_budgets():
-    assert dhsa.Config.fast() == dhsa.Config(budget=512, chunk_size=4)
+    assert dhsa.Config.fast() == dhsa.Config(chunk_size=4, heads="group", rows=32)
+    assert dhsa.Config.fast(query_block=16) == dhsa.Config(chunk_size=4, heads="group", rows=8, query_block=16)
     assert dhsa.Config.faithful() == dhsa.Config(budget=2048)
     changed = dhsa.Config.fast(budget=300, decode="dhsa")
-    assert changed == dhsa.Config(budget=300, chunk_size=4, decode="dhsa")
+    assert changed == dhsa.Config(budget=300, chunk_size=4, heads="group", rows=32, decode="dhsa")
     assert dhsa.Config.faithful(heads="group").heads == "group"
     with pytest.raises(TypeError, match="budgets"):
         dhsa.Config.fast(budgets=3)
