@@ -499,7 +499,7 @@ class Config(_Derived):
     @classmethod
     def fast(cls, **overrides: Any) -> Config:
         """The default's keys, but in one list for the heads of a KV head, by means of two queries and chunks of four
-        keys: about two thirds of the default's time, further from exact attention (docs/SELECTION.md). `overrides` are
+        keys: less time than the default, further from exact attention (docs/SELECTION.md). `overrides` are
         fields of Config and options of the method."""
         block = overrides.get("query_block", cls.query_block)
         rows = max(1, block // 2) if isinstance(block, int) else None
