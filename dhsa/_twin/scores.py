@@ -135,7 +135,7 @@ def row_scores(q, means, rows, query_block, scale, softcap, members, group, quan
         if quantize:
             keys, key_scale = quantized(keys)
         for u in range(0, q.shape[1], step):
-            row, row_scale, extra = q[h, u : u + step].mean(axis=0), 1.0, 0.0
+            row, row_scale, extra = q[h, u : u + step].mean(axis=0), np.ones(()), np.zeros(())
             if spreads is not None:
                 extra = np.log2(np.e) * scale**2 * (row @ row) * spreads[h // group][finite_here]
             if quantize:

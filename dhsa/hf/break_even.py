@@ -142,7 +142,7 @@ def _scored(config: Config, k_len: int, fine: float, coarse: float) -> float:
     """The products of a row and a chunk for `fine` pairs of a query and a key, and of a row and a group of chunks for
     `coarse` ones."""
     core = config._core
-    chunk = config.chunk_size if config.boundaries == "fixed" else k_len / (core.num_gaps(k_len) + 1)
+    chunk = core.chunk_size if config.boundaries == "fixed" else k_len / (core.num_gaps(k_len) + 1)
     return (fine + coarse / GROUP) / chunk * min(1, core.rows / config.query_block)
 
 

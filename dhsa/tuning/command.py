@@ -477,7 +477,7 @@ def _fitting(budget: int) -> dict[str, int]:
 
 def _name(config: Config, budget: int) -> str:
     """Return the name of a candidate: its family, and its budget at the end."""
-    cuts = f"{config.boundaries}-{config.chunk_size}" if config.boundaries == "fixed" else config.boundaries
+    cuts = f"{config.boundaries}-{config.chunk_size}" if config.boundaries == "fixed" else str(config.boundaries)
     rows = config.options.asked().get("rows")
     words = [config.method, cuts, str(config.heads), "rows=auto" if rows is None else f"rows={rows}"]
     if config == Config().replace(budget=config.budget, break_even=0):
