@@ -405,7 +405,7 @@ def _visible(mask: torch.Tensor) -> np.ndarray:
             NotImplementedError, "attn_mask: is a bias", ": expected 0 for keys that are seen and -inf for others"
         )
     blind = ~seen.any(-1)
-    if mask.dtype != torch.bool and blind.any() and not torch.isneginf(mask[torch.as_tensor(blind)]).all():
+    if mask.dtype != torch.bool and blind.any() and not torch.isneginf(mask[torch.from_numpy(np.asarray(blind))]).all():
         raise _Unserved(  # a softmax of finite numbers alone makes probabilities
             NotImplementedError, "attn_mask: is a bias", ": a query whose keys are all hidden needs -inf for each"
         )
