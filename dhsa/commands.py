@@ -23,6 +23,7 @@ __all__ = [
     "LOGIT_ROWS",
     "PACKAGED",
     "UserError",
+    "add_texts",
     "at_least",
     "beginning",
     "cache_folder",
@@ -49,6 +50,14 @@ INSTALL = "pip install 'dhsa[demo]'"
 
 class UserError(Exception):
     """An error that the user can correct; the message says how."""
+
+
+def add_texts(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --text, with `text` as its help, and --join, as the commands have them that read several documents."""
+    parser.add_argument("--text", type=Path, nargs="+", metavar="PATH", help=text)
+    parser.add_argument(
+        "--join", action="store_true", help="join the texts of a source before cutting them into documents"
+    )
 
 
 def at_least(low: int) -> Callable[[str], int]:

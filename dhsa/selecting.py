@@ -202,8 +202,8 @@ def chunk_scores(
 ) -> Any:
     """Score every chunk of keys for every block of queries.
 
-    float32 input is scored in float32. Selection needs only the order of scores, and rounds the means of "rows" to
-    bf16.
+    Scores are computed from unrounded means in float32. Selection needs only their order, and rounds queries and means
+    of "rows" to 8 bits.
 
     Args:
         q: as in `attention`.

@@ -105,6 +105,17 @@ def _with_images(text):
     )
 
 
+def character_tokenizer():
+    """A tokenizer with one token for each printable ASCII character, and one for a newline."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = {chr(c): c - 32 for c in range(32, 127)} | {"<unk>": 95, "\n": 96}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
 def tokens(batch, length, seed=0):
     return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import commands
-from dhsa.commands import UserError, at_least
+from dhsa.commands import UserError, add_texts, at_least
 from dhsa.methods import registry
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
@@ -94,14 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--layers", type=_layers, metavar="I,J", help="layers that may be sparse, as 5,11 or 0-9 (default: all)")
     add("--lengths", type=_ints(128), metavar="N,M", help="tokens of a prompt (default: each task's own)")
-    add(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="files or folders of prose, source code, .jsonl, chats (.json, .jsonl) (default: Python's reference)",
+    add_texts(
+        parser, "files or folders of prose, source code, .jsonl, chats (.json, .jsonl) (default: Python's reference)"
     )
-    add("--join", action="store_true", help="join the texts of a source before cutting them into documents")
     add("--documents", type=at_least(1), metavar="N", help="ppl, output, frontier: documents read (default: 12)")
     add("--skip", type=at_least(0), default=0, metavar="N", help="ppl, output: documents left out before them")
     add(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dhsa import commands
-from dhsa.commands import UserError, at_least
+from dhsa.commands import UserError, add_texts, at_least
 from dhsa.config import Config, LayerConfigs
 from dhsa.tuning.choose import Option, cheapest, closest, kept, total, uniform
 
@@ -49,14 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time", type=_share, metavar="SHARE", help="the most time of attention, as a share of dense attention's: 0.5"
     )
     add("--length", type=at_least(512), default=8192, metavar="N", help="tokens of a document; default: 8192")
-    add(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help=".txt or .jsonl files or folders; default: Python's reference and the source of its standard library",
-    )
-    add("--join", action="store_true", help="join the texts of a source before cutting them into documents")
+    add_texts(parser, ".txt or .jsonl files or folders; default: Python's reference and its standard library's source")
     add("--documents", type=at_least(1), default=2, metavar="N", help="documents to measure on; default: 2")
     add("--held-out", type=at_least(0), default=2, metavar="N", help="documents to judge the result on; default: 2")
     add("--out", type=Path, metavar="FILE", help="the file to write; default: the model's name with .dhsa.json")

@@ -30,16 +30,10 @@ from dhsa.hf.compat import float32_products  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved Gemma 3 of random weights, window 64 in every other layer, with a tokenizer of single characters."""
-    from tiny import build
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tiny import build, character_tokenizer
 
     path = tmp_path_factory.mktemp("tiny")
-    words = {chr(c): c - 32 for c in range(32, 127)} | {"<unk>": 95, "\n": 96}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
     build("gemma3").save_pretrained(path)
     return path
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 pytest.importorskip("rich", reason="needs the demo extra: rich")
 
-from tiny import build  # noqa: E402
+from tiny import build, character_tokenizer  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
@@ -102,14 +102,8 @@ def test_the_candidates_do_not_depend_on_defaults():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved Llama of random weights with a tokenizer of single characters, and a text beside it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("tiny")
-    words = {chr(c): c - 32 for c in range(32, 127)} | {"<unk>": 95, "\n": 96}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path / "model")
+    character_tokenizer().save_pretrained(path / "model")
     build("llama").save_pretrained(path / "model")
     chance = random.Random(3)
     words = ["".join(chance.choices("abcdefghij", k=chance.randint(1, 7))) for _ in range(60)]
