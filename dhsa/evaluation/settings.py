@@ -203,6 +203,8 @@ def _check_cuts(spec: str, word: str, config: dhsa.Config) -> None:
         problem = "cuts: only methods of chunks that have a budget or a mass cut keys"
     elif "label" in word and config.boundaries != "similarity":
         problem = f"cuts={word}: picks its own boundaries; boundaries={config.boundaries} is ignored, leave it out"
+    elif config.boundaries == "fixed":
+        problem = f"cuts={word}: has no effect on boundaries=fixed, which are the same in all layers"
     elif config.share is not None:
         problem = "cuts: not with share, which says by itself where layers cut"
     elif config.skip is not None:

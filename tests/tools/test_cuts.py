@@ -237,6 +237,7 @@ def test_words_make_other_settings_and_other_rows():
     [
         ("rows:cuts=best", "cuts: expected one of label, shared, shared-label, got 'best'"),
         ("rows:cuts=", "cuts: expected one of label, shared, shared-label, got ''"),
+        ("rows:cuts=shared:boundaries=fixed", "cuts=shared: has no effect on boundaries=fixed"),
         ("window:cuts=shared", "only methods of chunks that have a budget or a mass"),
         ("rows:budget=none:cuts=shared", "only methods of chunks that have a budget or a mass"),
         ("exact:cuts=label", "only methods of chunks that have a budget or a mass"),
