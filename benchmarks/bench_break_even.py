@@ -67,7 +67,8 @@ def measure(
     made |= {"sparse_over_exact": total, "select_over_exact": select * total}
     made["exact_seconds"] = statistics.median(seconds["exact"])
     exact, sparse = break_even.seconds(config, q, k, None)
-    return made | {"predicted": sparse / exact, "spread": _spread(ratios)}
+    chosen = bool(break_even.reason(config, q, k, None))
+    return made | {"predicted": sparse / exact, "exact_chosen": chosen, "spread": _spread(ratios)}
 
 
 def _spread(values: Any) -> float:
@@ -105,6 +106,12 @@ def crossing(found: list[dict[str, Any]]) -> str:
         return f"< {found[0]['k_len']:,}"
     (x, fx), (y, fy) = ((r["k_len"], r["sparse_over_exact"] - 1) for r in found[after - 1 : after + 1])
     return f"{x + (y - x) * fx / (fx - fy):,.0f}"
+
+
+def slowest(found: list[dict[str, Any]], most: int = 10) -> list[tuple[float, dict[str, Any]]]:
+    """The rows that lose most by the rule, and their time in exact calls: 1 where the rule chooses exact attention."""
+    chosen = [(1.0 if r["exact_chosen"] else r["sparse_over_exact"], r) for r in found]
+    return sorted(chosen, key=lambda x: -x[0])[:most]
 
 
 def fit(found: list[dict[str, Any]]) -> tuple[break_even.Costs, list[float]]:
@@ -164,6 +171,13 @@ def main() -> None:
             by = {b: [r for r in whole if r["budget"] == b] for b in BUDGETS}
             line = ", ".join(f"{b:,}: {crossing(some)}" for b, some in by.items() if some)
             print(f"{dtype:<9} {shape[0]:>2}/{shape[1]} D{shape[2]:<3}  {line}")
+    print("\nslowest by the rule, over exact (1: the rule chooses exact)")
+    for ratio, r in slowest(found):
+        shape = "{}/{} D{}".format(*r["shape"])
+        print(
+            f"{ratio:5.2f}  {r['dtype']:<9} {shape:<10} budget {r['budget']:>5,} {r['q_len']:>6,} x {r['k_len']:>6,}"
+            f"  exact {r['exact_seconds'] * 1e3:.3f} ms"
+        )
     print("\nCOSTS")
     for dtype in dict.fromkeys(r["dtype"] for r in found):
         costs, missed = fit([r for r in found if r["dtype"] == dtype and r["part"] != "small"])

@@ -1,10 +1,11 @@
 """Prefill of a real model: seconds, peak memory, and what is left beside attention; run by `make bench-model`.
 
-Gemma 3 270M from its packaged GGUF file, dequantised as the demo does it, prefills a text by transformers' SDPA, by
-dhsa exact and by dhsa sparse (the default Config), in fp32 and bf16: `use_cache` on and logits of the last token only,
-which is what `generate` does. Every measurement has a process of its own, so that peak memory (the kernel's high-water
-mark, reset after loading and warming up) is that prefill's alone. With `--llama PYTHON`, an interpreter that has
-llama-cpp-python, llama.cpp prefills the same tokens from the same file with flash attention.
+Gemma 3 270M from its packaged GGUF file, dequantised as the demo does it, or another model, prefills a text by
+transformers' SDPA, by dhsa exact, by dhsa sparse (`Config()`: what would not pay runs exact) and by dhsa sparse in a
+compiled model, in fp32 and bf16: `use_cache` on and logits of the last token only, which is what `generate` does. Every
+measurement has a process of its own, so that peak memory (the kernel's high-water mark, reset after loading and warming
+up) is that prefill's alone. With `--llama PYTHON`, an interpreter that has llama-cpp-python, llama.cpp prefills the
+same tokens from the same file with flash attention.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from peers import tokens
 import dhsa
 from dhsa import commands, demo
 
-CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": dhsa.Config(break_even=0)}
+COMPILED = "dhsa sparse, compiled"
+SPARSE = dhsa.Config()
+CONTESTANTS = {"sdpa": None, "dhsa exact": dhsa.Config(budget=None), "dhsa sparse": SPARSE, COMPILED: SPARSE}
 LLAMA = "llama.cpp"
 PROFILED = 8192
 _ENOUGH = 20.0  # seconds: a process takes three samples, or fewer once they have taken this long
@@ -59,12 +62,19 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         model.set_attn_implementation("eager")
     config = CONTESTANTS.get(task["work"])
     with nullcontext() if config is None else dhsa.patched(model, config):
+        called = torch.compile(model) if task["work"] == COMPILED else model
 
         def prefill(ids: torch.Tensor) -> Any:
-            return model(ids, use_cache=True, logits_to_keep=1)
+            return called(ids, use_cache=True, logits_to_keep=1)
 
-        for _ in range(2):
-            prefill(ids[:, :64])
+        # What compiling takes is not part of a prefill. The sizes of the first two calls differ, so that torch compiles
+        # for any size.
+        start = time.perf_counter()
+        for length in (64, 128) if called is not model else (64, 64):
+            prefill(ids[:, :length])
+        if called is not model:
+            prefill(ids)
+        warm = time.perf_counter() - start
         if task["profile"]:
             return _profile(model, lambda: prefill(ids))
         seconds, attention, peaks = [], [], [peak(task["threads"])]
@@ -73,8 +83,10 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         before, after = high_water_mib(), 0.0
         while not seconds or (len(seconds) < 3 and sum(seconds) < _ENOUGH):
             implementation = model.config._attn_implementation
-            watched = demo._timed_attention(implementation, lambda: None, -1, None)  # eager is no function to wrap
-            with nullcontext([math.nan]) if implementation == "eager" else watched as clock:
+            watched = demo._timed_attention(implementation, lambda: None, -1, None)
+            # Eager is no function to wrap; in a compiled model attention is an operator of the graph.
+            unknown = implementation == "eager" or called is not model
+            with nullcontext([math.nan]) if unknown else watched as clock:
                 start = time.perf_counter()
                 prefill(ids)
                 seconds.append(time.perf_counter() - start)
@@ -85,6 +97,7 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         "samples": seconds,
         "seconds": statistics.median(seconds),
         "attention_seconds": statistics.median(attention),
+        "compile_seconds": max(warm - statistics.median(seconds), 0.0) if called is not model else None,
         "added_mib": after - before,
         "peak_mib": after,
         "fma_peak": statistics.median(peaks),
@@ -212,10 +225,12 @@ def jobs_of(args: argparse.Namespace, files: dict[str, str]) -> list[Job]:
             more = {"peer": "sdpa", "peer_seconds": theirs, "ratio": theirs / seconds}
         memory = f"peak {told['peak_mib']:,.0f} MiB in all"
         if "added_mib" in told:
-            memory = (
-                f"{told['added_mib']:,.0f} MiB added, {memory}, attention {told['attention_seconds']:.2f} s,"
-                f" FMA peak {told['fma_peak']:.0f} GFLOP/s"
+            spent = (
+                f"attention {told['attention_seconds']:.2f} s"
+                if told["compile_seconds"] is None
+                else f"compiled in {told['compile_seconds']:.0f} s before"
             )
+            memory = f"{told['added_mib']:,.0f} MiB added, {memory}, {spent}, FMA peak {told['fma_peak']:.0f} GFLOP/s"
         result = row("model", work, dtype, tokens(length), seconds, checks=checks, detail=memory, length=length)
         yield result | told | more
 
@@ -230,7 +245,7 @@ def jobs_of(args: argparse.Namespace, files: dict[str, str]) -> list[Job]:
         if args.llama is not None:
             jobs.append(Job("model", f"{LLAMA} {tokens(length)}", lambda n=length: measured(LLAMA, "Q4_K_M", n)))
         for dtype in args.dtype:
-            for work in CONTESTANTS:
+            for work in args.work:
                 if work != "sdpa" or length <= args.sdpa_max:
                     name = f"{work} {dtype} {tokens(length)}"
                     jobs.append(Job("model", name, lambda w=work, d=dtype, n=length: measured(w, d, n)))
@@ -247,7 +262,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text (default: Python's language reference)")
-    parser.add_argument("--model", type=Path, metavar="GGUF", help="another GGUF file (default: the packaged model)")
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", help="another GGUF file, or a model folder (default: the packaged model)"
+    )
+    parser.add_argument("--work", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS), help="only these")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768], metavar="TOKENS")
     parser.add_argument("--sdpa-max", type=int, default=16384, metavar="TOKENS", help="no sdpa rows beyond this length")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
@@ -259,19 +277,27 @@ def main() -> None:
         args.lengths = [4096]
     args.json = args.json or RESULTS / f"model{'-quick' if args.quick else ''}.json"
     torch.set_num_threads(args.threads)
+    if args.llama is not None and args.model is not None and args.model.is_dir():
+        parser.error("--llama: llama.cpp reads GGUF files, not folders")
     source = args.model or commands.packaged_model()
     with tempfile.TemporaryDirectory(prefix="dhsa-bench-") as folder:
-        # Read and dequantised once: the children then load it in a second; a GGUF file takes 15 seconds.
-        tokenizer, model = commands.load(source)
-        # Its weights are float32 now, but a model that says it is quantized cannot be saved.
-        model.hf_quantizer = None
-        del model.config.quantization_config
-        model.save_pretrained(folder)
-        del model
+        if source.is_dir():
+            from transformers import AutoTokenizer
+
+            tokenizer, weights = AutoTokenizer.from_pretrained(source), str(source)
+        else:
+            # Read and dequantised once: the children then load it in a second; a GGUF file takes 15 seconds.
+            tokenizer, model = commands.load(source)
+            weights = folder
+            # Its weights are float32 now, but a model that says it is quantized cannot be saved.
+            model.hf_quantizer = None
+            del model.config.quantization_config
+            model.save_pretrained(folder)
+            del model
         ids = commands.tokenize(tokenizer, commands.read_text(args.text), max(args.lengths))[0].tolist()
         if len(ids) < max(args.lengths):
             parser.error(f"--text: only {len(ids)} tokens, --lengths asks for {max(args.lengths)}")
-        files = {"model": folder, "ids": str(Path(folder, "ids.json")), "gguf": str(source)}
+        files = {"model": weights, "ids": str(Path(folder, "ids.json")), "gguf": str(source)}
         Path(files["ids"]).write_text(json.dumps(ids))
         told = machine(args.threads)
         print(

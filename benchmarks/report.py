@@ -31,12 +31,6 @@ _CURVES = {  # key in a row's series: label, colour, line
     "dhsa": ("dhsa, sparse", "#c4472b", "-"),
 }
 
-# What we measured before on another machine (102 GFLOP/s a core, 2 threads), in seconds.
-EARLIER = {
-    "llama.cpp, Q4_K_M, flash attention": {4096: 11.6, 8192: 27.2, 16384: 60.9},
-    "sdpa, fp32": {4096: 19.0, 8192: 47.0, 16384: 191.0},
-}
-
 
 # ---- the chart -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +86,7 @@ def draw(report: dict[str, Any], path: Path) -> Path:
         figure.text(
             0.07,
             0.893,
-            f"{shape}, {told['threads']} threads, {told['isa']}; sparse: budget 2,048, selection included;"
+            f"{shape}, {told['threads']} threads, {told['isa']}; sparse: Config(), 1,024 keys, selection included;"
             " against tokens, both axes logarithmic",
             color=_QUIET,
             va="center",
@@ -149,8 +143,8 @@ TITLES = {
     "dense": "Dense causal",
     "softcap": "Dense causal with softcap",
     "window": "Sliding window",
-    "executor": "Sparse executor alone, lists of budget 2,048",
-    "whole": "Whole DHSA call, selection included",
+    "executor": "Sparse executor alone, on the lists of a configuration",
+    "whole": "Whole sparse call, selection included",
     "wide": "Heads of 512",
     "sides": "Bidirectional DHSA call, selection included",
     "selecting": "The share of it that selection takes",
@@ -196,10 +190,17 @@ def attention_tables(report: dict[str, Any]) -> str:
         if not (rows := [r for r in report["rows"] if r["section"] == section]):
             continue
         parts.append(f"**{TITLES.get(section, section)}**")
-        parts.append(markdown(HEADINGS, [cells(r) for r in rows]))
+        if section == "whole":
+            parts.append(markdown((*HEADINGS, "against exact", "selecting"), [[*cells(r), *_whole(r)] for r in rows]))
+        else:
+            parts.append(markdown(HEADINGS, [cells(r) for r in rows]))
         if section == "growth":
             parts.append("\n".join(f"- {r['shape']}: {r['detail']}" for r in rows if r.get("detail")))
     return "\n\n".join(parts)
+
+
+def _whole(r: dict[str, Any]) -> list[str]:
+    return ["", ""] if r.get("error") else [f"{r['over_exact']:.2f}x", f"{r['selection_share']:.0%}"]
 
 
 def model_tables(report: dict[str, Any]) -> str:
@@ -218,20 +219,12 @@ def model_tables(report: dict[str, Any]) -> str:
         total = f"{r['peak_mib']:,.0f}"
         return f"{total} in all" if r.get("added_mib") is None else f"{r['added_mib']:,.0f} / {total}"
 
-    earlier = [
-        [f"*earlier, elsewhere: {name}*", *(f"*{by[n]:g} s*" if n in by else "" for n in lengths)]
-        for name, by in EARLIER.items()
-    ]
     heads = [f"{tokens(n)} tokens" for n in lengths]
     parts = [
         prose(f"Measured {machine_text(report)}; text: {report['text']}."),
         markdown(
             ["prefill (against sdpa of the dtype)", *heads],
-            [[name, *(seconds(by.get(n)) for n in lengths)] for name, by in lines.items()] + earlier,
-        ),
-        prose(
-            "The lines in italics were measured before on another machine, of 102 GFLOP/s a core, by the same rules;"
-            " they are for orientation and compare with each other, not with the lines above."
+            [[name, *(seconds(by.get(n)) for n in lengths)] for name, by in lines.items()],
         ),
         markdown(
             ["peak memory in MiB (added by prefill / in all)", *heads],
@@ -263,13 +256,19 @@ def replaced(text: str, name: str, content: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", type=Path, default=RESULTS / "attention.json")
-    parser.add_argument("--model", type=Path, default=RESULTS / "model.json")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        nargs="+",
+        default=[RESULTS / "model.json"],
+        help="files of bench_model.py; a file NAME.json is written where the document says <!-- NAME -->",
+    )
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     tables: list[tuple[Path, str, Callable[[dict[str, Any]], str]]] = [
         (args.attention, "attention", attention_tables),
-        (args.model, "model", model_tables),
+        *((path, path.stem, model_tables) for path in args.model),
     ]
     for path, name, make in tables:
         if not path.exists():

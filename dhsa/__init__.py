@@ -1,10 +1,10 @@
 """dhsa: Dynamic Hierarchical Sparse Attention on any CPU.
 
 This module only collects the public names; see the modules named below for the code. Importing it needs NumPy alone.
-The integration with transformers (`patch`, `unpatch`, `patched`, `last_run`, `save_cache`, `load_cache`; module
-`dhsa.hf`), `check` (module `dhsa.doctor`), `scaled_dot_product_attention` and its replacement in torch (module
-`dhsa.sdpa`), `dhsa.training` and `dhsa.reference` are imported when they are first used. `dhsa.hf` is also imported as
-soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
+The integration with transformers (`patch`, `unpatch`, `patched`, `last_run`, `save_cache`, `load_cache`, `shard`,
+`GroupError`; module `dhsa.hf`), `check` (module `dhsa.doctor`), `scaled_dot_product_attention` and its replacement in
+torch (module `dhsa.sdpa`), `dhsa.training` and `dhsa.reference` are imported when they are first used. `dhsa.hf` is
+also imported as soon as the program imports transformers' models, so that these know `attn_implementation="dhsa"`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from dhsa.functional import (
     boundaries,
     build_info,
     chunk_scores,
+    get_float32_precision,
     get_num_threads,
     pick_boundaries,
     select,
+    set_float32_precision,
     set_isa,
     set_num_threads,
     sparse_attention,
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from dhsa import hf as hf
     from dhsa import reference as reference
     from dhsa import training as training
+    from dhsa.distributed.link import GroupError
     from dhsa.doctor.run import check
     from dhsa.hf import last_run, load_cache, patch, patched, save_cache, unpatch
+    from dhsa.hf.parallel import shard
     from dhsa.sdpa import SdpaCounts, replace_sdpa, replacing_sdpa, restore_sdpa, scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -41,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BoundaryPredictor",
     "Config",
+    "GroupError",
     "LayerConfigs",
     "SdpaCounts",
     "Selection",
@@ -51,6 +56,7 @@ __all__ = [
     "build_info",
     "check",
     "chunk_scores",
+    "get_float32_precision",
     "get_num_threads",
     "last_run",
     "load_cache",
@@ -64,8 +70,10 @@ __all__ = [
     "save_cache",
     "scaled_dot_product_attention",
     "select",
+    "set_float32_precision",
     "set_isa",
     "set_num_threads",
+    "shard",
     "sparse_attention",
     "unpatch",
 ]
@@ -73,6 +81,8 @@ __all__ = [
 # The module of each name that needs transformers, and the names that need torch alone.
 _HOME = {
     "check": "dhsa.doctor.run",
+    "GroupError": "dhsa.distributed.link",
+    "shard": "dhsa.hf.parallel",
     **dict.fromkeys(("last_run", "load_cache", "patch", "patched", "save_cache", "unpatch"), "dhsa.hf"),
 }
 _SDPA = ("SdpaCounts", "replace_sdpa", "replacing_sdpa", "restore_sdpa", "scaled_dot_product_attention")

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Sequence
 
 import dhsa
-from dhsa import ask, demo
+from dhsa import ask, demo, demo_distributed
 from dhsa import run as running
-from dhsa.commands import UserError
+from dhsa.commands import UserError, several_processes
 from dhsa.doctor import command as doctor
 from dhsa.evaluation import command as evaluation
 from dhsa.training import command as training
 from dhsa.tuning import command as tuning
+
+ALONE = ("demo", "demo-distributed", "tune", "train-boundaries")  # commands that torchrun does not start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Prefills a long text with Gemma 3 270M by transformers' own attention, by dhsa exact, default and the "
                 "paper's, and by sinks + local keys at the same budget; prints a table, draws what one layer selected."
             ),
+        )
+    )
+    demo_distributed.add_arguments(
+        commands.add_parser(
+            "demo-distributed",
+            help="read one prompt in several processes, and compare with one",
+            description=demo_distributed.DESCRIPTION,
         )
     )
     ask.add_arguments(
@@ -80,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(dhsa.build_info(), indent=2))
         return 0
     try:
+        if args.command in ALONE and several_processes():
+            raise UserError("is to be started as one process; torchrun may start check, ask, eval, and programs (run)")
         modules = {
             "demo": demo,
+            "demo-distributed": demo_distributed,
             "ask": ask,
             "check": doctor,
             "eval": evaluation,

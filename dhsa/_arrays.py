@@ -39,6 +39,27 @@ def check_int(value: object, name: str, low: int, high: int | None = None) -> in
     return number
 
 
+def check_float(value: object, name: str, low: float, high: float) -> float:
+    """`value` as a float in low..high; TypeError or ValueError naming the argument otherwise. Bools are refused."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {type_name(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low:g} to {high:g}, got {value}")
+    return float(value)
+
+
+def check_number(value: Any, name: str, expected: str = "a number") -> float:
+    """`value` as a float; TypeError or ValueError naming the field otherwise."""
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name}: expected a number, got {type_name(value)}")
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {type_name(value)}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got an int beyond every float") from None
+
+
 def check_choice(value: object, name: str, choices: tuple[str, ...]) -> int:
     """The position of `value` in `choices`; TypeError or ValueError naming the argument otherwise."""
     if not isinstance(value, str):

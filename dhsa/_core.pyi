@@ -135,6 +135,7 @@ def attend_dense(
     num_threads: int,
     skip: float | None,
     sinks: Array | None,
+    precision: int,
     /,
 ) -> float: ...
 def attend_sparse(
@@ -151,6 +152,7 @@ def attend_sparse(
     num_threads: int,
     skip: float | None,
     sinks: Array | None,
+    precision: int,
     indptr: Array,
     indices: Array,
     shape: tuple[int, int, int],
@@ -171,6 +173,7 @@ def prefill(
     num_threads: int,
     skip: float | None,
     sinks: Array | None,
+    precision: int,
     config: Config,
     boundaries: Array | None,
     key_indexes: tuple[KeyIndex, ...] | None,
@@ -229,6 +232,26 @@ def select(
     softcap: float | None,
     window: int | None,
     causal: bool,
+    indptr: Array,
+    indices: Array,
+    num_threads: int,
+    /,
+) -> None: ...
+def chunk_means(
+    k: Array, edges: Array, means: tuple[Array, Array, Array | None, Array], num_threads: int, /
+) -> None: ...
+def select_blocks(
+    q: Array,
+    k: Array,
+    boundaries: Array | None,
+    chunks: tuple[Array, Array, Array | None, Array] | None,
+    groups: tuple[Array, Array, Array | None, Array] | None,
+    config: Config,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    first: int,
+    blocks: int,
     indptr: Array,
     indices: Array,
     num_threads: int,

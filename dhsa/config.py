@@ -18,10 +18,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dhsa import _core, methods
-from dhsa._arrays import check_choice, check_int, type_name
+from dhsa._arrays import check_choice, check_int, check_number, type_name
 from dhsa._files import read_json, replacing
 from dhsa.methods.base import MAX_OPTION, Method
 from dhsa.methods.dhsa import POOLINGS
+from dhsa.methods.naming import OPTIONS, method_of, only_of, refuse_others
 from dhsa.methods.rows import MIN_SHORTLIST
 from dhsa.predictor import BoundaryPredictor
 
@@ -50,64 +51,16 @@ MAX_QUERY_BLOCK = 65536
 
 FORMAT, VERSION = "dhsa.config", 1  # of files
 MAX_FILE_BYTES = 4 << 20  # a file of 1,000 layers has 600 KB
-_KEYS = ("format", "version", "config", "layers", "model", "notes")
+_KEYS = ("format", "version", "config", "layers", "model", "notes", "reuse", "dense_anchors")
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")  # no leading zeros: two names would be one layer
 # The fields by which keys are cut, which layers that share boundaries must have in common.
 _CUTS = ("method", "boundaries", "chunk_size", "num_chunks", "boundary_window", "theta", "nms", "predictor")
-
-# {option: the methods that have it}
-OPTIONS: dict[str, tuple[str, ...]] = {}
-for _method in methods.registry.values():
-    for _name in _method.options():
-        OPTIONS[_name] = (*OPTIONS.get(_name, ()), _method.name)
 
 # Fields that were there before, and what to write in their place.
 _GONE = {
     "score": "write method='rows' for score='rows', and method='dhsa' for score='block'",
     "by_length": "method='rows' always counts a chunk as often as it has keys; leave it out",
 }
-
-
-def _number(value: Any, name: str, expected: str = "a number") -> float:
-    """`value` as a float; TypeError or ValueError naming the field otherwise."""
-    if isinstance(value, (bool, str)):
-        raise TypeError(f"{name}: expected a number, got {type_name(value)}")
-    try:
-        return float(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected a number, got {type_name(value)}") from None
-    except OverflowError:
-        raise ValueError(f"{name}: expected {expected}, got an int beyond every float") from None
-
-
-def _method_of(method: object, options: Mapping[str, Any]) -> Method:
-    """The method with its options; TypeError or ValueError naming what is wrong."""
-    if isinstance(method, Method):
-        if options:
-            raise TypeError(
-                f"{min(options)}: give options to dhsa.methods.{type(method).__name__} or beside the name of a method, "
-                "not both"
-            )
-        return method
-    if isinstance(method, type) and issubclass(method, Method):
-        raise TypeError(f"method: expected a name or an instance, got a class; write {method.__name__}()")
-    kind = tuple(methods.registry.values())[check_choice(method, "method", tuple(methods.registry))]
-    _refuse_others(kind, options)
-    return kind(**options)
-
-
-def _refuse_others(kind: type[Method], options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in kind.options():
-            raise TypeError(f"{name}: {_only_of(name)}; method={kind.name!r} has {_listed(kind.options())}")
-
-
-def _only_of(name: str) -> str:
-    return f"is an option of method={' and '.join(map(repr, OPTIONS[name]))}"
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names) or "no options of its own"
 
 
 class _Derived:
@@ -121,9 +74,9 @@ class _Derived:
 class Config(_Derived):
     """How the keys that each block of queries attends to are found. Frozen; make variants with `replace`.
 
-    The default is what measured best without training: a list for each head, by the scores of all queries for pairs of
-    neighbouring keys. `Config.fast` and `Config.faithful` are further points of the same trade of time for closeness to
-    exact attention; `dhsa tune` finds those of a model.
+    The default is what measured best without training: a list for each head, by the scores of pairs of neighbouring
+    queries for pairs of neighbouring keys. `Config.fast` and `Config.faithful` are further points of the same trade of
+    time for closeness to exact attention; `dhsa tune` finds those of a model.
 
     Args:
         method: how keys are found: the name of a method in `dhsa.methods.registry`, or an instance of its class, which
@@ -135,7 +88,7 @@ class Config(_Derived):
         mass: in place of a number of keys, the share of each block's estimated attention mass that its keys are to
             hold, above 0 up to 1. Forced keys count first, then keys are taken, best first, until they hold it.
             `budget` is then the largest number of keys (None: no limit). Not for methods whose scores are not shares of
-            mass: "dhsa", "window", "vertical_slash", "power".
+            mass (`has_mass` of its class).
         floor: with `mass`, the smallest number of keys. None: sink + local.
         query_block: queries that share one selection, 1 to 65536.
         sink: the number of keys at the start of the sequence that are always selected.
@@ -146,8 +99,8 @@ class Config(_Derived):
         dense_tail: blocks that hold one of the last `dense_tail` queries see every key (0: none). The paper computes an
             instruction at the end of the prompt densely. Bidirectional attention has none.
         heads: which heads share a selection: "group" (those of one KV head), "all", or "head" (none). None: the
-            method's own default, "head" for "rows", "vertical_slash", "xattention" and "proxy", else "group". In
-            decoding steps the heads of a KV head share one, since each key is read once then.
+            method's own default, "head" for "rows" and most others. In decoding steps the heads of a KV head share one,
+            since each key is read once then.
         boundaries: how keys are cut into chunks: "similarity" (where the cosine similarity of neighbouring means is
             low; no training), "fixed" (every `chunk_size` keys), "predictor" (a trained network, see `predictor`).
             None: "fixed" under "rows", else "similarity"; also "similarity" where one of its options (`num_chunks`,
@@ -171,8 +124,8 @@ class Config(_Derived):
         decode: what a patched model does in decoding steps. "exact": the new token attends to all keys. "dhsa": it
             attends to `budget` of them, in layers without a sliding window (the paper's decoding). The prompt's chunks
             are then kept beside the cache, generated tokens form one more chunk, and the current token its own. Only
-            for methods of chunks. A compiled model does not see its cache: each of its steps computes the chunks again,
-            which saves nothing.
+            for methods of chunks, and for "retrieval", which keeps an index in place of chunks. A compiled model does
+            not see its cache: each of its steps computes the chunks again, which saves nothing.
         share: what the layers of a patched model share in a forward pass. "boundaries": the first sparse layer cuts
             keys, and the others use its boundaries (where their keys are the same positions). "selections": the first
             sparse layer of each kind (full, or sliding of one width) selects, and the others of that kind use its
@@ -219,7 +172,29 @@ class Config(_Derived):
             self,
             *,
             method: Literal[
-                "rows", "dhsa", "window", "block", "vertical_slash", "xattention", "proxy", "hisa", "power", "oracle"
+                "rows",
+                "dhsa",
+                "window",
+                "block",
+                "vertical_slash",
+                "xattention",
+                "proxy",
+                "hisa",
+                "power",
+                "oracle",
+                "flexprefill",
+                "stem",
+                "quoka",
+                "sparge",
+                "sale",
+                "hip",
+                "hyper",
+                "token_sparse",
+                "moa",
+                "tca",
+                "spatten",
+                "seer",
+                "retrieval",
             ]
             | Method = "rows",
             budget: int | None = 1024,
@@ -246,6 +221,21 @@ class Config(_Derived):
             pooling: Literal["mean", "mean_sqrt"] = "mean",
             key_block: int = 128,
             stride: int | None = None,
+            tau: float = 0.1,
+            beta: float = 0.2,
+            decay: float = 0.7,
+            similarity: float = 0.3,
+            bits: int = 4,
+            threshold: float = 0.0,
+            reach: int = 256,
+            seed: int = 0,
+            head_windows: tuple[int, ...] = (),
+            head_budgets: tuple[int, ...] = (),
+            gates: str | os.PathLike[str] | None = None,
+            layer: int | None = None,
+            every: int = 4,
+            links: int = 64,
+            probes: int = 16,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -272,7 +262,7 @@ class Config(_Derived):
                 "forced keys count in the budget, so lower sink or local with it"
             )
         if self.mass is not None:
-            keep("mass", _number(self.mass, "mass"))
+            keep("mass", check_number(self.mass, "mass"))
             if not 0 < self.mass <= 1:
                 raise ValueError(f"mass: expected a share above 0, at most 1, got {self.mass}")
             if not options.has_mass:
@@ -288,23 +278,27 @@ class Config(_Derived):
                 raise ValueError(f"num_chunks: expected an int, 'paper' or None, got {self.num_chunks!r}")
             keep("num_chunks", check_int(self.num_chunks, "num_chunks", 1, MAX_OPTION))
         if self.skip is not None:
-            keep("skip", _number(self.skip, "skip", "a number above 0 and below 1"))
+            keep("skip", check_number(self.skip, "skip", "a number above 0 and below 1"))
             if not 0 < self.skip < 1:
                 raise ValueError(f"skip: expected a number above 0 and below 1, got {self.skip}")
         check_choice(self.decode, "decode", DECODES)
-        if self.decode == "dhsa" and not options.has_chunks:
+        if self.decode == "dhsa" and not (options.has_chunks or options.remembers == "calls"):
             raise ValueError(
                 f'decode: "dhsa" chooses among chunks, which method={self.method!r} has not; '
-                'take "exact", or method "rows" or "dhsa"'
+                'take "exact", or method "rows", "dhsa" or "retrieval"'
             )
         if self.share is not None:
             check_choice(self.share, "share", SHARED)
+            if self.decode == "dhsa" and options.remembers == "calls":
+                raise ValueError(
+                    f"share: with decode='dhsa' each layer of method={self.method!r} keeps an index; expected None"
+                )
             if self.share == "boundaries" and not options.has_chunks:
                 raise ValueError(f"share: method={self.method!r} cuts no chunks, so there are no boundaries to share")
         if self.break_even is not None:
             keep("break_even", check_int(self.break_even, "break_even", 0, MAX_OPTION))
         if self.theta is not None:
-            keep("theta", _number(self.theta, "theta", "a finite number or -inf"))
+            keep("theta", check_number(self.theta, "theta", "a finite number or -inf"))
             if not (math.isfinite(self.theta) or self.theta == -math.inf):
                 raise ValueError(f"theta: expected a finite number or -inf, got {self.theta}")
         if self.nms is not None:
@@ -329,7 +323,8 @@ class Config(_Derived):
         network = self.predictor if self.boundaries == "predictor" else None
         paper = network is not None and network.architecture == "attention"
         core = _core.Config(
-            method=self.method,
+            # Of a method in NumPy the core knows the bounds of lists only, as of any causal method that has a mass.
+            method=self.method if self.options.in_core else "oracle",
             budget=self.budget,
             mass=self.mass,
             floor=self.floor,
@@ -383,7 +378,7 @@ class Config(_Derived):
             return getattr(options, name)
         if name in OPTIONS:
             raise AttributeError(
-                f"{name}: {_only_of(name)}; this Config has method={self.method!r}", name=name, obj=self
+                f"{name}: {only_of(name)}; this Config has method={self.method!r}", name=name, obj=self
             )
         if name in _GONE:
             raise AttributeError(f"{name}: is gone; {_GONE[name]}", name=name, obj=self)
@@ -422,7 +417,7 @@ class Config(_Derived):
         own = {name: changes.pop(name) for name in list(changes) if name in OPTIONS}
         method: Any = changes.pop("method", self.method)
         if method == self.method:
-            _refuse_others(type(self.options), own)
+            refuse_others(type(self.options), own)
             method, own = dataclasses.replace(self.options, **own), {}
         return Config(**{**kept, **changes, **own, "method": method})
 
@@ -498,12 +493,10 @@ class Config(_Derived):
 
     @classmethod
     def fast(cls, **overrides: Any) -> Config:
-        """The default's keys, but in one list for the heads of a KV head, by means of two queries and chunks of four
-        keys: less time than the default, further from exact attention (docs/SELECTION.md). `overrides` are
-        fields of Config and options of the method."""
-        block = overrides.get("query_block", cls.query_block)
-        rows = max(1, block // 2) if isinstance(block, int) else None
-        return cls(**{"heads": "group", "chunk_size": 4, "rows": rows, **overrides})
+        """The default's keys, but in one list for the heads of a KV head and by chunks of about four keys that are cut
+        where neighbours differ: less time than the default, further from exact attention (docs/SELECTION.md).
+        `overrides` are fields of Config and options of the method."""
+        return cls(**{"heads": "group", "boundaries": "similarity", **overrides})
 
     @classmethod
     def faithful(cls, **overrides: Any) -> Config:
@@ -577,7 +570,7 @@ def _fit_defaults(values: dict[str, Any]) -> None:
 def _init(self: Config, **values: Any) -> None:
     _check_names(values)
     own = {name: values.pop(name) for name in list(values) if name in OPTIONS}
-    options = _method_of(values.pop("method", "rows"), own)
+    options = method_of(values.pop("method", "rows"), own)
     # Fields that None leaves to others (a method's own) stay so in variants.
     asked = frozenset(name for name in values if values[name] is not None or getattr(Config, name) is not None)
     _fit_defaults(values)
@@ -604,24 +597,36 @@ class LayerConfigs:
             is another is refused. None: any model that has all of `layers`.
         notes: anything that JSON can hold, for example how the configs were found. It has no effect, and equal configs
             with other notes are equal.
+        reuse: {index of a layer: (index of an earlier layer, heads)}: the layer does not select, but takes the lists of
+            the earlier one, its anchor. `heads` says which list of the anchor each list of the layer is, as
+            (0, 0, 3, ...); None: the same. A layer whose anchor has no lists in a call (it ran exact, or as another
+            part of the mask) selects for itself. In decoding steps lists are reused with `Config.decode` "dhsa".
+            Source: Kascade, arXiv 2512.16391; `dhsa.hf.find_anchors` finds them.
+        dense_anchors: anchors that attend to all keys themselves; their lists are for the layers that reuse them.
+            Source: HyLRA, arXiv 2602.00777.
 
     `share` must be the same in all of them. With "boundaries", the fields by which keys are cut must be the same as
-    well; with "selections", all that leave keys out must be equal. Layers that are exact may have any.
+    well; with "selections", all that leave keys out must be equal. Layers that are exact may have any. With `reuse`,
+    `share` is None.
 
     Raises:
         TypeError: an argument of the wrong type; the message names it.
-        ValueError: a layer's index is negative, or the configs cannot share what `share` says.
+        ValueError: a layer's index is negative, the configs cannot share what `share` says, or an anchor is not an
+            earlier layer that selects for itself.
     """
 
     default: Config
     layers: Mapping[int, Config]
     model: Mapping[str, Any] | None = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    reuse: Mapping[int, tuple[int, tuple[int, ...] | None]] = dataclasses.field(default_factory=dict)
+    dense_anchors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.default, Config):
             raise TypeError(f"default: expected a dhsa.Config, got {type_name(self.default)}")
-        for name, value in (("layers", self.layers), ("model", self.model), ("notes", self.notes)):
+        named = (("layers", self.layers), ("model", self.model), ("notes", self.notes), ("reuse", self.reuse))
+        for name, value in named:
             if not isinstance(value, Mapping) and not (name == "model" and value is None):
                 raise TypeError(f"{name}: expected a dict, got {type_name(value)}")
         layers = {}
@@ -634,6 +639,12 @@ class LayerConfigs:
         if self.model is not None:
             object.__setattr__(self, "model", MappingProxyType(dict(self.model)))
         _check_sharing([self.default, *layers.values()])
+        object.__setattr__(self, "reuse", MappingProxyType(_checked_reuse(self.reuse)))
+        object.__setattr__(self, "dense_anchors", _checked_dense(self.dense_anchors, self.reuse))
+        if self.reuse and self.share is not None:
+            raise ValueError(f"reuse: layers that share {self.share} take them from the first one; share must be None")
+        if self.reuse and (other := {c.method for c in (self.default, *layers.values()) if c.options.remembers}):
+            raise ValueError(f"reuse: method={min(other)!r} uses what it found before; lists of its layers are its own")
 
     @property
     def share(self) -> str | None:
@@ -674,22 +685,63 @@ class LayerConfigs:
             found["model"] = dict(self.model)
         if self.notes:
             found["notes"] = dict(self.notes)
+        if self.reuse:
+            found["reuse"] = {str(layer): {"layer": of, "heads": heads} for layer, (of, heads) in self.reuse.items()}
+        if self.dense_anchors:
+            found["dense_anchors"] = list(self.dense_anchors)
         _write(path, found)
 
     def __hash__(self) -> int:
-        return hash((self.default, tuple(self.layers.items())))
+        return hash((self.default, tuple(self.layers.items()), tuple(self.reuse.items()), self.dense_anchors))
 
     def __repr__(self) -> str:
         model = "" if self.model is None else f", model={dict(self.model)}"
-        return f"LayerConfigs(default={self.default}, layers={dict(self.layers)}{model})"
+        reuse = f", reuse={dict(self.reuse)}" if self.reuse else ""
+        reuse += f", dense_anchors={self.dense_anchors}" if self.dense_anchors else ""
+        return f"LayerConfigs(default={self.default}, layers={dict(self.layers)}{model}{reuse})"
 
     def __reduce__(self) -> tuple:
         model = None if self.model is None else dict(self.model)
-        return _rebuild_layers, (self.default, dict(self.layers), model, dict(self.notes))
+        args = self.default, dict(self.layers), model, dict(self.notes), dict(self.reuse), self.dense_anchors
+        return _rebuild_layers, args
 
 
-def _rebuild_layers(default: Config, layers: Any, model: Any, notes: Any) -> LayerConfigs:
-    return LayerConfigs(default=default, layers=layers, model=model, notes=notes)
+def _rebuild_layers(
+    default: Config, layers: Any, model: Any, notes: Any, reuse: Any = MappingProxyType({}), dense: tuple[int, ...] = ()
+) -> Any:
+    return LayerConfigs(default=default, layers=layers, model=model, notes=notes, reuse=reuse, dense_anchors=dense)
+
+
+def _checked_reuse(reuse: Mapping[Any, Any]) -> dict[int, tuple[int, tuple[int, ...] | None]]:
+    """`LayerConfigs.reuse`, in the order of layers; TypeError or ValueError naming what is wrong."""
+    made: dict[int, tuple[int, tuple[int, ...] | None]] = {}
+    for layer, value in reuse.items():
+        index = check_int(layer, "reuse: an index", 0, 999_999)
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise TypeError(f"reuse: expected (layer, heads) for layer {index}, got {value!r:.80}")
+        anchor = check_int(value[0], f"reuse: the anchor of layer {index}", 0, 999_999)
+        heads = value[1]
+        if heads is not None:
+            if not isinstance(heads, (tuple, list)) or not heads:
+                raise TypeError(f"reuse: expected a tuple of lists or None for layer {index}, got {heads!r:.80}")
+            heads = tuple(check_int(head, f"reuse: a list for layer {index}", 0, 999_999) for head in heads)
+        if anchor >= index:
+            raise ValueError(f"reuse: the anchor of layer {index} must be an earlier layer, got {anchor}")
+        made[index] = (anchor, heads)
+    for layer, (anchor, _) in made.items():
+        if anchor in made:
+            raise ValueError(f"reuse: layer {anchor}, the anchor of layer {layer}, reuses lists itself")
+    return dict(sorted(made.items()))
+
+
+def _checked_dense(layers: Any, reuse: Mapping[int, tuple[int, tuple[int, ...] | None]]) -> tuple[int, ...]:
+    """`LayerConfigs.dense_anchors`, ascending; TypeError or ValueError naming what is wrong."""
+    if not isinstance(layers, (tuple, list)):
+        raise TypeError(f"dense_anchors: expected a tuple of layers, got {layers!r:.80}")
+    made = sorted({check_int(layer, "dense_anchors: an index", 0, 999_999) for layer in layers})
+    if other := sorted(set(made) - {anchor for anchor, _ in reuse.values()}):
+        raise ValueError(f"dense_anchors: no layer reuses the lists of {other}; expected anchors of `reuse`")
+    return tuple(made)
 
 
 def _check_sharing(configs: Iterable[Config]) -> None:
@@ -756,6 +808,8 @@ def _read(found: Any, folder: str) -> Config | LayerConfigs:
     network = functools.cache(lambda name: BoundaryPredictor.load(os.path.join(folder, name)))  # once for all layers
     config = _read_config(found["config"], network)
     if "layers" not in found:
+        if other := {"reuse", "dense_anchors"} & set(found):
+            raise ValueError(f"{max(other)}: is between the layers of a file that has layers")
         return config
     layers = {}
     if not isinstance(found["layers"], dict):
@@ -767,7 +821,23 @@ def _read(found: Any, folder: str) -> Config | LayerConfigs:
             layers[int(name)] = _read_config(values, network)
         except (TypeError, ValueError) as error:
             raise ValueError(f"layer {name}: {error}") from error
-    return LayerConfigs(default=config, layers=layers, model=found.get("model"), notes=found.get("notes", {}))
+    reuse = {}
+    if not isinstance(found.get("reuse", {}), dict):
+        raise ValueError(f"reuse: expected an object, got {type_name(found['reuse'])}")
+    for name, of in found.get("reuse", {}).items():
+        if not _LAYER.fullmatch(name):
+            raise ValueError(f"reuse: expected indices, got {name[:80]!r}")
+        if not isinstance(of, dict) or set(of) != {"layer", "heads"}:
+            raise ValueError(f"reuse: expected an object of layer and heads for layer {name}")
+        reuse[int(name)] = (of["layer"], of["heads"])
+    return LayerConfigs(
+        default=config,
+        layers=layers,
+        model=found.get("model"),
+        notes=found.get("notes", {}),
+        reuse=reuse,
+        dense_anchors=found.get("dense_anchors", ()),
+    )
 
 
 def _read_config(values: Any, network: Callable[[str], BoundaryPredictor]) -> Config:

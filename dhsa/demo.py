@@ -1,8 +1,9 @@
 """The demo: Gemma 3 270M prefills a long text by several attentions, and the results are compared.
 
 `python -m dhsa demo` assembles the packaged weights, loads them with transformers in float32, runs every attention of
-the comparison on the same tokens, prints one table and draws what one global layer selected. It works without a
-network. All numbers are measured in this process with the default settings.
+the comparison on the same tokens, prints one table and draws what one global layer selected. Then it shows how one call
+of attention grows with the length of a prompt (growth.py). It works without a network. All numbers are measured in this
+process with the default settings.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dhsa import commands
+from dhsa import commands, growth
 from dhsa.commands import UserError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["NEW_TOKENS", "add_arguments", "following", "machine", "one_line", "run", "sparse_within"]
 
 NEW_TOKENS = 16
 _NEEDED = ("torch", "transformers", "rich", "matplotlib", "psutil")
@@ -64,11 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keys a block of queries may see (default: 2048)",
     )
     parser.add_argument(
+        "--longest",
+        type=commands.at_least(0),
+        default=65536,
+        metavar="N",
+        help="the longest prompt of the comparison of lengths (default: 65536; 0: leave it out)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("demo-output"),
         metavar="DIR",
-        help="the folder to write the picture to (default: demo-output)",
+        help="the folder to write the pictures to (default: demo-output)",
     )
 
 
@@ -120,16 +128,31 @@ def run(args: argparse.Namespace) -> int:
             with step(f"{result.name}: perplexity of the second half"):
                 result.perplexity = _perplexity(model, hidden, ids)
             with step(f"{result.name}: next {NEW_TOKENS} tokens"):
-                result.continuation = _continue(model, tokenizer, cache, hidden, config)
+                with dhsa.patched(model, config) if config is not None else nullcontext():
+                    chosen = following(model, cache, commands.logits(model, hidden[:, -1:]))
+                result.continuation = tokenizer.decode(chosen)
             del cache, hidden
             results.append(result)
         with step("drawing"):
             picture = _draw(captured, layer, args)
+        grown, shape = None, _layer(model, captured, results[1], length)
+        if args.longest:
+            del model
+            lengths = growth.lengths_up_to(args.longest)
+            title = f"one call of attention, {lengths[0]:,} to {lengths[-1]:,} tokens"
+            with step(title, total=len(lengths)) as advance:
+                grown = growth.measure(shape, sparse_within(args.budget), lengths, advance)
 
     console.print(_table(results, length, rest_mib))
     if all("sparse" not in r.paths for r in results):
         console.print(f"The prompt is within the budget of {args.budget:,} keys: no key was left out.")
     console.print(f"What layer {layer} selected: {picture}", soft_wrap=True, highlight=False)
+    if grown is not None:
+        console.print()
+        console.print(growth.table(grown, shape, machine()))
+        title = f"One call of attention, {shape.heads} heads on {shape.kv_heads} of {shape.dim}, {machine()}"
+        path = growth.draw(grown, args.out / "growth.png", title)
+        console.print(f"The same as a picture: {path}", soft_wrap=True, highlight=False)
     console.print(f"The demo took {time.perf_counter() - started:.0f} s.", highlight=False)
     return 0
 
@@ -138,12 +161,8 @@ def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
     """Return the attentions compared: a result to fill in, and the Config, or None for that of transformers."""
     import dhsa
 
-    def within(config: Any) -> Any:
-        """Return the config at this budget, with forced keys that leave at least half of it to be selected."""
-        return config.replace(budget=budget, sink=min(config.sink, budget // 4), local=min(config.local, budget // 4))
-
-    default = within(dhsa.Config(break_even=0))  # sparse attention is shown even where it takes more time
-    paper = within(dhsa.Config.paper())
+    default = sparse_within(budget)
+    paper = _within(dhsa.Config.paper(), budget)
     recent = default.replace(method="window")
     return [
         (Result(f"transformers {reference}", "every key, windows by mask"), None),
@@ -152,6 +171,25 @@ def _contestants(budget: int, reference: str) -> list[tuple[Result, Any]]:
         (Result("dhsa, paper", f"Config.paper(), budget {budget:,}"), paper),
         (Result("sinks + local", f"{recent.sink:,} first and {budget - recent.sink:,} latest keys"), recent),
     ]
+
+
+def _within(config: Any, budget: int) -> Any:
+    """Return the config at this budget, with forced keys that leave at least half of it to be selected."""
+    return config.replace(budget=budget, sink=min(config.sink, budget // 4), local=min(config.local, budget // 4))
+
+
+def sparse_within(budget: int) -> Any:
+    """Return the default at this budget; sparse attention is shown even where it takes more time."""
+    import dhsa
+
+    return _within(dhsa.Config(break_even=0), budget)
+
+
+def _layer(model: Any, captured: dict[str, Any], result: Result, length: int) -> growth.Layer:
+    """Return the shape of the captured layer, and what of the prefill's seconds is not attention."""
+    q, k = captured["q"], captured["k"]
+    other = (result.prefill_seconds - result.attention_seconds) / length
+    return growth.Layer(q.shape[1], k.shape[1], q.shape[3], q.dtype, commands.model_layers(model), other)
 
 
 # ---- one measurement -------------------------------------------------------------------------------------------------
@@ -276,22 +314,21 @@ def _perplexity(model: Any, hidden: Any, ids: Any) -> float:
     return math.exp(total / (length - first))
 
 
-def _continue(model: Any, tokenizer: Any, cache: Any, hidden: Any, config: Any) -> str:
-    """Return the next tokens by greedy decoding with the cache of this prefill."""
-    import dhsa
+def following(model: Any, cache: Any, logits: Any) -> list[int]:
+    """Return the next tokens by greedy decoding with the cache of a prefill, given the logits [1, 1, vocabulary] of its
+    last token. Ends after NEW_TOKENS or the model's end token.
+    """
     from dhsa.hf.compat import cache_option
 
-    decoder = model.get_decoder()
-    with dhsa.patched(model, config) if config is not None else nullcontext():
-        chosen = []
-        last = hidden[:, -1:]
-        for count in range(NEW_TOKENS):
-            token = commands.logits(model, last).argmax(-1)
-            chosen.append(int(token))
-            if chosen[-1] == tokenizer.eos_token_id or count + 1 == NEW_TOKENS:
-                break
-            last = decoder(token, **cache_option(decoder, cache), use_cache=True).last_hidden_state
-    return tokenizer.decode(chosen)
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    chosen: list[int] = []
+    while True:
+        token = logits.argmax(-1)
+        chosen.append(int(token))
+        if chosen[-1] in ends or len(chosen) == NEW_TOKENS:
+            return chosen
+        logits = model(token, **cache_option(model, cache), use_cache=True).logits[:, -1:]
 
 
 # ---- output ----------------------------------------------------------------------------------------------------------
@@ -321,14 +358,18 @@ def _draw(captured: dict[str, Any], layer: int, args: argparse.Namespace) -> Pat
     return path
 
 
+def machine(threads: int | None = None) -> str:
+    """Return what figures were measured on. `threads`: of all processes; None: those of this one."""
+    import dhsa
+
+    return f"float32, {threads or dhsa.get_num_threads()} threads, {dhsa.build_info()['isa']}"
+
+
 def _table(results: list[Result], length: int, rest_mib: float) -> Any:
     from rich.table import Table
 
-    import dhsa
-
-    threads = dhsa.get_num_threads()
     table = Table(
-        title=f"Prefill of {length:,} tokens in float32, {threads} threads, {dhsa.build_info()['isa']}",
+        title=f"Prefill of {length:,} tokens in {machine()}",
         caption=(
             f"Peak memory: what prefill adds to the loaded {rest_mib:,.0f} MiB. Perplexity: of the second half. "
             "Attended: share of the visible keys in the layers without a window."
@@ -350,12 +391,12 @@ def _table(results: list[Result], length: int, rest_mib: float) -> Any:
             f"{r.peak_mib:,.0f} MiB",
             f"{r.perplexity:.3f}\n[dim]{(r.perplexity / base.perplexity - 1) * 100:+.2f} %[/]",
             "100 %" if r.density is None else f"{r.density * 100:.0f} %",
-            _one_line(r.continuation),
+            one_line(r.continuation),
         )
     return table
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     from rich.markup import escape
 
     return escape(text.replace("\n", "⏎"))

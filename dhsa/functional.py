@@ -31,6 +31,12 @@ from dhsa._arrays import (
     kind_of,
     type_name,
 )
+from dhsa._precision import (
+    get_float32_precision,
+    precision_argument,
+    precision_in_use,
+    set_float32_precision,
+)
 from dhsa._threads import get_num_threads, set_num_threads
 from dhsa._typing import Array, ArrayLike, ArrayT, ScalarT
 from dhsa.config import Config
@@ -43,11 +49,13 @@ __all__ = [
     "boundaries",
     "build_info",
     "chunk_scores",
+    "get_float32_precision",
     "get_num_threads",
     "pick_boundaries",
     "run",
     "run_selected",
     "select",
+    "set_float32_precision",
     "set_isa",
     "set_num_threads",
     "sparse_attention",
@@ -119,6 +127,7 @@ def run(
     return_lse: bool = False,
     out: ArrayT | None = None,
     boundaries: ArrayLike | None = None,
+    key_scores: ArrayLike | None = None,
     key_indexes: tuple[_core.KeyIndex, ...] | None = None,
     same: int = 0,
     keep_means: bool = True,
@@ -145,6 +154,7 @@ def run(
         out: as in `attention`.
         boundaries: int32 [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer. Only
             for methods that cut keys into chunks.
+        key_scores: as in `select`, in place of the scores of `config.method`.
         key_indexes: a `_core.KeyIndex` for each batch item, for methods that cut keys into chunks. Boundaries and chunk
             means that an earlier call computed for the same keys are reused. A single query is then a decoding step
             (arXiv 2510.24606): keys are selected for this query alone, and the tokens that earlier decoding steps
@@ -161,6 +171,14 @@ def run(
         keep_means = keep_means if keep is None else keep
     if config is not None and not isinstance(config, Config):
         raise TypeError(f"config: expected a dhsa.Config or None, got {type_name(config)}")
+    if key_scores is not None and (config is None or config.exact):
+        raise ValueError("key_scores: an exact config leaves no key out; expected None")
+    if config is not None and not config.exact and (key_scores is not None or not config.options.in_core):
+        if key_ranges is not None:
+            raise NotImplementedError("key_ranges: selection takes none; use an exact config")
+        seen: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+        rest: dict[str, Any] = {"sinks": sinks, "return_lse": return_lse, "out": out}
+        return _select_and_run(q, k, v, config, key_scores, boundaries, causal, seen, rest)
     kind, q, k, v, target, lse, key_ranges, sinks = _open(q, k, v, out, return_lse, key_ranges, sinks)
     skip = None if config is None else config.skip
     if boundaries is not None:
@@ -168,7 +186,8 @@ def run(
             method = "an exact config" if config is None or config.exact else f"method={config.method!r}"
             raise ValueError(f"boundaries: {method} cuts no chunks; expected None")
         boundaries = boundary_array(boundaries, k.shape[0])
-    args = (q, k, v, target, lse, scale, softcap, window, causal, key_ranges, get_num_threads(), skip, sinks)
+    shared = (lse, scale, softcap, window, causal, key_ranges, get_num_threads(), skip, sinks, precision_argument())
+    args = (q, k, v, target, *shared)
     if config is None or config.exact:
         start = perf_counter()
         skipped = _core.attend_dense(*args)
@@ -184,6 +203,31 @@ def run(
     if type(kind) is DlpackKind:  # what `_open` allocated are still Buffers
         target, lse = _results(kind, target, lse, out)
     return target if out is None else out, lse, stats
+
+
+def _select_and_run(
+    q: ArrayT,
+    k: Array,
+    v: Array,
+    config: Config,
+    key_scores: ArrayLike | None,
+    boundaries: ArrayLike | None,
+    causal: bool,
+    seen: dict[str, Any],
+    rest: dict[str, Any],
+) -> tuple[ArrayT, ArrayT | None, RunStats]:
+    """`run` by lists that are made outside of the core: by a method in NumPy, or from given scores."""
+    check_rank(q, "q", "[B, H, Lq, D]")
+    check_rank(k, "k", "[B, Hkv, Lk, D]")
+    lengths = q.shape[2], k.shape[2]
+    if 0 < lengths[0] <= lengths[1] and not config.leaves_out(*lengths, seen["window"], causal=causal):
+        return run(q, k, v, Config(budget=None, skip=config.skip), causal=causal, **seen, **rest)
+    start = perf_counter()
+    values = v if config.options.reads_values and key_scores is None else None
+    lists = select(q, k, config, v=values, key_scores=key_scores, boundaries=boundaries, causal=causal, **seen)
+    seconds = perf_counter() - start
+    result, lse, stats = run_selected(q, k, v, lists, skip=config.skip, **seen, **rest)
+    return result, lse, stats._replace(select_seconds=seconds)
 
 
 # fmt: off  # four signatures that differ in q, return_lse and the result only
@@ -505,6 +549,7 @@ def run_selected(
         get_num_threads(),
         skip,
         sinks,
+        precision_argument(),
         indptr,
         indices,
         selection.shape,
@@ -535,9 +580,11 @@ def build_info() -> dict[str, Any]:
     """Return what was compiled, detected and chosen.
 
     Returns:
-        A dict of `compiler`; `c_standard`; `limited_api` (the lowest Python version); `isa_compiled` and `isa_detected`
-            (lists, the lowest tier first); `isa` (the tier in use); `products` (the dtypes that this tier multiplies
-            without conversion; others are converted to float32 while packing); `cpu_count` (CPUs of this process); and
-            `num_threads` (of the next call).
+        A dict of `compiler`; `c_standard`; `limited_api` (the lowest Python version; None in free-threaded Python);
+            `isa_compiled` and `isa_detected` (lists, the lowest tier first); `isa` (the tier in use); `products` (the
+            dtypes that this tier multiplies without conversion; others are converted to float32 while packing);
+            `float32_precisions` (those that this tier serves, see `set_float32_precision`; the others are computed as
+            "highest"); `float32_precision` (of the next call, whether served or not); `cpu_count` (CPUs of this
+            process); and `num_threads` (of the next call).
     """
-    return {**_core.build_info(), "num_threads": get_num_threads()}
+    return {**_core.build_info(), "float32_precision": precision_in_use(), "num_threads": get_num_threads()}

@@ -94,12 +94,18 @@ def _config(args: argparse.Namespace) -> Config | LayerConfigs:
             config = config.replace(budget=args.budget)
     except ValueError as error:
         raise UserError(f"--{'exact' if args.exact else 'budget'}: {error}") from error
+    if isinstance(config, LayerConfigs) and config.reuse:
+        raise UserError("--config: reuse needs hooks on the model, which only dhsa.patch(model) puts there")
     for one in (config.default, *config.layers.values()) if isinstance(config, LayerConfigs) else (config,):
         for name, plain in (("share", None), ("decode", "exact")):
             if (value := getattr(one, name)) != plain:
                 raise UserError(
                     f"--config: {name}={value!r} needs hooks on the model, which only dhsa.patch(model) puts there"
                 )
+        if one.options.remembers:
+            raise UserError(
+                f"--config: method={one.method!r} needs hooks on the model, which only dhsa.patch(model) puts there"
+            )
         if one.boundaries == "predictor":
             raise UserError(
                 "--config: boundaries='predictor' needs networks that belong to the model and its layers, which only "

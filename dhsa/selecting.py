@@ -5,6 +5,7 @@ Kinds of arrays and shapes are those of functional.py, which attends over the ke
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -12,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dhsa import _core
-from dhsa._arrays import NumpyKind, check_int, check_rank, empty, int_array, kind_of, to_numpy, type_name
+from dhsa._arrays import Kind, NumpyKind, check_int, check_rank, empty, int_array, kind_of, to_numpy, type_name
 from dhsa._threads import get_num_threads
 from dhsa._typing import Array, ArrayLike, ArrayT
 from dhsa.config import HEADS, MAX_QUERY_BLOCK, POOLINGS, SCORES, Config, check_choice
+from dhsa.methods.base import State
+from dhsa.methods.lists import method_lists
 from dhsa.selection import Selection
 
 __all__ = ["boundaries", "chunk_scores", "pick_boundaries", "select"]
@@ -218,7 +221,7 @@ def chunk_scores(
         heads: which heads share a selection: "all", "group" or "head".
         scale: None: 1 for "block", 1 / sqrt(D) for "rows".
         softcap: bounds the logits of "rows", or the products of "block". None: no bound.
-        rows: for "rows": mean queries of a full block. None: query_block, that is every query.
+        rows: for "rows": mean queries of a full block. None: half of query_block, rounded up, as in `Config`.
         window: the layer's sliding window, which bounds a block's candidate keys.
         causal: for "rows", False: the keys after the block are candidates too.
 
@@ -239,7 +242,7 @@ def chunk_scores(
     check_choice(score, "score", SCORES)
     check_choice(pooling, "pooling", POOLINGS)
     heads_index = check_choice(heads, "heads", HEADS)
-    rows = query_block if rows is None else check_int(rows, "rows", 1, query_block)
+    rows = (query_block + 1) // 2 if rows is None else check_int(rows, "rows", 1, query_block)
     shape = _score_shape(q, k, heads_index, query_block)
     cuts = boundary_array(boundaries, k.shape[0])
     result = empty((*shape, cuts.shape[1] - 1), np.float32, "q")
@@ -259,11 +262,14 @@ def select(
     k: Array,
     config: Config,
     *,
+    v: Array | None = None,
+    key_scores: ArrayLike | None = None,
     boundaries: ArrayLike | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     causal: bool = True,
+    state: State | None = None,
 ) -> Selection:
     """Select the keys that each block of queries may attend to: the first half of `attention`.
 
@@ -271,19 +277,29 @@ def select(
         q: as in `attention`.
         k: as in `attention`.
         config: a Config. With a budget and a mass of None, every block takes all its candidate keys.
+        v: as in `attention`, for methods that read values ("stem"), which need it. None for all others.
+        key_scores: real numbers [B, n, Lk], the scores of single keys, which take the place of those that
+            `config.method` would compute: for example how much a smaller draft model attends to each key. n is 1 (for
+            all heads), Hkv or H; the heads that share a list add theirs. With `config.mass` they are shares of the mass
+            on any scale, so at least 0. Forced keys, the budget and exact blocks stay those of `config`. Source: SpecKV
+            and SpecPC, arXiv 2506.08373. None: the method computes them.
         boundaries: int [B, C + 1], used in place of `config.boundaries`, for example those of an earlier layer. None
             for methods without chunks.
         window: the layer's sliding window.
         scale: the layer's factor of the logits. Not used by "dhsa". None: 1 / sqrt(D).
         softcap: the layer's bound of the logits. Not used by "dhsa". None: no bound.
         causal: as in `attention`. The selection remembers it.
+        state: for methods that use what they found in earlier layers ("spatten") or calls ("retrieval"): what
+            `config.options.new_state()` returned for the first of them. It is read and then updated. None: this layer
+            or call stands alone.
 
     Returns:
         A Selection of shape (B, heads, nq). Its arrays are NumPy, whatever the kind of q is.
 
     Raises:
-        TypeError: as in `attention`.
-        ValueError: as in `attention` and `chunk_scores`.
+        TypeError: as in `attention`; or `state` is not of the method.
+        ValueError: as in `attention` and `chunk_scores`; `v` is missing, or given to a method that reads none;
+            `key_scores` has the wrong shape, is not finite or, with a mass, negative; `state` is of another prompt.
         NotImplementedError: as in `attention`.
 
     Source: arXiv 2510.24606, sparse selection.
@@ -292,13 +308,28 @@ def select(
     kind = kind_of(q, "q")
     q, k = kind.accept(q, "q"), kind.accept(k, "k")
     shape = _score_shape(q, k, HEADS.index(config.heads), config.query_block)
-    chunks = config.options.has_chunks
+    chunks = config.options.has_chunks and key_scores is None
+    if key_scores is not None and boundaries is not None:
+        raise ValueError("boundaries: key_scores are of single keys, not of chunks; expected None")
     if not chunks and boundaries is not None:
         raise ValueError(f"boundaries: method={config.method!r} cuts no chunks; expected None")
+    if key_scores is not None:
+        key_scores = given_scores(key_scores, config, q.shape[0], q.shape[1], k.shape[1], k.shape[2])
+        config = _bounds(config)
+    if v is not None and not config.options.reads_values:
+        raise ValueError(f"v: method={config.method!r} reads no values; expected None")
+    if key_scores is None and not (causal or config.options.in_core or config.options.has_both_sides):
+        raise NotImplementedError(
+            f"causal: method {config.method} selects for causal attention only; rows, block and window serve both sides"
+        )
+    if state is not None and (key_scores is not None or type(state) is not type(config.options.new_state())):
+        raise TypeError(f"state: expected that of method={config.method!r}, got {type_name(state)}")
     if config.method == "dhsa":
         scale = softcap = None  # only the order of its products matters
     indptr = empty((shape[0] * shape[1] * shape[2] + 1,), np.int64, "q")
     _core.select_plan(q, k, config._core, scale, softcap, window, causal, indptr)
+    if key_scores is not None or not config.options.in_core:
+        return _in_numpy(kind, q, k, v, config, key_scores, scale, softcap, window, causal, state)
     cuts = None
     if chunks:
         cuts = _boundaries(k, config) if boundaries is None else boundary_array(boundaries, k.shape[0])
@@ -314,6 +345,81 @@ def select(
         boundaries=cuts,
         q_len=q.shape[2],
         k_len=k.shape[2],
+        window=None if window is None else check_int(window, "window", 1),
+        causal=bool(causal),
+    )
+
+
+def given_scores(scores: ArrayLike, config: Config, batch: int, heads: int, kv_heads: int, k_len: int) -> np.ndarray:
+    """`key_scores` as float64 [B, n, Lk], checked; TypeError or ValueError naming the argument otherwise."""
+    array = to_numpy(scores, "key_scores")
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"key_scores: expected real numbers, got {array.dtype}")
+    if array.ndim != 3:
+        raise ValueError(f"key_scores: expected 3 dimensions [B, n, Lk], got {array.ndim}")
+    sizes = dict.fromkeys((1, kv_heads, heads))
+    if array.shape[0] != batch or array.shape[1] not in sizes or array.shape[2] != k_len:
+        expected = f"[{batch}, {' or '.join(map(str, sizes))}, {k_len}]"
+        raise ValueError(f"key_scores: expected shape {expected}, got {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError("key_scores: expected finite numbers, got a NaN or infinity")
+    if config.mass is not None and (array < 0).any():
+        raise ValueError("key_scores: with a mass they are shares of it; expected at least 0, got a negative one")
+    return array.astype(np.float64)
+
+
+_BOUNDS = ("budget", "mass", "floor", "query_block", "sink", "local", "dense_tail", "heads")
+
+
+def _bounds(config: Config) -> Config:
+    """A Config with the bounds of `config` for given scores, which may serve any mass and both sides."""
+    return Config(method="block", **{name: getattr(config, name) for name in _BOUNDS})
+
+
+def _in_numpy(
+    kind: Kind,
+    q: Any,
+    k: Any,
+    v: Any,
+    config: Config,
+    key_scores: np.ndarray | None,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    causal: bool,
+    state: State | None,
+) -> Selection:
+    """The selection by a method that is in NumPy, or by given scores. The arguments were checked."""
+    options = {} if key_scores is not None else dataclasses.asdict(config.options)
+    if key_scores is None and config.options.reads_values:
+        if v is None:
+            raise ValueError(f"v: method={config.method!r} reads the values; expected those of the keys, got None")
+        v = kind.accept(v, "v")
+        check_rank(v, "v", "[B, Hkv, Lk, E]")
+        if tuple(v.shape[:3]) != tuple(k.shape[:3]):
+            raise ValueError(f"v: expected [B, Hkv, Lk] = {list(k.shape[:3])} as k, got {list(v.shape[:3])}")
+        v = kind.to_float32(v)
+    found = method_lists(
+        config.method,
+        kind.to_float32(q),
+        kind.to_float32(k),
+        v=v,
+        key_scores=key_scores,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        causal=causal,
+        state=state,
+        **{name: getattr(config, name) for name in _BOUNDS},
+        **options,
+    )
+    return Selection._trusted(
+        found.indptr,
+        found.indices,
+        shape=found.shape,
+        query_block=found.query_block,
+        q_len=found.q_len,
+        k_len=found.k_len,
         window=None if window is None else check_int(window, "window", 1),
         causal=bool(causal),
     )

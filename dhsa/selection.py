@@ -5,6 +5,7 @@ How selections are found is in functional.select; how they are used is in functi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,17 @@ class Selection:
             window=window,
             causal=causal,
         )
+
+    def _taken(self, heads: Sequence[int]) -> Selection:
+        """A selection whose list s is this one's list `heads[s]`."""
+        batch, sets, nq = self.shape
+        rows = [(b * sets + s) * nq for b in range(batch) for s in heads]
+        lengths = np.diff(self.indptr)
+        indptr = np.zeros(batch * len(heads) * nq + 1, np.int64)
+        np.cumsum(np.concatenate([lengths[row : row + nq] for row in rows]), out=indptr[1:])
+        indices = np.concatenate([self.indices[self.indptr[row] : self.indptr[row + nq]] for row in rows])
+        same = {name: getattr(self, name) for name in _FIELDS[3:]}
+        return Selection._trusted(indptr, indices, shape=(batch, len(heads), nq), **same)
 
     def _lengths(self) -> tuple[int, int]:
         """Return q_len and k_len. Where unknown, assume whole blocks of queries and the fewest keys that fit."""

@@ -44,6 +44,7 @@ def restore_settings():
     isa = _core.isa_current()
     yield
     dhsa.set_num_threads(None)
+    dhsa.set_float32_precision(None)
     if _core.isa_current() != isa:
         dhsa.set_isa(isa)
 

@@ -12,7 +12,7 @@ import transformers
 import dhsa
 
 EXACT = dhsa.Config(budget=None)
-SPARSE = dhsa.Config(budget=96, sink=8, local=32, query_block=32, dense_tail=16)
+SPARSE = dhsa.Config(budget=96, sink=8, local=32, query_block=32, dense_tail=16, break_even=0)
 WINDOW = 64
 FAMILIES = ["gemma2", "gemma3", "llama", "qwen2", "qwen3"]
 IMAGES = "gemma3 with images"  # the whole model: vision tower, projector, text

@@ -18,7 +18,8 @@ enum {
     MAX_ROWS = 512, /* query rows of an item: all heads of a group times a run of queries; they share the packed keys */
     WIDE = 1024,    /* fewer rows where one of queries and one of outputs have more elements than this together */
     MIN_ITEMS = 16, /* a small problem is divided into about this many items, so that threads can share it */
-    MIN_ITEMS_PAIRS = 8 /* the same for 16-bit products: every item packs its keys, which counts for more there */
+    MIN_ITEMS_PAIRS = 8, /* the same for 16-bit products: every item packs its keys, which counts for more there */
+    SPLIT = 3            /* products of bf16 that make one of fp32 at precision "high" */
 };
 
 typedef struct {
@@ -32,9 +33,11 @@ typedef struct {
     int64_t blocks;
     int panels, tile;
     const dhsa_pair_kernels *pair; /* NULL: products are fp32, whatever the dtype */
-    int64_t dim, padded;           /* head_dim of queries and keys; the same rounded up to what the kernels pack */
-    int64_t v_dim, v_padded;       /* the same of values and outputs */
-    int64_t v_stride;              /* elements of a strip of values (for pairs see kernels.h) */
+    /* Of fp32 inputs that are multiplied as bf16: the numbers that stand for one. 0: inputs are packed as they are. */
+    int parts;
+    int64_t dim, padded;     /* head_dim of queries and keys; numbers of a packed row of them */
+    int64_t v_dim, v_padded; /* the same of values and outputs */
+    int64_t v_stride;        /* elements of a strip of values (for pairs see kernels.h) */
     float factor, sign;
     float least;                  /* log2 of skip, 0: none; a tile that is this far below the maximum is left out */
     _Atomic int64_t *done, *left; /* number of products of a tile and a panel; number of those left out */
@@ -47,13 +50,15 @@ typedef struct {
     float *o, *s, *m, *l, *alpha, *top;
     void *q, *k, *v;   /* fp32 or 16 bits, as the kernels pack them */
     uint16_t *p;       /* probabilities in 16 bits */
+    uint16_t *narrow;  /* rows of fp32 after rounding, before they are packed */
+    float *ones;       /* [lanes] */
     int32_t *lo, *hi;  /* [panels * lanes]: a row sees the entries [lo, hi) of the key list */
     const void **rows; /* keys of the tile, then its values; after these, the same for the next tile */
     dhsa_ahead ahead;
     dhsa_exp_job job;
     struct {
-        int count; /* 0: none */
-        const uint16_t *p, *v;
+        int count;                   /* 0: none */
+        const uint16_t *p, *low, *v; /* low: NULL, or the smaller parts of p */
         const float *alpha;
         float *o;
     } due;              /* pairs only: the panel whose values are not added yet */
@@ -66,15 +71,19 @@ typedef struct {
 static int64_t attend_lay_out(const attend_plan *pl, char *base, attend_scratch *w)
 {
     const int64_t lanes = pl->kernels->lanes, rows = pl->panels * lanes, size = pl->pair ? 2 : 4;
+    const int64_t halves = pl->parts == SPLIT ? 2 : 1; /* of values and probabilities */
     int64_t used = 0;
     w->q = dhsa_part(base, &used, rows * pl->padded * size);
     w->o = dhsa_part(base, &used, rows * pl->v_padded * 4);
     w->s = dhsa_part(base, &used, pl->tile * lanes * 4);
     w->k = dhsa_part(base, &used, pl->tile * pl->padded * size);
     w->v = dhsa_part(base, &used,
-                     pl->pair ? pl->tile * pl->v_padded * size
+                     pl->pair ? pl->tile * pl->v_padded * size * halves
                               : pl->v_padded / pl->kernels->value_step * pl->v_stride * size);
-    w->p = dhsa_part(base, &used, pl->pair ? pl->tile * lanes * 4 : 0);
+    w->p = dhsa_part(base, &used, pl->pair ? 2 * halves * pl->tile * lanes * size : 0);
+    w->narrow =
+        dhsa_part(base, &used, pl->parts ? DHSA_PAIR_STEP * DHSA_MAX(pl->padded, halves * pl->v_padded) * size : 0);
+    w->ones = dhsa_part(base, &used, lanes * 4);
     w->m = dhsa_part(base, &used, rows * 4);
     w->l = dhsa_part(base, &used, rows * 4);
     w->alpha = dhsa_part(base, &used, 2 * lanes * 4);
@@ -90,10 +99,10 @@ static float narrow_value(const attend_plan *pl, uint16_t x)
     return pl->p->v.dtype == DHSA_F16 ? dhsa_from_f16(x) : dhsa_from_bf16(x);
 }
 
-/* Adds the values of a tile in which some are inf or NaN. 0 times these is NaN, so a row must not read the values of
- * keys that it does not see. */
-static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offset, int n, int count, int base,
-                       const int32_t *lo, const int32_t *hi, float *o)
+/* Adds the values of a tile, whose rows are `rows`, in which some are inf or NaN. 0 times these is NaN, so a row must
+ * not read the values of keys that it does not see. */
+static void pv_guarded(const attend_plan *pl, const attend_scratch *w, const void *const *rows, int offset, int n,
+                       int count, int base, const int32_t *lo, const int32_t *hi, float *o)
 {
     const int lanes = pl->kernels->lanes, step = pl->kernels->value_step;
     for (int d = 0; d < pl->v_dim; d++)
@@ -101,7 +110,9 @@ static void pv_guarded(const attend_plan *pl, const attend_scratch *w, int offse
             float sum = 0;
             for (int j = DHSA_MAX(0, lo[r] - base); j < DHSA_MIN(count, hi[r] - base); j++) {
                 const float p = w->s[(ptrdiff_t)j * lanes + r];
-                if (pl->pair)
+                if (pl->parts)
+                    sum += p * ((const float *)rows[n + offset + j])[d];
+                else if (pl->pair)
                     sum +=
                         p *
                         narrow_value(
@@ -181,13 +192,30 @@ static void find_ranges(const attend_plan *pl, const item *it, attend_scratch *w
     }
 }
 
+/* Rounds n <= DHSA_PAIR_STEP rows of fp32 to rows of pl->padded numbers, and replaces the pointers. At precision "high"
+ * a row of queries is [high, high, low] and a row of keys [high, low, high], so that one product of such rows is the
+ * sum of three. */
+static void narrow_rows(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n, int keys,
+                        const void **to)
+{
+    const int64_t K = pl->padded / pl->parts;
+    for (int i = 0; i < n; i++) {
+        uint16_t *row = w->narrow + i * pl->padded;
+        const int low = keys ? 1 : 2;
+        pl->pair->narrow(rows[i], (int)pl->dim, row, pl->parts == SPLIT ? row + low * K : NULL);
+        if (pl->parts == SPLIT) memcpy(row + (SPLIT - low) * K, row, (size_t)K * sizeof *row);
+        to[i] = row;
+    }
+}
+
 static void pack_queries(const attend_plan *pl, const item *it, attend_scratch *w)
 {
-    const int lanes = pl->kernels->lanes, dim = (int)pl->dim;
+    const int lanes = pl->kernels->lanes, dim = (int)(pl->parts ? pl->padded : pl->dim);
     for (int at = 0; at < it->panels; at++) {
         const int n = DHSA_MIN(lanes, it->rows - at * lanes);
         const ptrdiff_t first = (ptrdiff_t)at * lanes * pl->padded;
         for (int r = 0; r < n; r++) w->rows[r] = item_row(pl, it, &pl->p->q, at * lanes + r);
+        if (pl->parts) narrow_rows(pl, w, w->rows, n, 0, w->rows);
         if (pl->pair)
             pl->pair->pack_panel(w->rows, n, dim, pl->sign < 0, (uint16_t *)w->q + first);
         else
@@ -202,7 +230,7 @@ static void find_rows(const attend_plan *pl, const item *it, int64_t at, int n, 
     for (int which = 0; which < 2; which++, rows += n) {
         const dhsa_tensor *t = tensors[which];
         const char *base = dhsa_row(t, it->b, it->kv_head, 0);
-        const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
+        const int64_t step = dhsa_step(t, 2);
         for (int j = 0; j < n; j++)
             rows[j] = base + (it->list.keys ? it->list.keys[at + j] : it->list.start + at + j) * step;
     }
@@ -211,11 +239,45 @@ static void find_rows(const attend_plan *pl, const item *it, int64_t at, int n, 
 /* Packs the keys of a tile, the first n of `rows`. */
 static void pack_keys(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n)
 {
-    if (pl->pair)
+    if (pl->parts)
+        for (int j = 0; j < n; j += DHSA_PAIR_STEP) { /* whole squares */
+            const void *narrow[DHSA_PAIR_STEP];
+            const int some = DHSA_MIN(DHSA_PAIR_STEP, n - j);
+            narrow_rows(pl, w, rows + j, some, 1, narrow);
+            pl->pair->pack_keys(narrow, some, (int)pl->padded, (uint16_t *)w->k + j * pl->padded);
+        }
+    else if (pl->pair)
         pl->pair->pack_keys(rows, n, (int)pl->dim, w->k);
     else
         pl->kernels->pack_rows(rows, pl->p->k.dtype, n, (int)pl->dim, w->k);
     w->packed = 0;
+}
+
+/* The numbers of a packed row of values: the keys of a tile, twice at precision "high", the smaller parts last. */
+static ptrdiff_t value_length(const attend_plan *pl, int n)
+{
+    return dhsa_round_up(n, DHSA_PAIR_STEP) * (pl->parts == SPLIT ? 2 : 1);
+}
+
+/* Packs n values of fp32 as bf16. Returns 1 if any element is not finite. */
+static int pack_narrow_values(const attend_plan *pl, attend_scratch *w, const void *const *rows, int n)
+{
+    const ptrdiff_t length = value_length(pl, n);
+    const void *high[DHSA_PAIR_STEP], *low[DHSA_PAIR_STEP];
+    int poison = 0;
+    for (int j = 0; j < n; j += DHSA_PAIR_STEP) {
+        const int some = DHSA_MIN(DHSA_PAIR_STEP, n - j), split = pl->parts == SPLIT;
+        uint16_t *to = (uint16_t *)w->v + dhsa_square(0, j, length);
+        for (int i = 0; i < some; i++) {
+            uint16_t *row = w->narrow + i * (1 + split) * pl->v_padded;
+            high[i] = row;
+            low[i] = row + pl->v_padded;
+            pl->pair->narrow(rows[j + i], (int)pl->v_dim, row, split ? row + pl->v_padded : NULL);
+        }
+        poison |= pl->pair->pack_values(high, some, (int)pl->v_dim, length, to);
+        if (split) pl->pair->pack_values(low, some, (int)pl->v_dim, length, to + dhsa_square(0, length / 2, length));
+    }
+    return poison;
 }
 
 /* Packs the values of a tile, the n rows after its keys, unless they are packed already. */
@@ -223,8 +285,9 @@ static void pack_values(const attend_plan *pl, attend_scratch *w, const void *co
 {
     if (w->packed) return;
     w->packed = 1;
-    w->poison = pl->pair ? pl->pair->pack_values(rows + n, n, (int)pl->v_dim, w->v)
-                         : pl->kernels->pack_values(rows + n, pl->p->k.dtype, n, (int)pl->v_dim, pl->v_stride, w->v);
+    w->poison = pl->parts  ? pack_narrow_values(pl, w, rows + n, n)
+                : pl->pair ? pl->pair->pack_values(rows + n, n, (int)pl->v_dim, value_length(pl, n), w->v)
+                           : pl->kernels->pack_values(rows + n, pl->p->k.dtype, n, (int)pl->v_dim, pl->v_stride, w->v);
 }
 
 /* Prepares w->ahead, so that the products of this tile, of n keys, prefetch the rows of the next one, of `next`
@@ -234,7 +297,7 @@ static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scra
 {
     const int64_t size = dhsa_dtype_size(pl->p->q.dtype), bytes = pl->dim * size, v_bytes = pl->v_dim * size;
     const int64_t lines = next * (dhsa_ceil_div(bytes, 64) + dhsa_ceil_div(v_bytes, 64));
-    const int64_t products = it->panels * n * (pl->dim + pl->v_dim);
+    const int64_t products = it->panels * n * (pl->dim + pl->v_dim) * DHSA_MAX(pl->parts, 1);
     const char *const *first = (const char *const *)rows;
     w->ahead = (dhsa_ahead){.row = first,
                             .values = first + next,
@@ -247,10 +310,15 @@ static void attend_look_ahead(const attend_plan *pl, const item *it, attend_scra
 /* Adds the values of the panel before this one. Meanwhile the exponentials of this one may be computed. */
 static void add_due(const attend_plan *pl, attend_scratch *w, int n, dhsa_exp_job *meanwhile)
 {
-    if (w->due.count)
-        pl->pair->pv(w->due.p, w->due.v, dhsa_round_up(n, DHSA_PAIR_STEP) * 16, w->due.count, (int)pl->v_dim,
-                     w->due.alpha, w->due.o, &w->ahead, meanwhile);
+    const ptrdiff_t length = value_length(pl, n), stride = length * 16;
+    const int count = w->due.count, dim = (int)pl->v_dim;
     w->due.count = 0;
+    if (!count) return;
+    pl->pair->pv(w->due.p, w->due.v, stride, count, dim, w->due.alpha, w->due.o, &w->ahead, meanwhile);
+    if (!w->due.low) return;
+    const uint16_t *v_low = w->due.v + dhsa_square(0, length / 2, length);
+    pl->pair->pv(w->due.p, v_low, stride, count, dim, w->ones, w->due.o, &w->ahead, meanwhile);
+    pl->pair->pv(w->due.low, w->due.v, stride, count, dim, w->ones, w->due.o, &w->ahead, meanwhile);
 }
 
 /* Whether, in every row that sees a key (its largest product is not -inf), all probabilities are less than skip
@@ -289,7 +357,7 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
                          const void *const *rows)
 {
     const dhsa_kernels *kn = pl->kernels;
-    const int lanes = kn->lanes, dim = (int)pl->dim;
+    const int lanes = kn->lanes, dim = (int)(pl->parts ? pl->padded : pl->dim);
     const int32_t *lo = w->lo + panel * lanes, *hi = w->hi + panel * lanes;
     const dhsa_bounds seen = dhsa_bounds_of(lo, hi, lanes);
     /* Keys that no row of the panel sees are clipped. A mask is needed only if the rows of the panel differ. */
@@ -317,12 +385,14 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
         if (!guarded) {
             float *alpha = w->alpha + w->turn * lanes;
             uint16_t *p = w->p + w->turn * pl->tile * lanes;
-            pl->pair->softmax(w->s, w->top, count, (int)from, lo, hi, factor, softcap, m, l, alpha, p, &w->job);
+            uint16_t *low = pl->parts == SPLIT ? p + 2 * pl->tile * lanes : NULL;
+            pl->pair->softmax(w->s, w->top, count, (int)from, lo, hi, factor, softcap, m, l, alpha, p, low, &w->job);
             add_due(pl, w, n, &w->job);
             pl->pair->exp(&w->job);
             w->due.count = count;
             w->due.p = p;
-            w->due.v = (uint16_t *)w->v + dhsa_square(0, offset, dhsa_round_up(n, DHSA_PAIR_STEP));
+            w->due.low = low;
+            w->due.v = (uint16_t *)w->v + dhsa_square(0, offset, value_length(pl, n));
             w->due.alpha = alpha;
             w->due.o = o;
             w->turn = !w->turn; /* not panel % 2: panels that see no key of the tile are skipped */
@@ -332,7 +402,7 @@ static void attend_panel(const attend_plan *pl, attend_scratch *w, int panel, in
     }
     kn->softmax(w->s, count, used, (int)from, lo, hi, factor, softcap, m, l, w->alpha);
     if (guarded)
-        pv_guarded(pl, w, offset, n, count, (int)from, w->lo + panel * lanes, hi, o);
+        pv_guarded(pl, w, rows, offset, n, count, (int)from, w->lo + panel * lanes, hi, o);
     else
         kn->pv(w->s, (float *)w->v + (ptrdiff_t)offset * kn->value_step, pl->v_stride, count, (int)pl->v_dim, used,
                w->alpha, o, &w->ahead);
@@ -380,6 +450,7 @@ static void attend_task(void *context, int64_t index, int thread)
         w.m[r] = sink_of(pl, &it, r);
         w.l[r] = w.m[r] == -INFINITY ? 0 : 1;
     }
+    for (int r = 0; r < pl->kernels->lanes; r++) w.ones[r] = 1;
     w.due.count = w.turn = 0;
     w.done = w.left = 0;
     if (pl->pair) pl->pair->begin();
@@ -411,7 +482,8 @@ static void attend_task(void *context, int64_t index, int thread)
 dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *list, dhsa_error *error)
 {
     if (dhsa_decodes(p, list)) return dhsa_decode(p, list, error);
-    attend_plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(dhsa_kernels_current(), p->q.dtype)};
+    const dhsa_kernels *current = dhsa_kernels_current();
+    attend_plan pl = {.p = p, .list = list, .kernels = dhsa_kernels_for(current, p->q.dtype)};
     const int64_t B = p->q.shape[0], H = p->q.shape[1], q_len = p->q.shape[2], dim = p->q.shape[3];
     attend_scratch unused;
     _Atomic int64_t done = 0, left = 0;
@@ -424,6 +496,11 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.block = list ? DHSA_MIN(list->query_block, q_len) : q_len;
     pl.blocks = dhsa_ceil_div(q_len, pl.block);
     pl.pair = dhsa_pair_products(pl.kernels, p->q.dtype);
+    if (p->q.dtype == DHSA_F32 && p->precision && current->precisions >> p->precision & 1) {
+        pl.kernels = current;
+        pl.pair = current->bf16;
+        pl.parts = p->precision == DHSA_PRECISION_HIGH ? SPLIT : 1;
+    }
     /* The division into items depends on the shape and the tier only, never on the number of threads. Under a
      * window, the tiles of an item begin at the first key of its first query. There the division does not depend on
      * the batch either, so that a row has the same bits as alone. */
@@ -436,8 +513,8 @@ dhsa_status dhsa_attend_checked(const dhsa_problem *p, const dhsa_selection *lis
     pl.runs = dhsa_ceil_div(pl.block, pl.run);
     pl.panels = (int)dhsa_ceil_div(pl.run * pl.heads, pl.kernels->lanes);
     pl.dim = dim;
-    pl.tile = pl.pair ? TILE_PAIRS : TILE;
-    pl.padded = dhsa_round_up(dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
+    pl.tile = pl.pair && pl.parts != SPLIT ? TILE_PAIRS : TILE;
+    pl.padded = dhsa_round_up(dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step) * DHSA_MAX(pl.parts, 1);
     pl.v_padded = dhsa_round_up(pl.v_dim, pl.pair ? DHSA_PAIR_STEP : pl.kernels->value_step);
     /* Not a power of two; else the writes of a row to all strips would share a few cache lines. */
     pl.v_stride = (pl.tile + 2) * pl.kernels->value_step;

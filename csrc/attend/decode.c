@@ -71,7 +71,7 @@ static void decode_find_span(const decode_plan *pl, int64_t set, decode_span *at
 static void point(const decode_span *at, const dhsa_tensor *t, int64_t from, int n, const void **rows)
 {
     const char *base = dhsa_row(t, at->b, at->kv_head, 0);
-    const int64_t step = t->stride[2] * dhsa_dtype_size(t->dtype);
+    const int64_t step = dhsa_step(t, 2);
     for (int j = 0; j < n; j++)
         rows[j] = base + (at->list.keys ? at->list.keys[from + j] : at->list.start + from + j) * step;
 }

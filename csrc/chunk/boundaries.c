@@ -34,7 +34,7 @@ typedef struct {
 static void sum_keys(const similarity_job *job, int64_t b, int64_t from, int64_t to, window_sum *w)
 {
     const int64_t heads = job->k->shape[1], dim = job->k->shape[3];
-    const ptrdiff_t stride = (ptrdiff_t)(job->k->stride[2] * dhsa_dtype_size(job->k->dtype));
+    const ptrdiff_t stride = (ptrdiff_t)dhsa_step(job->k, 2);
     for (int64_t h = 0; h < heads; h++)
         job->kernels->sum_rows(dhsa_row(job->k, b, h, from), stride, job->k->dtype, to - from, dim, w->sum + h * dim);
     w->square = job->kernels->dot(w->sum, w->sum, job->channels);

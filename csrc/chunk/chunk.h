@@ -46,7 +46,7 @@ typedef enum { DHSA_MEANS_F32 = 0, DHSA_MEANS_BF16, DHSA_MEANS_I8, DHSA_MEANS_KI
 
 /* A shortlist takes or leaves out a group of DHSA_CHUNK_GROUP neighbouring chunks as a whole. The coarse stage scores
  * the means of groups. */
-enum { DHSA_CHUNK_GROUP = 4 };
+enum { DHSA_CHUNK_GROUP = DHSA_GROUP_CHUNKS };
 
 typedef struct {
     dhsa_means_kind kind;
@@ -110,6 +110,8 @@ int dhsa_chunks_grow(dhsa_chunks *chunks, int64_t kv_heads, int64_t capacity, in
  * scratch + t * stride. */
 void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, dhsa_chunks *chunks, int64_t first,
                       char *scratch, int64_t stride, int num_threads);
+/* Fills chunks, which must have room, from means of the same number of chunks. */
+void dhsa_chunks_take(dhsa_chunks *chunks, const dhsa_means *means);
 /* Sets chunks->odd from the states. */
 void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads);
 

@@ -1,4 +1,5 @@
 /* means.c: the mean keys of chunks for each KV head, and whether they are finite. They are used in select/scorer.c. */
+#include <inttypes.h>
 #include <math.h>
 #include <string.h>
 
@@ -25,7 +26,7 @@ int dhsa_chunk_mean(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b
 {
     const int64_t dim = k->shape[3];
     const float n = (float)(to - from);
-    const ptrdiff_t stride = (ptrdiff_t)(k->stride[2] * dhsa_dtype_size(k->dtype));
+    const ptrdiff_t stride = (ptrdiff_t)dhsa_step(k, 2);
     for (int64_t at = from; at < to; at += RUN) {
         kernels->sum_rows(dhsa_row(k, b, kv_head, at), stride, k->dtype, DHSA_MIN(RUN, to - at), dim,
                           at == from ? mean : sum);
@@ -60,7 +61,7 @@ float dhsa_chunk_spread(const dhsa_kernels *kernels, const float *mean, float sq
 void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t b, int64_t h, int64_t from, int64_t to,
                      float sign, float *mean)
 {
-    const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
+    const int64_t dim = q->shape[3], stride = dhsa_step(q, 2);
     const float n = sign < 0 ? -(float)(to - from) : (float)(to - from);
     kernels->sum_rows(dhsa_row(q, b, h, from), (ptrdiff_t)stride, q->dtype, to - from, dim, mean);
     /* Divided, not multiplied by 1 / n: a mean half way between two bf16 values must be exact. */
@@ -68,15 +69,9 @@ void dhsa_mean_query(const dhsa_kernels *kernels, const dhsa_tensor *q, int64_t 
     for (int64_t d = 0; sign == 0 && d < dim; d++) mean[d] *= 0.0f;
 }
 
-void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
-                     void *to, float *scale, int32_t *bias)
+/* Stores a quantized mean in the type that `kind` says. */
+static void store_whole(dhsa_means_kind kind, const int8_t *whole, int64_t dim, int64_t row, void *to, int32_t *bias)
 {
-    if (kind == DHSA_MEANS_F32) {
-        memcpy(to, mean, (size_t)dim * sizeof *mean);
-        return;
-    }
-    int8_t whole[DHSA_MAX_HEAD_DIM];
-    *scale = kernels->quantize(mean, dim, whole);
     if (kind == DHSA_MEANS_I8) {
         int32_t sum = 0;
         for (int64_t d = 0; d < dim; d++) sum += whole[d];
@@ -94,6 +89,25 @@ void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const fl
     memset((uint16_t *)to + dim, 0, (size_t)(row - dim) * 2);
 }
 
+void dhsa_mean_store(const dhsa_kernels *kernels, dhsa_means_kind kind, const float *mean, int64_t dim, int64_t row,
+                     void *to, float *scale, int32_t *bias)
+{
+    if (kind == DHSA_MEANS_F32) {
+        memcpy(to, mean, (size_t)dim * sizeof *mean);
+        return;
+    }
+    int8_t whole[DHSA_MAX_HEAD_DIM];
+    *scale = kernels->quantize(mean, dim, whole);
+    store_whole(kind, whole, dim, row, to, bias);
+}
+
+/* Writes a stored mean, which is not in the layout of squares, as entry `at` of `means`, which is. */
+static void put_square(void *means, const uint16_t *line, int64_t row, int64_t at)
+{
+    for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP)
+        memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
+}
+
 void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const float *mean, int64_t dim, void *means,
                    float *scale, int32_t *bias, int64_t at)
 {
@@ -103,9 +117,7 @@ void dhsa_mean_put(const dhsa_kernels *kernels, const dhsa_chunks *chunks, const
     const int quantized = chunks->kind != DHSA_MEANS_F32, bytes = chunks->kind == DHSA_MEANS_I8;
     if (chunks->squares) to = line;
     dhsa_mean_store(kernels, chunks->kind, mean, dim, row, to, quantized ? scale + at : NULL, bytes ? bias + at : NULL);
-    if (!chunks->squares) return;
-    for (int64_t d = 0; d < row; d += DHSA_PAIR_STEP)
-        memcpy((uint16_t *)means + dhsa_square(at, d, row), line + d, DHSA_PAIR_STEP * 2);
+    if (chunks->squares) put_square(means, line, row, at);
 }
 
 void dhsa_chunks_plan(dhsa_chunks *chunks, dhsa_means_kind kind, int squares, int spreads, int64_t capacity,
@@ -185,6 +197,25 @@ typedef struct {
     int64_t stride, b, first, groups;
 } means_job;
 
+/* Writes the mean of keys [from, to) of a KV head to line [dim], and their spread, unless it is NULL; returns the state
+ * of the chunk. line has room for 3 * dim. */
+static unsigned char mean_of(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t b, int64_t head, int64_t from,
+                             int64_t to, float *line, float *spread)
+{
+    const int64_t dim = k->shape[3];
+    unsigned char state = DHSA_CHUNK_EMPTY;
+    if (from == to)
+        memset(line, 0, (size_t)dim * sizeof *line);
+    else
+        state = dhsa_chunk_mean(kernels, k, b, head, from, to, line, line + dim) ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
+    if (spread) {
+        const float squares =
+            state == DHSA_CHUNK_GOOD ? dhsa_chunk_squares(kernels, k, b, head, from, to, line + 2 * dim) : 0;
+        *spread = dhsa_chunk_spread(kernels, line, squares, DHSA_MAX(to - from, 1), dim);
+    }
+    return state;
+}
+
 static void means_task(void *context, int64_t index, int thread)
 {
     const means_job *job = context;
@@ -194,24 +225,10 @@ static void means_task(void *context, int64_t index, int thread)
     float *mean = (float *)(job->scratch + thread * job->stride);
     dhsa_whole(mean, 3 * dim * (int64_t)sizeof *mean);
     for (int64_t c = first; c < last; c++) {
-        const int64_t from = chunks->edges[c], to = chunks->edges[c + 1];
-        unsigned char *state = chunks->state + head * chunks->pitch + c;
-        if (from == to) {
-            memset(mean, 0, (size_t)dim * sizeof *mean);
-            *state = DHSA_CHUNK_EMPTY;
-        } else {
-            const int finite = dhsa_chunk_mean(job->kernels, job->k, job->b, head, from, to, mean, mean + dim);
-            *state = finite ? DHSA_CHUNK_GOOD : DHSA_CHUNK_BAD;
-        }
-        if (chunks->spread) {
-            const float squares = *state == DHSA_CHUNK_GOOD
-                                      ? dhsa_chunk_squares(job->kernels, job->k, job->b, head, from, to, mean + 2 * dim)
-                                      : 0;
-            chunks->spread[head * chunks->pitch + c] =
-                dhsa_chunk_spread(job->kernels, mean, squares, DHSA_MAX(to - from, 1), dim);
-        }
-        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->scale, chunks->bias,
-                      head * chunks->pitch + c);
+        const int64_t at = head * chunks->pitch + c;
+        chunks->state[at] = mean_of(job->kernels, job->k, job->b, head, chunks->edges[c], chunks->edges[c + 1], mean,
+                                    chunks->spread ? chunks->spread + at : NULL);
+        dhsa_mean_put(job->kernels, chunks, mean, dim, chunks->means, chunks->scale, chunks->bias, at);
     }
 }
 
@@ -221,6 +238,71 @@ void dhsa_chunks_fill(const dhsa_kernels *kernels, const dhsa_tensor *k, int64_t
     means_job job = {kernels, k, chunks, scratch, stride, b, first, dhsa_ceil_div(chunks->chunks - first, GROUP)};
     if (job.groups > 0) dhsa_parallel(k->shape[1] * job.groups, num_threads, means_task, &job);
     dhsa_chunks_look(chunks, k->shape[1]);
+}
+
+/* ---- means for others ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const dhsa_kernels *kernels;
+    const dhsa_tensor *k;
+    const int32_t *edges;
+    const dhsa_means *means;
+    int64_t groups;
+} export_job;
+
+static void export_task(void *context, int64_t index, int thread)
+{
+    const export_job *job = context;
+    const dhsa_means *means = job->means;
+    const int64_t head = index / job->groups, first = index % job->groups * GROUP;
+    float line[3 * DHSA_MAX_HEAD_DIM];
+    (void)thread;
+    for (int64_t c = first; c < DHSA_MIN(first + GROUP, means->chunks); c++) {
+        const int64_t at = head * means->chunks + c;
+        means->state[at] = (int8_t)mean_of(job->kernels, job->k, 0, head, job->edges[c], job->edges[c + 1], line,
+                                           means->spread ? means->spread + at : NULL);
+        means->scale[at] = job->kernels->quantize(line, means->dim, means->mean + at * means->dim);
+    }
+}
+
+dhsa_status dhsa_chunk_means(const dhsa_tensor *k, const int32_t *edges, const dhsa_means *means, int num_threads,
+                             dhsa_error *error)
+{
+    dhsa_status status;
+    if ((status = dhsa_tensor_check(k, "k", error)) || (status = dhsa_check_pointer(edges, "edges", error)) ||
+        (status = dhsa_check_pointer(means, "means", error)) || (status = dhsa_threads_check(num_threads, error)))
+        return status;
+    if (k->shape[0] != 1) return dhsa_fail(error, DHSA_ERR_VALUE, "k: batch is %" PRId64 ", expected 1", k->shape[0]);
+    if (means->kv_heads != k->shape[1] || means->dim != k->shape[3] || means->chunks < 1 || !means->mean ||
+        !means->scale || !means->state)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "means: expected room for chunks of %" PRId64 " heads of %" PRId64,
+                         k->shape[1], k->shape[3]);
+    for (int64_t c = 0; c <= means->chunks; c++)
+        if (edges[c] < (c ? edges[c - 1] : 0) || edges[c] > k->shape[2])
+            return dhsa_fail(error, DHSA_ERR_VALUE,
+                             "edges: entry %" PRId64 " is %d, expected numbers up to %" PRId64 " that do not decrease",
+                             c, (int)edges[c], k->shape[2]);
+    export_job job = {dhsa_kernels_current(), k, edges, means, dhsa_ceil_div(means->chunks, GROUP)};
+    dhsa_parallel(k->shape[1] * job.groups, num_threads, export_task, &job);
+    return DHSA_OK;
+}
+
+void dhsa_chunks_take(dhsa_chunks *chunks, const dhsa_means *means)
+{
+    const int64_t dim = means->dim, row = chunks->row;
+    uint16_t line[DHSA_MAX_HEAD_DIM];
+    for (int64_t h = 0; h < means->kv_heads; h++)
+        for (int64_t c = 0; c < means->chunks; c++) {
+            const int64_t from = h * means->chunks + c, at = h * chunks->pitch + c;
+            void *to =
+                chunks->squares ? (void *)line : (char *)chunks->means + at * row * dhsa_means_size(chunks->kind);
+            store_whole(chunks->kind, means->mean + from * dim, dim, row, to, chunks->bias ? chunks->bias + at : NULL);
+            if (chunks->squares) put_square(chunks->means, line, row, at);
+            chunks->scale[at] = means->scale[from];
+            chunks->state[at] = (unsigned char)means->state[from];
+            if (chunks->spread) chunks->spread[at] = means->spread[from];
+        }
+    dhsa_chunks_look(chunks, means->kv_heads);
 }
 
 void dhsa_chunks_look(dhsa_chunks *chunks, int64_t kv_heads)

@@ -1,10 +1,11 @@
-/* error.c: errors, aligned memory and the clock, which all other files may use. Nothing here computes attention. */
+/* error.c: errors and aligned memory, which all other files may use. Nothing here computes attention. */
+#include "core/faults.h"
 #include "core/internal.h"
+#include "core/platform.h"
 
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 dhsa_status dhsa_fail(dhsa_error *error, dhsa_status status, const char *format, ...)
 {
@@ -23,9 +24,11 @@ void *dhsa_alloc(int64_t count, int64_t size)
     int64_t bytes;
     if (!dhsa_mul(count, size, &bytes) || bytes > INT64_MAX - DHSA_ALIGN || (uint64_t)bytes > SIZE_MAX - DHSA_ALIGN)
         return NULL;
-    void *p = NULL;
+    if (dhsa_fault(DHSA_FAULT_ALLOCATION)) return NULL;
     /* At least one cache line, so that an empty array also has a valid, distinct address. */
-    return posix_memalign(&p, DHSA_ALIGN, (size_t)dhsa_round_up(DHSA_MAX(bytes, 1), DHSA_ALIGN)) == 0 ? p : NULL;
+    void *p = dhsa_platform_alloc(DHSA_ALIGN, (size_t)dhsa_round_up(DHSA_MAX(bytes, 1), DHSA_ALIGN));
+    if (p) dhsa_fault_hold(1);
+    return p;
 }
 
 void *dhsa_alloc_zeroed(int64_t count, int64_t size)
@@ -34,11 +37,8 @@ void *dhsa_alloc_zeroed(int64_t count, int64_t size)
     return p ? memset(p, 0, (size_t)(count * size)) : NULL;
 }
 
-void dhsa_free(void *p) { free(p); }
-
-double dhsa_now(void)
+void dhsa_free(void *p)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    if (p) dhsa_fault_hold(-1);
+    dhsa_platform_free(p);
 }

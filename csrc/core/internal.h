@@ -36,6 +36,12 @@ static inline int64_t dhsa_dtype_size(dhsa_dtype t) { return t == DHSA_F32 ? 4 :
 static inline int64_t dhsa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t dhsa_round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+/* Bytes from an index of an axis to the next. The stride of an axis of one index may be any number. */
+static inline int64_t dhsa_step(const dhsa_tensor *t, int axis)
+{
+    return t->shape[axis] > 1 ? t->stride[axis] * dhsa_dtype_size(t->dtype) : 0;
+}
+
 /* The address of row [b, h, i, :] of a tensor. */
 static inline void *dhsa_row(const dhsa_tensor *t, int64_t b, int64_t h, int64_t i)
 {
@@ -57,7 +63,7 @@ dhsa_status dhsa_threads_check(int num_threads, dhsa_error *error);
  * from position `first` on. The density is the second number divided by the first. In selection.c. */
 double dhsa_pairs_visible(const dhsa_problem *p, int64_t heads);
 double dhsa_pairs_kept(const dhsa_problem *p, const dhsa_selection *s, int64_t first, int64_t q_len);
-/* Seconds of a monotonic clock. In error.c. */
+/* Seconds of a monotonic clock. In platform_posix.c and platform_windows.c. */
 double dhsa_now(void);
 
 #endif

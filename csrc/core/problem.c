@@ -183,6 +183,8 @@ dhsa_status dhsa_problem_check(const dhsa_problem *p, dhsa_error *error)
                          "q: %" PRId64 " queries are more than the %" PRId64 " keys, expected Lq <= Lk when causal",
                          q->shape[2], k->shape[2]);
     if ((status = dhsa_scaling_check(p->scale, p->softcap, error))) return status;
+    if ((int)p->precision < DHSA_PRECISION_HIGHEST || p->precision > DHSA_PRECISION_MEDIUM)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "precision: got %d, expected a dhsa_precision", (int)p->precision);
     if (p->skip && !(p->skip > 0 && p->skip < 1))
         return dhsa_fail(error, DHSA_ERR_VALUE, "skip: got %g, expected a number above 0 and below 1", p->skip);
     if (p->window < 0)

@@ -51,6 +51,10 @@ typedef struct {
 
 /* ---- attention ------------------------------------------------------------------------------------------------- */
 
+/* How numbers of fp32 are multiplied, by the words of torch.set_float32_matmul_precision. HIGH: as sums of two bf16
+ * numbers, without the products of the two smaller ones; MEDIUM: rounded to bf16. Sums are fp32 in all of them. */
+typedef enum { DHSA_PRECISION_HIGHEST = 0, DHSA_PRECISION_HIGH, DHSA_PRECISION_MEDIUM } dhsa_precision;
+
 typedef struct {
     dhsa_tensor q, k, v, out; /* all of one dtype; out [B, H, Lq, E] must not overlap an input */
     /* NULL, or contiguous [B, H, Lq]: the natural log of the sum of exp(logit), -inf for a query that sees no key */
@@ -65,6 +69,9 @@ typedef struct {
      * value, so that the weights of the keys add up to less than 1. It is not scaled or capped. lse includes it. */
     const float *sinks;
     int num_threads; /* >= 1 */
+    /* How fp32 inputs are multiplied; of no effect for other dtypes, for at most DHSA_DECODE_ROWS query rows, and for a
+     * precision that dhsa_isa_precisions() does not name, whose products are those of the highest. */
+    dhsa_precision precision;
     /* 0: none; else 0 < skip < 1: a tile of keys is left out for a group of query rows if every probability in it is
      * less than skip times the largest one that its row has met before (BLASST, arXiv 2512.12087). See
      * docs/architecture/attend.md. The path for at most DHSA_DECODE_ROWS query rows ignores it. */
@@ -252,6 +259,30 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
                         const dhsa_select_config *config, int64_t *indptr, int32_t *indices, int num_threads,
                         dhsa_error *error);
 
+/* Means of chunks of one batch item, quantized as selection by row scores uses them: whole numbers up to 127, times a
+ * factor. Instruction sets do not differ in them, so that machines can exchange them. */
+typedef struct {
+    int64_t kv_heads, chunks, dim;
+    int8_t *mean;  /* [kv_heads, chunks, dim] */
+    float *scale;  /* [kv_heads, chunks] */
+    float *spread; /* [kv_heads, chunks], of groups of DHSA_GROUP_CHUNKS chunks; NULL for chunks */
+    int8_t *state; /* [kv_heads, chunks]: 0, 1 (the mean is not finite) or 2 (the chunk is empty) */
+} dhsa_means;
+#define DHSA_GROUP_CHUNKS 4
+/* Computes the means of keys [edges[c], edges[c + 1]) of k, which has a batch of one. edges [means->chunks + 1] do not
+ * decrease; keys outside of them are not read. */
+dhsa_status dhsa_chunk_means(const dhsa_tensor *k, const int32_t *edges, const dhsa_means *means, int num_threads,
+                             dhsa_error *error);
+/* dhsa_select for query blocks [first, first + blocks) of a batch of one, by means that the caller has: for method
+ * rows those of all chunks and, if there are more keys than config->shortlist, of their groups, else NULL. Of q only
+ * these blocks are read, and of k only the keys of the group in which a block ends, up to its end; the memory of the
+ * others need not be filled. Means of chunks that no block sees are not used. The method must be rows, window or
+ * power. indptr [heads * blocks + 1] is written; n_indices is the length of indices, which must be sufficient. */
+dhsa_status dhsa_select_blocks(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
+                               int64_t n_boundaries, const dhsa_means *chunks, const dhsa_means *groups,
+                               const dhsa_select_config *config, int64_t first, int64_t blocks, int64_t *indptr,
+                               int32_t *indices, int64_t n_indices, int num_threads, dhsa_error *error);
+
 /* ---- keys from call to call ------------------------------------------------------------------------------------ */
 
 /* What is kept from call to call about the keys of one sequence in one layer: how they were cut, the means of their
@@ -321,6 +352,9 @@ const char *dhsa_isa_current(void);
 /* The dtypes that the tier in use multiplies without conversion to fp32, as a sum of 1 << dhsa_dtype. fp32 is always
  * one of them. */
 int dhsa_isa_products(void);
+/* A bit 1 << precision for each dhsa_precision by which the tier in use multiplies fp32 faster than by the highest, and
+ * for the highest. */
+int dhsa_isa_precisions(void);
 /* Sets the tier for the whole process. Fails if the name is unknown or this CPU cannot run the tier. name "auto":
  * the tier that DHSA_ISA names, else the best one. */
 dhsa_status dhsa_isa_set(const char *name, dhsa_error *error);

@@ -142,6 +142,7 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
     }
 }
 
-const dhsa_pair_kernels PAIR_TABLE = {begin, end, pack_panel, pack_keys, pack_values, qk, softmax, finish_exp, pv};
+const dhsa_pair_kernels PAIR_TABLE = {begin, end,     pack_panel, pack_keys, pack_values,
+                                      qk,    softmax, finish_exp, pv,        NARROW};
 
 #include "kernels/target_end.h"

@@ -82,7 +82,7 @@ static void pv(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, 
 static void nothing(void) {}
 
 const dhsa_pair_kernels dhsa_bf16_avx512bf16 = {nothing, nothing, pack_panel, pack_keys, pack_values,
-                                                qk,      softmax, finish_exp, pv};
+                                                qk,      softmax, finish_exp, pv,        NARROW};
 
 #include "kernels/target_end.h"
 #else

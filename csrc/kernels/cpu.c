@@ -74,7 +74,31 @@ int dhsa_cpu_has_vnni(void)
     return dhsa_cpu_runs("avx512") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
 }
 
+int dhsa_cpu_has_avx_vnni(void)
+{
+    uint32_t a, b, c, d;
+    return dhsa_cpu_runs("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+int dhsa_cpu_has_dotprod(void) { return 0; }
+
 #else
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+int dhsa_cpu_has_dotprod(void)
+{
+    enum { ASIMDDP = 1 << 20 };
+    return (getauxval(AT_HWCAP) & ASIMDDP) != 0;
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+int dhsa_cpu_has_dotprod(void) { return 1; } /* the compiler was told that the CPU has them */
+#else
+int dhsa_cpu_has_dotprod(void) { return 0; }
+#endif
+
+int dhsa_cpu_has_avx_vnni(void) { return 0; }
 
 int dhsa_cpu_has_vnni(void) { return 0; }
 int dhsa_cpu_has_amx_fp16(void) { return 0; }

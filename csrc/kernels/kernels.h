@@ -55,6 +55,7 @@ typedef struct dhsa_exp_job {
     const float *s, *alpha;
     const int32_t *lo, *hi; /* lo NULL: no mask */
     uint16_t *p;
+    uint16_t *low; /* NULL, or as p: the differences from p to the probabilities */
     float *l;
     int n, base, at;            /* number of keys; index of the first one; number of keys that are done */
     int rounded;                /* argument of exponent() in softmax_tpl.h */
@@ -70,23 +71,27 @@ typedef struct dhsa_pair_kernels {
     void (*pack_panel)(const void *const *rows, int n, int dim, int negate, uint16_t *dst);
     /* Packs key j, column d < K, into dst[dhsa_square(j, d, K)]. */
     void (*pack_keys)(const void *const *rows, int n, int dim, uint16_t *dst);
-    /* Packs values transposed: column d < K of key j < N into dst[dhsa_square(d, j, N)]. Returns 1 if any element is
-     * not finite. */
-    int (*pack_values)(const void *const *rows, int n, int dim, uint16_t *dst);
+    /* Packs values transposed: column d < K of key j < N into dst[dhsa_square(d, j, length)], where length >= N is a
+     * multiple of DHSA_PAIR_STEP. Returns 1 if any element is not finite. */
+    int (*pack_values)(const void *const *rows, int n, int dim, ptrdiff_t length, uint16_t *dst);
     /* s[j * lanes + r] = the product of row r and key j, j < N; products of keys past n have no meaning. k is read
      * up to key N, in whole squares. top[r] = the largest product over j < n. */
     void (*qk)(const uint16_t *q, const uint16_t *k, int n, int dim, float *s, float *top, dhsa_ahead *ahead);
     /* The softmax of dhsa_kernels in two parts. `softmax` computes the maxima and alpha and stores the remaining
-     * work in *job; `exp` does that work. Probabilities are rounded into p[(j / 2 * lanes + r) * 2 + j % 2], j < N.
+     * work in *job; `exp` does that work. Probabilities are rounded into p[(j / 2 * lanes + r) * 2 + j % 2], j < N,
+     * and unless low is NULL what rounding took from them, rounded again, into low.
      * s may be overwritten and must stay valid until `exp` returns. top is that of `qk`. */
     void (*softmax)(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
-                    float softcap, float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job);
+                    float softcap, float *m, float *l, float *alpha, uint16_t *p, uint16_t *low, dhsa_exp_job *job);
     void (*exp)(dhsa_exp_job *job);
     /* o[d * lanes + r] = o * alpha[r] + sum_{j < N} p(j, r) * v(d, j), d < K. v_stride: elements from one group of
      * 16 columns to the next. meanwhile: the job of another panel, part of which may be done while the tile
      * registers compute; NULL: none. */
     void (*pv)(const uint16_t *p, const uint16_t *v, ptrdiff_t v_stride, int n, int dim, const float *alpha, float *o,
                dhsa_ahead *ahead, dhsa_exp_job *meanwhile);
+    /* bf16 only: rounds a row of fp32 to `high` [K], and unless low is NULL the differences from these to `low` [K].
+     * Both are 0 past dim. Finite numbers stay finite; of others, low is 0. */
+    void (*narrow)(const float *row, int dim, uint16_t *high, uint16_t *low);
 } dhsa_pair_kernels;
 
 /* The index of element `at` of row `row` in squares that hold rows of `length` elements. */
@@ -113,14 +118,17 @@ typedef struct {
     const float *spread, *row_spread; /* [n], [lanes]; NULL: none */
 } dhsa_powers;
 
-/* Products of rows and keys of 8 bits, exact in 32 bits, where the CPU has instructions for them. */
+/* Products of rows and keys of 8 bits, from -127 to 127, exact in 32 bits, where the CPU has instructions for them. */
 typedef struct {
-    /* Packs n <= lanes rows, dim elements each, as dst[(d / 4 * lanes + r) * 4 + d % 4] = rows[r][d] + 128. The padding
-     * of dim to a multiple of 4 and the other lanes are 128, that is 0. */
-    void (*pack_panel)(const int8_t *const *rows, int n, int dim, uint8_t *dst);
+    int size;  /* bytes that a number takes in panels and keys: 1, or 2 where bytes must be widened to 16 bits */
+    int added; /* to every number of a panel: 128 where products are of unsigned bytes, else 0 */
+    /* Packs n <= lanes rows, dim elements each, as numbers of `size` bytes, so that those that an instruction
+     * multiplies at once lie in one 32-bit word: with w = 4 / size, number d of row r at (d / w * lanes + r) * w + d %
+     * w. The padding of dim to a multiple of 4 and the other lanes are 0, before `added`. */
+    void (*pack_panel)(const int8_t *const *rows, int n, int dim, void *dst);
     /* s[j * lanes + r] = sum_d row r * k[j * dhsa_round_up(dim, 4) + d] for j < n. bias[j] is -128 times the sum of the
-     * elements of key j. The padding of k is zeros. */
-    void (*qk)(const uint8_t *q, const int8_t *k, const int32_t *bias, int n, int dim, int rows, float *s,
+     * elements of key j. The padding of k is zeros. Vectors that hold only lanes from `rows` on are not computed. */
+    void (*qk)(const void *q, const void *k, const int32_t *bias, int n, int dim, int rows, float *s,
                dhsa_ahead *ahead);
 } dhsa_byte_kernels;
 
@@ -210,6 +218,7 @@ typedef struct dhsa_kernels {
 
     const dhsa_pair_kernels *bf16, *f16; /* NULL: this dtype is converted to fp32 while it is packed */
     const dhsa_byte_kernels *bytes;      /* NULL: bytes are multiplied as bf16 or fp32, with the same results */
+    int precisions;                      /* bits as of dhsa_isa_precisions() */
     const struct dhsa_kernels *plain;    /* the table, with wider panels, for all other dtypes; NULL: this one */
 
     /* For benchmarks only: computes independent FMAs and nothing else. Returns the number of operations, 2 for each

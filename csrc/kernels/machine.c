@@ -1,33 +1,9 @@
-/* machine.c: properties of the machine: the number of CPUs that this process may use, and the peak rates of
- * arithmetic and of memory reads, with which benchmarks compare. */
-#include <errno.h>
-#include <sched.h>
+/* machine.c: the peak rates of arithmetic and of memory reads of the machine, with which benchmarks compare. */
 #include <stdatomic.h>
-#include <unistd.h>
 
 #include "core/internal.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
-
-int dhsa_cpu_count(void)
-{
-#ifdef __linux__
-    /* The Linux kernel refuses a CPU set smaller than its own. cpu_set_t has 1,024 CPUs; a large machine has more. */
-    for (int cpus = CPU_SETSIZE; cpus <= 1 << 20; cpus *= 2) {
-        const size_t size = CPU_ALLOC_SIZE(cpus);
-        cpu_set_t *set = dhsa_alloc(1, (int64_t)size);
-        if (!set) break;
-        CPU_ZERO_S(size, set);
-        const int count = sched_getaffinity(0, size, set) == 0 ? CPU_COUNT_S(size, set) : 0,
-                  small = !count && errno == EINVAL;
-        dhsa_free(set);
-        if (count) return count;
-        if (!small) break;
-    }
-#endif
-    const long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : (int)n;
-}
 
 enum { PEAK_LOOPS = 400000, PEAK_ROUNDS = 3 };
 

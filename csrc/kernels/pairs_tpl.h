@@ -7,8 +7,12 @@
 #include "kernels/ops512.h"
 #include "kernels/softmax_tpl.h"
 
-/* Rounds the probabilities of two keys and the same rows to 16 bits and stores them as pairs. */
-static inline void v_pairs(vf a, vf b, uint16_t *to)
+/* bf16 numbers as fp32. */
+static inline vf wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+/* Rounds the probabilities of two keys and the same rows to 16 bits and stores them as pairs; unless rest is NULL, also
+ * what rounding took from them (bf16 only). */
+static inline __attribute__((always_inline)) void v_pairs(vf a, vf b, uint16_t *to, uint16_t *rest)
 {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -18,7 +22,13 @@ static inline void v_pairs(vf a, vf b, uint16_t *to)
     const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #else
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+    if (rest) {
+        const vf a_low = v_sub(a, wide(_mm512_castsi512_si256(both))),
+                 b_low = v_sub(b, wide(_mm512_extracti64x4_epi64(both, 1)));
+        _mm512_storeu_si512(rest, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b_low, a_low)));
+    }
 #endif
+    (void)rest;
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }
 
@@ -68,10 +78,30 @@ static void pack_keys(const void *const *rows, int n, int dim, uint16_t *dst)
             _mm512_storeu_si512(dst + dhsa_square(j, d, padded), row_words(rows[j], d, dim));
 }
 
-/* The rows of two keys are interleaved first, so that a transposition of 32-bit words completes the layout. */
-static int pack_values(const void *const *rows, int n, int dim, uint16_t *dst)
+#if !PAIR_FP16
+static void narrow(const float *row, int dim, uint16_t *high, uint16_t *low)
 {
-    const int padded = round_step(n);
+    const vf most = v_set1(0x1.fep127f); /* the largest bf16 number: larger ones would be rounded to infinity */
+    for (int d = 0; d < round_step(dim); d += 16) {
+        const int there = dim - d < 0 ? 0 : dim - d < 16 ? dim - d : 16;
+        const vf x = _mm512_maskz_loadu_ps((__mmask16)((1u << there) - 1), row + d);
+        const vm finite = _mm512_cmp_ps_mask(v_sub(x, x), v_set1(0.0f), _CMP_EQ_OQ);
+        const vf cut = v_min(most, v_max(v_set1(-0x1.fep127f), x));
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(v_pick(finite, cut, x));
+        _mm256_storeu_si256((__m256i *)(high + d), rounded);
+        if (!low) continue;
+        const vf rest = _mm512_maskz_sub_ps(finite, x, wide(rounded));
+        _mm256_storeu_si256((__m256i *)(low + d), (__m256i)_mm512_cvtneps_pbh(rest));
+    }
+}
+#define NARROW narrow
+#else
+#define NARROW NULL
+#endif
+
+/* The rows of two keys are interleaved first, so that a transposition of 32-bit words completes the layout. */
+static int pack_values(const void *const *rows, int n, int dim, ptrdiff_t length, uint16_t *dst)
+{
     __m512i largest = _mm512_setzero_si512();
     for (int j = 0; j < n; j += STEP)
         for (int d = 0; d < dim; d += STEP) {
@@ -91,7 +121,7 @@ static int pack_values(const void *const *rows, int n, int dim, uint16_t *dst)
             v_transpose(odd);
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
-                uint16_t *at = dst + dhsa_square(d + 2 * i, j, padded);
+                uint16_t *at = dst + dhsa_square(d + 2 * i, j, length);
                 _mm512_storeu_ps(at, even[i]);
                 _mm512_storeu_ps(at + STEP, odd[i]);
             }
@@ -117,13 +147,14 @@ static inline __attribute__((always_inline)) int begin_softmax(const float *s, c
 }
 
 static void softmax(float *s, const float *top, int n, int base, const int32_t *lo, const int32_t *hi, float scale,
-                    float softcap, float *m, float *l, float *alpha, uint16_t *p, dhsa_exp_job *job)
+                    float softcap, float *m, float *l, float *alpha, uint16_t *p, uint16_t *low, dhsa_exp_job *job)
 {
     job->s = s;
     job->alpha = alpha;
     job->lo = lo;
     job->hi = hi;
     job->p = p;
+    job->low = low;
     job->l = l;
     job->n = n;
     job->base = base;
@@ -142,7 +173,7 @@ static void softmax(float *s, const float *top, int n, int base, const int32_t *
 
 /* Computes the exponentials of at most `pairs` pairs of keys of a job. If n is odd, the last key is not among them. */
 static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, int pairs, const int masked,
-                                                            const int rounded, const int capped)
+                                                            const int rounded, const int capped, const int split)
 {
     const exponents e = exponents_of_job(job);
     const vf zero = v_set1(0.0f);
@@ -156,18 +187,27 @@ static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, i
 #pragma GCC unroll 2
         for (int u = 0; u < V_PER; u++) {
             const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
-            vf a = v_exp2_half(exponent(v_load(at), e, shift[u], rounded, capped));
-            vf b = v_exp2_half(exponent(v_load(at + LANES), e, shift[u], rounded, capped));
+            const vf x = exponent(v_load(at), e, shift[u], rounded, capped);
+            const vf y = exponent(v_load(at + LANES), e, shift[u], rounded, capped);
+            vf a = split ? v_exp2(x) : v_exp2_half(x), b = split ? v_exp2(y) : v_exp2_half(y);
             if (masked) {
                 const int32_t *lo = job->lo + u * V_LEN, *hi = job->hi + u * V_LEN;
                 a = v_pick(v_range(lo, hi, job->base + j), a, zero);
                 b = v_pick(v_range(lo, hi, job->base + j + 1), b, zero);
             }
             sum[u] = v_add(sum[u], v_add(a, b));
-            v_pairs(a, b, job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);
+            const ptrdiff_t to = ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2;
+            v_pairs(a, b, job->p + to, split ? job->low + to : NULL);
         }
     for (int u = 0; u < V_PER; u++) v_store(job->sum + u * V_LEN, sum[u]);
     job->at = j;
+}
+
+/* The same for a job that wants `low`. Its other properties are no constants: the products beside it are three times
+ * as many, so that this counts less. */
+static __attribute__((noinline)) void exp_split(dhsa_exp_job *job, int pairs)
+{
+    exp_pairs(job, pairs, job->lo != NULL, job->rounded, job->outer > 0, 1);
 }
 
 /* The same, but only for a job without a mask and without `rounded`. The products of another panel call it between
@@ -175,40 +215,48 @@ static inline __attribute__((always_inline)) void exp_pairs(dhsa_exp_job *job, i
 static inline __attribute__((always_inline)) void exp_some(dhsa_exp_job *job, int pairs)
 {
     if (!job || job->lo || job->rounded) return;
-    if (job->outer > 0)
-        exp_pairs(job, pairs, 0, 0, 1);
+    if (job->low)
+        exp_split(job, pairs);
+    else if (job->outer > 0)
+        exp_pairs(job, pairs, 0, 0, 1, 0);
     else
-        exp_pairs(job, pairs, 0, 0, 0);
+        exp_pairs(job, pairs, 0, 0, 0, 0);
 }
 
 /* Completes a job: the remaining pairs, the last key if n is odd, zeros up to a whole step, and the sum. */
 static void finish_exp(dhsa_exp_job *job)
 {
     const int capped = job->outer > 0;
-    if (capped && job->lo)
-        exp_pairs(job, job->n, 1, 0, 1);
+    if (job->low)
+        exp_split(job, job->n);
+    else if (capped && job->lo)
+        exp_pairs(job, job->n, 1, 0, 1, 0);
     else if (capped)
-        exp_pairs(job, job->n, 0, 0, 1);
+        exp_pairs(job, job->n, 0, 0, 1, 0);
     else if (job->lo && job->rounded)
-        exp_pairs(job, job->n, 1, 1, 0);
+        exp_pairs(job, job->n, 1, 1, 0, 0);
     else if (job->lo)
-        exp_pairs(job, job->n, 1, 0, 0);
+        exp_pairs(job, job->n, 1, 0, 0, 0);
     else if (job->rounded)
-        exp_pairs(job, job->n, 0, 1, 0);
+        exp_pairs(job, job->n, 0, 1, 0, 0);
     else
-        exp_pairs(job, job->n, 0, 0, 0);
+        exp_pairs(job, job->n, 0, 0, 0, 0);
     vf sum[V_PER];
     for (int u = 0; u < V_PER; u++) {
         sum[u] = v_load(job->sum + u * V_LEN);
         if (job->at == job->n) continue;
         const int j = job->n - 1;
         const float *at = job->s + (ptrdiff_t)j * LANES + u * V_LEN;
-        vf a = v_exp2_half(
-            exponent(v_load(at), exponents_of_job(job), v_load(job->shift + u * V_LEN), job->rounded, capped));
+        const vf x = exponent(v_load(at), exponents_of_job(job), v_load(job->shift + u * V_LEN), job->rounded, capped);
+        vf a = job->low ? v_exp2(x) : v_exp2_half(x);
         if (job->lo) a = v_pick(v_range(job->lo + u * V_LEN, job->hi + u * V_LEN, job->base + j), a, v_set1(0.0f));
         sum[u] = v_add(sum[u], a);
-        v_pairs(a, v_set1(0.0f), job->p + ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2);
+        const ptrdiff_t to = ((ptrdiff_t)(j / 2) * LANES + u * V_LEN) * 2;
+        v_pairs(a, v_set1(0.0f), job->p + to, job->low ? job->low + to : NULL);
     }
-    for (int j = (job->n + 1) / 2; j % (STEP / 2); j++) memset(job->p + (ptrdiff_t)j * LANES * 2, 0, LANES * 4);
+    for (int j = (job->n + 1) / 2; j % (STEP / 2); j++) {
+        memset(job->p + (ptrdiff_t)j * LANES * 2, 0, LANES * 4);
+        if (job->low) memset(job->low + (ptrdiff_t)j * LANES * 2, 0, LANES * 4);
+    }
     softmax_end(job->l, job->alpha, sum, V_PER);
 }

@@ -6,23 +6,11 @@
 #include <string.h>
 
 #include "kernels/kernels.h"
+#include "kernels/names.h"
 
-#define K_GLUE2(a, b) a##_##b
-#define K_GLUE(a, b) K_GLUE2(a, b)
 #define K_NAME(op) K_GLUE(op, K_ISA)
 #define K_LANES (V_LEN * V_PER)
-/* A panel need not be full. Calls f(..., per), where per is the number of vectors that hold `rows` lanes and is a
- * constant after inlining. */
-#define K_FOR_ROWS(rows, f, ...)                                                                                       \
-    do {                                                                                                               \
-        const int per_ = ((rows) + V_LEN - 1) / V_LEN;                                                                 \
-        if (V_PER > 1 && V_PER <= 4 && per_ == 1)                                                                      \
-            f(__VA_ARGS__, 1);                                                                                         \
-        else if (V_PER > 2 && V_PER <= 4 && per_ == 2)                                                                 \
-            f(__VA_ARGS__, 2);                                                                                         \
-        else                                                                                                           \
-            f(__VA_ARGS__, V_PER);                                                                                     \
-    } while (0)
+#define K_FOR_ROWS(rows, f, ...) K_FOR_VECTORS(rows, V_LEN, f, __VA_ARGS__)
 /* Calls f(..., dtype) with a dtype that is a constant after inlining. f must return nothing. */
 #define K_BY_DTYPE(dtype, f, ...)                                                                                      \
     do {                                                                                                               \
@@ -33,7 +21,6 @@
         else                                                                                                           \
             f(__VA_ARGS__, DHSA_BF16);                                                                                 \
     } while (0)
-#define K_INLINE static inline __attribute__((always_inline))
 #define K_LOG2E 1.44269504088896340736f
 
 /* tanh as an odd rational function of least relative error (2e-8) on |x| <= 9. Beyond that, tanh is 1 in fp32. */

@@ -1,10 +1,10 @@
 /* table.c: dispatch. The tier in use is one pointer to a const table, chosen at first use and published atomically. */
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "core/internal.h"
+#include "core/platform.h"
 #include "kernels/cpu.h"
 #include "kernels/kernels.h"
 #include "kernels/tiers.h"
@@ -16,8 +16,9 @@
 #undef DHSA_BF16_TIER
 extern const dhsa_kernels dhsa_kernels_avx512narrow; /* not a tier: the base of avx512bf16 and amx */
 extern const dhsa_pair_kernels dhsa_f16_amx;         /* not a tier: added to amx if the CPU has AMX-FP16 */
-/* Not tiers: added to the tables without tile registers if the CPU has AVX512-VNNI. */
-extern const dhsa_byte_kernels dhsa_bytes_avx512, dhsa_bytes_avx512narrow;
+/* Not tiers: products of bytes for the tables without tile registers. */
+extern const dhsa_byte_kernels dhsa_bytes_avx2, dhsa_bytes_avx2vnni, dhsa_bytes_avx512, dhsa_bytes_avx512narrow;
+extern const dhsa_byte_kernels dhsa_bytes_neon;
 
 /* A tier is a table of its own, or the table of `base` with other bf16 products. */
 static const struct {
@@ -35,7 +36,27 @@ static const struct {
 enum { TIERS = sizeof tiers / sizeof *tiers };
 
 static dhsa_kernels tables[TIERS];
-static pthread_once_t built = PTHREAD_ONCE_INIT;
+static dhsa_once_flag built = DHSA_ONCE_INIT;
+
+/* The products of bytes of a tier on this CPU, or NULL. */
+static const dhsa_byte_kernels *bytes_of(int tier)
+{
+    const dhsa_kernels *base = tiers[tier].base;
+#if DHSA_X86
+#if DHSA_HAVE_AVXVNNI
+    if (base == &dhsa_kernels_avx2 && dhsa_cpu_has_avx_vnni()) return &dhsa_bytes_avx2vnni;
+#endif
+    if (base == &dhsa_kernels_avx2) return &dhsa_bytes_avx2;
+    if (!dhsa_cpu_has_vnni() || strcmp(tiers[tier].name, "amx") == 0) return NULL;
+    if (base == &dhsa_kernels_avx512) return &dhsa_bytes_avx512;
+    if (base == &dhsa_kernels_avx512narrow) return &dhsa_bytes_avx512narrow;
+#elif DHSA_ARM64
+    if (base == &dhsa_kernels_neon && dhsa_cpu_has_dotprod()) return &dhsa_bytes_neon;
+#else
+    (void)base;
+#endif
+    return NULL;
+}
 
 static void build(void)
 {
@@ -44,12 +65,11 @@ static void build(void)
         tables[i].isa = tiers[i].name;
         tables[i].bf16 = tiers[i].bf16;
         tables[i].plain = tiers[i].plain;
-#if DHSA_X86
-        if (dhsa_cpu_has_vnni() && strcmp(tiers[i].name, "amx") != 0) {
-            if (tiers[i].base == &dhsa_kernels_avx512) tables[i].bytes = &dhsa_bytes_avx512;
-            if (tiers[i].base == &dhsa_kernels_avx512narrow) tables[i].bytes = &dhsa_bytes_avx512narrow;
-        }
-#endif
+        tables[i].bytes = bytes_of(i);
+        tables[i].precisions = 1 << DHSA_PRECISION_HIGHEST;
+        if (tiers[i].bf16) tables[i].precisions |= 1 << DHSA_PRECISION_MEDIUM;
+        /* Three products by vdpbf16ps take longer than one of fp32; see docs/PERFORMANCE.md. */
+        if (strcmp(tiers[i].name, "amx") == 0) tables[i].precisions |= 1 << DHSA_PRECISION_HIGH;
 #if DHSA_X86 && DHSA_HAVE_AMX
         if (tiers[i].bf16 == &dhsa_bf16_amx && dhsa_cpu_has_amx_fp16()) tables[i].f16 = &dhsa_f16_amx;
 #endif
@@ -60,7 +80,7 @@ static _Atomic(const dhsa_kernels *) current;
 
 const dhsa_kernels *dhsa_kernels_find(const char *isa)
 {
-    pthread_once(&built, build);
+    dhsa_once(&built, build);
     for (int i = 0; i < TIERS; i++)
         if (strcmp(tiers[i].name, isa) == 0) return dhsa_cpu_runs(isa) ? &tables[i] : NULL;
     return NULL;
@@ -110,6 +130,8 @@ int dhsa_isa_products(void)
     const dhsa_kernels *kernels = dhsa_kernels_current();
     return 1 << DHSA_F32 | (kernels->f16 ? 1 << DHSA_F16 : 0) | (kernels->bf16 ? 1 << DHSA_BF16 : 0);
 }
+
+int dhsa_isa_precisions(void) { return dhsa_kernels_current()->precisions; }
 
 const char *dhsa_isa_current(void) { return dhsa_kernels_current()->isa; }
 

@@ -31,11 +31,20 @@
 #define DHSA_HAVE_AMX 0
 #endif
 
+#define DHSA_HAVE_AVXVNNI DHSA_HAVE_AMX_COMPILER /* the same compilers support AVX-VNNI */
+
 /* The instruction sets that the files of a tier are compiled for; see target_begin.h. */
 #define DHSA_TARGET_AVX2 "avx2,fma,f16c"
+#define DHSA_TARGET_AVXVNNI DHSA_TARGET_AVX2 ",avxvnni"
 #define DHSA_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define DHSA_TARGET_AVX512BF16 "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 #define DHSA_TARGET_VNNI DHSA_TARGET_AVX512 ",avx512vnni"
+/* GCC inlines dot products only into functions for the architecture that its header names. */
+#if defined(__clang__)
+#define DHSA_TARGET_DOTPROD "dotprod"
+#else
+#define DHSA_TARGET_DOTPROD "arch=armv8.2-a+dotprod"
+#endif
 #define DHSA_TARGET_AMX DHSA_TARGET_AVX512BF16 ",amx-tile,amx-bf16"
 
 #endif

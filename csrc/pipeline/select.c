@@ -104,6 +104,76 @@ dhsa_status dhsa_select(const dhsa_tensor *q, const dhsa_tensor *k, const int32_
     return status;
 }
 
+/* Checks means that a caller has computed. n: how many there must be. */
+static dhsa_status means_check(const dhsa_means *means, const char *name, const dhsa_tensor *k, int64_t n, int spread,
+                               dhsa_error *error)
+{
+    const dhsa_status status = dhsa_check_pointer(means, name, error);
+    if (status) return status;
+    if (means->kv_heads == k->shape[1] && means->dim == k->shape[3] && means->chunks == n && means->mean &&
+        means->scale && means->state && (!spread || means->spread))
+        return DHSA_OK;
+    return dhsa_fail(error, DHSA_ERR_VALUE,
+                     "%s: got [%" PRId64 ", %" PRId64 ", %" PRId64 "], expected [%" PRId64 ", %" PRId64 ", %" PRId64
+                     "] with all parts",
+                     name, means->kv_heads, means->chunks, means->dim, k->shape[1], n, k->shape[3]);
+}
+
+dhsa_status dhsa_select_blocks(const dhsa_tensor *q, const dhsa_tensor *k, const int32_t *boundaries,
+                               int64_t n_boundaries, const dhsa_means *chunks, const dhsa_means *groups,
+                               const dhsa_select_config *config, int64_t first, int64_t blocks, int64_t *indptr,
+                               int32_t *indices, int64_t n_indices, int num_threads, dhsa_error *error)
+{
+    dhsa_selector s;
+    dhsa_status status;
+    int sparse = 0;
+    int64_t keys = 0;
+    if ((status = dhsa_config_check(config, NULL, error)) || (status = call_check(q, k, &config->score, error)) ||
+        (status = dhsa_threads_check(num_threads, error)) || (status = dhsa_check_pointer(indptr, "indptr", error)) ||
+        (status = dhsa_check_pointer(indices, "indices", error)))
+        return status;
+    const dhsa_method *method = dhsa_method_find(config->method);
+    const int rows = config->method == DHSA_METHOD_ROWS;
+    if (!rows && config->method != DHSA_METHOD_WINDOW && config->method != DHSA_METHOD_POWER)
+        return dhsa_fail(error, DHSA_ERR_NOT_IMPLEMENTED,
+                         "method: %s reads keys of other blocks; expected rows, window or power", method->name);
+    if (config->score.bidirectional || q->shape[0] != 1)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "q: expected causal attention of a batch of one");
+    const int64_t all = dhsa_block_count(&config->score, q->shape[2]);
+    if (first < 0 || blocks < 1 || first > all - blocks)
+        return dhsa_fail(error, DHSA_ERR_VALUE,
+                         "first: blocks %" PRId64 " to %" PRId64 " are not among the %" PRId64 " blocks", first,
+                         first + blocks, all);
+    for (int64_t i = first; i < first + blocks; i++) {
+        dhsa_span span;
+        keys += dhsa_block_keys(config, q->shape[2], k->shape[2], i);
+        sparse |= !dhsa_span_exact(config, q->shape[2], k->shape[2], i, &span);
+    }
+    if (n_indices / dhsa_head_sets(&config->score, q, k) < keys)
+        return dhsa_fail(error, DHSA_ERR_VALUE, "indices: %" PRId64 " entries are too few", n_indices);
+    if (rows) {
+        if ((status = dhsa_boundaries_check(boundaries, 1, n_boundaries, k->shape[2], error)) ||
+            (status = means_check(chunks, "chunks", k, n_boundaries - 1, 0, error)) ||
+            (status =
+                 groups || (config->shortlist > 0 && config->mass == 0 && k->shape[2] > config->shortlist)
+                     ? means_check(groups, "groups", k, dhsa_ceil_div(n_boundaries - 1, DHSA_GROUP_CHUNKS), 1, error)
+                     : DHSA_OK))
+            return status;
+        if (boundaries[n_boundaries - 2] == k->shape[2])
+            return dhsa_fail(error, DHSA_ERR_VALUE, "boundaries: expected no padding");
+    }
+    if ((status = dhsa_selector_open(&s, method, q, k, rows ? boundaries : NULL, n_boundaries, NULL, config,
+                                     num_threads, error)))
+        return status;
+    s.chunk_means = chunks;
+    s.group_means = groups;
+    if (sparse) status = dhsa_selector_begin(&s, 0, error);
+    indptr[0] = 0;
+    if (!status) status = dhsa_selector_run(&s, first, blocks, indptr, indices, error);
+    dhsa_selector_close(&s);
+    return status;
+}
+
 /* ---- scores alone ---------------------------------------------------------------------------------------------- */
 
 typedef struct {

@@ -114,7 +114,7 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
 {
     memset(p, 0, sizeof *p);
     dhsa_problem *problem = &p->problem;
-    int64_t threads = 0;
+    int64_t threads = 0, precision = 0;
     int causal = 1;
     if (open_tensor(state, args[0], "q", "[B, H, Lq, D]", 0, &p->q, &problem->q) != 0 ||
         open_tensor(state, args[1], "k", "[B, Hkv, Lk, D]", 0, &p->k, &problem->k) != 0 ||
@@ -164,6 +164,10 @@ int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa
         }
         problem->sinks = p->sinks.data;
     }
+    if (dhsa_py_int(args[13], "precision", 0, DHSA_PRECISION_MEDIUM, &precision) != 0) {
+        goto fail;
+    }
+    problem->precision = (dhsa_precision)precision;
     return 0;
 fail:
     dhsa_py_problem_release(p);

@@ -34,7 +34,7 @@ typedef struct {
 } dhsa_py_problem;
 
 /* args: q, k, v, out, lse | None, scale, softcap, window, causal, key_ranges | None, num_threads, skip | None, sinks |
- * None. */
+ * None, precision. */
 int dhsa_py_problem_open(const dhsa_py_state *state, PyObject *const *args, dhsa_py_problem *problem);
 void dhsa_py_problem_release(dhsa_py_problem *problem);
 

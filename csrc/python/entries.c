@@ -22,7 +22,7 @@ static double skipped(const dhsa_py_problem *p)
 PyObject *dhsa_py_attend_dense(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_dense", nargs, 13) != 0 ||
+    if (dhsa_py_count("attend_dense", nargs, 14) != 0 ||
         dhsa_py_problem_open(PyModule_GetState(module), args, &p) != 0) {
         return NULL;
     }
@@ -80,7 +80,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
 {
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
-    if (dhsa_py_count("attend_sparse", nargs, 17) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
+    if (dhsa_py_count("attend_sparse", nargs, 18) != 0 || dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
     dhsa_py_view indptr, indices;
@@ -94,7 +94,7 @@ PyObject *dhsa_py_attend_sparse(PyObject *module, PyObject *const *args, Py_ssiz
     dhsa_status status = dhsa_problem_check(&p.problem, &error);
     if (status != DHSA_OK) {
         dhsa_py_raise(&error);
-    } else if (open_selection(state, args + 13, &p.problem, &indptr, &indices, &selection) == 0) {
+    } else if (open_selection(state, args + 14, &p.problem, &indptr, &indices, &selection) == 0) {
         Py_BEGIN_ALLOW_THREADS;
         status = dhsa_attend_checked(&p.problem, &selection, &error); /* both are checked */
         if (status == DHSA_OK)
@@ -120,7 +120,7 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     const dhsa_py_state *state = PyModule_GetState(module);
     dhsa_py_problem p;
     const dhsa_py_config *config;
-    if (dhsa_py_count("prefill", nargs, 18) != 0 || (config = dhsa_py_config_of(state, args[13])) == NULL ||
+    if (dhsa_py_count("prefill", nargs, 19) != 0 || (config = dhsa_py_config_of(state, args[14])) == NULL ||
         dhsa_py_problem_open(state, args, &p) != 0) {
         return NULL;
     }
@@ -130,11 +130,11 @@ PyObject *dhsa_py_prefill(PyObject *module, PyObject *const *args, Py_ssize_t na
     memset(&boundaries, 0, sizeof boundaries);
     PyObject *result = NULL;
     const int64_t shape[2] = {p.problem.k.shape[0], -1};
-    if ((args[14] == Py_None ||
-         dhsa_py_array_open(state, args[14], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
-        dhsa_py_int(args[16], "same", 0, INT64_MAX, &same) == 0 &&
-        dhsa_py_int(args[17], "keep_means", 0, 1, &keep_means) == 0 &&
-        dhsa_py_key_indexes_open(state, args[15], p.problem.k.shape[0], &key_indexes) == 0) {
+    if ((args[15] == Py_None ||
+         dhsa_py_array_open(state, args[15], "boundaries", DL_INT, 32, 2, shape, 0, &boundaries) == 0) &&
+        dhsa_py_int(args[17], "same", 0, INT64_MAX, &same) == 0 &&
+        dhsa_py_int(args[18], "keep_means", 0, 1, &keep_means) == 0 &&
+        dhsa_py_key_indexes_open(state, args[16], p.problem.k.shape[0], &key_indexes) == 0) {
         const dhsa_boundary_config cuts = dhsa_py_config_cuts(config, p.problem.k.shape[2]);
         dhsa_error error = {DHSA_OK, ""};
         dhsa_stats stats = {DHSA_PATH_DENSE, 0.0, 0.0, 1.0};
@@ -313,6 +313,126 @@ PyObject *dhsa_py_select(PyObject *module, PyObject *const *args, Py_ssize_t nar
     return result;
 }
 
+/* ---- selection by means that other processes computed ------------------------------------------------------------ */
+
+/* The arrays of dhsa_means: mean, scale, spread or None, state. */
+typedef struct {
+    dhsa_py_view mean, scale, spread, state;
+    dhsa_means means;
+} means_args;
+
+static void means_args_release(means_args *a)
+{
+    dhsa_py_view_release(&a->mean);
+    dhsa_py_view_release(&a->scale);
+    dhsa_py_view_release(&a->spread);
+    dhsa_py_view_release(&a->state);
+}
+
+/* Opens a tuple of arrays; None leaves everything NULL. */
+static int means_args_open(const dhsa_py_state *state, PyObject *tuple, const char *name, int writable, means_args *a)
+{
+    memset(a, 0, sizeof *a);
+    if (tuple == Py_None) {
+        return 0;
+    }
+    if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != 4) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a tuple (mean, scale, spread or None, state)", name);
+        return -1;
+    }
+    PyObject *const spread = PyTuple_GetItem(tuple, 2);
+    if (dhsa_py_array_open(state, PyTuple_GetItem(tuple, 0), name, DL_INT, 8, 3, NULL, writable, &a->mean) == 0 &&
+        dhsa_py_array_open(state, PyTuple_GetItem(tuple, 1), name, DL_FLOAT, 32, 2, a->mean.shape, writable,
+                           &a->scale) == 0 &&
+        (spread == Py_None ||
+         dhsa_py_array_open(state, spread, name, DL_FLOAT, 32, 2, a->mean.shape, writable, &a->spread) == 0) &&
+        dhsa_py_array_open(state, PyTuple_GetItem(tuple, 3), name, DL_INT, 8, 2, a->mean.shape, writable, &a->state) ==
+            0) {
+        a->means = (dhsa_means){.kv_heads = a->mean.shape[0],
+                                .chunks = a->mean.shape[1],
+                                .dim = a->mean.shape[2],
+                                .mean = a->mean.data,
+                                .scale = a->scale.data,
+                                .spread = a->spread.data,
+                                .state = a->state.data};
+        return 0;
+    }
+    means_args_release(a);
+    return -1;
+}
+
+PyObject *dhsa_py_chunk_means(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    dhsa_py_view k_view, edges;
+    dhsa_tensor k;
+    means_args means;
+    int threads = 0;
+    PyObject *result = NULL;
+    memset(&edges, 0, sizeof edges);
+    if (dhsa_py_count("chunk_means", nargs, 4) != 0 || dhsa_py_threads(args[3], &threads) != 0 ||
+        dhsa_py_input(state, args[0], "k", &k_view, &k) != 0) {
+        return NULL;
+    }
+    if (means_args_open(state, args[2], "means", 1, &means) == 0) {
+        const int64_t shape[1] = {means.means.chunks + 1};
+        if (dhsa_py_array_open(state, args[1], "edges", DL_INT, 32, 1, shape, 0, &edges) == 0) {
+            dhsa_error error = {DHSA_OK, ""};
+            dhsa_status status;
+            Py_BEGIN_ALLOW_THREADS;
+            status = dhsa_chunk_means(&k, edges.data, &means.means, threads, &error);
+            Py_END_ALLOW_THREADS;
+            result = dhsa_py_result(status, &error);
+        }
+        means_args_release(&means);
+    }
+    dhsa_py_view_release(&edges);
+    dhsa_py_view_release(&k_view);
+    return result;
+}
+
+PyObject *dhsa_py_select_blocks(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    const dhsa_py_state *state = PyModule_GetState(module);
+    select_args a;
+    means_args chunks, groups;
+    int threads = 0;
+    int64_t first = 0, blocks = 0;
+    PyObject *result = NULL;
+    const dhsa_py_config *parsed;
+    if (dhsa_py_count("select_blocks", nargs, 14) != 0 || (parsed = dhsa_py_config_of(state, args[5])) == NULL ||
+        dhsa_py_threads(args[13], &threads) != 0 || dhsa_py_int(args[9], "first", 0, INT32_MAX, &first) != 0 ||
+        dhsa_py_int(args[10], "blocks", 1, INT32_MAX, &blocks) != 0 ||
+        select_args_open(state, args, args[2] == Py_None ? NULL : args[2], &a) != 0) {
+        return NULL;
+    }
+    dhsa_select_config config = parsed->select;
+    const int64_t head_dim = a.q.shape[3];
+    if (means_args_open(state, args[3], "chunks", 0, &chunks) == 0) {
+        if (means_args_open(state, args[4], "groups", 0, &groups) == 0) {
+            const int64_t shape[1] = {dhsa_head_sets(&config.score, &a.q, &a.k) * blocks + 1};
+            if (dhsa_py_scaling(args[6], args[7], args[8], head_dim, &config.score.scale, &config.score.softcap,
+                                &config.score.window) == 0 &&
+                dhsa_py_array_open(state, args[11], "indptr", DL_INT, 64, 1, shape, 1, &a.indptr) == 0 &&
+                dhsa_py_array_open(state, args[12], "indices", DL_INT, 32, 1, NULL, 1, &a.output) == 0) {
+                dhsa_error error = {DHSA_OK, ""};
+                dhsa_status status;
+                Py_BEGIN_ALLOW_THREADS;
+                status = dhsa_select_blocks(
+                    &a.q, &a.k, a.boundaries.data, a.boundaries.data ? a.boundaries.shape[1] : 0,
+                    chunks.means.mean ? &chunks.means : NULL, groups.means.mean ? &groups.means : NULL, &config, first,
+                    blocks, a.indptr.data, a.output.data, a.output.shape[0], threads, &error);
+                Py_END_ALLOW_THREADS;
+                result = dhsa_py_result(status, &error);
+            }
+            means_args_release(&groups);
+        }
+        means_args_release(&chunks);
+    }
+    select_args_release(&a);
+    return result;
+}
+
 /* ---- machine --------------------------------------------------------------------------------------------------- */
 
 PyObject *dhsa_py_isa_set(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
@@ -368,6 +488,26 @@ static PyObject *name_list(const char *(*get)(int))
 #define COMPILER "unknown"
 #endif
 
+/* Returns a list of the names whose bits are set. */
+static PyObject *names_of_bits(int bits, const char *const *names, int n)
+{
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i < n; i++) {
+        PyObject *name = bits >> i & 1 ? PyUnicode_FromString(names[i]) : NULL;
+        if (PyErr_Occurred() || (name != NULL && PyList_Append(list, name) != 0)) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+#ifdef Py_LIMITED_API
+#define LIMITED_API "3.11"
+#else
+#define LIMITED_API NULL
+#endif
+
 PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
 {
     (void)module;
@@ -376,25 +516,22 @@ PyObject *dhsa_py_build_info(PyObject *module, PyObject *const *args, Py_ssize_t
         return NULL;
     }
     static const char *const dtypes[] = {[DHSA_F32] = "float32", [DHSA_F16] = "float16", [DHSA_BF16] = "bfloat16"};
+    static const char *const precisions[] = {
+        [DHSA_PRECISION_HIGHEST] = "highest", [DHSA_PRECISION_HIGH] = "high", [DHSA_PRECISION_MEDIUM] = "medium"};
     PyObject *compiled = name_list(dhsa_isa_compiled), *detected = name_list(dhsa_isa_detected),
-             *products = PyList_New(0);
+             *products = names_of_bits(dhsa_isa_products(), dtypes, 3),
+             *faster = names_of_bits(dhsa_isa_precisions(), precisions, 3);
     PyObject *result = NULL;
-    for (int i = 0; products != NULL && i < 3; i++) {
-        PyObject *name = dhsa_isa_products() >> i & 1 ? PyUnicode_FromString(dtypes[i]) : NULL;
-        if (PyErr_Occurred() || (name != NULL && PyList_Append(products, name) != 0)) {
-            Py_CLEAR(products);
-        }
-        Py_XDECREF(name);
-    }
-    if (compiled != NULL && detected != NULL && products != NULL) {
-        result =
-            Py_BuildValue("{s:s,s:l,s:s,s:O,s:O,s:s,s:O,s:i}", "compiler", COMPILER, "c_standard",
-                          (long)__STDC_VERSION__, "limited_api", "3.11", "isa_compiled", compiled, "isa_detected",
-                          detected, "isa", dhsa_isa_current(), "products", products, "cpu_count", dhsa_cpu_count());
+    if (compiled != NULL && detected != NULL && products != NULL && faster != NULL) {
+        result = Py_BuildValue("{s:s,s:l,s:z,s:O,s:O,s:s,s:O,s:O,s:i}", "compiler", COMPILER, "c_standard",
+                               (long)__STDC_VERSION__, "limited_api", LIMITED_API, "isa_compiled", compiled,
+                               "isa_detected", detected, "isa", dhsa_isa_current(), "products", products,
+                               "float32_precisions", faster, "cpu_count", dhsa_cpu_count());
     }
     Py_XDECREF(compiled);
     Py_XDECREF(detected);
     Py_XDECREF(products);
+    Py_XDECREF(faster);
     return result;
 }
 

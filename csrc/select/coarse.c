@@ -17,7 +17,7 @@ void dhsa_mean_queries_pack(void *of, int64_t first, int n, float *panel, int32_
 {
     const dhsa_mean_queries *m = of;
     const dhsa_tensor *q = m->s->q;
-    const int64_t dim = q->shape[3], stride = q->stride[2] * dhsa_dtype_size(q->dtype);
+    const int64_t dim = q->shape[3], stride = dhsa_step(q, 2);
     const void *rows[DHSA_MAX_LANES];
     (void)lo, (void)hi;
     for (int r = 0; r < n; r++) {

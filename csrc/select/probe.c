@@ -304,7 +304,7 @@ const float *dhsa_probe_load_keys(const dhsa_kernels *kernels, const dhsa_tensor
 {
     const int64_t dim = k->shape[3];
     if (k->dtype == DHSA_F32) { /* no copy is needed */
-        *stride = (ptrdiff_t)(k->stride[2] * step);
+        *stride = (ptrdiff_t)(n > 1 ? k->stride[2] * step : 0);
         return dhsa_row(k, b, kv_head, at);
     }
     const void *rows[DHSA_PROBE_TILE];

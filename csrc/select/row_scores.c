@@ -68,12 +68,33 @@ static int64_t max_tiles(const dhsa_scorer *s) { return dhsa_ceil_div(s->most + 
 /* The bytes of a packed panel. Bytes are packed by fours and pairs by DHSA_PAIR_STEP, as the rows of means are. */
 static int64_t panel_bytes(const dhsa_scorer *s)
 {
-    const int half = s->bf16 != NULL;
-    return s->kernels->lanes * (s->bytes ? s->chunks.row : half ? s->chunks.row * 2 : s->q->shape[3] * 4);
+    const int64_t row = s->chunks.row;
+    return s->kernels->lanes * (s->bytes ? row * s->bytes->size : s->bf16 ? row * 2 : s->q->shape[3] * 4);
 }
 
 /* Bytes of one mean in the layout of the products. */
-static int64_t mean_bytes(const dhsa_scorer *s) { return s->chunks.row * (s->bytes ? 1 : s->bf16 ? 2 : 4); }
+static int64_t mean_bytes(const dhsa_scorer *s)
+{
+    return s->chunks.row * (s->bytes ? s->bytes->size : s->bf16 ? 2 : 4);
+}
+
+/* Whether the products take means in another type than they are stored in: bytes as 16 bits, bf16 as fp32. */
+static int converts_means(const dhsa_scorer *s)
+{
+    return mean_bytes(s) != s->chunks.row * dhsa_means_size(s->chunks.kind);
+}
+
+/* Copies a mean that is not in squares from where it is stored to where the products take it. */
+static void take_mean(const dhsa_scorer *s, const void *from, void *to)
+{
+    const int64_t row = s->chunks.row;
+    if (!converts_means(s))
+        memcpy(to, from, (size_t)mean_bytes(s));
+    else if (s->bytes)
+        for (int64_t d = 0; d < row; d++) ((int16_t *)to)[d] = ((const int8_t *)from)[d];
+    else
+        s->kernels->load(from, DHSA_BF16, row, to);
+}
 
 /* How many panels are worked on at a time if the products of this many chunks are stored. */
 static int panels_at_once(const dhsa_scorer *s, int64_t chunks)
@@ -168,7 +189,7 @@ static void pack_rows(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     }
     char *to = w->panel + panel * panel_bytes(s);
     if (s->bytes)
-        s->bytes->pack_panel((const int8_t *const *)rows, n, (int)dim, (uint8_t *)to);
+        s->bytes->pack_panel((const int8_t *const *)rows, n, (int)dim, to);
     else if (s->bf16)
         s->bf16->pack_panel(rows, n, (int)dim, 0, (uint16_t *)to);
     else
@@ -208,10 +229,7 @@ static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *
         const int64_t c = at + t->chunk[i];
         run = 1;
         if (!s->chunks.squares) {
-            if (s->chunks.kind == DHSA_MEANS_BF16)
-                s->kernels->load(means + c * row * 2, DHSA_BF16, row, (float *)to + i * row);
-            else
-                memcpy(to + i * row * size, means + c * row * size, (size_t)(row * size));
+            take_mean(s, means + c * row * size, to + i * mean_bytes(s));
             continue;
         }
         if (c % 16 == 0 && i % 16 == 0 && i + 16 <= t->n && t->chunk[i + 15] - t->chunk[i] == 15) {
@@ -230,9 +248,9 @@ static void load_cut(const dhsa_scorer *s, row_scores_scratch *w)
     const int64_t dim = s->q->shape[3];
     uint16_t narrow[DHSA_MAX_HEAD_DIM + DHSA_PAIR_STEP];
     w->scale[0] = 1;
-    if (s->chunks.kind == DHSA_MEANS_BF16 && !s->chunks.squares) {
-        dhsa_mean_store(s->kernels, DHSA_MEANS_BF16, w->mean, dim, s->chunks.row, narrow, w->scale, w->bias);
-        s->kernels->load(narrow, DHSA_BF16, s->chunks.row, (float *)w->tile);
+    if (converts_means(s)) {
+        dhsa_mean_store(s->kernels, s->chunks.kind, w->mean, dim, s->chunks.row, narrow, w->scale, w->bias);
+        take_mean(s, narrow, w->tile);
     } else {
         dhsa_mean_put(s->kernels, &s->chunks, w->mean, dim, w->tile, w->scale, w->bias, 0);
     }
@@ -243,13 +261,12 @@ static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
 {
     const dhsa_chunks *c = &s->chunks;
     const int64_t at = kv_head * c->pitch + job->first;
-    const int in_place = s->bf16 || c->kind != DHSA_MEANS_BF16;
     t->means = w->tile;
     t->scale = w->scale;
     t->bias = w->bias;
     if (t->cut) {
         load_cut(s, w);
-    } else if (t->in_one_piece && in_place && (!c->squares || (at + t->chunk[0]) % 16 == 0)) {
+    } else if (t->in_one_piece && !converts_means(s) && (!c->squares || (at + t->chunk[0]) % 16 == 0)) {
         t->means = (const char *)c->means + (at + t->chunk[0]) * c->row * dhsa_means_size(c->kind);
         if (c->scale) t->scale = c->scale + at + t->chunk[0];
         if (c->bias) t->bias = c->bias + at + t->chunk[0];
@@ -267,7 +284,7 @@ static void multiply(const dhsa_scorer *s, const tile *t, int panel, int used, r
     const int dim = (int)s->q->shape[3];
     const void *rows = w->panel + panel * panel_bytes(s);
     if (s->bytes)
-        s->bytes->qk(rows, (const int8_t *)t->means, t->bias, t->n, dim, used, products, ahead);
+        s->bytes->qk(rows, t->means, t->bias, t->n, dim, used, products, ahead);
     else if (s->bf16)
         s->bf16->qk(rows, (const uint16_t *)t->means, t->n, dim, products, w->top, ahead);
     else

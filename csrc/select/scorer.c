@@ -137,6 +137,9 @@ dhsa_status dhsa_scorer_begin(dhsa_scorer *s, int64_t b, const int32_t *boundari
                                     &s->chunks, arenas, stride, num_threads, error);
     s->chunks.edges = boundaries;
     s->chunks.chunks = count;
-    dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, 0, arenas, stride, num_threads);
+    if (s->means)
+        dhsa_chunks_take(&s->chunks, s->means);
+    else
+        dhsa_chunks_fill(s->kernels, s->k, b, &s->chunks, 0, arenas, stride, num_threads);
     return DHSA_OK;
 }

@@ -15,6 +15,7 @@ typedef struct {
     int64_t b, head_sets, blocks;
     dhsa_chunks chunks;
     dhsa_key_index *const *key_indexes; /* [batch]: they keep the means, at `level`. NULL: the scorer does */
+    const dhsa_means *means;            /* of the only batch item, if the caller has them; or NULL */
     int level;
     int64_t capacity;     /* chunks, padding included */
     int64_t most;         /* chunks that are scored for one block, at most; whole groups */

@@ -40,7 +40,8 @@ struct dhsa_selector {
     const dhsa_tensor *q, *k;
     const int32_t *boundaries; /* [batch, n_boundaries]; NULL where the method has no chunks */
     int64_t n_boundaries;
-    dhsa_key_index *const *key_indexes; /* [batch]: they keep the means of chunks; or NULL */
+    dhsa_key_index *const *key_indexes;          /* [batch]: they keep the means of chunks; or NULL */
+    const dhsa_means *chunk_means, *group_means; /* of the only batch item, if the caller has them; or NULL */
     int num_threads;
     int64_t b, head_sets, blocks; /* the current batch item; head sets; query blocks */
     int64_t heads_per_set;        /* query heads of a set, from set * heads_per_set on */

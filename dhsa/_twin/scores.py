@@ -188,9 +188,9 @@ def chunk_scores(
     ``cap(scale * row . meankey)`` over the chunks with a candidate key, and a chunk's score is the sum of the squared
     probabilities over rows and heads of the set. In place of exponentials there are powers of two that are linear
     between whole exponents, see ``power``. A chunk straddling the block's end is cut there. rows None means
-    ``query_block``, scale None ``D ** -0.5``. pooling does not apply. A chunk counts as often in the softmax as it has
-    keys, and its score is made of the probability of one of them. quantize: the mean rows and mean keys are quantized
-    before the product, see ``quantized``, which is what the core does for selection.
+    half of ``query_block``, rounded up, scale None ``D ** -0.5``. pooling does not apply. A chunk counts as often in
+    the softmax as it has keys, and its score is made of the probability of one of them. quantize: the mean rows and
+    mean keys are quantized before the product, see ``quantized``, which is what the core does for selection.
 
     A chunk without a candidate key (see ``select_from_scores``; window given or not) scores -inf. With causal=False,
     which is for "rows" only, keys after the block are candidates too. A chunk whose mean
@@ -209,7 +209,7 @@ def chunk_scores(
     k_len, group = k.shape[2], q_heads // k.shape[1]
     edges = boundary_rows(boundaries, batch, k_len)
     sets = head_sets(heads, q_heads, k.shape[1])
-    rows = query_block if rows is None else rows
+    rows = (query_block + 1) // 2 if rows is None else rows
     scale = (1.0 if score == "block" else dim**-0.5) if scale is None else scale
     blocks = -(-q_len // query_block)
     scores = np.full((batch, len(sets), blocks, edges.shape[1] - 1), -np.inf)

@@ -5,7 +5,6 @@ Responsible for making lists of keys from chunk scores, and for the order of the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -93,9 +92,9 @@ def topk(
     keys = np.arange(lo, end)
     near, far = local_span(lo, end, local, middle)
     forced = (keys < sink) | ((keys >= near) & (keys < far))
-    free = keys[~forced]
+    free = keys[~forced][::-1]
     segment = np.searchsorted(segments.edges, np.arange(end), side="right") - 1
-    free = free[np.lexsort((-free, -segments.score[segment[free]]))]  # best first, the keys of a segment together
+    free = free[np.argsort(-segments.score[segment[free]], kind="stable")]  # best first, a segment's keys together
     size = min(budget, len(keys))
     if mass is not None:
         if segments.mass is None:
@@ -104,13 +103,13 @@ def topk(
         of_key[lo:] = (segments.mass / np.maximum(np.bincount(segment[lo:], minlength=len(segments.mass)), 1))[
             segment[lo:]
         ]
-        total, held, wanted = of_key.sum(), of_key[keys[forced]].sum(), int(forced.sum())
-        for _, group in itertools.groupby(free, lambda key: segment[key]):
-            run = list(group)
-            if held >= mass * total and segments.score[segment[run[0]]] != np.inf:
-                break
-            held += of_key[run].sum()
-            wanted += len(run)
+        total, wanted = of_key.sum(), int(forced.sum())
+        of_free = segment[free]
+        begins = np.flatnonzero(np.diff(of_free, prepend=-1))  # of the segments in this order
+        if len(begins):
+            held = np.cumsum(np.append(of_key[keys[forced]].sum(), np.add.reduceat(of_key[free], begins)))[:-1]
+            done = (held >= mass * total) & (segments.score[of_free[begins]] != np.inf)
+            wanted += int(begins[np.argmax(done)]) if done.any() else len(free)
         if mass < 1 and total > 0:
             size = min(size, max(wanted, sink + local if floor is None else floor))
     return np.sort(np.concatenate([keys[forced], free[: size - forced.sum()]]))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from dhsa import commands
 from dhsa.commands import UserError, at_least
-from dhsa.config import Config
+from dhsa.config import Config, LayerConfigs
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -37,11 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the check for parsed arguments. Return 0 if the sparse prefill answers as the exact one, 1 if it does not."""
     commands.prepare(NEEDED, "check")
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 132)
     text = commands.read_text(args.text)
     config = Config(budget=args.budget) if args.config is None else commands.read_config(args.config)
+    with commands.ranks() as ranks:
+        return _run(args, text, config, ranks)
+
+
+def _run(args: argparse.Namespace, text: str, config: Config | LayerConfigs, ranks: commands.Ranks) -> int:
+    console = ranks.console(132)
     with commands.progress(console) as step:
         source, tokenizer, model = commands.open_model(step, args.model, args.dtype)
         with step("tokenizing"):
@@ -51,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
         total = 2 * commands.model_layers(model)
         with step(f"prefill of {ids.shape[1]:,} tokens, exact and sparse", total=total) as advance:
             try:
-                found = dhsa.check(model, ids, config, advance=advance)
-            except ValueError as error:
+                found = dhsa.check(model, ids, config, group=ranks.group, advance=advance)
+            except (ValueError, NotImplementedError) as error:
                 raise UserError(str(error)) from error
     attends = f"budget {args.budget:,}" if args.config is None else args.config.name
-    console.print(_table(found, source.name, args.dtype, attends))
+    console.print(_table(found, source.name, args.dtype, attends, 1 if ranks.link is None else ranks.link.size))
     for line in found.summary():
         console.print(line, highlight=False, markup=False, soft_wrap=True, style=_style(line))
     return 0 if found.ok else 1
@@ -65,7 +67,7 @@ def _style(line: str) -> str | None:
     return {"warning": "yellow", "not ok": "bold red", "ok": "bold green"}.get(line.partition(":")[0])
 
 
-def _table(found: Any, name: str, dtype: str, attends: str) -> Any:
+def _table(found: Any, name: str, dtype: str, attends: str, processes: int) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -74,7 +76,8 @@ def _table(found: Any, name: str, dtype: str, attends: str) -> Any:
 
     table = Table(
         title=f"{name}, {found.shape[1]:,} tokens in {dtype}, {attends}, "
-        f"{dhsa.get_num_threads()} threads, {dhsa.build_info()['isa']}",
+        f"{dhsa.get_num_threads()} threads{f' in each of {processes} processes' if processes > 1 else ''}, "
+        f"{dhsa.build_info()['isa']}",
         title_style="bold",
         box=SIMPLE_HEAD,
     )

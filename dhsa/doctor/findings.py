@@ -31,7 +31,8 @@ class Facts:
     "float32". isa, products: as in `build_info`. reasons: for each of check.layers, the kind of its Reason, "" if
     sparse. exact_fault: (layer, text) of the first layer with NaN or inf in the exact run, or None. logits_finite:
     whether the logits have neither NaN nor +inf, (exact, sparse). unserved: layers without a boundary network. shared:
-    layers whose keys were cut by the network for all layers.
+    layers whose keys were cut by the network for all layers. precision, precisions: `float32_precision` and
+    `float32_precisions` of `build_info`.
     """
 
     implementation: str | None
@@ -43,6 +44,8 @@ class Facts:
     logits_finite: tuple[bool, bool]
     unserved: tuple[int, ...] = ()
     shared: tuple[int, ...] = ()
+    precision: str = "highest"
+    precisions: tuple[str, ...] = ("highest",)
 
 
 def findings(check: Check, facts: Facts) -> tuple[list[str], list[str], bool]:
@@ -59,6 +62,11 @@ def findings(check: Check, facts: Facts) -> tuple[list[str], list[str], bool]:
         warnings.append(
             f"{facts.dtype} has no products of its own in the instruction set in use ({facts.isa}): converted to "
             "float32 tile by tile, at float32's speed."
+        )
+    if facts.dtype == "float32" and facts.precision not in facts.precisions:
+        notes.append(
+            f'float32 precision "{facts.precision}" has no effect on attention in the instruction set in use '
+            f'({facts.isa}): computed as "highest".'
         )
     if facts.shared:
         notes.append(

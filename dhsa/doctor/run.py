@@ -7,6 +7,7 @@ that left keys out, exact attention is also computed from the same inputs. The f
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ def check(
     *,
     attention_mask: torch.Tensor | None = None,
     layers: Iterable[int] | None = None,
+    group: Any = None,
+    timeout: float | None = None,
     advance: Callable[[], None] | None = None,
 ) -> Check:
     """Read a prompt by exact and by sparse prefill and report what differs: `print(dhsa.check(model, input_ids))`.
@@ -54,6 +57,9 @@ def check(
         attention_mask: None, [B, L] of 1 (a token) and 0 (padding), or a complete 4-D mask as transformers takes it.
         layers: the layers that may be sparse, as for `patch`. None: all; for a patched model and a config of None,
             those that it was patched with.
+        group: as in `patch`: its ranks divide the prompt among them, and all call `check` with the same arguments and
+            get the same report, with the seconds of the slowest rank. None: that of a model that is patched with one.
+        timeout: as in `patch`.
         advance: called after each attention layer of either run.
 
     Returns:
@@ -62,7 +68,9 @@ def check(
     Raises:
         TypeError: as in `patch`; the message names the argument.
         ValueError: as in `patch`, except that layers without a boundary network run exact and are reported.
-        NotImplementedError: the model asks for attention that this package does not have.
+        NotImplementedError: the model asks for attention that this package does not have, or, with a group, for what
+            its ranks cannot divide.
+        GroupError: as in `patch`.
     """
     model = _readable(model)
     head = model.get_output_embeddings()
@@ -70,21 +78,24 @@ def check(
         raise ValueError(f"model: {type(model).__name__} has no language modelling head")
     ids, mask = _checked(model, input_ids, attention_mask)
     state: hf.switching.State | None = model.__dict__.get(hf.switching.STATE)
+    if group is None and state is not None and state.parallel is not None:
+        group, timeout = state.parallel.link.group, timeout or state.parallel.link.timeout
     own = model.config._attn_implementation if state is None else state.former[0][1]
     if config is None and state is not None:
         config, layers = state.config, state.layers if layers is None else layers
     config = hf.switching.as_config(config)
     prompt = _Prompt(ids, mask, _positions(ids, mask))
+    among: dict[str, Any] = {"group": group, "timeout": timeout}
 
     with _untouched(model), torch.no_grad():
-        with hf.patched(model, _EXACT, layers):  # a first call, whose time is not measured; also checks layers
+        with hf.patched(model, _EXACT, layers, **among):  # a first call, whose time is not measured; also checks layers
             chosen = model.__dict__[hf.switching.STATE].layers
             _last_logits(model, head, _Prompt(ids[:, :TAIL], None, torch.zeros_like(ids[:, :1])))
         chosen, unserved, shared = _served(model, config, chosen)
         exact = _Watch(advance)
-        exact_logits, exact_seconds = _prefill(model, head, prompt, _EXACT, None, exact)
+        exact_logits, exact_seconds = _prefill(model, head, prompt, _EXACT, None, exact, among)
         sparse = _Watch(advance, unserved, compare=True)
-        sparse_logits, sparse_seconds = _prefill(model, head, prompt, config, chosen, sparse)
+        sparse_logits, sparse_seconds = _prefill(model, head, prompt, config, chosen, sparse, among)
         if not exact.calls:
             raise ValueError(f"model: no layer of {type(model).__name__} called the attention function it names")
         kl, same, tokens = _compared(exact_logits, sparse_logits)
@@ -113,6 +124,8 @@ def check(
         logits_finite=(bool((exact_logits < torch.inf).all()), bool((sparse_logits < torch.inf).all())),
         unserved=unserved,
         shared=shared,
+        precision=info["float32_precision"],
+        precisions=tuple(info["float32_precisions"]),
     )
     warnings, notes, ok = findings(result, facts)
     return dataclasses.replace(result, warnings=warnings, notes=notes, ok=ok)
@@ -176,13 +189,15 @@ def _positions(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class _Call(NamedTuple):
-    """One attention call: its record (hf/records.py), why it was exact, its error, and what is not finite in it."""
+    """One attention call: its record (hf/records.py), why it was exact, what is not finite in it, and the norms of its
+    error and of exact attention."""
 
     run: hf.LayerRun
     reason: Reason
-    error: float
     fault: str
     dtype: str
+    error: float = 0.0
+    norm: float = 0.0
 
 
 class _Watch:
@@ -201,22 +216,26 @@ class _Watch:
         out, weights = hf.attention_forward(module, q, k, v, mask, *rest, **options)
         start = perf_counter()
         run = hf.last_run(module)[0]
-        why, error = Reason("", ""), 0.0
+        state: hf.switching.State = module.__dict__[hf.switching.STATE]
+        why, error, norm = Reason("", ""), 0.0, 0.0
         if self._compare:
-            if run.path == "sparse" or run.skipped:
+            skips = state.config_for(getattr(module, "layer_idx", None)).skip is not None
+            if run.path == "sparse" or (run.skipped if state.parallel is None else skips):  # alike on all ranks
                 exact, _ = hf.attention.recompute(module, _EXACT, q, k, v, mask, *rest, **options)
-                error = _distance(out, exact)
+                exact = exact.float()
+                error, norm = float((out.float() - exact).norm()), float(exact.norm())
             if run.path != "sparse":
-                why = self._why(module, q, k, mask, options)
+                why = self._why(state, module, q, k, mask, options)
         fault = _fault(q=q, k=k, v=v, output=out)
-        self.calls.append(_Call(run, why, error, fault, str(q.dtype).removeprefix("torch.")))
+        self.calls.append(_Call(run, why, fault, str(q.dtype).removeprefix("torch."), error, norm))
         self.aside += perf_counter() - start
         if self._advance is not None:
             self._advance()
         return out, weights
 
-    def _why(self, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]) -> Reason:
-        state: hf.switching.State = module.__dict__[hf.switching.STATE]
+    def _why(
+        self, state: hf.switching.State, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]
+    ) -> Reason:
         layer = getattr(module, "layer_idx", None)
         config = state.config.at(layer) if isinstance(state.config, LayerConfigs) else state.config
         if not config.exact and state.layers is not None and layer not in state.layers:
@@ -225,14 +244,10 @@ class _Watch:
             return Reason("layers", "it is not among layers=")
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
+        if state.parallel is not None:  # it has read the mask
+            q, k = state.parallel.whole(q, k)
+            mask = None
         return reason(module, config, q, k, mask, options.get("sliding_window"), causal)
-
-
-def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return |out - exact| / |exact|."""
-    exact = exact.float()
-    norm = float(exact.norm())
-    return float((out.float() - exact).norm()) / norm if norm else 0.0
 
 
 def _fault(**tensors: torch.Tensor) -> str:
@@ -240,6 +255,20 @@ def _fault(**tensors: torch.Tensor) -> str:
     bad = {name: tensor for name, tensor in tensors.items() if not bool(tensor.isfinite().all())}
     nan = any(bool(tensor.isnan().any()) for tensor in bad.values())
     return f"{'NaN' if nan else 'inf'} in {', '.join(bad)}" if bad else ""
+
+
+def _of_all(parallel: Any, calls: list[_Call], seconds: float) -> tuple[list[_Call], float]:
+    """The calls and the seconds of a prefill whose queries the ranks of a group have divided among them: errors of all
+    queries, what is not finite on any rank, and the seconds of the slowest."""
+    runs = parallel.together([call.run for call in calls])
+    said = [[call.error**2, call.norm**2, call.fault] for call in calls]
+    every = parallel.link.agree("check", {"calls": said, "seconds": seconds}, frozenset())
+    found = []
+    for call, run, *each in zip(calls, runs, *(one["calls"] for one in every), strict=True):
+        error, norm = (math.fsum(one[i] for one in each) ** 0.5 for i in (0, 1))
+        fault = next((one[2] for one in each if one[2]), "")
+        found.append(call._replace(run=run, fault=fault, error=error, norm=norm))
+    return found, max(one["seconds"] for one in every)
 
 
 def _watched(module: torch.nn.Module, *args: Any, **options: Any) -> Any:
@@ -257,15 +286,21 @@ def _prefill(
     config: Config | LayerConfigs,
     layers: Iterable[int] | None,
     watch: _Watch,
+    among: dict[str, Any],
 ) -> tuple[torch.Tensor, float]:
-    """Return (logits, seconds without the additional steps) of the prompt by a config."""
-    with hf.patched(model, config, layers):
+    """Return (logits, seconds without the additional steps) of the prompt by a config. `among`: the options of `patch`
+    for a group."""
+    with hf.patched(model, config, layers, **among):
         model.set_attn_implementation(_WATCHED)  # the with statement restores the former one
         for module in hf.switching.attention_modules(model):
             module.__dict__[_WATCH] = watch
         start = perf_counter()
         logits = _last_logits(model, head, prompt)
-        return logits, perf_counter() - start - watch.aside
+        seconds = perf_counter() - start - watch.aside
+        parallel = model.__dict__[hf.switching.STATE].parallel
+        if parallel is not None:
+            watch.calls, seconds = _of_all(parallel, watch.calls, seconds)
+        return logits, seconds
 
 
 def _last_logits(model: PreTrainedModel, head: torch.nn.Module, prompt: _Prompt) -> torch.Tensor:
@@ -350,7 +385,7 @@ def _layer(exact: _Call, sparse: _Call) -> LayerCheck:
         why=sparse.reason.text,
         density=run.density,
         skipped=run.skipped,
-        output_error=sparse.error,
+        output_error=sparse.error / sparse.norm if sparse.norm else 0.0,
         exact_seconds=exact.run.attend_seconds,
         select_seconds=run.select_seconds,
         attend_seconds=run.attend_seconds,

@@ -10,7 +10,9 @@ baseline, and results are rows of JSON, appended as they are measured. The modul
 - `texts`: documents.
 - `metrics`: F1, ROUGE-L, edit similarity and others.
 - `tasks`: one file for each task.
+- `prompts`, `haystack`, `answers`: chat templates, long texts, and answers through a cache, which tasks share.
 - `report`, `pairing`, `pictures`: tables and pictures made from the rows.
+- `table`: all methods at one density, by task, length and subtask.
 
 How keys are selected is in csrc/select, what a method is in dhsa.config.
 """

@@ -8,10 +8,11 @@ that are scored (likelihood.py).
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +23,9 @@ from dhsa.evaluation.cuts import cutting
 from dhsa.evaluation.likelihood import divergence, likelihood
 from dhsa.evaluation.settings import Setting, dense
 from dhsa.hf.compat import cache_option, float32_products
+from dhsa.hf.switching import STATE
 
-__all__ = ["Engine", "refusals", "weights_products", "work"]
+__all__ = ["Engine", "Reading", "refusals", "weights_products", "work"]
 
 
 @contextmanager
@@ -55,16 +57,18 @@ def refusals(setting: Setting) -> Iterator[None]:
 
 
 class Engine:
-    """A model and its tokenizer. `layers`: the layers that may be sparse; None: all."""
+    """A model and its tokenizer. `layers`: the layers that may be sparse; None: all. `group`: of several processes that
+    divide prompts among them and all make the same calls."""
 
-    def __init__(self, model: Any, tokenizer: Any, layers: Iterable[int] | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, layers: Iterable[int] | None = None, group: Any = None) -> None:
+        self.model, self.tokenizer, self.group = model, tokenizer, group
         self.layers = None if layers is None else frozenset(layers)
         config = model.config.get_text_config()
         self.depth = config.num_hidden_layers
         kinds = getattr(config, "layer_types", None) or [None] * self.depth
         self.windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-        self._blocks = getattr(model.get_decoder(), "layers", None)
+        # Prompts are divided in other places where layers leave keys out, so a group replays none.
+        self._blocks = None if group is not None else getattr(model.get_decoder(), "layers", None)
         self._prompt: tuple[int, ...] = ()
         self._kept: dict[int, Any] = {}  # for a number of first layers: their output for self._prompt
         self.prefix = self._special_prefix()
@@ -108,7 +112,7 @@ class Engine:
             start = time.perf_counter()
             out = self.model.get_decoder()(torch.tensor([ids], device="cpu"), use_cache=False)
             seconds = time.perf_counter() - start
-        runs = dhsa.last_run(self.model, "prefill")
+            runs = self._runs()
         if any(r.path == "sparse" and r.layer < first for r in runs):
             self._kept.pop(first, None)  # exact by a rule that this file does not know: nothing is replayed
         return out.last_hidden_state[0], work(runs, seconds, replayed, setting.dense)
@@ -124,14 +128,24 @@ class Engine:
             stack.enter_context(self._attending(dense()))
             return self.model.get_decoder()(torch.tensor([ids], device="cpu"), use_cache=False).last_hidden_state[0]
 
+    def _parallel(self) -> Any:
+        """While the model is patched: what hf/parallel.py holds for a group; else None."""
+        return self.model.__dict__[STATE].parallel
+
+    def _runs(self) -> list[Any]:
+        """What each layer did in the last prefill, of all processes."""
+        runs, parallel = dhsa.last_run(self.model, "prefill"), self._parallel()
+        return runs if parallel is None else parallel.together(runs)
+
     @contextmanager
     def _attending(self, setting: Setting) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.enter_context(refusals(setting))
             try:
-                stack.enter_context(dhsa.patched(self.model, setting.config, self.layers))
+                stack.enter_context(dhsa.patched(self.model, setting.config, self.layers, group=self.group))
             except ValueError as error:  # a predictor that was trained for another model
                 raise UserError(f"--methods: {setting.label}: {error}") from error
-            for context in (torch.no_grad(), refusals(setting), cutting(setting.cuts)):
+            for context in (torch.no_grad(), cutting(setting.cuts)):
                 stack.enter_context(context)
             yield
 
@@ -193,35 +207,86 @@ class Engine:
             theirs, *own = (s.float() for s in states)
             return divergence(self.model, own, theirs, torch.tensor(ids[first::every], device="cpu"))
 
-    def generate(self, ids: list[int], setting: Setting, tokens: int, stop: str | None = None) -> tuple[str, dict]:
-        """Return (greedy continuation, the fields of a row that describe the work): prefill by the setting, exact
-        decoding.
+    # ---- answers through a cache -------------------------------------------------------------------------------------
 
-        Ends after `tokens`, at the model's end token, or once the text contains `stop`.
+    def read(self, ids: list[int], setting: Setting, after: Reading | None = None) -> Reading:
+        """Return what a model holds that has read a prompt by a setting, or a further part of one that it has begun to
+        read, whose cache then grows.
         """
         from transformers import DynamicCache
 
+        decoder = self.model.get_decoder()
+        cache = DynamicCache(config=self.model.config.get_text_config()) if after is None else after.cache
+        forget_runs(self.model)
+        with self._attending(setting):
+            start = time.perf_counter()
+            out = decoder(torch.tensor([ids], device="cpu"), **cache_option(decoder, cache), use_cache=True)
+            seconds = time.perf_counter() - start
+            done = work(self._runs(), seconds, 0, setting.dense) if after is None else after.work
+        return Reading(cache, out.last_hidden_state[:, -1:], setting, done)
+
+    def continuation(self, reading: Reading, tokens: int, enough: Callable[[str], bool] | None = None) -> str:
+        """Return the greedy continuation of what was read, which its cache then holds, decoded as the setting decodes.
+
+        Ends after `tokens`, at the model's end token, or once `enough` is true of the text.
+        """
         ends = {e for e in _as_list(self.model.generation_config.eos_token_id) if e is not None}
         ends |= {self.tokenizer.eos_token_id} - {None}
-        forget_runs(self.model)
         chosen: list[int] = []
-        decoder = self.model.get_decoder()
-        with self._attending(setting):
-            held = cache_option(decoder, DynamicCache(config=self.model.config.get_text_config()))
-            start = time.perf_counter()
-            last = decoder(torch.tensor([ids], device="cpu"), **held, use_cache=True).last_hidden_state[:, -1:]
-            seconds = time.perf_counter() - start
-            done = work(dhsa.last_run(self.model, "prefill"), seconds, 0, setting.dense)
+        decoder, last = self.model.get_decoder(), reading.last
+        with self._attending(reading.setting):
+            held, parallel = cache_option(decoder, reading.cache), self._parallel()
             while True:
                 token = commands.logits(self.model, last).argmax(-1)
+                token = token if parallel is None else parallel.same(token)
                 if int(token) in ends:
                     break
                 chosen.append(int(token))
-                if len(chosen) == tokens or (stop and stop in self.tokenizer.decode(chosen)):
+                if len(chosen) == tokens or (enough and enough(self.text(chosen))):
                     break
                 last = decoder(token, **held, use_cache=True).last_hidden_state
-        text = self.tokenizer.decode(chosen, skip_special_tokens=True)
-        return text.split(stop)[0] if stop else text, done
+        return self.text(chosen)
+
+    def answer(self, reading: Reading, ids: list[int]) -> tuple[Any, Any]:
+        """Return (log-likelihood float64, whether it is the most likely token) of each of `ids` after what was read.
+
+        They go through the cache at once and by exact attention, as in decoding with `Config(decode="exact")`. The
+        cache then holds all of them but the last.
+        """
+        states, decoder = [reading.last[0]], self.model.get_decoder()
+        if len(ids) > 1:
+            with self._attending(dense()):
+                piece = torch.tensor([ids[:-1]], device="cpu")
+                held = cache_option(decoder, reading.cache)
+                states.append(decoder(piece, **held, use_cache=True).last_hidden_state[0])
+        with torch.no_grad():
+            return likelihood(self.model, torch.cat(states), torch.tensor(ids, device="cpu"), best=True)
+
+    def copied(self, reading: Reading) -> Reading:
+        """Return a reading with a cache of its own."""
+        return reading._replace(cache=copy.deepcopy(reading.cache))
+
+    def text(self, ids: list[int]) -> str:
+        """Return the text of tokens, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def generate(
+        self, ids: list[int], setting: Setting, tokens: int, enough: Callable[[str], bool] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """Return (`continuation` of a prompt read by a setting, the fields of a row that describe the work)."""
+        reading = self.read(ids, setting)
+        return self.continuation(reading, tokens, enough), reading.work
+
+
+class Reading(NamedTuple):
+    """What a model holds that has read a prompt: its cache, the last hidden state [1, 1, size], the setting by which it
+    has read, and the fields of a row that describe the work of the first part.
+    """
+
+    cache: Any
+    last: Any
+    setting: Setting
+    work: dict[str, Any]
 
 
 def _as_list(value: Any) -> list[Any]:

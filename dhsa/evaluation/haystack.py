@@ -25,20 +25,18 @@ class Haystack:
         text = texts.stream(engine, groups, 2 * tokens)
         pieces = [piece for piece in re.split(r"(?<=[.!?])(?=\s)", text) if piece.strip()]
         self.sentences = [ids for ids in map(engine.encode, pieces) if ids]
-        self.words = sorted({w.lower() for w in re.findall(r"\b[a-zA-Z]{4,10}\b", text)})
         if sum(map(len, self.sentences)) < 64:
             raise UserError("--text: too short for hidden texts")
 
-    def prompt(self, length: int, hidden: Sequence[tuple[float, str]], before: str, after: str, start: int = 0):
-        """Return `length` tokens: `before`, sentences with each of `hidden` (depth 0 to 1, text) among them, and
-        `after`.
+    def prompt(
+        self, length: int, hidden: Sequence[tuple[float, str]], head: list[int], tail: list[int], start: int = 0
+    ) -> list[int]:
+        """Return `length` tokens: `head`, sentences with each of `hidden` (depth 0 to 1, text) among them, and `tail`.
 
         A hidden text follows the last sentence that ends at or before its depth. `start`: the number of the first
         sentence, modulo the number of sentences; after the last one the first follows.
         """
-        encode = self.engine.encode
-        head, tail = self.engine.prefix + (encode(before) if before else []), encode(after)
-        needles = [(depth, encode(text)) for depth, text in sorted(hidden, key=lambda pair: pair[0])]
+        needles = [(depth, self.engine.encode(text)) for depth, text in sorted(hidden, key=lambda pair: pair[0])]
         room = length - len(head) - len(tail) - sum(len(ids) for _, ids in needles)
         if room < 0:
             raise UserError(f"--lengths: {length} tokens are too few for this prompt, at least {length - room}")

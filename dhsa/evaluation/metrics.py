@@ -1,5 +1,5 @@
-"""Scores of an answer against references, from 0 to 1, as LongBench (arXiv 2308.14508) and RULER (arXiv 2404.06654)
-define them. They were written for this project.
+"""Scores of an answer against references, from 0 to 1, as LongBench (arXiv 2308.14508), its v2 (arXiv 2412.15204), its
+Pro version (arXiv 2601.02872) and RULER (arXiv 2404.06654) define them. They were written for this project.
 
 Chinese text is compared character by character, while LongBench compares the words of a segmenter. These scores can be
 compared only with others of this package.
@@ -7,6 +7,8 @@ compared only with others of this package.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import string
 from collections import Counter
@@ -14,12 +16,22 @@ from collections.abc import Sequence
 
 __all__ = [
     "accuracy",
+    "answer_lines",
+    "any_found",
+    "choice",
+    "chosen",
     "code_line",
     "edit_similarity",
     "f1",
     "first_line",
+    "first_line_equal",
+    "lines_f1",
+    "lines_found",
+    "ndcg",
     "normalized",
+    "normalized_lines",
     "number_share",
+    "pairs_in_order",
     "rouge_l",
     "share_found",
     "words",
@@ -128,6 +140,83 @@ def code_line(text: str) -> str:
     return next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
 
 
+def chosen(answer: str) -> str:
+    """Return the first of the letters A to D that stands by itself in the answer, or ""."""
+    found = re.search(r"\b[ABCD]\b", answer)
+    return found.group() if found else ""
+
+
+def choice(answer: str, reference: str, classes: Sequence[str] = ()) -> float:
+    """LongBench v2's score: return 1 where the chosen letter is the reference, else 0."""
+    return float(chosen(answer) == reference)
+
+
+def normalized_lines(lines: Sequence[str]) -> list[str]:
+    """Return each line in lower case, with single blanks."""
+    return [" ".join(line.lower().split()) for line in lines]
+
+
+def answer_lines(answer: str) -> list[str]:
+    """Return the lines of an answer as LongBench Pro compares them: of what follows the last "[Answer]" or "[答案]"."""
+    mark = "[Answer]" if "[Answer]" in answer else "[答案]"
+    return normalized_lines(answer.rpartition(mark)[2].strip().split("\n"))
+
+
+def first_line_equal(lines: Sequence[str], references: Sequence[str]) -> float:
+    """LongBench Pro's accuracy: return 1 where the first line is the first reference, else 0."""
+    return float(lines[0] == references[0])
+
+
+def lines_f1(lines: Sequence[str], references: Sequence[str]) -> float:
+    """Return the harmonic mean of precision and recall over different lines."""
+    common = len(set(lines) & set(references))
+    return 2 * common / (len(set(lines)) + len(set(references)))
+
+
+def lines_found(lines: Sequence[str], references: Sequence[str]) -> float:
+    """LongBench Pro's SubEM: return the share of the references that are lines of the answer."""
+    return sum(reference in lines for reference in references) / len(references)
+
+
+def _last_places(lines: Sequence[str]) -> dict[str, int]:
+    return {line: place for place, line in enumerate(lines)}
+
+
+def ndcg(lines: Sequence[str], references: Sequence[str]) -> float:
+    """Return the normalized discounted cumulative gain of the answer's lines at as many ranks as there are references,
+    of which the first is worth most. Of equal lines the last one counts.
+    """
+    worth = {reference: len(references) - place for place, reference in enumerate(references)}
+    ranked = sorted(_last_places(lines).items(), key=lambda entry: entry[1])
+
+    def gain(values: Sequence[int]) -> float:
+        return sum(value / math.log2(rank + 2) for rank, value in enumerate(values))
+
+    gained = [worth.get(line, 0) for line, _ in ranked[: len(references)]]
+    return gain(gained) / gain(sorted(worth.values(), reverse=True))
+
+
+def pairs_in_order(lines: Sequence[str], references: Sequence[str]) -> float:
+    """LongBench Pro's pairwise accuracy: return the pairs of references that the answer has in their order, over the
+    pairs of the answer's lines; 0 where either has fewer than two.
+    """
+    if min(len(lines), len(references)) < 2:
+        return 0.0
+    places = _last_places(lines)
+    known = [places[reference] for reference in references if reference in places]
+    right = sum(a < b for a, b in itertools.combinations(known, 2))
+    return right / math.comb(len(lines), 2)
+
+
 def share_found(answer: str, references: Sequence[str]) -> float:
-    """RULER's score: return the share of the references that occur in the answer, regardless of case."""
+    """RULER's score of its synthetic tasks ("string match all"): return the share of the references that occur in the
+    answer, regardless of case.
+    """
     return sum(r.lower() in answer.lower() for r in references) / len(references)
+
+
+def any_found(answer: str, references: Sequence[str]) -> float:
+    """RULER's score of questions ("string match part"): return 1 where one of the references occurs in the answer,
+    regardless of case, else 0.
+    """
+    return float(any(r.lower() in answer.lower() for r in references))

@@ -1,5 +1,5 @@
 """Pictures of results, drawn by matplotlib off screen: curves of loss against budget, KL against time, heat maps of
-needles.
+needles, grids of scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from dhsa._files import replacing
 
-__all__ = ["Spot", "curves", "frontier", "heatmaps"]
+__all__ = ["Spot", "curves", "frontier", "grid", "heatmaps"]
 
 _INK, _QUIET, _PAPER = "#1c2733", "#6b7885", "#fbfaf7"
 _COLOURS = (
@@ -188,6 +188,29 @@ def heatmaps(
         bar = figure.colorbar(image, cax=figure.add_axes((0.9, 0.15, 0.012, 0.7)))
         bar.set_label(label, fontsize=8, color=_INK)
         bar.ax.tick_params(labelsize=7)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
+    return path
+
+
+def grid(columns: Mapping[str, Mapping[str, float]], path: Path, title: str) -> Path:
+    """Draw scores from 0 to 100 as coloured cells with their numbers.
+
+    columns: for each title, {line: score}; NaN leaves a cell empty. All have the same lines.
+    """
+    lines = list(next(iter(columns.values())))
+    values = np.array([[column[line] for column in columns.values()] for line in lines], float)
+    figure = _figure(2.6 + 0.95 * len(columns), 2.0 + 0.32 * len(lines))
+    axis = figure.subplots()
+    axis.imshow(np.ma.masked_invalid(values), cmap="RdYlGn", alpha=0.75, vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=_INK)
+    axis.set_xticks(range(len(columns)), list(columns), rotation=30, ha="right")
+    axis.set_yticks(range(len(lines)), lines)
+    _style(axis)
+    axis.set_title(title, fontsize=11, fontweight="bold", color=_INK)
+    figure.tight_layout()
     with replacing(path) as part:
         figure.savefig(part, dpi=130)
     return path

@@ -79,8 +79,10 @@ def newest(rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[s
     builds: dict[tuple, set] = {}
     for row in last.values():
         if row["method"] != "dense":
-            builds.setdefault((row["task"], row["method"], row["given"]), set()).add((row["build"], str(row["config"])))
-    mixed = sorted({f"{task} {method} {given}" for (task, method, given), of in builds.items() if len(of) > 1})
+            builds.setdefault((row["task"], row["method"], row["given"], row["length"]), set()).add(
+                (row["build"], str(row["config"]))
+            )
+    mixed = sorted({f"{task} {method} {given}" for (task, method, given, _), of in builds.items() if len(of) > 1})
     return list(last.values()), mixed
 
 

@@ -69,19 +69,21 @@ def key(base: dict[str, Any], task: str, item: Item, setting: Setting, build: st
 
 def run(
     names: list[str],
-    context: Context,
     settings: list[Setting],
+    context: Context,
     store: Store,
     base: dict[str, Any],
     step: Callable[..., Any],
     plan: Callable[[str, int, int], None] = lambda task, total, missing: None,
+    build: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure what is missing of `names` x prompts x `settings`, and return all their rows, old and new.
 
     base: the fields of every row that describe the run: model, dtype, products, layers, threads. step: that of
     `commands.progress`. plan: called for each task with the number of measurements and how many of them are missing.
+    build: what `build_hash` returns, of the first of several processes.
     """
-    build = build_hash()
+    build = build or build_hash()
     rows = []
     for name in names:
         task = tasks.task(name)

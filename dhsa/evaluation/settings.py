@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from dhsa.commands import UserError
 from dhsa.evaluation.cuts import WORDS
 from dhsa.methods import registry
 
-__all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "named", "setting"]
+__all__ = ["DENSE", "METHODS", "Setting", "dense", "methods", "named", "refuse_in_group", "setting"]
 
 DENSE = "dense"
 METHODS = tuple(registry)
 NAMES = (*METHODS, "paper", "exact")
-_SLOW = ("oracle",)  # for comparison only: not part of "all"
+# For comparison only: not part of "all".
+_SLOW = ("oracle", *(name for name, method in registry.items() if not method.in_core))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,10 @@ class Setting:
         """
         if isinstance(self.config, dhsa.LayerConfigs):
             layers = {str(layer): _fields(config) for layer, config in self.config.layers.items()}
-            return {**_fields(self.config.default), "layers": layers}
+            found = {**_fields(self.config.default), "layers": layers}
+            if self.config.reuse:
+                found["reuse"] = {str(layer): of for layer, of in self.config.reuse.items()}
+            return found
         values = _fields(self.config)
         if self.cuts:
             values["cuts"] = self.cuts
@@ -131,6 +136,26 @@ def named(path: Path) -> list[Setting]:
             raise UserError(f"--configs: {path}: {name}: {error}") from error
         made.append(Setting(name, config, config.budget, config.mass))
     return made
+
+
+def refuse_in_group(settings: Iterable[Setting]) -> None:
+    """Raise UserError for a setting that several processes do not serve."""
+    from dhsa.hf.parallel import refuse_config
+
+    for one in settings:
+        if one.cuts:
+            raise UserError(f"--methods: {one.label}: cuts={one.cuts} is of one process, which has all keys")
+        if isinstance(one.config, dhsa.LayerConfigs):
+            configs = [one.config.default, *one.config.layers.values()]
+            if one.config.reuse:
+                raise UserError(f"--methods: {one.label}: each layer of several processes selects for itself")
+        else:
+            configs = [one.config]
+        for config in configs:
+            try:
+                refuse_config(config)
+            except NotImplementedError as error:
+                raise UserError(f"--methods: {one.label}: {error}") from error
 
 
 def setting(

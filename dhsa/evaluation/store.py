@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dhsa.commands import UserError
 
-__all__ = ["Store", "digest"]
+__all__ = ["Follower", "Store", "digest"]
 
 
 def digest(value: Any) -> str:
@@ -77,4 +77,16 @@ class Store:
         except OSError as error:
             raise UserError(f"--out: {error}") from error
         self._torn = False
+        self.rows[row["key"]] = row
+
+
+class Follower(Store):
+    """The store of a process that measures with another one, which writes: it has the keys, and writes nothing."""
+
+    def __init__(self, path: Path, keys: Iterable[str]) -> None:
+        self.path, self.damaged = path, 0
+        self.rows = {key: {} for key in keys}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Note that there is a row with this key."""
         self.rows[row["key"]] = row

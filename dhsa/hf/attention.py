@@ -2,6 +2,7 @@
 computes each of them, and a record of the call is stored."""
 
 import dataclasses
+from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,8 +14,9 @@ from dhsa.functional import RunStats
 from dhsa.selection import Selection
 
 from . import break_even
-from .caches import Memory, recall
+from .caches import Memory, States, recall, states_of
 from .compat import outside_graphs, reads_text
+from .given import are_given, scores_of
 from .masks import MaskPart, key_lists, least_stretch, mask_parts, ranged_rows, ranges_of, two_sided
 from .records import RUNS, LayerRun, last_run, record
 from .refusals import forward_only, gradients_wanted, refuse_unsupported, sinks_in
@@ -22,7 +24,10 @@ from .switching import EXACT, STATE, State, config_of
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
-__all__ = ["attend", "attention_forward", "one_sided", "recompute"]
+__all__ = ["NO_INDEX", "attend", "attention_forward", "one_sided", "recompute"]
+
+NO_INDEX = "decode: no query of the prompt is in an index of this cache, so the step attends to all keys"
+DENSE_ANCHOR = "reuse: the layer attends to all keys, and selects for others"
 
 
 @outside_graphs
@@ -110,14 +115,30 @@ def attend(
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
     config = config_of(module)
+    if state is not None and state.parallel is not None:
+        if in_graph:
+            raise NotImplementedError("group: a model that is compiled cannot divide a prompt among ranks")
+        return _among_ranks(module, state.parallel, config, query, key, value, scaling, sliding_window, softcap,
+                            is_causal, sinks)  # fmt: skip
     # Chunks are stored for layers without a window only: keys that leave a window take their chunks with them.
     memory, unseen = None, ""
+    indexed = config.options.remembers == "calls" and config.decode == "dhsa" and sliding_window is None
+    indexed = indexed and not config.exact
+    states = states_of(module) if indexed and not in_graph else None
     if sliding_window is None:
         memory, unseen = recall(module, query, key, config, None if state is None else state.sharing, in_graph)
-    if q_len == 1 and (memory is None or config.decode == "exact"):
+    if q_len == 1 and (memory is None or config.decode == "exact") and not indexed:
         config, memory, unseen = EXACT, None, ""
     if config.share == "selections" and q_len > 1:
         memory = None  # a layer that uses another layer's lists does not cut its keys
+    reused = state is not None and not in_graph and state.reuse_of(layer)[0] and not config.exact
+    if state is not None and not reused and state.dense_anchor(layer):
+        config, memory, unseen = EXACT, None, ""
+    if reused:
+        memory, unseen = None, ""  # lists come from another layer, or are selected so that others can take them
+    given = None if config.exact else scores_of(batch, q_len, k_len, sliding_window)
+    if given is not None:
+        memory, unseen = None, ""  # single keys are scored, so none are cut
     query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
 
     # The core writes into a view, so that the layout that transformers expects needs no copy.
@@ -129,13 +150,21 @@ def attend(
         memory = None
     hindrance = one_sided(module, config, q_len, k_len)
     stretches = plan(
-        attention_mask, batch, q_len, k_len, sliding_window, causal, config, alone=memory is None, sides=not hindrance
+        attention_mask,
+        batch,
+        q_len,
+        k_len,
+        sliding_window,
+        causal,
+        config,
+        alone=memory is None and not reused and not indexed,
+        sides=not hindrance,
     )
     parts = [stretch.part for stretch in stretches]
     if sum((s.q_stop - s.q_start) * (batch if s.row is None else 1) for s in parts) < batch * q_len:
         out.zero_()  # queries outside all stretches see no key
     options = {"scale": scaling, "softcap": softcap, "sinks": None if sinks is None else sinks.detach().float()}
-    runner = _Runner(state, memory, layer, sliding_window, config, unseen, hindrance, options)
+    runner = _Runner(state, memory, states, layer, sliding_window, config, unseen, hindrance, given, in_graph, options)
     done = []
     for stretch in stretches:
         s = stretch.part
@@ -150,6 +179,37 @@ def attend(
         plain = all(stretch.way == "plain" for stretch in stretches)
         memory.done(plain and all(stats.path == "sparse" for stats, _ in done))
     record(module, layer, sliding_window, query, key, done, runner.reason)
+    return out
+
+
+def _among_ranks(
+    module: torch.nn.Module,
+    parallel: Any,
+    config: Config,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    is_causal: bool | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`attend` in a model that is patched with a group: `query` has this rank's tokens, and the keys are on all ranks.
+    The mask was read when the tokens were divided."""
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotImplementedError("group: bidirectional attention is not divided among ranks; expected a causal layer")
+    if are_given():
+        raise NotImplementedError("key_scores: the ranks of a group select by the scores of their method alone")
+    query, key, value = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (query, key, value))
+    batch, heads, q_len, _ = query.shape
+    out = torch.empty((batch, q_len, heads, value.shape[3]), dtype=query.dtype, device="cpu")
+    layer = getattr(module, "layer_idx", None)
+    done = parallel.attend(
+        layer, config, query, key, value, out.transpose(1, 2), window=sliding_window, scale=scaling, softcap=softcap,
+        sinks=None if sinks is None else sinks.detach().float(),
+    )  # fmt: skip
+    record(module, layer, sliding_window, query, key, *done)
     return out
 
 
@@ -269,15 +329,18 @@ class _Runner:
         self,
         state: State | None,
         memory: Memory | None,
+        states: States | None,
         layer: int | None,
         kind: int | None,
         config: Config,
         unseen: str,
         hindrance: str,
+        given: np.ndarray | None,
+        in_graph: bool,
         options: dict[str, Any],
     ) -> None:
         self._state, self._memory, self._layer, self._kind, self._unseen = state, memory, layer, kind, unseen
-        self._hindrance = hindrance
+        self._hindrance, self._given, self._in_graph, self._states = hindrance, given, in_graph, states
         self._config, self._options = config, options
         self._exact = EXACT if config.skip is None else EXACT.replace(skip=config.skip)
         self.reason = ""
@@ -341,11 +404,74 @@ class _Runner:
         if self._memory is not None and not config.exact and causal:
             options |= self._memory.of(s.row, s.k_start)
         options["causal"] = causal
+        if self._given is not None and not config.exact and q.shape[2] > 1:
+            if s.k_stop > self._given.shape[2]:
+                raise ValueError(f"key_scores: got {self._given.shape[2]} scores, but the call has {s.k_stop} keys")
+            rows = slice(None) if s.row is None else slice(s.row, s.row + 1)
+            scores = self._given[rows, :, s.k_start : s.k_stop]
+            return functional.run(q, k, v, config, window=s.window, key_scores=scores, **options)[2]
+        if self._state is not None and self._layer is not None and not config.exact and causal and not self._in_graph:
+            part, of = self._state.reuse_of(self._layer)
+            if part:
+                del options["causal"]
+                where = s[:5]
+                if self._state.dense_anchor(self._layer):
+                    self.reason = self.reason or DENSE_ANCHOR
+                    options["dense"] = self._exact
+                sharing = self._state.sharing
+                return sharing.reuse(self._layer, of, where, q, k, v, config, window=s.window, **options)
         if self._state is not None and config.share is not None and q.shape[2] > 1:  # steps share nothing
             where = s[:5]
             sharing = self._state.sharing
             return sharing.run(self._layer, self._kind, where, q, k, v, config, window=s.window, **options)
+        remembers = config.options.remembers if not config.exact and causal else ""
+        if self._in_graph and (remembers == "layers" or (remembers == "calls" and config.decode == "dhsa")):
+            raise NotImplementedError(
+                f"method: {config.method!r} uses what it found in earlier {remembers}, which a compiled or exported "
+                "model does not show; do not compile it, or take another method"
+            )
+        if remembers == "layers" and self._state is not None:
+            where = s[:5]
+            del options["causal"]
+            sharing = self._state.sharing
+            return sharing.cascade(self._layer, self._kind, where, q, k, v, config, window=s.window, **options)
+        if remembers == "calls" and config.decode == "dhsa" and s.window is None:
+            return self._indexed(s, q, k, v, config, **options)
         return functional.run(q, k, v, config, window=s.window, **options)[2]
+
+    def _indexed(
+        self, s: MaskPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: Config, **options: Any
+    ) -> RunStats:
+        """Attention to the keys that a method selects by its index of earlier calls, which this call extends. Without
+        an index a decoding step is exact."""
+        state = None
+        if self._states is not None:
+            at = (config.options, config.heads, s.row or 0, s.k_start, len(q))
+            state = self._states.setdefault(at, config.options.new_state())
+        if q.shape[2] == 1:
+            config = config.replace(dense_tail=0)
+        seen = {name: options[name] for name in ("scale", "softcap", "causal")} | {"window": s.window}
+        rest = {name: options[name] for name in ("sinks", "out")}
+        begin, seconds = perf_counter(), 0.0
+        keys = queries = np.zeros(0)
+        if state is not None and (q.shape[2] == 1 or not config.leaves_out(q.shape[2], k.shape[2])):
+            queries, keys = (t.detach().double().numpy() for t in (q, k))
+            state.open(queries, keys)
+        leaves_out = config.leaves_out(q.shape[2], k.shape[2], s.window)
+        if q.shape[2] == 1 and leaves_out and (state is None or not state.holds(len(q))):
+            self.reason = self.reason or NO_INDEX
+            leaves_out = False
+        if not leaves_out:
+            if state is not None:
+                state.update(queries, keys, None, seen)
+                seconds = perf_counter() - begin
+            stats = functional.run(q, k, v, self._exact, **seen, **rest)[2]
+            return stats._replace(select_seconds=stats.select_seconds + seconds)
+        selection = functional.select(q, k, config, state=state, **seen)
+        seconds = perf_counter() - begin
+        del seen["causal"]
+        _, _, stats = functional.run_selected(q, k, v, selection, skip=config.skip, **seen, **rest)
+        return stats._replace(select_seconds=seconds)
 
 
 def _attend_to_intervals(

@@ -26,10 +26,24 @@ from dhsa.config import Config
 
 from .compat import GRAPHS, cache_in
 
-__all__ = ["COMPILED", "UNHOOKED", "UNSEEN", "InFile", "Memory", "recall", "restore", "stored", "unwatch", "watch"]
+__all__ = [
+    "COMPILED",
+    "UNHOOKED",
+    "UNSEEN",
+    "InFile",
+    "Memory",
+    "States",
+    "recall",
+    "restore",
+    "states_of",
+    "stored",
+    "unwatch",
+    "watch",
+]
 
 _HOOK = "_dhsa_hook"  # on a watched module
 _KEPT = "_dhsa_kept"  # on a cache's layer
+_STATES = "_dhsa_states"  # on a cache's layer
 
 # .entry, written before a watched module's forward: (weak reference to the module, weak reference to its cache or None
 # if it was called without one, how many keys are unchanged since the layer's last call).
@@ -109,13 +123,36 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _place_of(cache: Any, module: torch.nn.Module) -> tuple[Any, str] | None:
+class States(dict[Any, Any]):
+    """The states of methods that remember earlier calls, for one cache layer: by method, batch row and first key."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> States:
+        return States({at: copy.deepcopy(state, memo) for at, state in self.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (dict, ())  # as Kept
+
+
+def states_of(module: torch.nn.Module) -> States | None:
+    """The States of the cache that `module` is running with; None if none was seen. To be called before `recall`."""
+    entry = getattr(_running, "entry", None)
+    if entry is None or entry[0]() is not module or entry[1] is None:
+        return None
+    if (place := _place_of(entry[1](), module, _STATES)) is None:
+        return None
+    if not isinstance(getattr(*place, None), States):
+        setattr(*place, States())
+    found: States = getattr(*place)
+    return found
+
+
+def _place_of(cache: Any, module: torch.nn.Module, name: str = _KEPT) -> tuple[Any, str] | None:
     """The object and the name of its attribute that hold the Kept of `module`: the cache's own layer, or the cache if
     the module has no layer there because it reads the keys of another. None if the module has no layer index."""
     layers, index = getattr(cache, "layers", None) or (), getattr(module, "layer_idx", None)
     if cache is None or not isinstance(index, int):
         return None
-    return (layers[index], _KEPT) if index < len(layers) else (cache, f"{_KEPT}_{index}")
+    return (layers[index], name) if index < len(layers) else (cache, f"{name}_{index}")
 
 
 def _kept_at(place: tuple[Any, str] | None) -> Kept | None:

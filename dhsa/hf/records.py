@@ -28,6 +28,8 @@ class LayerRun(NamedTuple):
         skipped: see `dhsa.Config.skip`; 0 without.
         reason: why the call, or part of it, was exact although keys could be left out (`dhsa.Config.break_even`, or a
             mask), or why keys that a cache holds had to be cut again; else "".
+        sent_bytes: the bytes that this rank sent to others for this call, of a model patched with a group; else 0.
+        wait_seconds: the seconds that this rank waited for others in this call.
     """
 
     layer: int
@@ -41,6 +43,8 @@ class LayerRun(NamedTuple):
     key_shape: tuple[int, int, int, int]
     skipped: float = 0.0
     reason: str = ""
+    sent_bytes: int = 0
+    wait_seconds: float = 0.0
 
 
 def record(
@@ -51,6 +55,8 @@ def record(
     key: torch.Tensor,
     done: list[tuple[functional.RunStats, int]],
     reason: str = "",
+    sent_bytes: int = 0,
+    wait_seconds: float = 0.0,
 ) -> None:
     """Store a record of a call on the module. Several stretches give one record, with densities weighted by pairs."""
     paths = {stats.path for stats, _ in done}
@@ -72,6 +78,8 @@ def record(
         key_shape=tuple(key.shape),
         skipped=sum(stats.skipped * pairs for stats, pairs in done) / total if total else 0.0,
         reason=reason,
+        sent_bytes=sent_bytes,
+        wait_seconds=wait_seconds,
     )
     runs = module.__dict__.setdefault(RUNS, {})
     runs.pop(step, None)

@@ -1,4 +1,5 @@
-"""`Config.share`: layers of one forward pass use the boundaries of chunks or the selection that another layer found.
+"""`Config.share`, `LayerConfigs.reuse` and methods that go from layer to layer: layers of one forward pass use the
+boundaries of chunks or the selection that another layer found, or what it left.
 
 Hooks on the model show which calls belong to one forward pass: they note where it begins and ends. Results are stored
 only in between, and are not shared between threads, models or copies of a model, nor kept after an exception.
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from dhsa import functional
 from dhsa.config import Config
 from dhsa.functional import RunStats
+from dhsa.selection import Selection
 
 __all__ = ["HOOKS", "Sharing", "attach", "attach_one", "attached", "detach"]
 
@@ -24,7 +26,7 @@ HOOKS = "_dhsa_hooks"  # on the models inside a patched model whose layers share
 
 
 class _Found(NamedTuple):
-    """Boundaries or a Selection, and the layer that found it."""
+    """Boundaries, a Selection or the state of a method, and the layer that found it."""
 
     layer: int
     value: Any
@@ -99,7 +101,8 @@ class Sharing:
                 stats = functional.run(q, k, v, config, **run, **known)[2]
                 held[key] = _Found(layer, _padded([index.boundaries for index in key_indexes], k.shape[2]))
                 return stats
-            made = functional.boundaries(k, config) if cuts_only else functional.select(q, k, config, **seen)
+            values = v if config.options.reads_values else None
+            made = functional.boundaries(k, config) if cuts_only else functional.select(q, k, config, v=values, **seen)
             found = held[key] = _Found(layer, made)
         seconds = perf_counter() - start
         if cuts_only:
@@ -108,6 +111,85 @@ class Sharing:
             del run["causal"]  # the selection remembers it
             _, _, stats = functional.run_selected(q, k, v, found.value, skip=config.skip, **run)
         return stats._replace(select_seconds=stats.select_seconds + seconds)
+
+    def cascade(
+        self,
+        layer: int | None,
+        kind: int | None,
+        where: tuple,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: Config,
+        *,
+        window: int | None,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+        **options: Any,
+    ) -> RunStats:
+        """`functional.run` of a layer whose method goes on from what the layers before it left. `kind`, `where` as in
+        `run`."""
+        held = self._stack[-1][1] if self._stack else None
+        seen: dict[str, Any] = {"window": window, **options}
+        if held is None or layer is None or not config.leaves_out(q.shape[2], k.shape[2], window):
+            return functional.run(q, k, v, config, **seen, sinks=sinks, out=out)[2]
+        row, *stretch = where
+        key = (config.method, row or 0, *stretch, kind, window, len(q), q.shape[2], k.shape[2])
+        found: _Found | None = held.get(key)
+        start = perf_counter()
+        begins = found is None or layer <= found.layer  # the same layer again: another forward pass
+        state = config.options.new_state() if found is None or begins else found.value
+        selection = functional.select(q, k, config, state=state, **seen)
+        held[key] = _Found(layer, state)
+        seconds = perf_counter() - start
+        _, _, stats = functional.run_selected(q, k, v, selection, skip=config.skip, **seen, sinks=sinks, out=out)
+        return stats._replace(select_seconds=seconds)
+
+    def reuse(
+        self,
+        layer: int,
+        of: tuple[int, tuple[int, ...] | None] | None,
+        where: tuple,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: Config,
+        *,
+        window: int | None,
+        out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+        dense: Config | None = None,
+        **options: Any,
+    ) -> RunStats:
+        """`functional.run` of a layer that takes the lists of its anchor, `of` = (layer, which list each of its lists
+        is); or, with `of` None, of an anchor, whose lists are stored. `dense`: the exact config of an anchor that
+        attends to all keys. `where` as in `run`. A single query is a decoding step, which selects for itself alone."""
+        held = self._stack[-1][1] if self._stack else None
+        if q.shape[2] == 1:
+            config = config.replace(dense_tail=0)
+        seen: dict[str, Any] = {"window": window, **options}
+        if held is None or not config.leaves_out(q.shape[2], k.shape[2], window):
+            return functional.run(q, k, v, config if dense is None else dense, **seen, sinks=sinks, out=out)[2]
+        row, *stretch = where
+        key = (layer if of is None else of[0], row or 0, *stretch, window, len(q), q.shape[2], k.shape[2])
+        start = perf_counter()
+        known: Selection | None = None if of is None else held.get(key)
+        values = v if config.options.reads_values else None
+        selection = functional.select(q, k, config, v=values, **seen) if known is None else known
+        if of is None:
+            held[key] = selection
+        elif known is not None and of[1] is not None:
+            if max(of[1]) >= selection.shape[1]:
+                raise ValueError(
+                    f"reuse: layer {layer} takes list {max(of[1])} of layer {of[0]}, which has {selection.shape[1]}"
+                )
+            selection = selection._taken(of[1])
+        seconds = perf_counter() - start
+        if dense is not None:
+            stats = functional.run(q, k, v, dense, **seen, sinks=sinks, out=out)[2]
+            return stats._replace(select_seconds=stats.select_seconds + seconds)
+        _, _, stats = functional.run_selected(q, k, v, selection, skip=config.skip, **seen, sinks=sinks, out=out)
+        return stats._replace(select_seconds=seconds)
 
 
 def _padded(rows: list[list[int]], length: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Switching a model's attention to implementation "dhsa" and back, and the state that a patched model has."""
 
+from __future__ import annotations
+
 import copy
 import functools
 import inspect
@@ -9,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +25,9 @@ from .handles import HANDLE, note
 from .refusals import check_padding
 from .sharing import HOOKS, Sharing, attach, attach_one, attached, detach
 from .wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from .parallel import Parallel
 
 __all__ = [
     "DEFAULT",
@@ -73,6 +78,7 @@ class State:
     former: tuple[tuple[Any, str | None], ...]
     own: Mapping[int, Config] = field(default_factory=dict)  # for layers that have a boundary network of their own
     sharing: Sharing = field(default_factory=Sharing)
+    parallel: Parallel | None = None  # of a model that is patched with a group
     entries: tuple[Entry, ...] = ()
     edits: tuple[tuple[Any, Any, dict[str, Any]], ...] = ()  # (config before, the model's copy, its values at first)
 
@@ -82,6 +88,26 @@ class State:
         if layer is not None and layer in self.own:
             return self.own[layer]
         return self.config.at(layer) if isinstance(self.config, LayerConfigs) else self.config
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether layers use what other layers of a forward pass found, so that hooks must show where it begins."""
+        given = self.config
+        if isinstance(given, Config):
+            return given.share is not None or given.options.remembers == "layers"
+        configs = (given.default, *given.layers.values())
+        return bool(given.reuse) or given.share is not None or any(c.options.remembers == "layers" for c in configs)
+
+    def reuse_of(self, layer: int | None) -> tuple[bool, tuple[int, tuple[int, ...] | None] | None]:
+        """Whether a layer takes part in `LayerConfigs.reuse`; its anchor and heads, or None if it is an anchor."""
+        if not isinstance(self.config, LayerConfigs) or layer is None:
+            return False, None
+        of = self.config.reuse.get(layer)
+        return of is not None or any(layer == anchor for anchor, _ in self.config.reuse.values()), of
+
+    def dense_anchor(self, layer: int | None) -> bool:
+        """Whether a layer attends to all keys and selects for others (`LayerConfigs.dense_anchors`)."""
+        return isinstance(self.config, LayerConfigs) and layer in self.config.dense_anchors
 
 
 def config_of(module: torch.nn.Module) -> Config:
@@ -124,6 +150,9 @@ def patch(
     model: Wrapped,
     config: Config | LayerConfigs | str | os.PathLike[str] | None = None,
     layers: Iterable[int] | None = None,
+    *,
+    group: Any = None,
+    timeout: float | None = None,
 ) -> Wrapped:
     """Switch the attention of `model` to this package, in place, and return the model.
 
@@ -140,8 +169,15 @@ def patch(
         config: a `dhsa.Config`, or `dhsa.LayerConfigs` with one for each layer, or the path of a file of either. None:
             the default one. `Config(budget=None)` is exact.
         layers: the indices of the layers that may be sparse; the others are exact. None: all.
+        group: a ProcessGroup of torch.distributed with backend gloo, or a DeviceMesh of one dimension: its ranks divide
+            the tokens of each prompt among them, and every rank calls the model with the same inputs (context
+            parallel). All ranks must patch the same model with the same config. None: this process computes all.
+        timeout: with `group`, the seconds after which a rank that sends nothing is given up. None: 300.
 
     Raises:
+        dhsa.GroupError: with `group`, another rank has another model, config or version, ended, or sends nothing.
+        NotImplementedError: with `group`, what its ranks cannot divide; of a tensor-parallel model, lists that depend
+            on all heads.
         TypeError: `model` neither is nor wraps a transformers model, or `config` is no Config.
         ValueError: a layer does not exist; the boundary predictor or the configs of layers were made for another model;
             the predictor lacks the network of a layer; the model cannot change its attention implementation; or as
@@ -149,6 +185,28 @@ def patch(
         OSError: the file of the config cannot be read.
     """
     given, model = model, unwrapped(model)
+    parallel = None
+    if group is not None:
+        from .parallel import Parallel  # torch.distributed is needed for nothing else
+
+        parallel = Parallel(model, group, timeout)
+    elif timeout is not None:
+        raise ValueError("timeout: is how long ranks wait for each other; give a group, or leave it out")
+    try:
+        _patch(model, config, layers, parallel)
+    except BaseException as error:
+        if parallel is not None:
+            parallel.end(error)  # so that the other ranks can say why
+        raise
+    return given
+
+
+def _patch(
+    model: PreTrainedModel,
+    config: Config | LayerConfigs | str | os.PathLike[str] | None,
+    layers: Iterable[int] | None,
+    parallel: Parallel | None,
+) -> None:
     config = as_config(config)
     present = {m.layer_idx for m in attention_modules(model) if isinstance(getattr(m, "layer_idx", None), int)}
     chosen = None
@@ -161,7 +219,7 @@ def patch(
     if isinstance(config, LayerConfigs):
         if config.model is not None:
             _refuse_other_model(config.model, model)
-        if missing := sorted(set(config.layers) - present):
+        if missing := sorted((set(config.layers) | set(config.reuse)) - present):
             raise ValueError(f"config: has configs of layers {missing}, but those of this model are {_span(present)}")
     own: dict[int, Config] = {}
     for one, of in by_config(config, present if chosen is None else chosen).items():
@@ -175,6 +233,10 @@ def patch(
         raise ValueError(
             'model.config.output_attentions is True: "dhsa" never forms the attention weights; set it to False'
         )
+
+    if heads_are_divided(model):
+        for one in by_config(config, present if chosen is None else chosen):
+            _refuse_all_heads(one)
 
     current: State | None = model.__dict__.get(STATE)
     before = _implementations(model)
@@ -194,14 +256,48 @@ def patch(
             _put_back(e for e in entries if e.new is not None)
         _restore(before)
         raise
-    install(model, State(config, chosen, former, own, entries=entries, edits=edits))
-    return given
+    state = State(config, chosen, former, own, parallel=parallel, entries=entries, edits=edits)
+    if parallel is not None:
+        try:
+            said = {
+                "config": repr(config),
+                "layers": None if chosen is None else sorted(chosen),
+                "model": _facts(model),
+            }
+            reuse = isinstance(config, LayerConfigs) and bool(config.reuse)
+            parallel.begin(list({state.config_for(layer): None for layer in sorted(present)}), said, reuse)
+        except BaseException:
+            if current is None or entries is not current.entries:
+                _put_back(e for e in entries if e.new is not None)
+            _restore(before)
+            raise
+    install(model, state)
+
+
+def heads_are_divided(model: torch.nn.Module) -> bool:
+    """Whether the model is tensor parallel, so that each rank has some of its heads."""
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return True
+    weights = (weight for module in attention_modules(model) for weight in module.parameters())
+    return any(place.is_shard() for weight in weights for place in getattr(weight, "placements", ()))
+
+
+def _refuse_all_heads(config: Config) -> None:
+    """Raises NotImplementedError for lists that depend on all heads of a layer."""
+    why = "each rank of a tensor-parallel model has some heads of a layer, and would select otherwise than one process"
+    if config.exact:
+        return
+    if (config.heads or config.options.heads) == "all":
+        raise NotImplementedError(f"heads: {why}; expected 'head' or 'group', got 'all'")
+    if config.options.has_chunks and config.boundaries != "fixed":
+        raise NotImplementedError(f"boundaries: {why}; expected 'fixed', got {config.boundaries!r}")
 
 
 def set_default(config: Config | LayerConfigs) -> None:
     """Makes `config` that of models that are loaded as "dhsa" and not patched, and of `patch` without a config. It must
-    neither share between layers nor choose keys in decoding steps, which need the hooks that `patch` puts on a model,
-    nor have a predictor, whose networks `patch` compares with the model and gives to its layers."""
+    neither share between layers, nor have a method that remembers, nor choose keys in decoding steps, which need the
+    hooks that `patch` puts on a model, nor have a predictor, whose networks `patch` compares with the model and gives
+    to its layers."""
     global DEFAULT
     DEFAULT = config
 
@@ -242,8 +338,12 @@ def _refuse_other_model(noted: Mapping[str, Any], module: torch.nn.Module) -> No
 
 
 def own_networks(model: PreTrainedModel, config: Config, layers: Iterable[int]) -> dict[int, Config]:
-    """The configs of layers whose boundaries come from a network of their own. Raises ValueError for networks of
-    another model, whose boundaries would be meaningless, and for layers without a network."""
+    """The configs of layers whose boundaries come from a network of their own, or whose method has options for each
+    layer. Raises ValueError for those of another model, which would be meaningless, and for layers without any."""
+    if config.options.made_for is not None and (other := _other_facts(config.options.made_for, model)):
+        raise ValueError(f"method: {config.method!r} has options that were trained {other}; train them for it")
+    if found := {layer: own for layer in layers if (own := config.options.of_layer(layer)) is not config.options}:
+        return {layer: config.replace(method=own) for layer, own in found.items()}
     predictor = config.predictor
     if config.boundaries != "predictor" or predictor is None:
         return {}
@@ -286,6 +386,9 @@ def patched(
     model: Wrapped,
     config: Config | LayerConfigs | str | os.PathLike[str] | None = None,
     layers: Iterable[int] | None = None,
+    *,
+    group: Any = None,
+    timeout: float | None = None,
 ) -> Iterator[Wrapped]:
     """`patch` for the duration of a with statement. Afterwards the model is as it was: patched by an outer one, or not
     at all.
@@ -294,15 +397,21 @@ def patched(
         model: as in `patch`.
         config: as in `patch`.
         layers: as in `patch`.
+        group: as in `patch`.
+        timeout: as in `patch`.
     """
     given, model = model, unwrapped(model)
     outer: State | None = model.__dict__.get(STATE)
     before = _implementations(model) if outer is not None else ()
     states = {m: m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__}
-    patch(model, config, layers)
+    patch(model, config, layers, group=group, timeout=timeout)
     state: State = model.__dict__[STATE]
     try:
         yield given
+    except BaseException as error:
+        if state.parallel is not None:
+            state.parallel.end(error)
+        raise
     finally:  # also if the model was unpatched or switched to another implementation in the block
         if outer is None or state.entries is not outer.entries:
             _take_off(model, state)
@@ -328,7 +437,10 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 def install(model: torch.nn.Module, state: State) -> None:
     detach(model)
-    if state.config.share is not None:
+    _detach_parallel(model)
+    if state.parallel is not None:
+        state.parallel.attach()
+    if state.needs_forward:
         attach(model, state.sharing)
     for module in (model, *attention_modules(model)):
         module.__dict__[STATE] = state
@@ -373,8 +485,16 @@ def _place_of_mask(forward: Callable[..., Any]) -> int:
     return names.index("attention_mask") if "attention_mask" in names else sys.maxsize
 
 
+def _detach_parallel(model: torch.nn.Module) -> None:
+    state: State | None = model.__dict__.get(STATE)
+    if state is not None and state.parallel is not None:
+        state.parallel.detach(model)
+        state.parallel.end()
+
+
 def _uninstall(model: torch.nn.Module) -> None:
     detach(model)
+    _detach_parallel(model)
     for module in model.modules():
         _forget(module)
 

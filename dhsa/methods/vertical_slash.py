@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +17,9 @@ __all__ = ["VerticalSlash"]
 PROBE_QUERIES = 64  # queries at the prompt's end whose attention is computed
 
 
-def columns_and_diagonals(block: Block) -> tuple[np.ndarray, np.ndarray]:
+def columns_and_diagonals(block: Block, logits: Callable[..., np.ndarray] = logits) -> tuple[np.ndarray, np.ndarray]:
     """Columns [Lk] and diagonals [Lk] of the probabilities of the prompt's last 64 queries, summed over them and the
-    heads. Diagonal d holds the pairs of a query and the key d before it."""
+    heads. Diagonal d holds the pairs of a query and the key d before it. logits: which function computes them."""
     k_len = block.k.shape[1]
     n = min(PROBE_QUERIES, block.q.shape[1])
     at, keys = np.arange(k_len - n, k_len), np.arange(k_len)
@@ -58,7 +59,7 @@ class VerticalSlash(Method):
         the last diagonal gives its most recent keys. Columns fill the rest, best first, of equal ones the more recent;
         those that a diagonal covers already do not count.
         """
-        columns, diagonals = columns_and_diagonals(block)
+        columns, diagonals = block.shared("columns", lambda: columns_and_diagonals(block))
         keys = np.arange(block.end)
         chosen = (keys >= block.lo) & ((keys < block.options["sink"]) | (keys >= block.end - block.options["local"]))
         free = (keys >= block.lo) & ~chosen

@@ -20,8 +20,8 @@ from dhsa._twin.boundaries import (
 )
 from dhsa._twin.scores import chunk_means, chunk_scores
 from dhsa._twin.selection import Prefill, Segments, Selection, density, prefill, select, select_from_scores, topk
+from dhsa.methods.lists import METHODS, Block, method_blocks, method_lists
 from dhsa.reference._key_index import KeyIndex
-from dhsa.reference._methods import METHODS, Block, method_blocks, method_lists
 from dhsa.reference._skip import Grouping, skip_mask
 
 __all__ = [

@@ -2,8 +2,8 @@
 
 `documents.py`: texts, split and packed. `stream.py`: a model's keys and labels, layer by layer. `networks.py`: the
 networks in torch. `loop.py`: the training loop, which can be resumed. `scores.py`: how well gaps are scored.
-`report.py`: table and model card. Needs the extras `hf` (torch, transformers) and `demo` (rich). Trained networks run
-in C.
+`report.py`: table and model card. `gates.py`: gates of the method "seer", which the same loop trains. Needs the extras
+`hf` (torch, transformers) and `demo` (rich). Trained networks run in C, gates in NumPy.
 """
 
 from importlib import import_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from dhsa.commands import UserError, at_least
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
 DESCRIPTION = (
-    "Trains a boundary predictor on the keys of a model that reads a text, and writes it with a model card that states "
-    "its scores. Keys and labels are processed layer by layer: they are never written to disk, and at most --pool-mib "
-    "of them stay in memory. An interrupted run continues when the same command is given again."
+    "Trains a boundary predictor on the keys of a model that reads a text (or, with --architecture gate, the gates of "
+    "method seer on its queries and keys), and writes it with a model card that states its scores. Keys and labels are "
+    "processed layer by layer: they are never written to disk, and at most --pool-mib of them stay in memory. An "
+    "interrupted run continues when the same command is given again."
 )
 NEEDED = ("torch", "transformers", "safetensors", "rich")
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="the .safetensors file to write; the model card goes beside it, .md"
     )
-    parser.add_argument("--architecture", choices=("compact", "attention"), default="compact")
+    parser.add_argument("--architecture", choices=("compact", "attention", "gate"), default="compact")
     parser.add_argument(
         "--networks", choices=("both", "layers", "shared"), help="one for each layer, one for all, or both"
     )
@@ -62,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.heads is not None and args.architecture != "attention":
         raise UserError("--heads: only the paper's network has attention heads; add --architecture attention")
+    gate = args.architecture == "gate"
+    for name, given in (("hidden", args.hidden), ("dtype", None if args.dtype == "float32" else args.dtype)):
+        if gate and given is not None:
+            raise UserError(f"--{name}: {given} says nothing about gates; leave it out")
     try:
         settings = training.Settings(
             architecture=args.architecture,
@@ -104,10 +110,13 @@ def run(args: argparse.Namespace) -> int:
                 model, text, settings, state=state, advance=advance, keep=lambda done: save(args, done, settings, text)
             )
     Console().print(report.table(done))
+    used = f'boundaries="predictor", predictor=dhsa.BoundaryPredictor.load("{args.out}")'
+    if gate:
+        used = f'method="seer", gates="{args.out}"'
     console.print(
         f"{done.seconds:.0f} s; {args.out} ({args.out.stat().st_size / 1024:.0f} KiB) and its card "
         f"{args.out.with_suffix('.md').name}. Use it:\n"
-        f'  dhsa.Config(boundaries="predictor", predictor=dhsa.BoundaryPredictor.load("{args.out}"))',
+        f"  dhsa.Config({used})",
         highlight=False,
         soft_wrap=True,  # to be copied
     )
@@ -115,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def save(args: argparse.Namespace, done: Any, settings: Any, text: Any) -> None:
-    """Write the predictor and its model card."""
+    """Write the predictor, or the gates, and the model card."""
+    from dhsa.methods.gates import Gates
     from dhsa.training import report
 
     sizes = (sum(map(len, text.train)), sum(map(len, text.held_out)))
@@ -124,7 +134,10 @@ def save(args: argparse.Namespace, done: Any, settings: Any, text: Any) -> None:
     name = Path(args.model or "gemma3").name
     described = report.card(done, settings, model=name, source=text.source, sizes=sizes, name=args.out.name)
     try:
-        done.predictor.save(args.out, dtype=args.dtype, notes=notes)
+        if isinstance(done.predictor, Gates):
+            dataclasses.replace(done.predictor, notes=notes).save(args.out)
+        else:
+            done.predictor.save(args.out, dtype=args.dtype, notes=notes)
         with replacing(args.out.with_suffix(".md")) as part:
             part.write_text(described, encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: weights beyond float16

@@ -1,8 +1,8 @@
-"""The training loop.
+"""The training loop, of boundary predictors and of gates.
 
-Pieces of text go through the model; gaps of all layers are collected in a pool of limited size, and training steps take
-them in random order. After each piece a state is written to disk, from which an interrupted run continues to the same
-weights.
+Pieces of text go through the model; gaps (of gates: blocks of queries) of all layers are collected in a pool of limited
+size, and training steps take them in random order. After each piece a state is written to disk, from which an
+interrupted run continues to the same weights.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import torch
 from dhsa import hf
 from dhsa._files import replacing
 from dhsa.commands import UserError
+from dhsa.methods.gates import Gates
 from dhsa.predictor import BoundaryPredictor
 from dhsa.training.documents import Text
+from dhsa.training.gates import GateCrop, gate_loss, gates_of, judge_gates, pool_gates
 from dhsa.training.networks import build, focal_loss, soft_labels
 from dhsa.training.scores import POSITIVE, score, similarity
 from dhsa.training.settings import Settings
@@ -40,15 +42,16 @@ class Training:
     """The result of a training.
 
     Attributes:
-        predictor: the BoundaryPredictor.
+        predictor: the BoundaryPredictor; of architecture "gate" the `dhsa.methods.gates.Gates`.
         history: the mean losses after each piece.
         scores: scores of each layer on held-out text, `scores[layer][who][measure]`, where who is "own", "shared",
-            "similarity" or "random"; and `scores[layer]["positive"]`, the share of gaps that are boundaries.
+            "similarity" or "random", of gates "own", "means" or "random"; and `scores[layer]["positive"]`, the share of
+            gaps that are boundaries, of gates the share of blocks of keys that are to be found.
         seconds: the time it took.
         resumed: how often the run was continued after an interruption.
     """
 
-    predictor: BoundaryPredictor
+    predictor: BoundaryPredictor | Gates
     history: list[dict[str, float]]
     scores: dict[int, dict[str, Any]]
     seconds: float
@@ -65,19 +68,21 @@ class _Crop:
 class _Learner:
     """One network and its optimizer."""
 
-    def __init__(self, settings: Settings, channels: int, scale: float, number: int) -> None:
+    def __init__(self, settings: Settings, channels: Any, scale: Any, number: int) -> None:
         self.settings, self.channels, self.scale, self.number = settings, channels, scale, number
         self.network = build(settings, channels, scale, settings.seed * 4096 + number)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.rate)
         self.losses: list[float] = []  # of this piece
 
-    def step(self, crop: _Crop, rate: float) -> None:
+    def step(self, crop: _Crop | GateCrop, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.enable_grad():
-            loss = focal_loss(
-                self.network(crop.keys), crop.labels, gamma=self.settings.gamma, pos_weight=self.settings.pos_weight
-            )
+            if isinstance(crop, GateCrop):
+                loss = gate_loss(self.network, crop)
+            else:
+                gamma, weight = self.settings.gamma, self.settings.pos_weight
+                loss = focal_loss(self.network(crop.keys), crop.labels, gamma=gamma, pos_weight=weight)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
         self.optimizer.step()
@@ -97,8 +102,10 @@ class _Learner:
         return learner
 
 
-def _pool(model: Any, ids: list[int], settings: Settings, generator: np.random.Generator) -> list[_Crop]:
+def _pool(model: Any, ids: list[int], settings: Settings, generator: np.random.Generator) -> list[Any]:
     """Return crops of all layers of one piece, in random order, no more of them than the settings allow."""
+    if settings.architecture == "gate":
+        return pool_gates(model, ids, settings, generator)
     w, crop = settings.window, settings.crop
     first, last = 2 * w - 1, len(ids) - 2 * w  # gaps that have a label
     starts = np.arange(first, max(last, first), crop)
@@ -126,8 +133,12 @@ def _pool(model: Any, ids: list[int], settings: Settings, generator: np.random.G
     return [crops[i] for i in generator.permutation(len(crops))]
 
 
-def _learners(settings: Settings, pool: list[_Crop]) -> dict[str, _Learner]:
+def _learners(settings: Settings, pool: list[Any]) -> dict[str, _Learner]:
     """Return new learners for the layers and the width of the first piece."""
+    if settings.architecture == "gate":
+        first: dict[int, GateCrop] = {crop.layer: crop for crop in pool}
+        sizes = {layer: [c.queries.shape[1], c.keys.shape[1], c.queries.shape[2]] for layer, c in first.items()}
+        return {str(i): _Learner(settings, sizes[i], first[i].inv_freq, i) for i in sorted(first)}
     rms: dict[str, float] = {}
     layers = sorted({crop.layer for crop in pool})
     for layer in layers:
@@ -160,7 +171,7 @@ def train(
     advance: Callable[[], None] = lambda: None,
     keep: Callable[[Training], None] = lambda done: None,
 ) -> Training:
-    """Train a boundary predictor on the keys of `model`.
+    """Train a boundary predictor on the keys of `model`, or gates of the method "seer" on its queries and keys.
 
     Args:
         model: a transformers model in eval mode on the CPU. It is left as it was.
@@ -227,9 +238,17 @@ def train(
                 state, identity=identity, learners={n: x.state() for n, x in learners.items()}, history=history,
                 done=done, seconds=before + time.perf_counter() - start, resumed=resumed,
             )  # fmt: skip
-    predictor = _predictor(model, settings, learners)
-    _check(predictor, history)
-    scores = _judge(model, text.held_out, predictor, settings, advance)
+    predictor: BoundaryPredictor | Gates
+    if settings.architecture == "gate":
+        gates = {name: learner.network for name, learner in learners.items()}
+        predictor = gates_of(model, gates)
+        _check(predictor, history)
+        found = judge_gates(model, text.held_out, gates, settings, advance)
+        scores = {layer: _mean([row[layer] for row in found]) for layer in sorted(found[0])}
+    else:
+        predictor = _predictor(model, settings, learners)
+        _check(predictor, history)
+        scores = _judge(model, text.held_out, predictor, settings, advance)
     finished = Training(predictor, history, scores, before + time.perf_counter() - start, resumed)
     keep(finished)
     if state is not None:
@@ -280,7 +299,7 @@ def _predictor(model: Any, settings: Settings, learners: dict[str, _Learner]) ->
     )
 
 
-def _check(predictor: BoundaryPredictor, history: list[dict[str, float]]) -> None:
+def _check(predictor: BoundaryPredictor | Gates, history: list[dict[str, float]]) -> None:
     """Raise UserError unless the loss of the last pieces is below that of the first."""
     few = max(1, len(history) // 8)
     for who in history[0]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dhsa.training.gates import GateNetwork
 from dhsa.training.settings import Settings
 
 __all__ = ["AttentionNetwork", "CompactNetwork", "build", "focal_loss", "soft_labels"]
@@ -97,15 +98,18 @@ class AttentionNetwork(nn.Module):
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
 
-def build(settings: Settings, channels: int, scale: float, seed: int) -> CompactNetwork | AttentionNetwork:
-    """Make a network with new weights, which depend on the seed only.
+def build(settings: Settings, channels: Any, scale: Any, seed: int) -> Any:
+    """Make a network with new weights, which depend on the seed only (of a gate: on nothing).
 
     Args:
         settings: architecture and sizes.
-        channels: KV heads times head_dim of the model.
-        scale: root mean square of the numbers of a key.
+        channels: KV heads times head_dim of the model; of a gate query heads, KV heads and head_dim.
+        scale: root mean square of the numbers of a key; of a gate its rotary frequencies or None.
         seed: of the weights.
     """
+    if settings.architecture == "gate":
+        heads, kv_heads, dim = channels
+        return GateNetwork(heads, kv_heads, dim, scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         assert settings.hidden is not None  # Settings fills in a width

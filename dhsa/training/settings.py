@@ -17,12 +17,14 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a boundary predictor is trained.
+    """How a boundary predictor, or the gates of the method "seer", are trained.
 
     Args:
-        architecture: "compact" (this project's) or "attention" (the paper's).
+        architecture: of boundary predictors "compact" (this project's) or "attention" (the paper's); "gate": gates
+            (SeerAttention, arXiv 2410.13276), of which `window`, `width`, `pooled`, `hidden`, `heads`, `gated`,
+            `gamma` and `pos_weight` say nothing.
         networks: "layers" (one for each layer), "shared" (one for all) or "both". None: "both" for "compact", "shared"
-            for "attention", as in the paper.
+            for "attention", as in the paper; "layers" for "gate", which has no others.
         layers: the layers whose keys are trained on. None: all.
         window: the number of keys on each side of a gap.
         width: of the compact network: numbers of a key after the projection.
@@ -32,10 +34,10 @@ class Settings:
         gated: of the paper's network: whether the halves are pooled by a gate.
         tokens: the most tokens of a piece of text (`pack` makes the pieces). Attention does not go beyond a piece.
         epochs: how often the text is read.
-        rate: Adam's learning rate. None: the paper's 1e-4 for "attention", 3e-3 for "compact".
+        rate: Adam's learning rate. None: the paper's 1e-4 for "attention", 3e-3 for "compact", 1e-3 for "gate".
         schedule: "constant" or "cosine" (rising over the first 2 %, then falling to 0). None: the paper's "constant"
-            for "attention", "cosine" for "compact".
-        crop: neighbouring gaps of a training step.
+            for "attention", "cosine" for the others.
+        crop: neighbouring gaps of a training step; of gates, neighbouring queries.
         gamma: exponent of the focal binary cross-entropy.
         pos_weight: factor of the positive part of the loss.
         pool_mib: the most memory, in MiB, that keys of a piece may take (none are written to disk). Where a piece has
@@ -74,13 +76,15 @@ class Settings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        check_choice(self.architecture, "architecture", tuple(ARCHITECTURES))
-        compact = self.architecture == "compact"
-        default("networks", "both" if compact else "shared")
-        default("hidden", 32 if compact else 128)
-        default("rate", 3e-3 if compact else 1e-4)
-        default("schedule", "cosine" if compact else "constant")
+        check_choice(self.architecture, "architecture", (*ARCHITECTURES, "gate"))
+        kind = self.architecture
+        default("networks", {"compact": "both", "attention": "shared", "gate": "layers"}[kind])
+        default("hidden", 128 if kind == "attention" else 32)
+        default("rate", {"compact": 3e-3, "attention": 1e-4, "gate": 1e-3}[kind])
+        default("schedule", "constant" if kind == "attention" else "cosine")
         check_choice(self.networks, "networks", NETWORKS)
+        if kind == "gate" and self.networks != "layers":
+            raise ValueError(f"networks: each layer has gates of its own; expected 'layers', got {self.networks!r}")
         check_choice(self.schedule, "schedule", SCHEDULES)
         for name, low, high in (
             ("window", 1, 64), ("width", 1, 4096), ("pooled", 2, 4096), ("hidden", 1, 65536), ("heads", 1, 65536),

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--time", type=_share, metavar="SHARE", help="the most time of attention, as a share of dense attention's: 0.5"
     )
+    add(
+        "--dense-or-sparse",
+        type=at_least(256),
+        metavar="N",
+        help="give each layer either dense attention or the default configuration with N keys, nothing between",
+    )
     add("--length", type=at_least(512), default=8192, metavar="N", help="tokens of a document; default: 8192")
     add_texts(parser, ".txt or .jsonl files or folders; default: Python's reference and its standard library's source")
     add("--documents", type=at_least(1), default=2, metavar="N", help="documents to measure on; default: 2")
@@ -260,8 +266,9 @@ class _Tuning:
 
         first, *_ = self.known
         length, depth = len(first.ids), self.engine.depth
-        families = candidates.families()
-        sizes = candidates.budgets(length)
+        families, sizes = candidates.families(), candidates.budgets(length)
+        if self.args.dense_or_sparse is not None:
+            families, sizes = families[:1], [self.args.dense_or_sparse]
         self.configs = {_name(config, size): config.replace(**_fitting(size)) for config in families for size in sizes}
         of = {name: name.rpartition(" ")[0] for name in self.configs}  # the family of each
         screened = sorted({round(i * (depth - 1) / (SCREENED - 1)) for i in range(SCREENED)})

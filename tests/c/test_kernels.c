@@ -11,7 +11,14 @@
 
 #include "core/internal.h"
 #include "kernels/kernels.h"
+#include "kernels/cpu.h"
 #include "kernels/half.h"
+#include "kernels/tiers.h"
+#include "avx_vnni.h"
+
+#if DHSA_X86 && DHSA_HAVE_AVXVNNI && defined(__linux__)
+extern const dhsa_byte_kernels dhsa_bytes_avx2, dhsa_bytes_avx2vnni;
+#endif
 
 static const dhsa_kernels *ref, *kn;
 static int failures, checks;
@@ -504,11 +511,18 @@ static void test_quantize(int dim)
     quantize_as_expected("quantize small", x, dim);
 }
 
+/* Number i of a panel; those to which 128 is added are unsigned. */
+static int number_of(const dhsa_byte_kernels *bytes, const void *panel, ptrdiff_t i)
+{
+    if (bytes->size == 2) return ((const int16_t *)panel)[i];
+    return bytes->added ? ((const uint8_t *)panel)[i] : ((const int8_t *)panel)[i];
+}
+
 /* Products of bytes are exact, and so is the layout of a panel. */
 static void test_bytes(const dhsa_byte_kernels *bytes, int n, int dim, int rows)
 {
-    const int lanes = kn->lanes, pitch = (int)dhsa_round_up(dim, 4);
-    uint8_t *panel = guarded((size_t)pitch * lanes);
+    const int lanes = kn->lanes, pitch = (int)dhsa_round_up(dim, 4), size = bytes->size, word = 4 / size;
+    void *panel = guarded((size_t)pitch * lanes * size), *keys = guarded((size_t)n * pitch * size);
     int8_t *k = guarded((size_t)n * pitch);
     int32_t *bias = guarded((size_t)n * sizeof *bias);
     float *s = floats((size_t)n * lanes);
@@ -527,14 +541,17 @@ static void test_bytes(const dhsa_byte_kernels *bytes, int n, int dim, int rows)
         }
         bias[j] = -128 * sum;
     }
-    memset(panel, 0xaa, (size_t)pitch * lanes);
+    memcpy(keys, k, (size_t)(size == 1 ? n * pitch : 0));
+    for (int i = 0; i < n * pitch && size == 2; i++) ((int16_t *)keys)[i] = k[i];
+    memset(panel, 0xaa, (size_t)pitch * lanes * size);
     bytes->pack_panel(row, rows, dim, panel);
     int wrong = 0;
     for (int d = 0; d < pitch; d++)
         for (int r = 0; r < lanes; r++)
-            wrong += panel[(d / 4 * lanes + r) * 4 + d % 4] != (r < rows && d < dim ? row[r][d] + 128 : 128);
+            wrong += number_of(bytes, panel, (ptrdiff_t)(d / word * lanes + r) * word + d % word) !=
+                     (r < rows && d < dim ? row[r][d] : 0) + bytes->added;
     near("bytes pack_panel", rows, dim, (float)wrong, 0, 0);
-    bytes->qk(panel, k, bias, n, dim, rows, s, NULL);
+    bytes->qk(panel, keys, bias, n, dim, rows, s, NULL);
     for (int j = 0; j < n; j++)
         for (int r = 0; r < rows; r++) {
             int want = 0;
@@ -543,17 +560,32 @@ static void test_bytes(const dhsa_byte_kernels *bytes, int n, int dim, int rows)
         }
 }
 
-static void test_all_bytes(const dhsa_byte_kernels *bytes)
+/* every: 1, or larger to test only one of so many cases. */
+static void test_all_bytes(const dhsa_byte_kernels *bytes, int every)
 {
+    int at = 0;
     for (int dim = 1; dim <= 130; dim++)
         for (int n = 1; n <= 20; n++) {
+            if (at++ % every) continue;
             test_bytes(bytes, n, dim, 1 + (dim + 7 * n) % kn->lanes);
             forget();
         }
-    for (int rows = 1; rows <= kn->lanes; rows++) {
+    for (int rows = 1; rows <= kn->lanes; rows += every) {
         test_bytes(bytes, 11, DHSA_MAX_HEAD_DIM, rows);
         forget();
     }
+}
+
+/* A CPU runs one of the two tables of the AVX2 tier. Here both are run, the one for AVX-VNNI with the instruction
+ * emulated where the CPU lacks it. */
+static void test_bytes_of_avx2(void)
+{
+#if DHSA_X86 && DHSA_HAVE_AVXVNNI && defined(__linux__)
+    if (strcmp(kn->isa, "avx2") != 0) return;
+    const int native = dhsa_cpu_has_avx_vnni();
+    if (!native) emulate_avx_vnni();
+    test_all_bytes(native ? &dhsa_bytes_avx2 : &dhsa_bytes_avx2vnni, native ? 1 : 211);
+#endif
 }
 
 static void test_moves(int n, int dim, int dtype)
@@ -661,7 +693,7 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
     half->begin();
     half->pack_panel(queries, used, dim, n % 2, q);
     half->pack_keys(keys, n, dim, k);
-    near("pairs finite", n, dim, (float)half->pack_values(keys, n, dim, v), 0, 0);
+    near("pairs finite", n, dim, (float)half->pack_values(keys, n, dim, N, v), 0, 0);
     for (int d = 0; d < K; d++) {
         for (int r = 0; r < lanes; r++) {
             const uint16_t want = r < used && d < dim ? ((const uint16_t *)queries[r])[d] ^ (n % 2 ? 0x8000 : 0) : 0;
@@ -705,7 +737,7 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
             want[j] = s[j] = uniform();
             if (j / lanes < n) top[j % lanes] = fmaxf(top[j % lanes], s[j]);
         }
-        half->softmax(s, top, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m, l, alpha, p, &job);
+        half->softmax(s, top, n, 5, masked ? lo : NULL, hi, 1.5f, 0, m, l, alpha, p, NULL, &job);
         half->exp(&job);
         kn->softmax(want, n, lanes, 5, masked ? lo : NULL, hi, 1.5f, 0, m_want, l_want, alpha);
         for (int r = 0; r < lanes; r++) {
@@ -734,7 +766,7 @@ static void test_pairs(const dhsa_pair_kernels *half, int n, int dim, int dtype)
              bad[] = {fp16 ? 0x7c00 : 0x7f80, fp16 ? 0xfc00 : 0xff80, fp16 ? 0x7e01 : 0x7fc1};
     for (int i = 0; i < 3; i++) {
         last[dim - 1] = bad[i];
-        near("pairs not finite", n, i, (float)(half->pack_values(keys, n, dim, v) != 0), 1, 0);
+        near("pairs not finite", n, i, (float)(half->pack_values(keys, n, dim, N, v) != 0), 1, 0);
     }
     half->end();
 }
@@ -865,7 +897,8 @@ int main(void)
             forget();
         }
         test_power_values();
-        if (kn->bytes) test_all_bytes(kn->bytes);
+        if (kn->bytes) test_all_bytes(kn->bytes, 1);
+        test_bytes_of_avx2();
         forget();
         test_conversions(DHSA_F16);
         test_conversions(DHSA_BF16);

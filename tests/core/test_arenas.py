@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "csrc/core/error.c", ROOT / "tests/c/test_arena.c"]
+SOURCES = [ROOT / "csrc/core/error.c", ROOT / "csrc/core/platform_posix.c", ROOT / "tests/c/test_arena.c"]
 
 
 @pytest.fixture(scope="module")

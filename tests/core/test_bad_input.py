@@ -582,8 +582,8 @@ def test_dlpack_arguments(torch):
     with pytest.raises(TypeError, match=r"^q: Nothing has DLPack but no __array_namespace__"):
         dhsa.attention(nothing, k, v)
     with pytest.raises(TypeError, match=r"^k: expected an array"):
-        _core.attend_dense(q, object(), v, np.empty_like(q), None, None, None, None, True, None, 1, None, None)
-    with pytest.raises(TypeError, match="expected 13 positional arguments, got 2"):
+        _core.attend_dense(q, object(), v, np.empty_like(q), None, None, None, None, True, None, 1, None, None, 0)
+    with pytest.raises(TypeError, match="expected 14 positional arguments, got 2"):
         _core.attend_dense(q, k)
 
 

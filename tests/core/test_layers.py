@@ -17,19 +17,20 @@ LAYERS = [
     {"_typing"},
     {"_core"},
     {"_arrays", "_checkpoint", "_files", "_register", "_tensors", "_threads", "_twin"},
-    {"_safetensors"},
+    {"_precision", "_safetensors"},
     {"methods", "predictor", "selection"},
     {"config", "reference"},
     {"functional", "labels", "selecting"},
     {"dhsa"},
-    {"commands", "hf", "plot", "sdpa"},
+    {"distributed"},
+    {"commands", "growth", "hf", "plot", "sdpa"},
     {"ask", "demo", "doctor", "evaluation", "run", "training"},
-    {"tuning"},
+    {"demo_distributed", "tuning"},
     {"__main__"},
 ]
 ALONE = {
-    "_core", "ask", "commands", "config", "demo", "doctor", "evaluation", "hf", "methods", "plot", "reference", "run",
-    "sdpa", "training", "tuning",
+    "_core", "ask", "commands", "config", "demo", "demo_distributed", "doctor", "evaluation", "hf", "methods", "plot",
+    "reference", "run", "sdpa", "training", "tuning",
 }  # fmt: skip
 
 
@@ -60,6 +61,26 @@ def test_the_core_includes_only_what_is_below():
             assert room(target) not in APART.get(room(name), ()), f"{name} includes {target}, which is beside it"
             arrows.add((room(name), room(target)))
     assert {("python", "core"), ("pipeline", "select"), ("select", "chunk"), ("attend", "kernels")} <= arrows
+
+
+# What the C standard library has, and intrinsics, which are those of kernels. Everything else is of one system.
+STANDARD = {
+    "assert", "errno", "float", "inttypes", "limits", "math", "sanitizer/asan_interface", "stdarg", "stdatomic",
+    "stddef", "stdint", "stdio", "stdlib", "string", "time",
+}  # fmt: skip
+INTRINSICS = {"arm_neon", "cpuid", "immintrin"}
+
+
+def test_what_differs_between_systems_is_behind_one_header():
+    """Each system has its file of core/; kernels/cpu.c asks Linux for the tile registers, which no other has."""
+    system = {"core/platform.h", "core/platform_posix.c", "core/platform_windows.c", "kernels/cpu.c"}
+    found = set()
+    for path in sources():
+        name = path.relative_to(ROOT / "csrc").as_posix()
+        headers = set(re.findall(r"^\s*#\s*include <([\w/]+)\.h>", path.read_text(), re.MULTILINE))
+        if headers - STANDARD - {"kernels": INTRINSICS, "python": {"Python"}}.get(room(name), set()):
+            found.add(name)
+    assert found == system
 
 
 def circle(graph):

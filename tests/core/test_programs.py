@@ -4,6 +4,7 @@ what the header promises, allocations that fail. The core is compiled once for a
 The kernels are compiled for 64-bit Arm too, where a cross compiler is installed, and run there where qemu-user is.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,7 @@ FLAGS = [
 ]
 KERNELS = [
     *sorted((ROOT / "csrc" / "kernels").glob("*.c")),
-    ROOT / "csrc/core/error.c",
-    ROOT / "csrc/core/threads.c",
+    *(ROOT / "csrc/core" / name for name in ("error.c", "platform_posix.c", "platform_windows.c", "threads.c")),
 ]
 REST = [p for p in sorted((ROOT / "csrc").rglob("*.c")) if p.parent.name != "python" and p not in KERNELS]
 
@@ -49,9 +49,10 @@ def program(tmp_path_factory):
     assert len(objects) == len(KERNELS + REST)
 
     def build(name, *flags):
-        command = [compiler, *FLAGS, PROGRAMS / f"{name}.c", *objects, "-o", folder / name, "-lm", *flags]
+        target = folder / Path(name).name
+        command = [compiler, *FLAGS, PROGRAMS / f"{name}.c", *objects, "-o", target, "-lm", *flags]
         subprocess.run(command, check=True)
-        return folder / name
+        return target
 
     return build
 
@@ -88,10 +89,27 @@ def test_what_the_header_promises(program):
     assert run(program("test_entries")).endswith("checks\n")
 
 
+def test_split_products_of_fp32(program):
+    """tests/c/test_precision.c: precision "high", also on the tier that has its products but takes fp32 instead."""
+    told = run(program("test_precision", "-Werror"))
+    assert told.rstrip().endswith("0 differences")
+
+
+def test_threads(program):
+    """tests/c/test_threads.c: what platform.h promises of an operating system, and the pool."""
+    assert run(program("test_threads", "-Werror")).endswith("checks\n")
+
+
+def test_descriptors_of_which_some_numbers_are_wrong(program):
+    """tests/fuzz/descriptors.c for some seconds; `make test-debug` runs it with sanitizers, `make fuzz` for longer."""
+    told = run(program("../fuzz/descriptors", "-Werror"), 0, 5)
+    assert int(re.fullmatch(r"seed 0: (\d+) executions .* of which \d+ computed a result\n", told)[1]) > 1000
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the linker may not know --wrap")
 def test_any_allocation_of_a_selection_may_fail(program):
     """tests/c/test_memory.c: one after the other, for every method; at least the list lengths and a workspace."""
     told = run(program("test_memory", "-Wl,--wrap=posix_memalign,--wrap=free"))
     counts = [int(word) for word in told.split() if word.isdigit()]
-    assert len(counts) >= len(METHODS)
+    assert len(counts) >= sum(method.in_core for method in METHODS.values())
     assert min(counts) >= 2

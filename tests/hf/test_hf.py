@@ -211,7 +211,7 @@ def test_named_implementation_without_patch_uses_the_default_config(models):
     torch.testing.assert_close(model(ids).logits, models("gemma2")(ids).logits, rtol=0, atol=2e-5)
     assert [r.path for r in dhsa.last_run(model)] == ["window", "dense"] * 2  # 300 keys are within the default budget
     default = dhsa.Config()
-    q, k, v = qkv(q_len=default.budget + 2 * default.query_block + default.dense_tail, heads=1, kv_heads=1)
+    q, k, v = qkv(q_len=6 * default.budget, heads=1, kv_heads=1)
     layer = Layer()
     dhsa.hf.attention_forward(layer, q, k, v, None)
     assert dhsa.last_run(layer)[0].path == "sparse"

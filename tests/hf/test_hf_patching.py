@@ -91,7 +91,7 @@ def test_models_built_from_one_config_are_patched_apart(models):
 
 
 def test_two_models_with_two_configs_in_two_threads(models):
-    wide = dhsa.Config(budget=160, sink=8, local=32, query_block=32, dense_tail=16)
+    wide = dhsa.Config(budget=160, sink=8, local=32, query_block=32, dense_tail=16, break_even=0)
     pairs = [(build("gemma2"), SPARSE), (build("llama"), wide)]
     ids = tokens(1, 500)
     expected = [dhsa.patch(model, config)(ids).logits for model, config in pairs]

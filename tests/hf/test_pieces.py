@@ -17,7 +17,7 @@ import dhsa  # noqa: E402
 from dhsa.hf import caches  # noqa: E402
 from dhsa.hf.compat import cache_option  # noqa: E402
 
-STEPS = dhsa.Config(budget=64, sink=4, local=16, query_block=16, dense_tail=0, decode="dhsa")
+STEPS = dhsa.Config(budget=64, sink=4, local=16, query_block=16, dense_tail=0, decode="dhsa", break_even=0)
 PIECES = STEPS.replace(decode="exact")
 EXACT = dhsa.Config(budget=None)
 PROMPT = 250

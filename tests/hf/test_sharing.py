@@ -10,14 +10,13 @@ torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 
 from tiny import FAMILIES, build, padded, qkv, same_in_threads, tokens  # noqa: E402
-from transformers import AttentionInterface  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa import functional, hf  # noqa: E402
 from dhsa.hf.compat import GRAPHS, cache_option  # noqa: E402
 
 # Below the windows of the tiny models, so that layers of both kinds are sparse.
-SMALL = dhsa.Config(boundaries="similarity", budget=48, sink=4, local=16, query_block=32, dense_tail=16)
+SMALL = dhsa.Config(boundaries="similarity", budget=48, sink=4, local=16, query_block=32, dense_tail=16, break_even=0)
 CUTS, LISTS = SMALL.replace(share="boundaries"), SMALL.replace(share="selections")
 KINDS = ["sliding_attention", "full_attention"]
 
@@ -31,22 +30,6 @@ def _no_grad():
 @pytest.fixture
 def model():
     return build("gemma3", num_hidden_layers=6, layer_types=KINDS * 3)
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """(layer, q, k, v, options, out) of each attention call."""
-    calls = []
-
-    def watching(module, q, k, v, mask, **options):
-        out, _ = hf.attention_forward(module, q, k, v, mask, **options)
-        layer = {"window": options.get("sliding_window"), "scale": options["scaling"]}
-        calls.append((module.layer_idx, q, k, v, layer, out.transpose(1, 2)))
-        return out, None
-
-    AttentionInterface.register("dhsa", watching)
-    yield calls
-    AttentionInterface.register("dhsa", hf.attention_forward)
 
 
 @pytest.fixture
@@ -110,7 +93,7 @@ def test_run_refuses_boundaries(config, cuts, message):
 def test_the_core_refuses_boundaries():
     """What functional.run checks first, for who calls the core."""
     q, k, v = qkv(q_len=100)
-    args = (q, k, v, torch.empty_like(q), None, None, None, None, True, None, 1, None, None)
+    args = (q, k, v, torch.empty_like(q), None, None, None, None, True, None, 1, None, None, 0)
     window, cuts = SMALL.replace(method="window"), np.array([[0, 100]], np.int32)
     with pytest.raises(ValueError, match="boundaries: this method cuts no chunks"):
         dhsa._core.prefill(*args, window._core, cuts, None, 0, 1)

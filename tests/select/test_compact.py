@@ -271,8 +271,9 @@ def test_a_model_takes_the_networks_of_its_layers(torch, models):
     }  # fmt: skip
     predictor = dhsa.BoundaryPredictor.from_state_dict(weights, model=facts)
     config = dhsa.Config(
-        budget=96, sink=8, local=32, query_block=32, dense_tail=0, boundaries="predictor", predictor=predictor
-    )
+        budget=96, sink=8, local=32, query_block=32, dense_tail=0, boundaries="predictor", predictor=predictor,
+        break_even=0,
+    )  # fmt: skip
     ids = tokens(1, 300)
     taken = []
     run = hf.attention.functional.run

@@ -39,12 +39,25 @@ def small(**options):
         values.pop("key_block", None)  # of tests that give it to every method
     if "stride" in own:
         values.setdefault("stride", math.gcd(values["key_block"], 4))
+    # At the sizes of these tests: some blocks of keys are alike, and some keys are out of reach.
+    for name, value in (("similarity", 0.03), ("reach", 16)):
+        if name in own:
+            values.setdefault(name, value)
     return dhsa.Config(**values)
 
 
 def twin_options(config, **layer):
     names = ("budget", "mass", "floor", "query_block", "sink", "local", "dense_tail", "heads")
     return {name: getattr(config, name) for name in names} | dataclasses.asdict(config.options) | layer
+
+
+def select(q, k, config, **layer):
+    """`dhsa.select`, with values where the method reads them."""
+    return dhsa.select(q, k, config, **values(k, config), **layer)
+
+
+def values(k, config):
+    return {"v": k[..., ::-1] - k[..., :1]} if config.options.reads_values else {}
 
 
 def row_of(selection, r):
@@ -67,6 +80,7 @@ def expected(q, k, config, edges, layer):
     if config.method == "dhsa":
         options |= {"scale": 1.0, "softcap": None}
     lists = []
+    options |= values(k, config)
     for here, found in reference.method_blocks(config.method, q, k, boundaries=edges, **options):
         if found is None:
             lists.append(Expected(np.arange(here.lo, here.end), exact=True))
@@ -108,7 +122,7 @@ def check(q, k, config, *, edges=None, **layer):
     """The C lists are the twin's; returns the selection and how many lists were not exact."""
     if config.options.has_chunks and edges is None:
         edges = dhsa.boundaries(k, config)
-    got = dhsa.select(q, k, config, boundaries=edges, **layer)
+    got = select(q, k, config, boundaries=edges, **layer)
     assert (got.boundaries is None) == (not config.options.has_chunks)
     lists = once(expected, q, k, config, edges, layer)
     assert len(lists) == len(got.indptr) - 1
@@ -208,7 +222,9 @@ def test_not_finite_keys_are_always_selected(tier, method, heads):
 def test_nothing_but_nan(method):
     q, k = normal(1, 2, 90, 8), normal(1, 1, 90, 8, seed=1)
     for x, y in ((np.full_like(q, np.nan), k), (q, np.full_like(k, np.nan)), (np.full_like(q, np.inf), -k)):
-        got, _ = check(x, y, small(method=method, dense_tail=0, heads="all"))
+        config = small(method=method, dense_tail=0, heads="all")
+        config = config.replace(decay=1) if method == "stem" else config
+        got, _ = check(x, y, config)
         assert np.diff(got.indptr).tolist() == [16, 32, 40, 40, 40, 40]
 
 
@@ -346,7 +362,7 @@ def test_mass(tier, method, share, heads, window):
     free, most, between = lengths
     np.testing.assert_array_equal(most, np.minimum(free, 60))
     if share == 0.6:
-        assert len(set(free.tolist())) > 5  # the data decide
+        assert len(set(free.tolist())) > 4  # the data decide
     everything = small(method=method, heads=heads, budget=None)
     visible = np.diff(dhsa.select(q, k, everything, boundaries=edges, window=window).indptr)
     if share == 1:
@@ -377,6 +393,13 @@ def test_mass_takes_whole_units_until_the_share_is_held():
 # ---- what all methods share ------------------------------------------------------------------------------------------
 
 
+LAST = ("vertical_slash", "flexprefill", "token_sparse")  # they ask the prompt's last queries
+
+
+def given(v, config):
+    return {"v": v} if config.options.reads_values else {}
+
+
 def bounds_of(method):
     return [{}, {"budget": 70, "mass": 0.8}] if method in MASSY else [{}]
 
@@ -389,29 +412,29 @@ def test_same_bits_for_any_number_of_threads_and_strides(method):
     for bounds in bounds_of(method):
         config = small(method=method, **bounds)
         dhsa.set_num_threads(1)
-        want = dhsa.select(q, k, config)
+        want = select(q, k, config)
         for threads in (2, 3, 5):
             dhsa.set_num_threads(threads)
-            assert dhsa.select(q, k, config) == want
+            assert select(q, k, config) == want
         by_tokens = np.ascontiguousarray(q.swapaxes(1, 2)).swapaxes(1, 2)
-        assert dhsa.select(by_tokens, wide[:, ::2, :, :8][:, ::-1].swapaxes(1, 2), config) == want
+        assert select(by_tokens, wide[:, ::2, :, :8][:, ::-1].swapaxes(1, 2), config) == want
 
 
 @pytest.mark.parametrize("method", TWINS)
 def test_halves_are_read_as_their_float32(method):
     q, k = normal(1, 2, 100, 12, dtype=np.float16), normal(1, 2, 100, 12, seed=1, dtype=np.float16)
     config = small(method=method)
-    assert dhsa.select(q, k, config) == dhsa.select(q.astype(np.float32), k.astype(np.float32), config)
+    assert select(q, k, config) == select(q.astype(np.float32), k.astype(np.float32), config)
 
 
-@pytest.mark.parametrize("method", [method for method in TWINS if method != "vertical_slash"])  # asks the last queries
+@pytest.mark.parametrize("method", [method for method in TWINS if method not in LAST])
 def test_later_keys_change_nothing(method):
     """Lists of a block depend on the keys up to its end alone."""
     config = small(method=method, dense_tail=0, boundaries="fixed", chunk_size=5)
     q, k = normal(1, 2, 128, 8), normal(1, 2, 128, 8, seed=1)
-    before = dhsa.select(q, k, config)
+    before = select(q, k, config)
     k[:, :, 64:] = normal(1, 2, 64, 8, seed=2)
-    after = dhsa.select(q, k, config)
+    after = select(q, k, config)
     for s in range(2):
         for i in range(4 if method != "dhsa" else 3):  # the paper's means are of whole chunks
             np.testing.assert_array_equal(row_of(before, s * 8 + i), row_of(after, s * 8 + i))
@@ -427,7 +450,7 @@ def test_attention_is_select_then_attend(method, window):
         config = small(method=method, **bounds)
         options = {"scale": 0.6, "softcap": 4.0, "window": window}
         out, lse, stats = functional.run(q, k, v, config, return_lse=True, **options)
-        selection = dhsa.select(q, k, config, **options)
+        selection = dhsa.select(q, k, config, **given(v, config), **options)
         want, want_lse = dhsa.sparse_attention(q, k, v, selection, return_lse=True, **options)
         np.testing.assert_array_equal(out, want)
         np.testing.assert_array_equal(lse, want_lse)
@@ -443,7 +466,7 @@ def test_attention_in_waves_of_blocks(method, batch):
     q, k, v = normal(batch, 4, 3000, 8), normal(batch, 2, 3500, 8, seed=1), normal(batch, 2, 3500, 8, seed=2)
     for bounds in [{"budget": 1400}, {"budget": None, "mass": 0.7}][: 1 + (method in MASSY)]:
         config = small(method=method, **bounds)
-        selection = dhsa.select(q, k, config)
+        selection = dhsa.select(q, k, config, **given(v, config))
         assert len(selection.indices) > 2**18
         out, lse, stats = functional.run(q, k, v, config, return_lse=True)
         want, want_lse = dhsa.sparse_attention(q, k, v, selection, return_lse=True)

@@ -15,7 +15,7 @@ import pytest
 import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import every_tier, once
+from tiers import TIERS, every_tier, once
 from weights import random_weights
 
 import dhsa
@@ -455,6 +455,25 @@ def test_quantized_row_scores(torch, tier, dim, options, heads, dtype):
     assert (apart / got[finite]).max() > 1e-3
 
 
+@pytest.mark.parametrize("dim", [3, 45, 64, 256])
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": "group", "rows": 16}, {"boundaries": "similarity", "shortlist": 512}]
+)
+def test_all_tiers_choose_the_same_keys(dim, options):
+    """Products are exact on all of them, by whatever instruction; many more chunks than a tile, panels that are not
+    full."""
+    q, k = normal(1, 6, 700, dim), normal(1, 2, 1100, dim, seed=1)
+    config = dhsa.Config(budget=128, sink=4, local=32, **options)
+    lists = {}
+    for tier in TIERS:
+        dhsa.set_isa(tier)
+        lists[tier] = dhsa.select(q, k, config)
+    for got in lists.values():
+        np.testing.assert_array_equal(got.indptr, lists["scalar"].indptr)
+        np.testing.assert_array_equal(got.indices, lists["scalar"].indices)
+    assert lists["scalar"].density() < 0.6
+
+
 @every_tier
 def test_quantized_row_scores_of_extreme_inputs(tier):
     """Of the largest numbers as of the same numbers, scaled; of zeros, and of numbers so small that they count as
@@ -469,7 +488,7 @@ def test_quantized_row_scores_of_extreme_inputs(tier):
     np.testing.assert_array_equal(core_scores(q * large, k, edges, scale=2.0**-122, **kwargs), plain)
     of_none = core_scores(np.zeros_like(q), np.zeros_like(k), edges, scale=1.0, **kwargs)
     want = reference.chunk_scores(
-        0 * q, 0 * k, edges, query_block=20, score="rows", heads="head", scale=1.0, quantize=True
+        0 * q, 0 * k, edges, query_block=20, rows=20, score="rows", heads="head", scale=1.0, quantize=True
     )
     np.testing.assert_allclose(of_none, want, rtol=1e-4)
     for factor in (np.float32(0), small):

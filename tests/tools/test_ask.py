@@ -292,7 +292,8 @@ def test_a_damaged_file_is_replaced(damage, command, passed, tmp_path):
 def test_a_damaged_index_is_an_error_of_the_user(command, passed, tmp_path):
     from dhsa.hf.saved import read_header
 
-    command("What?" * 40)
+    dhsa.Config(budget=96, break_even=0).save(tmp_path / "sparse.json")
+    command("What?" * 40, "--config", tmp_path / "sparse.json")
     (path,) = (tmp_path / "kept").iterdir()
     data = bytearray(path.read_bytes())
     with open(path, "rb") as file:
@@ -300,7 +301,7 @@ def test_a_damaged_index_is_an_error_of_the_user(command, passed, tmp_path):
     entry = next(e for name, e in entries.items() if ".index." in name)
     data[entry.start] ^= 1
     path.write_bytes(data)
-    status, said = command("What?" * 40)
+    status, said = command("What?" * 40, "--config", tmp_path / "sparse.json")
     assert status == 2
     assert re.search(r"dhsa ask: .*the key index of a layer is damaged.*delete it by --forget", said.err)
 

@@ -313,15 +313,16 @@ def test_command(saved, tmp_path, capsys):
     assert command(*argv, "--budget", 200) == 0
     out = capsys.readouterr().out
     assert f"{folder.name}, 400 tokens in float32, budget 200" in out
-    assert len(re.findall(r"full +sparse", out)) == 2
+    assert len(re.findall(r"full +dense", out)) == 2
     assert "note: Layers 0, 2 ran exact: a window of 64 keys is within the budget of 200." in out
+    assert "note: Layers 1, 3 ran exact: break-even: leaving all but 200 of 400 keys out would take" in out
     assert out.splitlines()[-1] == "ok"
     assert command(*argv, "--dtype", "bfloat16") == 0
     out = capsys.readouterr().out
     assert "warning: Layers 0-3 ran exact: the prompt's 400 keys are within the budget of 2,048." in out
     assert "400 tokens in bfloat16" in out
 
-    configs = dhsa.LayerConfigs(default=dhsa.Config(budget=None), layers={1: dhsa.Config(budget=200)})
+    configs = dhsa.LayerConfigs(default=dhsa.Config(budget=None), layers={1: dhsa.Config(budget=200, break_even=0)})
     configs.save(tmp_path / "layers.json")
     assert command(*argv, "--config", tmp_path / "layers.json") == 0
     out = capsys.readouterr().out

@@ -254,3 +254,13 @@ def test_rules(layer, check, facts, expected, ok):
     assert notes == []
     assert len(warnings) == (expected is not None)
     assert all(expected in warning for warning in warnings)
+
+
+def test_a_float32_precision_that_is_not_served_is_noted():
+    facts = dataclasses.replace(FACTS, isa="avx512bf16", precision="high", precisions=("highest", "medium"))
+    warnings, notes, good = findings(GOOD, facts)
+    assert good
+    assert (warnings, len(notes)) == ([], 1)
+    assert 'float32 precision "high" has no effect on attention in the instruction set in use (avx512bf16)' in notes[0]
+    for other in ({"precision": "medium"}, {"dtype": "bfloat16", "products": ("float32", "bfloat16")}):
+        assert findings(GOOD, dataclasses.replace(facts, **other))[1] == []

@@ -121,7 +121,7 @@ def test_shared_cuts_are_the_first_sparse_layers(word):
 def test_models_are_cut_and_put_back(family):
     """In a patched model: what each layer attends to, its record, and nothing left behind."""
     model, ids = build(family), tokens(1, 270)
-    config = CONFIGS["rows"].replace(dense_tail=0)
+    config = CONFIGS["rows"].replace(dense_tail=0, break_even=0)
     seen = []
 
     class Noting(Cuts):

@@ -17,7 +17,7 @@ for name in ("torch", "transformers", "rich", "matplotlib", "psutil"):
 
 import dhsa  # noqa: E402
 from dhsa import __main__ as command_line  # noqa: E402
-from dhsa import commands, demo  # noqa: E402
+from dhsa import commands, demo, growth  # noqa: E402
 from dhsa.plot import key_shares, plot_selection  # noqa: E402
 
 ATTENTIONS = ["transformers sdpa", "dhsa, exact", "dhsa, default", "dhsa, paper", "sinks + local"]
@@ -37,7 +37,7 @@ def dhsa_command(*args, **env):
 def rows(output):
     """The table's rows as {attention: [cell, ...]}, the lines of a cell joined by blanks."""
     found = {}
-    for block in re.split(r"[├└]", output):
+    for block in re.split(r"[├└]", output.partition("How one attention call grows")[0]):
         cells = None
         for line in block.splitlines():
             if line.startswith("│"):
@@ -91,16 +91,21 @@ def tiny_model(tmp_path_factory):
 def test_demo_on_a_given_model_and_text(tiny_model, tmp_path, capsys):
     model, text = tiny_model
     out = tmp_path / "made" / "here"
-    argv = ["demo", "--model", model, "--text", text, "--tokens", "700", "--budget", "160", "--out", out]
-    assert command_line.main([str(a) for a in argv]) == 0
-    table, perplexity = check(capsys.readouterr().out, out / "selection.png", 700)
+    argv = ["demo", "--model", model, "--text", text, "--tokens", "700", "--budget", "160", "--longest", "9000"]
+    assert command_line.main([str(a) for a in [*argv, "--out", out]]) == 0
+    output = capsys.readouterr().out
+    table, perplexity = check(output, out / "selection.png", 700)
+    assert "4 heads on 2 of 8" in output
+    grown = [line for line in output.splitlines() if re.match(r"│ +(4,500|9,000) │", line)]
+    assert len(grown) == 2
+    assert (out / "growth.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert perplexity["dhsa, exact"] == pytest.approx(perplexity["transformers sdpa"], rel=1e-4)
     assert table["dhsa, exact"][-1] == table["transformers sdpa"][-1]
 
 
 def test_demo_says_when_nothing_was_left_out(tiny_model, tmp_path, capsys):
     model, text = tiny_model
-    argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--out", tmp_path]
+    argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--longest", "0", "--out", tmp_path]
     assert command_line.main([str(a) for a in argv]) == 0
     assert "within the budget of 2,048 keys" in capsys.readouterr().out
 
@@ -111,7 +116,7 @@ def test_demo_leaves_transformers_as_it_was(tiny_model, tmp_path, capsys):
 
     before, gradients = dict(ALL_ATTENTION_FUNCTIONS), torch.is_grad_enabled()
     model, text = tiny_model
-    argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--out", tmp_path]
+    argv = ["demo", "--model", model, "--text", text, "--tokens", "100", "--longest", "0", "--out", tmp_path]
     assert command_line.main([str(a) for a in argv]) == 0
     before.setdefault("dhsa", ALL_ATTENTION_FUNCTIONS["dhsa"])
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
@@ -186,6 +191,50 @@ def test_weights_are_assembled_once_and_whole(tmp_path, monkeypatch):
     path.write_bytes(b"one")  # as an interrupted copy would leave it
     assert commands.packaged_model().read_bytes() == b"onetwo"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# ---- growth --------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_of_the_comparison():
+    assert growth.lengths_up_to(65536) == (4096, 8192, 16384, 32768, 65536)
+    assert growth.lengths_up_to(300000) == (18750, 37500, 75000, 150000, 300000)
+    assert growth.lengths_up_to(5000) == (5000,)
+
+
+def test_growth_leaves_out_what_would_take_too_long():
+    import torch
+
+    layer = growth.Layer(2, 1, 16, torch.float32, layers=10, other_seconds=0.001)
+    calls = []
+    config = dhsa.Config(budget=128, sink=8, local=32, break_even=0)
+    grown = growth.measure(layer, config, (256, 512, 1024), lambda: calls.append(1), most_seconds=-1)
+    assert len(calls) == 3
+    # The first length is always run, since nothing is known before it.
+    for name in growth.ATTENTIONS:
+        first, *others = grown.seconds[name]
+        assert first > 0
+        assert np.isnan(others).all()
+        assert grown.expected(name, 2) == pytest.approx(first * 16)
+    q, k = (torch.randn(1, h, 1024, 16) for h in (2, 1))
+    assert grown.density[2] == pytest.approx(dhsa.select(q, k, config).density(), rel=0.05)
+
+
+def test_growth_table_computes_a_model_of_global_layers():
+    import io
+
+    import torch
+    from rich.console import Console
+
+    layer = growth.Layer(2, 1, 16, torch.float32, layers=10, other_seconds=0.001)
+    seconds = {"transformers sdpa": [4.0, np.nan], "dhsa, exact": [2.0, 8.0], "dhsa, default": [1.0, 2.5]}
+    grown = growth.Growth((1000, 2000), seconds, [0.5, 0.25])
+    console = Console(file=io.StringIO(), width=160)
+    console.print(growth.table(grown, layer, "here"))
+    lines = [line for line in console.file.getvalue().splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines][-2:]
+    assert cells[0] == ["1,000", "4.00 s", "2.00 s", "1.00 s", "50 %", "2.0x", "21.0 s", "11.0 s", "1.9x"]
+    assert cells[1] == ["2,000", "~16.00 s", "8.00 s", "2.50 s", "25 %", "3.2x", "82.0 s", "27.0 s", "3.0x"]
 
 
 # ---- the picture ---------------------------------------------------------------------------------------------------

@@ -251,6 +251,21 @@ def test_the_target_is_kept_to_and_the_file_is_used(folder, tmp_path, capsys):
     assert {row["stage"] for row in after[len(before) :]} <= {"configs"}
 
 
+def test_each_layer_is_dense_or_sparse(folder, tmp_path, capsys):
+    out = tmp_path / "tuned.json"
+    assert tune(folder, out, "--kl", 0.002, "--dense-or-sparse", 256) == 0
+    configs = dhsa.Config.load(out)
+    for config in configs.layers.values():
+        assert config.exact or config.replace(break_even=None) == dhsa.Config(budget=256)
+    measured = [row["found"]["candidates"] for row in rows_of(out.with_suffix(".state.jsonl")) if "layer" in row
+                and "candidates" in row["found"]]  # fmt: skip
+    assert measured
+    assert {name for found in measured for name in found} == {"default 256"}
+    capsys.readouterr()
+    assert tune(folder, out, "--kl", 10, "--dense-or-sparse", 640) == 2
+    assert "nothing can be left out of 640 tokens" in capsys.readouterr().err
+
+
 def by_the_numbers(layers, name):
     """What a candidate does in all layers, by the measured numbers."""
     return choose.uniform(list(layers.values()), [name])[name]
@@ -345,6 +360,7 @@ def test_a_share_of_time(folder, tmp_path, capsys):
         (("--kl", "nan"), "nan is no divergence above 0"),
         (("--time", 1), "1 is no share of time"),
         (("--length", 100), "100 is less than 512"),
+        (("--kl", 0.1, "--dense-or-sparse", 100), "100 is less than 256"),
         (("--kl", 0.1, "--out", "no/such/file.json"), "--out: there is no folder"),
         (("--kl", 0.1, "--documents", 50), "50 documents"),
         (("--kl", 0.1, "--model", "no/such/model"), "--model: no/such/model does not exist"),

@@ -41,7 +41,7 @@ static void proxy_pack(void *of, int64_t first, int n, float *panel, int32_t *lo
     const dhsa_selector *s = w->s;
     const proxy_state *st = s->state;
     const int64_t stride = s->config->stride, window = s->config->score.window, dim = s->q->shape[3];
-    const int64_t offset = s->k->shape[2] - s->q->shape[2], apart = s->q->stride[1] * dhsa_dtype_size(s->q->dtype);
+    const int64_t offset = s->k->shape[2] - s->q->shape[2], apart = dhsa_step(s->q, 1);
     const void *rows[DHSA_MAX_LANES];
     for (int r = 0; r < n; r++) {
         const int64_t query = w->queries.lo + (first + r) * stride;
@@ -62,7 +62,7 @@ static const float *proxy_keys(void *of, int64_t first, int n, float *tile, ptrd
     const int64_t kv_head = w->head / w->s->group, step = w->s->config->stride, dim = k->shape[3];
     if (st->kv == 1)
         return dhsa_probe_load_keys(w->s->kernels, k, w->s->b, kv_head, first * step, step, n, tile, stride);
-    const ptrdiff_t apart = (ptrdiff_t)(k->stride[1] * dhsa_dtype_size(k->dtype));
+    const ptrdiff_t apart = (ptrdiff_t)dhsa_step(k, 1);
     for (int j = 0; j < n; j++)
         w->s->kernels->sum_rows(dhsa_row(k, w->s->b, kv_head, (first + j) * step), apart, k->dtype, st->kv, dim,
                                 tile + j * dim);

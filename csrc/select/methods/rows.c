@@ -79,6 +79,8 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 {
     rows_state *state = s->state;
     const int32_t *boundaries = s->boundaries + b * s->n_boundaries;
+    state->fine.means = s->chunk_means;
+    state->coarse.means = s->group_means;
     const dhsa_status status = dhsa_scorer_begin(&state->fine, b, boundaries, s->n_boundaries, s->arenas,
                                                  s->arena_stride, s->num_threads, error);
     if (status || !state->edges) return status;

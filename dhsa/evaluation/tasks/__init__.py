@@ -19,7 +19,7 @@ from typing import Any
 
 __all__ = ["NAMES", "Context", "Item", "task"]
 
-NAMES = ("ppl", "niah", "ruler", "longbench", "output", "frontier")
+NAMES = ("ppl", "niah", "ruler", "longbench", "kv", "turns", "output", "frontier", "density")
 
 
 @dataclass(frozen=True)

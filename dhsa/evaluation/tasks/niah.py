@@ -1,5 +1,6 @@
 """niah: a needle in a haystack. A fact is hidden at some depth of a long text; the prompt ends where the wording of the
-fact begins again, and the model has to complete it.
+fact begins again, and the model has to complete it. With a chat template, the user asks for this, and the wording of
+the fact is the beginning of the model's answer.
 
 One prefill of prompt and answer gives two measurements. The first is the difference of the answer's log-likelihood to
 that of dense attention. The second is `found`: greedy decoding gives the answer exactly if each of its tokens is the
@@ -19,6 +20,7 @@ from typing import Any
 from dhsa.evaluation import report
 from dhsa.evaluation.haystack import Haystack
 from dhsa.evaluation.pairing import estimate, paired
+from dhsa.evaluation.prompts import Frame
 from dhsa.evaluation.settings import Setting
 from dhsa.evaluation.tasks import Context, Item
 
@@ -29,6 +31,8 @@ _INSTRUMENTS = ["bassoon", "harp", "oboe", "cello", "banjo", "tuba", "zither", "
 _CITIES = ["Lisbon", "Nairobi", "Quito", "Oslo", "Hanoi", "Tunis", "Bergen", "Lima", "Dakar", "Porto"]
 _METALS = ["copper", "silver", "golden", "iron", "bronze", "marble", "wooden", "crystal"]
 _THINGS = ["lantern", "anchor", "feather", "compass", "violin", "ladder", "mirror", "kettle"]
+
+_ASKED = "How does this sentence from the text above end? {}"
 
 
 def _digits(rng: random.Random) -> str:
@@ -67,20 +71,21 @@ KINDS = (
 
 def items(context: Context) -> list[Item]:
     args, engine = context.args, context.engine
-    haystack = Haystack(engine, context.groups, max(args.lengths["niah"]))
+    haystack, frame = Haystack(engine, context.groups, max(args.lengths["niah"])), Frame(engine)
     made = []
     for length in args.lengths["niah"]:
         for number in range(args.keys):
             kind, needle, question, draw = KINDS[number % len(KINDS)]
             value = draw(random.Random(f"niah {number}"))
             answer = engine.encode(f" {value}")
+            said, begun = (_ASKED.format(question), question) if frame.chat else (question, "")
+            tail = frame.tail(f"\n\n{said}", begun)
             # Another part of the text for every key, the same for all depths, so that depths differ in nothing else.
             start = number * len(haystack.sentences) // args.keys
             for step in range(args.depths):
                 depth = (step + 0.5) / args.depths
-                ids = haystack.prompt(
-                    length, [(depth, " " + needle.replace("{}", value))], "", f"\n\n{question}", start
-                )
+                needle_at = (depth, " " + needle.replace("{}", value))
+                ids = haystack.prompt(length, [needle_at], frame.head(), tail, start)
                 facts = {"length": length, "depth": depth, "kind": kind, "answer": value}
                 if args.generate:
                     facts["generate"] = True
