@@ -1,20 +1,25 @@
 """The choice of a candidate for each layer, from numbers only.
 
 The KL divergence of the whole model is taken to be the sum of what each layer adds, and that to be in proportion to the
-squared relative error of the layer's attention output. So it is least, at given seconds, where every layer has the
-candidate with the least `kl + rate * seconds` at one rate for all layers.
+squared relative error of the layer's attention output. Both numbers of a choice are then sums over the layers, and the
+choices that no other beats in both are found layer by layer: of all sums of the choices so far with the next layer's
+candidates, those that another beats are left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Option", "cheapest", "chosen", "closest", "kept", "total", "uniform"]
+import numpy as np
+
+__all__ = ["Option", "cheapest", "closest", "kept", "total", "uniform"]
 
 K = TypeVar("K")
+
+MOST = 4096  # sums kept after a layer; more would tell times apart by less than a 4,096th of the slowest choice
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,6 @@ class Option:
 Layers = Sequence[Mapping[K, Option]]  # for each layer, its candidates; the exact one is among them
 
 
-def chosen(layers: Layers[K], rate: float) -> list[K]:
-    """Return the best candidate of each layer at a rate in nats a second."""
-    return [min(of, key=lambda name: of[name].kl + rate * of[name].seconds) for of in layers]
-
-
 def total(layers: Layers[K], choice: Sequence[K]) -> Option:
     """Return the sums over the layers."""
     found = [of[name] for of, name in zip(layers, choice, strict=True)]
@@ -42,27 +42,48 @@ def total(layers: Layers[K], choice: Sequence[K]) -> Option:
 
 def cheapest(layers: Layers[K], kl: float) -> list[K]:
     """Return the choice of the least seconds whose `kl` is at most this; exact in all layers if there is no other."""
-    return _last(layers, lambda made: made.kl <= kl, rising=True)
+    exact = [min(of, key=lambda name: of[name].kl) for of in layers]
+    return next((choice for choice in _frontier(layers) if total(layers, choice).kl <= kl), exact)
 
 
 def closest(layers: Layers[K], seconds: float) -> list[K] | None:
     """Return the choice of the least `kl` whose seconds are at most this; None if there is none."""
-    choice = _last(layers, lambda made: made.seconds <= seconds, rising=False)
-    return choice if total(layers, choice).seconds <= seconds else None
+    found = None
+    for choice in _frontier(layers):
+        if total(layers, choice).seconds > seconds:
+            break
+        found = choice
+    return found
 
 
-def _last(layers: Layers[K], good: Callable[[Option], bool], rising: bool) -> list[K]:
-    """Return the choice at the highest (`rising`) or lowest rate at which the totals are `good`."""
-    low, high = 1e-12, 1e12
-    best, worst = (low, high) if rising else (high, low)  # best: always good, unless nothing is
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        if good(total(layers, chosen(layers, middle))):
-            best = middle
-        else:
-            worst = middle
-        low, high = min(best, worst), max(best, worst)
-    return chosen(layers, best)
+def _frontier(layers: Layers[K]) -> Iterator[list[K]]:
+    """Yield the choices that no other beats in both numbers, the fastest first and the one of the least `kl` last.
+
+    Exact as long as there are at most `MOST` of them after each layer; of more, the fastest in each of as many equal
+    parts of the range of seconds is kept, and the slowest of all.
+    """
+    kl, seconds = np.zeros(1), np.zeros(1)
+    steps = []  # for each layer: of each sum that was kept, the one it was made from, and the candidate added
+    for of in layers:
+        options = list(of.values())
+        sums = np.add.outer(kl, [o.kl for o in options]).ravel()
+        times = np.add.outer(seconds, [o.seconds for o in options]).ravel()
+        order = np.lexsort((sums, times))
+        least = np.minimum.accumulate(sums[order])
+        order = order[np.append(True, least[1:] < least[:-1])]
+        if len(order) > MOST:
+            span = times[order] - times[order[0]]
+            part = np.floor(span * (MOST / span[-1]))
+            order = order[np.append(True, part[1:] > part[:-1])]
+        kl, seconds = sums[order], times[order]
+        steps.append(np.divmod(order, len(options)))
+    names = [list(of) for of in layers]
+    for place in range(len(kl)):
+        choice = []
+        for own, (parents, added) in zip(reversed(names), reversed(steps), strict=True):
+            choice.append(own[added[place]])
+            place = parents[place]
+        yield choice[::-1]
 
 
 def uniform(layers: Layers[K], names: Sequence[K]) -> dict[K, Option]:
