@@ -221,11 +221,15 @@ def load(source: Path, dtype: str = "float32") -> tuple[Any, Any]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder, options = (source.parent, {"gguf_file": source.name}) if source.is_file() else (source, {})
+    folder, options, plain = source, {}, {}
+    if source.is_file():
+        from dhsa.hf import compat
+
+        folder, options, plain = source.parent, {"gguf_file": source.name}, compat.gguf_options()
     with _gguf_read_once() if source.is_file() else nullcontext():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options, **plain)
         # transformers raises these if the files are no model, are incomplete, or need a package that is missing.
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--model: transformers cannot load {source}: {error}") from error

@@ -24,6 +24,7 @@ __all__ = [
     "cache_option",
     "exporting",
     "float32_products",
+    "gguf_options",
     "outside_graphs",
     "packed_mask_function",
     "reads_mask",
@@ -146,6 +147,18 @@ def float32_products() -> Any:
     """The object whose attribute `fp32_precision` sets how float32 matrices are multiplied on the CPU. None before
     torch 2.9, where they are multiplied in float32 unless the user asks otherwise."""
     return getattr(torch.backends.mkldnn, "matmul", None)
+
+
+def gguf_options() -> dict[str, Any]:
+    """Options with which `from_pretrained` makes plain weights of those of a GGUF file.
+
+    Releases that have `GgufConfig` leave them in the blocks of the file if the package `kernels` is installed.
+    """
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def outside_graphs(function: Callable) -> Callable:

@@ -193,6 +193,31 @@ def test_weights_are_assembled_once_and_whole(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_weights_of_a_gguf_file_are_unpacked(tmp_path, monkeypatch):
+    """Releases that can multiply by weights in the blocks of the file are told not to: --dtype says what they are."""
+    transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
+    if not hasattr(transformers, "GgufConfig"):
+        pytest.skip("this release of transformers always unpacks them")
+    pytest.importorskip("gguf", reason="needs the demo extra: gguf")
+    asked = []
+
+    def stop(folder, **options):
+        asked.append((folder, options))
+        raise OSError("no model")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: None)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    with pytest.raises(commands.UserError, match=r"some\.gguf: no model"):
+        commands.load(tmp_path / "some.gguf")
+    with pytest.raises(commands.UserError, match="no model"):
+        commands.load(tmp_path)
+    (_, of_file), (_, of_folder) = asked
+    assert of_file["gguf_file"] == "some.gguf"
+    assert of_file["quantization_config"].dequantize
+    assert set(of_folder) == {"dtype"}
+
+
 # ---- growth --------------------------------------------------------------------------------------------------------
 
 
