@@ -20,7 +20,7 @@ SLOW_SELECT = 0.25  # the share of a call's seconds that selection takes
 _NAMED = 3  # the number of layers with the largest errors that are named
 
 # Kinds of `reasons.Reason` that are no cause for a warning.
-_EXPECTED = {"window", "layers", "causal", "break-even"}
+_EXPECTED = {"anchor", "window", "layers", "causal", "break-even"}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ __all__ = ["Reason", "reason"]
 class Reason(NamedTuple):
     """Why a call was exact.
 
-    `kind` is "config", "causal", "mask", "short", "window", "tail", "break-even" or "other"; run.py adds "layers" and
-    "network". `text` is the reason in words that continue "Layer 3 ran exact: ".
+    `kind` is "config", "causal", "mask", "short", "window", "tail", "break-even" or "other"; run.py adds "layers",
+    "network" and "anchor". `text` is the reason in words that continue "Layer 3 ran exact: ".
     """
 
     kind: str

@@ -225,7 +225,7 @@ class _Watch:
                 exact = exact.float()
                 error, norm = float((out.float() - exact).norm()), float(exact.norm())
             if run.path != "sparse":
-                why = self._why(state, module, q, k, mask, options)
+                why = self._why(run, state, module, q, k, mask, options)
         fault = _fault(q=q, k=k, v=v, output=out)
         self.calls.append(_Call(run, why, fault, str(q.dtype).removeprefix("torch."), error, norm))
         self.aside += perf_counter() - start
@@ -234,7 +234,14 @@ class _Watch:
         return out, weights
 
     def _why(
-        self, state: hf.switching.State, module: torch.nn.Module, q: Any, k: Any, mask: Any, options: dict[str, Any]
+        self,
+        run: hf.LayerRun,
+        state: hf.switching.State,
+        module: torch.nn.Module,
+        q: Any,
+        k: Any,
+        mask: Any,
+        options: dict[str, Any],
     ) -> Reason:
         layer = getattr(module, "layer_idx", None)
         config = state.config.at(layer) if isinstance(state.config, LayerConfigs) else state.config
@@ -242,6 +249,8 @@ class _Watch:
             if layer in self._unserved:
                 return Reason("network", "the predictor has no network for it")
             return Reason("layers", "it is not among layers=")
+        if run.reason == hf.attention.DENSE_ANCHOR:
+            return Reason("anchor", "it attends to all keys, and selects for other layers (dense_anchors)")
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if state.parallel is not None:  # it has read the mask

@@ -24,7 +24,7 @@ from .switching import EXACT, STATE, State, config_of
 from .tracing import traced_attention, tracing
 from .transforms import cast, refuse_transforms
 
-__all__ = ["NO_INDEX", "attend", "attention_forward", "one_sided", "recompute"]
+__all__ = ["DENSE_ANCHOR", "NO_INDEX", "attend", "attention_forward", "one_sided", "recompute"]
 
 NO_INDEX = "decode: no query of the prompt is in an index of this cache, so the step attends to all keys"
 DENSE_ANCHOR = "reuse: the layer attends to all keys, and selects for others"

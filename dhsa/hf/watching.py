@@ -39,9 +39,12 @@ def watch_layers(model: torch.nn.Module, input_ids: torch.Tensor, see: See) -> N
             see(layer, q, k, v, {"scale": options.get("scaling"), "softcap": options.get("softcap")})
         return attention_forward(module, q, k, v, mask, *rest, **options)
 
+    body = unwrapped(model)
+    if hasattr(body, "get_decoder"):
+        body = body.get_decoder()  # without logits of all positions
     with patched(model, Config(budget=None)):
         AttentionInterface.register(IMPLEMENTATION, forward)
         try:
-            unwrapped(model)(input_ids, use_cache=False)
+            body(input_ids, use_cache=False)
         finally:
             AttentionInterface.register(IMPLEMENTATION, attention_forward)

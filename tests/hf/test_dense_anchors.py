@@ -74,12 +74,17 @@ def test_find_anchors_makes_layers_that_need_many_keys_dense():
     assert {layer: anchor for layer, (anchor, _) in found.reuse.items()} == {1: 0, 2: 0}
     assert found.dense_anchors == (0,)
     assert {layer for layer, config in found.layers.items() if config.exact} == {3}
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits of a whole prompt are not needed"))
     one = hf.find_anchors(model, ids, SMALL, anchors=1, dense=True)
     assert 0 < one.notes["shares"]["3"] < 0.5  # of the mass of an even distribution
     assert all(one.notes["shares"]["3"] < share <= 1 for share in found.notes["shares"].values())
+    hook.remove()
     with dhsa.patched(model, found):
         model(ids)
         assert [run.path for run in dhsa.last_run(model)] == ["dense", "sparse", "sparse", "dense"]
+    check = dhsa.check(model, ids, found)
+    assert check.layers[0].why == "it attends to all keys, and selects for other layers (dense_anchors)"
+    assert "exact, with neither a budget nor a mass" in check.layers[3].why
 
 
 def test_the_mass_that_lists_hold():
