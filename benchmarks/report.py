@@ -255,7 +255,13 @@ def replaced(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--attention", type=Path, default=RESULTS / "attention.json")
+    parser.add_argument(
+        "--attention",
+        type=Path,
+        nargs="+",
+        default=[RESULTS / "attention.json", RESULTS / "attention-avx2.json"],
+        help="files of bench_attention.py, NAME.json as for --model; the picture is made from attention.json",
+    )
     parser.add_argument(
         "--model",
         type=Path,
@@ -267,7 +273,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
     tables: list[tuple[Path, str, Callable[[dict[str, Any]], str]]] = [
-        (args.attention, "attention", attention_tables),
+        *((path, path.stem, attention_tables) for path in args.attention),
         *((path, path.stem, model_tables) for path in args.model),
     ]
     for path, name, make in tables:

@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("rich")
 
+import dhsa  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -77,14 +79,19 @@ def test_a_job_that_fails_costs_no_other_row(tmp_path, capsys):
 
 def test_a_run_is_written_and_reaches_the_document(tmp_path):
     pytest.importorskip("matplotlib")
-    results, document, picture = tmp_path / "a.json", tmp_path / "P.md", tmp_path / "p.png"
+    results, document, picture = tmp_path / "attention.json", tmp_path / "P.md", tmp_path / "p.png"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def script(name, *args):
         command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, args)]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, env=env).stdout
 
-    script("bench_attention.py", "--quick", "--only", "short", "--dtype", "fp32", "--repeats", 1, "--json", results)
+    short = ("bench_attention.py", "--quick", "--only", "short", "--dtype", "fp32", "--repeats", 1, "--json")
+    script(*short, results)
+    held = tmp_path / "attention-avx2.json"
+    if "avx2" in dhsa.build_info()["isa_detected"]:
+        script(*short, held, "--isa", "avx2")
+        assert json.loads(held.read_text())["machine"]["isa"] == "avx2"
     report = json.loads(results.read_text())
     assert report["complete"]
     assert not [r["error"] for r in report["rows"] if r.get("error")]
@@ -95,12 +102,12 @@ def test_a_run_is_written_and_reaches_the_document(tmp_path):
     results.write_text(json.dumps(report))
     original = (ROOT / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
     document.write_text(original, encoding="utf-8")
-    options = ("--attention", results, "--model", tmp_path / "none", "--document", document, "--picture", picture)
+    options = ("--attention", results, held, "--model", tmp_path / "none", "--document", document, "--picture", picture)
     script("report.py", *options)
     once = document.read_text(encoding="utf-8")
     script("report.py", *options)
     assert document.read_text(encoding="utf-8") == once
     assert picture.stat().st_size > 10_000
-    assert len(re.findall(r"^\| dense, short \| fp32 \| H8/4 D256 128 \|", once, re.M)) == 1
-    outside = re.compile(r"<!-- attention -->.*<!-- /attention -->", re.S)
+    assert len(re.findall(r"^\| dense, short \| fp32 \| H8/4 D256 128 \|", once, re.M)) == 1 + held.exists()
+    outside = re.compile(r"<!-- (attention|attention-avx2) -->.*?<!-- /\1 -->", re.S)
     assert outside.sub("", once) == outside.sub("", original)
