@@ -180,6 +180,7 @@ def _together(
         return partial.finish()
     size = out.numel() * out.element_size()
     sends: dict[int, torch.Tensor] = {}
+    mine = torch.empty(0, dtype=torch.uint8)
     if turn.rank in holders:
         total, lse = partial.result()
         mine = torch.cat(

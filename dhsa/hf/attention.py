@@ -450,7 +450,7 @@ class _Runner:
             state = self._states.setdefault(at, config.options.new_state())
         if q.shape[2] == 1:
             config = config.replace(dense_tail=0)
-        seen = {name: options[name] for name in ("scale", "softcap", "causal")} | {"window": s.window}
+        seen: dict[str, Any] = {name: options[name] for name in ("scale", "softcap", "causal")} | {"window": s.window}
         rest = {name: options[name] for name in ("sinks", "out")}
         begin, seconds = perf_counter(), 0.0
         keys = queries = np.zeros(0)

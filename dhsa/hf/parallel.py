@@ -243,7 +243,7 @@ class Parallel:
     def _divided(self, module: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the decoder for this rank's columns."""
         x = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        if not isinstance(x, torch.Tensor):
+        if x is None or not isinstance(x, torch.Tensor):
             raise TypeError(f"input_ids: expected a tensor, got {type(x).__name__}")
         if given.get("return_dict") is False:
             raise NotImplementedError("return_dict=False: a group of ranks needs outputs with names")
@@ -646,7 +646,7 @@ def shard(inputs: Mapping[str, Any], group: Any) -> dict[str, Any]:
         raise ValueError("group: no model is patched with it; call shard inside of `with patched(model, group=group)`")
     name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
     x = inputs.get(name)
-    if not isinstance(x, torch.Tensor) or x.ndim < 2:
+    if x is None or not isinstance(x, torch.Tensor) or x.ndim < 2:
         raise TypeError(f"{name}: expected a tensor [B, L], got {type(x).__name__}")
     batch, columns = x.shape[:2]
     first, tokens = rows_of_mask(inputs.get("attention_mask"), batch, columns, Layout(group.size()))

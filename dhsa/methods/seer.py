@@ -105,7 +105,7 @@ class Seer(Method):
         for h in range(len(block.q)):
             head = block.set_index * len(block.q) + h
             keys = _keys(block, h, head, heads, gates, gate)
-            finite = np.isfinite(keys).all(axis=1)
+            finite = np.asarray(np.isfinite(keys).all(axis=1))
             at = np.arange(block.start, block.start + block.stop - block.begin)
             weight = None if gate is None or gate.query is None else gate.query[head]
             pools = ("mean",) if gates is None else gates.query_pools

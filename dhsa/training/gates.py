@@ -107,7 +107,12 @@ def _frequencies(model: Any, dim: int) -> torch.Tensor | None:
     """The rotary frequencies of a model whose positions are those of the plain kind or of Llama 3; else None."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     found, kind = getattr(rotary, "inv_freq", None), getattr(rotary, "rope_type", "default")
-    if not isinstance(found, torch.Tensor) or 2 * found.numel() != dim or kind not in ("default", "llama3"):
+    if (
+        found is None
+        or not isinstance(found, torch.Tensor)
+        or 2 * found.numel() != dim
+        or kind not in ("default", "llama3")
+    ):
         return None
     return found.detach().float().clone()
 
