@@ -63,18 +63,20 @@ def run(*command):
     return done.stdout
 
 
-def test_kernels_of_every_tier(program):
-    told = run(program("test_kernels", "-Werror"))
+@pytest.mark.parametrize("name", ["test_kernels", "test_score_kernels"])
+def test_kernels_of_every_tier(program, name):
+    told = run(program(name, "-Werror"))
     assert "scalar: " in told
     assert told.rstrip().endswith("0 differences")
 
 
-def test_neon(tmp_path):
+@pytest.mark.parametrize("name", ["test_kernels", "test_score_kernels"])
+def test_neon(tmp_path, name):
     compiler = shutil.which("aarch64-linux-gnu-gcc")
     if compiler is None:
         pytest.skip("no aarch64-linux-gnu-gcc to cross-compile with")
     target = tmp_path / "kernels"
-    sources = [*KERNELS, PROGRAMS / "test_kernels.c"]
+    sources = [*KERNELS, PROGRAMS / f"{name}.c"]
     subprocess.run([compiler, *FLAGS, "-Werror", *sources, "-o", target, "-lm", "-static"], check=True)
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if emulator is None:

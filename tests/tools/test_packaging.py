@@ -32,7 +32,7 @@ def sdist(tmp_path_factory):
     # A copy of the tracked kind of file: setuptools would otherwise read, and leave, lists of its own in the checkout.
     copy = folder / "checkout"
     copy.mkdir()
-    for name in (".github", "csrc", "dhsa", "tests", "docs", "notebooks", "benchmarks"):
+    for name in (".github", "csrc", "dhsa", "tests", "docs", "notebooks", "benchmarks", "tools"):
         for path in (ROOT / name).rglob("*"):
             if path.is_file() and path.suffix not in (".so", ".pyc"):
                 target = copy / path.relative_to(ROOT)
@@ -55,7 +55,8 @@ def test_source_distribution_holds_every_file_that_the_build_and_the_tests_read(
         for folder, suffixes in (
             ("csrc", {".c", ".h", ".inc"}),
             ("dhsa", {".py", ".pyi", ".typed", ".safetensors", ".md"}),
-            ("tests", {".py", ".c"}),
+            ("tests", {".py", ".c", ".h"}),
+            ("tools", {".py", ".sh"}),
         )
         for path in (ROOT / folder).rglob("*")
         if path.suffix in suffixes or path.name in suffixes
