@@ -13,7 +13,7 @@
 K_INLINE int decode_ahead(int dim, const int dtype)
 {
     const int rows = D_AHEAD_BYTES / (dim * (dtype == DHSA_F32 ? 4 : 2));
-    return rows < 1 ? 1 : rows > DHSA_DECODE_AHEAD ? DHSA_DECODE_AHEAD : rows;
+    return rows < 1 ? 1 : rows > DHSA_DECODE_AHEAD - D_KEYS ? DHSA_DECODE_AHEAD - D_KEYS : rows;
 }
 
 /* Loads one unit of a row, the columns from d on, into two vectors. With `tail`, the unit reaches past the end of
@@ -50,6 +50,23 @@ K_INLINE void prefetch_unit(const void *row, int d, const int dtype)
             __builtin_prefetch((const char *)row + (ptrdiff_t)d * size + at, 0, 2);
 }
 
+/* Where the next unit to be prefetched is. Whatever the order is in which units are read, they are prefetched in the
+ * order of memory, which the hardware recognizes. */
+typedef struct {
+    const void *const *row;
+    int d;
+} decode_cursor;
+
+K_INLINE void prefetch_next(decode_cursor *at, int dim, const int dtype)
+{
+    prefetch_unit(*at->row, at->d, dtype);
+    at->d += D_UNIT;
+    if (at->d >= dim) {
+        at->d = 0;
+        at->row++;
+    }
+}
+
 static void K_NAME(decode_load)(const void *row, int dtype, int dim, float factor, float *dst)
 {
     for (int d = 0; d < dim; d += D_UNIT) {
@@ -79,24 +96,21 @@ K_INLINE void decode_step(const float *q, ptrdiff_t q_stride, const void *const 
 /* The products of `rows` query rows and the first D_SUMS / rows of n keys, or all n if there are fewer. rows is a
  * constant after inlining. */
 K_INLINE void decode_dots(const float *q, ptrdiff_t q_stride, const void *const *k, int n, int dim, float *s,
-                          ptrdiff_t s_stride, const int dtype, const int rows)
+                          ptrdiff_t s_stride, decode_cursor *ahead, const int dtype, const int rows)
 {
-    const int keys = D_SUMS / rows, ahead = decode_ahead(dim, dtype);
-    const void *at[D_SUMS], *next[D_SUMS];
+    const int keys = D_SUMS / rows;
+    const void *at[D_SUMS];
     vf acc[D_SUMS];
     float line[D_SUMS];
     int d = 0;
     /* If there are too few keys, the last one is repeated. */
 #pragma GCC unroll 16
-    for (int i = 0; i < keys; i++) {
-        at[i] = k[i < n ? i : n - 1];
-        next[i] = k[(i < n ? i : n - 1) + ahead];
-    }
+    for (int i = 0; i < keys; i++) at[i] = k[i < n ? i : n - 1];
 #pragma GCC unroll 16
     for (int i = 0; i < D_SUMS; i++) acc[i] = v_set1(0.0f);
     for (; d + D_UNIT <= dim; d += D_UNIT) {
 #pragma GCC unroll 16
-        for (int i = 0; i < keys; i++) prefetch_unit(next[i], d, dtype);
+        for (int i = 0; i < keys; i++) prefetch_next(ahead, dim, dtype);
         decode_step(q, q_stride, at, d, dim, acc, dtype, rows, keys, 0);
     }
     if (d < dim) decode_step(q, q_stride, at, d, dim, acc, dtype, rows, keys, 1);
@@ -113,12 +127,15 @@ K_INLINE void decode_qk_as(const float *q, ptrdiff_t q_stride, int rows, const v
                            ptrdiff_t s_stride, const int dtype)
 {
     for (int j = 0; j < n; j += D_KEYS) {
-        const int end = j + D_KEYS < n ? j + D_KEYS : n;
+        const int end = j + D_KEYS < n ? j + D_KEYS : n, ahead = decode_ahead(dim, dtype);
         int r = 0;
 #define D_ROWS(count)                                                                                                  \
-    for (; r + count <= rows; r += count)                                                                              \
+    for (; r + count <= rows; r += count) {                                                                            \
+        decode_cursor at = {k + j + ahead, 0};                                                                         \
         for (int i = j; i < end; i += D_SUMS / count)                                                                  \
-            decode_dots(q + r * q_stride, q_stride, k + i, end - i, dim, s + r * s_stride + i, s_stride, dtype, count);
+            decode_dots(q + r * q_stride, q_stride, k + i, end - i, dim, s + r * s_stride + i, s_stride, &at, dtype,   \
+                        count);                                                                                        \
+    }
         D_ROWS(4)
         D_ROWS(2)
         D_ROWS(1)
@@ -167,9 +184,9 @@ static void K_NAME(decode_softmax)(float *s, int n, float scale, float softcap, 
 /* Adds the values of one block of keys, `cols` units of columns from d on. The sums start from zero and are added to
  * o at the end, since short sums round less. */
 K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *const *v, int n, int d, int dim, float *o,
-                             ptrdiff_t o_stride, const int dtype, const int rows, const int cols, const int tail)
+                             ptrdiff_t o_stride, decode_cursor *ahead, const int dtype, const int rows, const int cols,
+                             const int tail)
 {
-    const int ahead = decode_ahead(dim, dtype);
     vf acc[4][2 * D_COLS];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -180,7 +197,7 @@ K_INLINE void decode_pv_tile(const float *p, ptrdiff_t p_stride, const void *con
 #pragma GCC unroll 4
         for (int c = 0; c < cols; c++) {
             load_unit(v[j], d + c * D_UNIT, dim, y + 2 * c, tail, dtype);
-            if (!tail) prefetch_unit(v[j + ahead], d + c * D_UNIT, dtype);
+            if (!tail) prefetch_next(ahead, dim, dtype);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
@@ -202,10 +219,12 @@ K_INLINE void decode_pv_rows(const float *p, ptrdiff_t p_stride, const void *con
                              ptrdiff_t o_stride, const int dtype, const int rows)
 {
     int d = 0;
+    decode_cursor at = {v + decode_ahead(dim, dtype), 0};
     for (; d + D_COLS * D_UNIT <= dim; d += D_COLS * D_UNIT)
-        decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, dtype, rows, D_COLS, 0);
-    for (; d + D_UNIT <= dim; d += D_UNIT) decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, dtype, rows, 1, 0);
-    if (d < dim) decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, dtype, rows, 1, 1);
+        decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, &at, dtype, rows, D_COLS, 0);
+    for (; d + D_UNIT <= dim; d += D_UNIT)
+        decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, &at, dtype, rows, 1, 0);
+    if (d < dim) decode_pv_tile(p, p_stride, v, n, d, dim, o, o_stride, &at, dtype, rows, 1, 1);
 }
 
 K_INLINE void decode_pv_as(const float *p, ptrdiff_t p_stride, int rows, const void *const *v, int n, int dim, float *o,

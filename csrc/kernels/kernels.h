@@ -15,7 +15,7 @@
 
 #define DHSA_MAX_LANES 64
 #define DHSA_DECODE_STEP 32
-#define DHSA_DECODE_AHEAD 64
+#define DHSA_DECODE_AHEAD 80
 
 /* Rows that will be packed soon. The products prefetch the cache lines of these rows a few at a time, so that memory
  * accesses overlap with arithmetic. If all lines were requested between two products, the requests would have to
