@@ -112,11 +112,13 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
         int64_t bytes;
     } parts[] = {
         {&w->mean, 3 * dim * 4}, /* comes first: dhsa_chunks_fill uses this memory too */
+        /* The packed rows are at the same place for both stages, which differ in `most` only. */
+        {&w->panel, panels * panel_bytes(s)},
+        {&w->factor, panels * lanes * 4},
+        {&w->far, panels * lanes * 4},
         {&w->products,
          DHSA_MIN(DHSA_MAX(PRODUCTS, product_rows(s->most) * lanes * 4), panels * product_rows(s->most) * lanes * 4)},
         {&w->tiles, max_tiles(s) * (int64_t)sizeof *w->tiles},
-        {&w->factor, panels * lanes * 4},
-        {&w->far, panels * lanes * 4},
         {&w->m, panels * lanes * 4},
         {&w->l, panels * lanes * 4},
         {&w->score, TILE * 4},
@@ -125,7 +127,6 @@ static int64_t row_scores_lay_out(const dhsa_scorer *s, char *base, row_scores_s
         {&w->spread, s->chunks.spreads ? product_rows(s->most) * 4 : 0},
         {&w->bias, TILE * 4},
         {&w->top, lanes * 4},
-        {&w->panel, panels * panel_bytes(s)},
         {&w->rows, lanes * DHSA_MAX(s->chunks.row * dhsa_means_size(s->chunks.kind), dim * 4)},
         {&w->tile, TILE * mean_bytes(s)},
     };
@@ -209,9 +210,14 @@ static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         t->chunk[0] = (int32_t)whole;
         t->n = cut == DHSA_CHUNK_GOOD;
     } else if (job->live) {
-        for (int64_t i = index * TILE; i < DHSA_MIN((index + 1) * TILE, job->n_live); i++) {
-            const int64_t c = job->live[i] - job->first;
-            if (state[c] == DHSA_CHUNK_GOOD) t->chunk[t->n++] = (int32_t)c;
+        const int32_t *lives = job->live + index * TILE, first = (int32_t)job->first;
+        const int n = (int)DHSA_MIN(TILE, job->n_live - index * TILE);
+        for (int i = 0; i < n; i++) t->chunk[i] = lives[i] - first;
+        t->n = n;
+        if (s->chunks.odd) {
+            t->n = 0;
+            for (int i = 0; i < n; i++)
+                if (state[t->chunk[i]] == DHSA_CHUNK_GOOD) t->chunk[t->n++] = t->chunk[i];
         }
     } else {
         for (int64_t c = DHSA_MAX(index * TILE - base, 0); c < DHSA_MIN((index + 1) * TILE - base, whole); c++)
@@ -220,7 +226,15 @@ static void find_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
     t->in_one_piece = t->n > 0 && t->chunk[t->n - 1] - t->chunk[0] == t->n - 1;
 }
 
-/* Copies the means of a tile whose chunks are not consecutive; whole squares are copied at once. */
+/* The number of consecutive chunks of a tile from entry i on. */
+static int run_length(const tile *t, int i)
+{
+    int n = 1;
+    while (i + n < t->n && t->chunk[i + n] - t->chunk[i] == n) n++;
+    return n;
+}
+
+/* Copies the means of a tile whose chunks are not consecutive; runs of means, or whole squares, are copied at once. */
 static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *to)
 {
     const int64_t row = s->chunks.row, size = dhsa_means_size(s->chunks.kind);
@@ -228,8 +242,13 @@ static void gather_means(const dhsa_scorer *s, int64_t at, const tile *t, char *
     for (int i = 0, run; i < t->n; i += run) {
         const int64_t c = at + t->chunk[i];
         run = 1;
-        if (!s->chunks.squares) {
+        if (!s->chunks.squares && converts_means(s)) {
             take_mean(s, means + c * row * size, to + i * mean_bytes(s));
+            continue;
+        }
+        if (!s->chunks.squares) {
+            run = run_length(t, i);
+            memcpy(to + i * mean_bytes(s), means + c * row * size, (size_t)(run * mean_bytes(s)));
             continue;
         }
         if (c % 16 == 0 && i % 16 == 0 && i + 16 <= t->n && t->chunk[i + 15] - t->chunk[i] == 15) {
@@ -272,8 +291,11 @@ static void load_tile(const dhsa_scorer *s, const dhsa_block_job *job, int64_t k
         if (c->bias) t->bias = c->bias + at + t->chunk[0];
     } else {
         gather_means(s, at, t, w->tile);
-        for (int i = 0; c->scale && i < t->n; i++) w->scale[i] = c->scale[at + t->chunk[i]];
-        for (int i = 0; c->bias && i < t->n; i++) w->bias[i] = c->bias[at + t->chunk[i]];
+        const int n = t->n;
+        if (c->scale)
+            for (int i = 0; i < n; i++) w->scale[i] = c->scale[at + t->chunk[i]];
+        if (c->bias)
+            for (int i = 0; i < n; i++) w->bias[i] = c->bias[at + t->chunk[i]];
     }
     for (int i = 0; !c->scale && i < t->n; i++) w->scale[i] = 1;
 }
@@ -493,9 +515,12 @@ static unsigned char score_kv_head(const dhsa_scorer *s, const dhsa_block_job *j
     r.rows = dhsa_ceil_div(job->to - job->from, s->step) * s->heads_per_kv;
     r.tiles = whole_tiles(job, n - (job->cut_end != 0)) + (job->cut_end != 0);
     const int most = job->logs_given ? s->panels : panels_at_once(s, live(job));
+    const int packed = job->logs_given && *job->rows_packed;
+    if (job->logs && !job->logs_given) *job->rows_packed = s->kv_per_set == 1 && r.rows <= most * lanes;
     for (; r.at < r.rows; r.at += most * lanes) {
         r.panels = (int)DHSA_MIN(most, dhsa_ceil_div(r.rows - r.at, lanes));
-        for (int p = 0; p < r.panels; p++) pack_rows(s, job, kv_head, r.at + p * lanes, used_lanes(s, &r, p), w, p);
+        for (int p = 0; p < r.panels && !packed; p++)
+            pack_rows(s, job, kv_head, r.at + p * lanes, used_lanes(s, &r, p), w, p);
         if (job->cut_end) {
             const int64_t from = s->chunks.edges[job->first + n - 1];
             const int finite =

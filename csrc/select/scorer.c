@@ -59,6 +59,7 @@ void dhsa_scorer_run(const dhsa_scorer *s, int64_t set, int64_t block, dhsa_shor
     if (row_scores && edges[*last] > span.end) job.cut_end = span.end;
     if (list) {
         job.logs = list->logs;
+        job.rows_packed = &list->rows_packed;
         job.logs_given = list->groups != NULL;
         job.live = list->groups ? list->live : NULL;
         if (list->groups) job.n_live = list->n_live = find_live(&job, list);

@@ -39,11 +39,14 @@ typedef struct {
      * rows' probabilities, relative to logits times log2(e). Written, or with logs_given read. */
     float *logs;
     int logs_given;
+    int *rows_packed; /* as in dhsa_shortlist */
 } dhsa_block_job;
 
 /* What one stage of row scores leaves to the next. */
 typedef struct {
     float *logs; /* as in dhsa_block_job; written by the first stage */
+    /* Whether the first stage has left all rows packed in the arena, which nothing may change before the second. */
+    int rows_packed;
     /* For the second stage: the groups of chunks that are left, ascending. Group g begins at chunk g *
      * DHSA_CHUNK_GROUP. The first stage has none. */
     const int32_t *groups;

@@ -1,6 +1,6 @@
 /* topk.c: from scores to a list: forced keys, then the best segments until the list is full or holds a share of mass.
  * The same for every method, so that their lists have the same length at the same budget. A weighted radix select:
- * O(segments). */
+ * O(segments). Loops over segments have no branch where it is not known which of them are taken. */
 #include <math.h>
 #include <string.h>
 
@@ -8,9 +8,9 @@
 
 /* A score is mapped to an unsigned integer of the same order, its image. These are the digits of the image, highest
  * first. */
-enum { PASSES = 3, MOST_DIGITS = 1 << 11 };
-static const int shifts[PASSES] = {21, 10, 0};
-static const uint32_t masks[PASSES] = {0x7ff, 0x7ff, 0x3ff};
+enum { PASSES = 4, MOST_DIGITS = 1 << 11 };
+static const int shifts[PASSES] = {21, 14, 7, 0};
+static const uint32_t masks[PASSES] = {MOST_DIGITS - 1, 0x7f, 0x7f, 0x7f}; /* few entries are left after the first */
 
 /* Scratch memory of one thread, [segments] each. Entry i stands for the i-th segment that counts. */
 typedef struct {
@@ -60,55 +60,68 @@ static inline int64_t free_in(const free_keys *f, int64_t c)
     return f->after < f->end ? before + keys_within(f->segments, c, f->after, f->end) : before;
 }
 
-/* Fills w->size. The first case is that of causal attention, in a form that compilers make vectors of. */
+static inline int32_t size_between(const int32_t *edges, int32_t from, int32_t to)
+{
+    const int32_t size = DHSA_MIN(edges[1], to) - DHSA_MAX(edges[0], from);
+    return DHSA_MAX(size, 0);
+}
+
+/* Fills w->size. The first case is that of causal attention, in forms that compilers make vectors of. */
 static void find_sizes(const free_keys *f, const topk_scratch *w, int64_t n)
 {
     const dhsa_segments *u = f->segments;
-    if (u->edges && !u->live && f->after >= f->end) {
-        const int32_t *edges = u->edges + u->first, from = (int32_t)f->from, to = (int32_t)f->to;
-        for (int64_t i = 0; i < n; i++) {
-            const int32_t size = DHSA_MIN(edges[i + 1], to) - DHSA_MAX(edges[i], from);
-            w->size[i] = DHSA_MAX(size, 0);
-        }
+    if (u->edges && f->after >= f->end) {
+        const int32_t *edges = u->edges, from = (int32_t)f->from, to = (int32_t)f->to;
+        if (u->live)
+            for (int64_t i = 0; i < n; i++) w->size[i] = size_between(edges + u->live[i], from, to);
+        else
+            for (int64_t i = 0; i < n; i++) w->size[i] = size_between(edges + u->first + i, from, to);
         return;
     }
     for (int64_t i = 0; i < n; i++) w->size[i] = (int32_t)free_in(f, segment_of(u, i));
 }
 
-/* Fills w->key and w->size, and w->alive with the entries that have free keys; returns how many. Segments that score
- * -inf are left out if the others have `enough` keys. */
-static int64_t topk_order(const free_keys *f, const topk_scratch *w, int64_t enough)
+/* Fills w->key and w->size. */
+static void find_keys(const free_keys *f, const topk_scratch *w)
 {
-    enum { LOWEST = 0x007fffff /* the image of -inf */ };
     const dhsa_segments *u = f->segments;
     const int64_t n = entries(u);
-    int64_t count = 0, keys = 0;
     find_sizes(f, w, n);
     if (u->live)
         for (int64_t i = 0; i < n; i++) memcpy(w->key + i, u->score + u->live[i], sizeof *w->key);
     else
         memcpy(w->key, u->score + u->first, (size_t)n * sizeof *w->key);
     for (int64_t i = 0; i < n; i++) w->key[i] ^= (uint32_t)-(int32_t)(w->key[i] >> 31) | 0x80000000u;
-    for (int64_t i = 0; i < n; i++) {
-        if (w->key[i] == LOWEST) continue;
-        keys += w->size[i];
-        w->alive[count] = (int32_t)i;
-        count += w->size[i] > 0;
-    }
-    if (keys >= enough) return count;
-    count = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (w->size[i] > 0) w->alive[count++] = (int32_t)i;
-    return count;
 }
 
 /* Keeps the entries alive that have this digit; returns how many. */
 static int64_t filter_digit(const topk_scratch *w, int64_t count, int pass, uint32_t digit)
 {
     int64_t kept = 0;
-    for (int64_t i = 0; i < count; i++)
-        if ((w->key[w->alive[i]] >> shifts[pass] & masks[pass]) == digit) w->alive[kept++] = w->alive[i];
+    for (int64_t i = 0; i < count; i++) {
+        const int32_t entry = w->alive[i];
+        w->alive[kept] = entry;
+        kept += (w->key[entry] >> shifts[pass] & masks[pass]) == digit;
+    }
     return kept;
+}
+
+/* The same of the first pass, in which all entries with free keys are alive. */
+static int64_t filter_all(const topk_scratch *w, int64_t n, uint32_t digit)
+{
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i++) {
+        w->alive[kept] = (int32_t)i;
+        kept += (w->key[i] >> shifts[0] == digit) & (w->size[i] > 0);
+    }
+    return kept;
+}
+
+/* The digit in which key number *need is, counted from the highest digit on; *need becomes its number there. */
+static uint32_t find_digit(const int32_t *histogram, uint32_t digit, int64_t *need)
+{
+    while (histogram[digit] < *need) *need -= histogram[digit--];
+    return digit;
 }
 
 /* Orders the free keys by the score of their segment, best first, and returns the image of the segment of key number
@@ -116,14 +129,17 @@ static int64_t filter_digit(const topk_scratch *w, int64_t count, int pass, uint
  * most the number of free keys. */
 static uint32_t topk_threshold(const free_keys *f, const topk_scratch *w, int64_t need, int64_t *left)
 {
-    uint32_t prefix = 0;
-    int64_t count = topk_order(f, w, need);
-    for (int pass = 0; pass < PASSES; pass++) {
-        int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most DHSA_MAX_LENGTH in all */
+    const int64_t n = entries(f->segments);
+    int32_t histogram[MOST_DIGITS] = {0}; /* of keys, at most DHSA_MAX_LENGTH in all */
+    find_keys(f, w);
+    for (int64_t i = 0; i < n; i++) histogram[w->key[i] >> shifts[0]] += w->size[i];
+    uint32_t digit = find_digit(histogram, masks[0], &need), prefix = digit << shifts[0];
+    int64_t count = filter_all(w, n, digit);
+    for (int pass = 1; pass < PASSES; pass++) {
+        memset(histogram, 0, (masks[pass] + 1) * sizeof *histogram);
         for (int64_t i = 0; i < count; i++)
             histogram[w->key[w->alive[i]] >> shifts[pass] & masks[pass]] += w->size[w->alive[i]];
-        uint32_t digit = masks[pass];
-        while (histogram[digit] < need) need -= histogram[digit--];
+        digit = find_digit(histogram, masks[pass], &need);
         prefix |= digit << shifts[pass];
         count = filter_digit(w, count, pass, digit);
     }
@@ -136,7 +152,12 @@ static uint32_t topk_threshold(const free_keys *f, const topk_scratch *w, int64_
 static int64_t keys_for(const free_keys *f, dhsa_span span, const topk_scratch *w, double need)
 {
     const dhsa_segments *u = f->segments;
-    int64_t count = topk_order(f, w, INT64_MAX), keys = 0;
+    int64_t count = 0, keys = 0;
+    find_keys(f, w);
+    for (int64_t i = 0; i < entries(u); i++) {
+        w->alive[count] = (int32_t)i;
+        count += w->size[i] > 0;
+    }
     for (int pass = 0; pass < PASSES; pass++) {
         double histogram[MOST_DIGITS] = {0};
         int32_t sizes[MOST_DIGITS] = {0};
@@ -184,6 +205,17 @@ static int64_t size_by_mass(const dhsa_select_config *config, dhsa_span span, co
     return DHSA_MIN(DHSA_MAX(size, config->floor), room);
 }
 
+/* Leaves the entries alive whose image is at least `least` and that have free keys; returns how many. */
+static int64_t choose_entries(const topk_scratch *w, int64_t n, uint32_t least)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i++) {
+        w->alive[count] = (int32_t)i;
+        count += (w->key[i] >= least) & (w->size[i] > 0);
+    }
+    return count;
+}
+
 int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, const dhsa_segments *segments,
                            int64_t keys, int32_t *chosen)
 {
@@ -191,16 +223,18 @@ int64_t dhsa_topk_segments(const dhsa_selector *s, int thread, dhsa_span span, c
     const free_keys f = {segments, span.lo, span.end, span.end, span.end};
     int64_t left = 0, count = 0;
     const uint32_t least = topk_threshold(&f, &w, DHSA_MIN(keys, span.end - span.lo), &left);
-    for (int64_t i = entries(segments) - 1; i >= 0; i--) {
-        const int64_t n = w.size[i];
-        if (n == 0 || w.key[i] < least || (w.key[i] == least && left <= 0)) continue;
-        if (w.key[i] == least) left -= n;
+    const int64_t most = choose_entries(&w, entries(segments), least);
+    /* Of equal scores at the threshold, the later segments are taken. */
+    int64_t first = 0; /* the first entry at the threshold that is taken */
+    for (int64_t j = most - 1; j >= 0; j--)
+        if (w.key[w.alive[j]] == least && left > 0) {
+            left -= w.size[w.alive[j]];
+            first = w.alive[j];
+        }
+    for (int64_t j = 0; j < most; j++) {
+        const int64_t i = w.alive[j];
+        if (w.key[i] == least && i < first) continue;
         chosen[count++] = (int32_t)segment_of(segments, i);
-    }
-    for (int64_t i = 0; i < count / 2; i++) {
-        const int32_t other = chosen[count - 1 - i];
-        chosen[count - 1 - i] = chosen[i];
-        chosen[i] = other;
     }
     return count;
 }
@@ -216,18 +250,6 @@ static int32_t *write_below(int32_t *end, int64_t from, int64_t to)
 {
     while (to > from) *--end = (int32_t)--to;
     return end;
-}
-
-/* Leaves the entries alive whose image is at least `least`; returns how many. Without a branch, since it is not known
- * which these are. */
-static int64_t choose_entries(const topk_scratch *w, int64_t n, uint32_t least)
-{
-    int64_t count = 0;
-    for (int64_t i = 0; i < n; i++) {
-        w->alive[count] = (int32_t)i;
-        count += w->key[i] >= least;
-    }
-    return count;
 }
 
 /* Writes the chosen keys of [from, to), those of segments above the image `least` and *left keys of those that equal

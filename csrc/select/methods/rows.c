@@ -92,9 +92,9 @@ static dhsa_status rows_begin(dhsa_selector *s, int64_t b, dhsa_error *error)
 
 /* Writes the groups on the shortlist of a block, ascending, to w->groups, and the logarithms of the rows' denominators
  * to w->logs; returns the number of groups. The groups of forced keys are on the list, since they count in its length.
- */
+ * *rows_packed: as in dhsa_shortlist. */
 static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block, dhsa_span span, int thread,
-                              const rows_parts *w)
+                              const rows_parts *w, int *rows_packed)
 {
     const rows_state *state = s->state;
     dhsa_shortlist list = {.logs = w->logs};
@@ -102,6 +102,7 @@ static int64_t rows_shortlist(const dhsa_selector *s, int64_t set, int64_t block
     dhsa_segments segments = {.edges = state->edges, .score = score};
     dhsa_scorer_run(&state->coarse, set, block, &list, dhsa_selector_arena(s, thread), score, NULL, &segments.first,
                     &segments.last);
+    *rows_packed = list.rows_packed;
     for (int64_t g = segments.first; g < segments.last; g++)
         if (segments.edges[g] < s->config->sink ||
             (segments.edges[g + 1] > span.local_lo && segments.edges[g] < span.local_end))
@@ -120,7 +121,7 @@ static int64_t rows_list(const dhsa_selector *s, int64_t set, int64_t block, dhs
     dhsa_segments segments = {.edges = fine->chunks.edges, .score = w.score, .mass = w.mass};
     const int two = rows_two_stages(s->config, span.end - span.lo);
     dhsa_shortlist left = {.logs = w.logs, .groups = w.groups, .live = w.live};
-    if (two) left.n_groups = rows_shortlist(s, set, block, span, thread, &w);
+    if (two) left.n_groups = rows_shortlist(s, set, block, span, thread, &w, &left.rows_packed);
     dhsa_scorer_run(fine, set, block, two ? &left : NULL, arena, w.score, w.mass, &segments.first, &segments.last);
     if (two) {
         segments.live = left.live;
