@@ -289,9 +289,10 @@ def main() -> None:
             # Read and dequantised once: the children then load it in a second; a GGUF file takes 15 seconds.
             tokenizer, model = commands.load(source)
             weights = folder
-            # Its weights are float32 now, but a model that says it is quantized cannot be saved.
+            # Its weights are float32 now, but some releases of transformers still call it quantized, and do not save it.
             model.hf_quantizer = None
-            del model.config.quantization_config
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
             model.save_pretrained(folder)
             del model
         ids = commands.tokenize(tokenizer, commands.read_text(args.text), max(args.lengths))[0].tolist()
