@@ -356,6 +356,18 @@ class Config(_Derived):
         decides."""
         return self._core.exact_up_to
 
+    @property
+    def cuts(self) -> str:
+        """How keys are cut into chunks, as a text that is the same for all configs that cut them alike."""
+        if self.boundaries == "fixed":
+            return f"{self.method}: fixed, chunk_size={self._core.chunk_size}"
+        values: dict[str, Any] = {name: getattr(self, name) for name in _OF_SIMILARITY}
+        if self.num_chunks == "paper" or self.boundaries == "predictor":
+            values["query_block"] = self.query_block
+        if self.predictor is not None and self.boundaries == "predictor":
+            values["predictor"] = self.predictor.digest
+        return f"{self.method}: {self.boundaries}, " + ", ".join(f"{name}={value}" for name, value in values.items())
+
     def leaves_out(self, q_len: int, k_len: int, window: int | None = None, *, causal: bool = True) -> bool:
         """Whether attention of the last `q_len` of `k_len` positions leaves a visible key out for some query.
 

@@ -8,6 +8,7 @@ not execute anything in them. Training is in training/; picking boundaries from 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -148,6 +149,11 @@ class BoundaryPredictor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.state_dict(), self.heads, self.window, self.model, self.notes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights and of what else decides the scores, in hexadecimal digits."""
+        return _digest(self)
 
     def __repr__(self) -> str:
         inside = f"heads={self.heads}, " if self.architecture == "attention" else ""
@@ -537,3 +543,11 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors (float32, float16 or float64): {error}") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(predictor: BoundaryPredictor) -> str:
+    found = hashlib.sha256(repr((predictor.heads, predictor.window)).encode())
+    for name, array in sorted(predictor.state_dict().items()):
+        found.update(repr((name, array.shape, str(array.dtype))).encode() + array.tobytes())
+    return found.hexdigest()

@@ -566,6 +566,7 @@ def _replacement(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
 
     for name in ("__name__", "__qualname__", "__doc__"):
         setattr(replacement, name, getattr(original, name, None))
+    replacement.__module__ = "torch.nn.functional"  # where pickle finds what has this name
     return replacement
 
 

@@ -159,6 +159,7 @@ def attend(
         config,
         alone=memory is None and not reused and not indexed,
         sides=not hindrance,
+        heads=heads,
     )
     parts = [stretch.part for stretch in stretches]
     if sum((s.q_stop - s.q_start) * (batch if s.row is None else 1) for s in parts) < batch * q_len:
@@ -244,9 +245,10 @@ def plan(
     *,
     alone: bool,
     sides: bool,
+    heads: int | None = None,
 ) -> list[Stretch]:
     """The stretches of a call, in order. `alone`: nothing is stored about the keys of earlier calls. `sides`: whether
-    bidirectional attention may leave keys out.
+    bidirectional attention may leave keys out. `heads`: those of the queries.
 
     Queries that see no key are in no stretch, nor is padding where bidirectional attention leaves keys out.
     """
@@ -257,7 +259,7 @@ def plan(
         if sides and q_len == k_len and config.leaves_out(q_len, k_len, causal=False):
             return [Stretch("sides", whole)]
         return [Stretch("full", whole, of_sides=True)]
-    ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal)
+    ranges = ranges_of(attention_mask, batch, q_len, k_len, sliding_window, causal, heads)
     if ranges.shape[1] > 1:
         if (lists := key_lists(ranges, k_len)) is not None:
             return [Stretch("listed", whole, lists)]
@@ -427,8 +429,9 @@ class _Runner:
         remembers = config.options.remembers if not config.exact and causal else ""
         if self._in_graph and (remembers == "layers" or (remembers == "calls" and config.decode == "dhsa")):
             raise NotImplementedError(
-                f"method: {config.method!r} uses what it found in earlier {remembers}, which a compiled or exported "
-                "model does not show; do not compile it, or take another method"
+                f"method: {config.method!r} uses what it found in earlier {remembers}, which a model that is compiled, "
+                "exported or run under a TorchDispatchMode (such as FlopCounterMode) does not show; run it without "
+                "these, or take another method"
             )
         if remembers == "layers" and self._state is not None:
             where = s[:5]

@@ -21,9 +21,9 @@ from dhsa.methods.rows import GROUP
 __all__ = ["LEAST_SECONDS", "LEAST_SHARE", "Costs", "fallback", "reason", "seconds", "work"]
 
 # A call is sparse if that is expected to save at least this, as a share of the exact call and in seconds. So the errors
-# of the model, and costs for each call and each list that it does not count, do not make a patched model slower: of 270
-# calls that bench_break_even.py measured (float32 and bfloat16, with rows of one query, as COSTS), none that the rule
-# left sparse was slower than exact. Calls with rows of two queries, the default since, have not been measured.
+# of the model, and costs for each call and each list that it does not count, do not make a patched model slower. Of
+# 623 measurements by bench_break_even.py (float32 and bfloat16, as COSTS), the rule leaves 273 sparse. Of these, 271
+# take at most as long as exact attention, the other two 2 and 3 % longer.
 LEAST_SHARE = 0.08
 LEAST_SECONDS = 250e-6
 
@@ -41,13 +41,15 @@ class Costs(NamedTuple):
 
 
 # float32, and bfloat16 multiplied by vector instructions: one thread of an AMD EPYC (Zen 4) with AVX512-BF16 and
-# AVX512-VNNI, 100 and 156 calls on a machine busy with other work, 2026-11-30. In the median they miss a call's
-# quotient of sparse and exact by 3 and 5 %. Lengths from which sparse prefill was faster there: 1.8 to 2.7 budgets in
-# float32, 2.0 to 3.3 in bfloat16. bfloat16 and float16 multiplied by tile registers: fitted on an Intel Xeon with AMX,
-# November 2026, to calls of an earlier default; only `score` is an estimate, from the instructions of a power.
+# AVX512-VNNI, 2026-12-01, two runs of the benchmark. In the median they miss a call's quotient of sparse and exact by 2
+# and 3 %. All these calls had blocks of 64 queries, so that only pair + gather / 64 was measured, 1.07 and 0.99;
+# `gather` is an estimate from executors with one and with two heads for a list. Lengths from which sparse prefill was
+# faster there: 1.7 to 2.5 budgets in float32, 1.8 to 2.8 in bfloat16. bfloat16 and float16 multiplied by tile
+# registers: fitted on an Intel Xeon with AMX, November 2026, to calls of an earlier default; only `score` is an
+# estimate, from the instructions of a power.
 COSTS = {
-    "float32": Costs(product=41.1e-12, pair=1.03, gather=0.0, score=0.332, key=0.0),
-    "bfloat16 by vectors": Costs(product=21.3e-12, pair=0.905, gather=0.0, score=0.67, key=0.0),
+    "float32": Costs(product=40.5e-12, pair=0.885, gather=12.0, score=0.437, key=0.0),
+    "bfloat16 by vectors": Costs(product=20.7e-12, pair=0.803, gather=12.0, score=0.843, key=0.0),
     "bfloat16": Costs(product=6.34e-12, pair=0.424, gather=84.0, score=0.8, key=1.33),
     "float16": Costs(product=7.95e-12, pair=0.438, gather=79.1, score=0.8, key=24.0),
 }

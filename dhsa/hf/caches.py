@@ -86,12 +86,13 @@ class Kept:
         self.key_indexes: dict[tuple[int, int], Any] = {}  # by batch row and first key
         self.stored: dict[tuple[int, int], InFile] = {}  # those of a loaded cache that were not used yet
         self.batch = 0
+        self.cuts: str | None = None  # of the Config by which keys were cut; None: not known, of a loaded cache
         self.tensor: weakref.ref | None = None
         self.version: int | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         twin = Kept()  # without a tensor, so that all keys of its first call are compared
-        twin.batch = self.batch
+        twin.batch, twin.cuts = self.batch, self.cuts
         twin.stored = dict(self.stored)
         twin.key_indexes = {at: copy.deepcopy(index, memo) for at, index in self.key_indexes.items()}
         return twin
@@ -245,11 +246,12 @@ def recall(
         # In a decoding step whose cache was not seen, the chunks are made for this step alone.
         return (_fresh(key) if query.shape[2] == 1 and key.shape[2] > 1 else None), reason
     kept = _kept_at(place)
-    if kept is None or kept.batch != key.shape[0]:
+    if kept is None or kept.batch != key.shape[0] or kept.cuts not in (None, config.cuts):
         kept = Kept()
         kept.batch = key.shape[0]
         setattr(*place, kept)
         same = 0
+    kept.cuts = config.cuts
     held = getattr(place[0], "keys", None) is key
     if not held or (kept.tensor is not None and kept.tensor() is key):  # static caches write into the tensor they have
         same = 0
@@ -267,20 +269,20 @@ def _fresh(key: torch.Tensor) -> Memory:
 # ---- saved caches ----------------------------------------------------------------------------------------------------
 
 
-def stored(layer: Any) -> dict[tuple[int, int], bytes]:
-    """The key indexes on a cache's layer as bytes, by batch row and first key. ValueError for one of a loaded cache
-    that was not used yet and is damaged."""
+def stored(layer: Any) -> tuple[dict[tuple[int, int], bytes], str | None]:
+    """The key indexes on a cache's layer as bytes, by batch row and first key; and `Config.cuts` of the Config they
+    are for, None if it is not known. ValueError for one of a loaded cache that was not used yet and is damaged."""
     kept = getattr(layer, _KEPT, None)
     if not isinstance(kept, Kept):
-        return {}
+        return {}, None
     made = {at: index.to_bytes() for at, index in kept.key_indexes.items()}
-    return made | {at: bytes(written.read()) for at, written in kept.stored.items()}
+    return made | {at: bytes(written.read()) for at, written in kept.stored.items()}, kept.cuts
 
 
-def restore(layer: Any, batch: int, written: dict[tuple[int, int], InFile]) -> None:
+def restore(layer: Any, batch: int, written: dict[tuple[int, int], InFile], cuts: str | None) -> None:
     """Puts key indexes that `stored` returned for a layer with the same keys on `layer`. Each is read when it is first
     used."""
     kept = Kept()
-    kept.batch, kept.stored = batch, written
+    kept.batch, kept.stored, kept.cuts = batch, written, cuts
     kept.tensor, kept.version = weakref.ref(layer.keys), _version(layer.keys)
     setattr(layer, _KEPT, kept)

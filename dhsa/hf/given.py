@@ -20,7 +20,8 @@ _given: contextvars.ContextVar[np.ndarray | None] = contextvars.ContextVar("dhsa
 def key_scores(scores: ArrayLike) -> Iterator[None]:
     """Within the block, the layers of any model with this package's attention select the keys of prompts by `scores`,
     in place of what the method of their Config computes. All else stays: the budget, forced keys, exact blocks and
-    layers. Decoding steps, which attend to one new token each, are not affected.
+    layers. Decoding steps, which attend to one new token each, are not affected. The block is that of one thread (or
+    task of asyncio): in a thread that is started within it, run the model by ``contextvars.copy_context().run``.
 
     Scores say how important each token of the prompt is. They may come from a smaller draft model with the same
     tokenizer, whose attention tells what the answer will need.

@@ -272,15 +272,23 @@ def _probed(
 
 
 def ranges_of(
-    mask: torch.Tensor, batch: int, q_len: int, k_len: int, window: int | None, causal: bool = True
+    mask: torch.Tensor,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    window: int | None,
+    causal: bool = True,
+    heads: int | None = None,
 ) -> np.ndarray:
     """The ranges int32 [batch, m, q_len, 2] (contiguous, not to be written to) of a mask of one of these kinds:
 
     - int32 [B or 1, m, Lq, 2]: a range table already;
     - [B, Lk] bool or integer, True or 1 for a real token: key padding over plain attention, the last query at the last
       key, within `window` if given; if not `causal`, over all keys, for queries that are padding too;
-    - [B or 1, heads or 1, Lq, >= Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
+    - [B or 1, heads or 1, Lq, Lk] bool (True: visible) or additive (0: visible, -inf or a dtype's minimum: hidden),
       equal in all heads. It is complete: causality and window come from it alone, as in transformers.
+
+    `heads`: those of the queries; None: not known.
 
     Raises ValueError on a shape that does not fit, TypeError on any other dtype, NotImplementedError if some query sees
     more than MAX_INTERVALS intervals, if heads differ, or if the additive mask has other values (a position bias).
@@ -313,24 +321,28 @@ def ranges_of(
         return np.ascontiguousarray(without_padding(rows, padding, first if causal else None))
     if mask.ndim != 4:
         raise ValueError(f"attention_mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
-    if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] < k_len:
+    if mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, q_len) or mask.shape[3] != k_len:
         raise ValueError(f"attention_mask: expected shape [{batch}, 1, {q_len}, {k_len}], got {tuple(mask.shape)}")
+    if heads is not None and mask.shape[1] not in (1, heads):
+        raise ValueError(
+            f"attention_mask: expected shape [{batch}, 1 or {heads}, {q_len}, {k_len}], got {tuple(mask.shape)}"
+        )
 
     # Read again in every layer: only its contents say whether a tensor has changed, and hashing takes as long.
-    return _spread(_read_4d(mask, k_len), batch, q_len)
+    return _spread(_read_4d(mask), batch, q_len)
 
 
 def _spread(ranges: np.ndarray, batch: int, q_len: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(ranges, (batch, ranges.shape[1], q_len, 2)))
 
 
-def _read_4d(mask: torch.Tensor, k_len: int) -> np.ndarray:
+def _read_4d(mask: torch.Tensor) -> np.ndarray:
     """Ranges [B', m, Lq', 2] of a 4-D mask, whose dimensions of size 1 stay as they are; read in slices."""
-    mask = mask.detach()[..., :k_len]
+    mask = mask.detach()
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"attention_mask: a 4-D mask must be bool or additive floating point, got {mask.dtype}")
     heads = 1 if mask.stride(1) == 0 else mask.shape[1]
-    step = max(1, _SLICE_ELEMENTS // max(1, k_len))
+    step = max(1, _SLICE_ELEMENTS // max(1, mask.shape[3]))
     rows = []
     for b in range(mask.shape[0]):
         parts: list[np.ndarray] = []

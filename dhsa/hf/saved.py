@@ -200,7 +200,7 @@ def write_cache(
                 scale = _scale(held, entry)
                 parts[f"{entry}.scale"] = ("F32", tuple(scale.shape), [_bytes(scale)])
                 tensors[entry] = ("I8", tuple(held.shape), _rounded(held, scale))
-        found = stored(layer) if bits is None and about["kind"] == "full" else {}
+        found, about["cuts"] = stored(layer) if bits is None and about["kind"] == "full" else ({}, None)
         about["index"] = [[*at, hashlib.sha256(written).hexdigest()] for at, written in found.items()]
         for (row, start), written in found.items():
             parts[f"layers.{i}.index.{row}.{start}"] = ("U8", (len(written),), [written])
@@ -515,6 +515,8 @@ def _check(about: dict[str, Any]) -> None:
         for width in widths:
             number(width, "width")
         number(layer["room"], "room", MAX_LENGTH - length, 0)
+        if not isinstance(layer.get("cuts"), str | None):
+            raise TypeError
         seen = set()
         for at in layer["index"]:
             if not isinstance(at, list) or len(at) != 3 or not re.fullmatch("[0-9a-f]{64}", at[2]):
@@ -587,7 +589,7 @@ def _layer(
             entry = entries[f"{name}.index.{row}.{at}"]
             written[row, at] = InFile(path, memoryview(mapped)[entry.start : entry.stop], checksum)
         if written:
-            restore(layer, whole["batch"], written)
+            restore(layer, whole["batch"], written, about.get("cuts"))  # files of 0.1 do not say
     else:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values

@@ -8,6 +8,8 @@ import inspect
 import operator
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +57,9 @@ DEFAULT: Config | LayerConfigs = (
 Wrapped = TypeVar("Wrapped", bound=torch.nn.Module)  # a transformers model, or a module around one
 TUNE = "python -m dhsa tune --model MODEL --out FILE"
 STATE = "_dhsa_state"  # on a patched model and on its modules
+# The config objects of patched models, by their id, and the open blocks of `patched` of a model, the innermost last.
+_copies: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_blocks: weakref.WeakKeyDictionary[torch.nn.Module, list[_Block]] = weakref.WeakKeyDictionary()
 FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -112,11 +117,16 @@ class State:
 
 def config_of(module: torch.nn.Module) -> Config:
     """The Config of an attention module, patched or not. Raises ValueError if the configs of `set_default` are for
-    another model than that of the module."""
+    another model than that of the module, RuntimeError if the module was put into a patched model."""
     layer = getattr(module, "layer_idx", None)
     state: State | None = module.__dict__.get(STATE)
     if state is not None:
         return state.config_for(layer)
+    if id(getattr(module, "config", None)) in _copies and _may_attend(module):
+        raise RuntimeError(
+            f"{type(module).__name__} (layer {layer}) was put into the model after dhsa.patch, which did not see it; "
+            "call dhsa.patch again"
+        )
     if not isinstance(DEFAULT, LayerConfigs):
         return DEFAULT
     if layer is not None and DEFAULT.model is not None:
@@ -393,26 +403,70 @@ def patched(
     """`patch` for the duration of a with statement. Afterwards the model is as it was: patched by an outer one, or not
     at all.
 
+    A model has one configuration at a time. So blocks for one model must nest, and all be in one thread. Where several
+    threads use a model, patch it once, before they start.
+
     Args:
         model: as in `patch`.
         config: as in `patch`.
         layers: as in `patch`.
         group: as in `patch`.
         timeout: as in `patch`.
+
+    Raises:
+        TypeError, ValueError: as `patch`.
+        RuntimeError: at its beginning, if a block for `model` is open in another thread; at its end, if a block that
+            began later is still open. The model then keeps the configuration of that block until it ends.
     """
     given, model = model, unwrapped(model)
-    outer: State | None = model.__dict__.get(STATE)
-    before = _implementations(model) if outer is not None else ()
-    states = {m: m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__}
+    blocks = _blocks.setdefault(model, [])
+    block = _Block.of(model)
+    if any(other.thread != block.thread for other in blocks):
+        raise RuntimeError(
+            "model: another thread is inside of a block of dhsa.patched for this model, which can have one "
+            "configuration at a time; patch it once, before the threads start, or give each thread a copy"
+        )
     patch(model, config, layers, group=group, timeout=timeout)
     state: State = model.__dict__[STATE]
+    blocks.append(block)
+    failed = False
     try:
         yield given
     except BaseException as error:
+        failed = True
         if state.parallel is not None:
             state.parallel.end(error)
         raise
     finally:  # also if the model was unpatched or switched to another implementation in the block
+        place = blocks.index(block)
+        blocks.remove(block)
+        if place == len(blocks):
+            block.restore(model, state)
+        else:
+            later = blocks[place]
+            later.outer, later.before, later.states = block.outer, block.before, block.states
+            if not failed:
+                raise RuntimeError(
+                    "model: a block of dhsa.patched has ended before one that began later, whose configuration the "
+                    "model has had since; blocks for one model must nest"
+                )
+
+
+class _Block:
+    """A block of `patched`: its thread, and what the model goes back to at its end."""
+
+    def __init__(self, outer: State | None, before: tuple[tuple[Any, str | None], ...], states: dict[Any, State]):
+        self.thread = threading.get_ident()
+        self.outer, self.before, self.states = outer, before, states
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Block:
+        outer: State | None = model.__dict__.get(STATE)
+        states = {m: m.__dict__[STATE] for m in model.modules() if STATE in m.__dict__}
+        return cls(outer, _implementations(model) if outer is not None else (), states)
+
+    def restore(self, model: PreTrainedModel, state: State) -> None:
+        outer = self.outer
         if outer is None or state.entries is not outer.entries:
             _take_off(model, state)
         else:
@@ -420,19 +474,23 @@ def patched(
                 if new is not None:
                     module.__dict__[name] = new
             for module in model.modules():
-                if module not in states:
+                if module not in self.states:
                     _forget(module)
                 else:
-                    module.__dict__[STATE] = states[module]
+                    module.__dict__[STATE] = self.states[module]
                     note(module)
             install(model, outer)
-        _restore(before)
+        _restore(self.before)
 
 
 def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that may call the attention function, by their layer index, or by their name if they have none (vision
     towers)."""
-    return [m for m in model.modules() if hasattr(m, "layer_idx") or "Attention" in type(m).__name__]
+    return [m for m in model.modules() if _may_attend(m)]
+
+
+def _may_attend(module: torch.nn.Module) -> bool:
+    return hasattr(module, "layer_idx") or "Attention" in type(module).__name__
 
 
 def install(model: torch.nn.Module, state: State) -> None:
@@ -510,6 +568,7 @@ def _take_off(model: PreTrainedModel, state: State) -> None:
     _restore(state.former)  # other models may hold these configs
     _uninstall(model)
     for before, own, first in state.edits:
+        _copies.pop(id(own), None)
         for name, value in _contents(own).items():
             if name not in first or first[name] != value:
                 before.__dict__[name] = value
@@ -557,6 +616,7 @@ def _own_configs(model: PreTrainedModel) -> tuple[tuple[Entry, ...], tuple[tuple
     for module, name, _, new in entries:
         if new is not None:
             module.__dict__[name] = new
+    _copies.update((id(b), b) for b in copies)
     edits = tuple((a, b, copy.deepcopy(_contents(b))) for a, b in zip(old, copies, strict=True))
     return tuple(entries), edits
 

@@ -7,9 +7,11 @@ torch = pytest.importorskip("torch", reason="needs the hf extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the hf extra: transformers")
 
 from tiny import EXACT, SIZES, SPARSE, Layer, build, masked_softmax, qkv, tokens  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
 
 import dhsa  # noqa: E402
 from dhsa.hf import attention_forward  # noqa: E402
+from dhsa.hf.compat import cache_option  # noqa: E402
 from dhsa.hf.masks import key_range_mask  # noqa: E402
 
 CAUSAL = torch.ones(200, 200, dtype=torch.bool).tril()
@@ -91,6 +93,33 @@ def test_masks_of_other_kinds_are_refused_by_name():
     two = build("gemma3")
     with dhsa.patched(two, EXACT), pytest.raises(TypeError, match="attention_mask: expected a tensor, got list"):
         two(ids, attention_mask={"full_attention": [1]})
+
+
+def test_4d_masks_of_another_width_or_for_other_heads():
+    """A cache with a window holds the last keys only, so that a mask of all keys would hide the wrong ones."""
+    model, ids = build("gemma2"), tokens(1, 200)
+    window = CAUSAL.triu(1 - model.config.sliding_window)
+    masks = {"full_attention": CAUSAL[None, None], "sliding_attention": window[None, None]}
+
+    def continued():
+        cache = DynamicCache(config=model.config)
+        model(
+            ids[:, :120], attention_mask={k: m[..., :120, :120] for k, m in masks.items()}, **cache_option(model, cache)
+        )
+        more = {kind: m[..., 120:, :] for kind, m in masks.items()}
+        return model(ids[:, 120:], attention_mask=more, **cache_option(model, cache))
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        continued()
+    with dhsa.patched(model, EXACT), pytest.raises(ValueError, match=r"attention_mask: expected shape \[1, 1, 80, "):
+        continued()
+    q, k, v = qkv(q_len=200)
+    wrong = q.shape[1] + 1
+    for mask in (CAUSAL[None, None].repeat(1, wrong, 1, 1), additive(CAUSAL)[None, None].expand(1, wrong, 200, 200)):
+        with pytest.raises(ValueError, match=f"expected shape .*1 or {wrong - 1}, 200, 200"):
+            attention_forward(Layer(), q, k, v, mask)
+    with pytest.raises(ValueError, match="attention_mask: expected shape"):
+        attention_forward(Layer(), q, k, v, torch.nn.functional.pad(CAUSAL, (0, 7))[None, None])
 
 
 @pytest.mark.parametrize("kind", ["list", "BlockMask"])

@@ -1,6 +1,7 @@
 """Switching models to "dhsa" and back: patch, unpatch, patched, last_run; in any order, several models at once."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -64,6 +65,63 @@ def test_patched_leaves_the_model_as_it_was_whatever_happened_inside(models):
         model(ids)
         assert dhsa.last_run(model)[1].path == "dense"
     assert model.config._attn_implementation == "eager"
+
+
+def test_blocks_of_patched_that_do_not_nest(models):
+    """The later block's configuration stays until that block ends; then the model is as it was before both."""
+    model, ids = models("llama"), tokens(1, 200)
+    first, second = dhsa.patched(model, EXACT), dhsa.patched(model, SPARSE)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match=r"model: a block .* ended before one that began later"):
+        first.__exit__(None, None, None)
+    model(ids)
+    assert dhsa.last_run(model)[0].path == "sparse"
+    second.__exit__(None, None, None)
+    assert model.config._attn_implementation == "eager"
+    left = {name for module in model.modules() for name in vars(module) if name.startswith("_dhsa")}
+    assert left <= {"_dhsa_runs"}  # what `last_run` tells
+    with dhsa.patched(model, SPARSE):  # the error of a block hides none of the code in it
+        outer, inner = dhsa.patched(model, EXACT), dhsa.patched(model, EXACT)
+        outer.__enter__()
+        inner.__enter__()
+        error = KeyError("x")
+        assert not outer.__exit__(KeyError, error, None)
+        inner.__exit__(None, None, None)
+        model(ids)
+        assert dhsa.last_run(model)[0].path == "sparse"
+    assert model.config._attn_implementation == "eager"
+
+
+def test_blocks_of_patched_in_two_threads(models):
+    model, ids = models("llama"), tokens(1, 200)
+    with dhsa.patched(model, SPARSE), ThreadPoolExecutor(1) as pool:
+
+        def block():
+            with dhsa.patched(model, EXACT):
+                raise AssertionError("not reached")
+
+        with pytest.raises(RuntimeError, match="model: another thread is inside"):
+            pool.submit(block).result(60)
+        model(ids)
+        assert dhsa.last_run(model)[0].path == "sparse"
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_attention_module_that_is_put_in_later(models):
+    model, ids = build("llama"), tokens(1, 200)
+    dhsa.patch(model, EXACT)
+    old = model.model.layers[0].self_attn
+    new = type(old)(model.config, 0).eval()
+    new.load_state_dict(old.state_dict())
+    model.model.layers[0].self_attn = new
+    with pytest.raises(RuntimeError, match=r"LlamaAttention \(layer 0\) was put into the model after dhsa.patch"):
+        model(ids)
+    dhsa.patch(model, EXACT)
+    found = model(ids).logits
+    assert {run.path for run in dhsa.last_run(model)} == {"dense"}
+    dhsa.unpatch(model)
+    torch.testing.assert_close(found, model(ids).logits)
 
 
 def test_models_built_from_one_config_are_patched_apart(models):

@@ -234,6 +234,28 @@ def test_a_prefix_serves_several_prompts(models):
         assert [index.boundaries for index in indexes_of(cache)] == kept
 
 
+@pytest.mark.parametrize("change", [{"chunk_size": 16}, {"boundaries": "similarity"}, {"method": "dhsa"}], ids=str)
+def test_another_config_cuts_keys_anew(models, change):
+    """What a cache knows of its keys is for configs that cut them alike."""
+    model, ids = models("llama"), tokens(1, PROMPT + 4)
+    prompt, rest = ids[:, :PROMPT], ids[:, PROMPT:]
+    other = STEPS.replace(**change)
+    cache = new_cache(model)
+    with dhsa.patched(model, STEPS):
+        feed(model, cache, prompt)
+    bare = copy.deepcopy(cache)
+    for layer in bare.layers:
+        delattr(layer, caches._KEPT)
+    with dhsa.patched(model, other):
+        found, expected = steps(model, copy.deepcopy(cache), rest), steps(model, bare, rest)
+        assert paths(model, "decode") == {("full", "sparse")}
+    assert torch.equal(found, expected)
+    with dhsa.patched(model, STEPS.replace(budget=80)):  # cuts them alike
+        kept = indexes_of(cache)
+        steps(model, cache, rest)
+        assert indexes_of(cache) == kept
+
+
 def test_a_pickled_cache_needs_no_dhsa(models):
     model, ids = models("llama"), tokens(1, PROMPT + 4)
     with dhsa.patched(model, STEPS):

@@ -230,6 +230,19 @@ def test_what_is_known_of_chunks_is_kept(tmp_path):
     assert again.layers[0]._dhsa_kept.unchanged(again.layers[0]) == LENGTH
 
 
+def test_another_config_cuts_loaded_keys_anew(tmp_path):
+    model, ids, more = made("sparse steps"), tokens(1, LENGTH), tokens(1, 1, seed=3)
+    cache = read(model, ids)
+    dhsa.save_cache(cache, tmp_path / "one", model=model, tokens=ids)
+    for layer in cache.layers:
+        del layer._dhsa_kept
+    with dhsa.patched(model, STEPS.replace(chunk_size=16)):
+        loaded = dhsa.load_cache(tmp_path / "one", model)
+        found, expected = (model(more, **cache_option(model, c)).logits for c in (loaded, cache))
+        assert dhsa.last_run(model, "decode")[0].path == "sparse"
+    assert torch.equal(found, expected)
+
+
 def test_after_generate_the_last_token_is_not_in_the_cache(tmp_path):
     model, ids, cache = made("sparse steps"), tokens(1, LENGTH), transformers.DynamicCache()
     out = generated(model, ids, cache, new=10)[0]
@@ -615,7 +628,7 @@ def test_metadata_changed_on_purpose(one, tmp_path):
             said = repr(about)
             change(about_now := json.loads(json.dumps(about)))
             same = repr(about_now) == said
-            assert same or at[-1] in ("attention", "window", "index", 0, 1) or value is True, (at, value)
+            assert same or at[-1] in ("attention", "window", "index", "cuts", 0, 1) or value is True, (at, value)
             generated(model, prompt, loaded, new=1)
     assert refusals > 0.9 * len(places) * len(VALUES) - 30
 

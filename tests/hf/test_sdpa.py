@@ -2,6 +2,7 @@
 while it is replaced."""
 
 import inspect
+import pickle
 import threading
 
 import pytest
@@ -25,6 +26,13 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 def torchs_own_again():
     yield
     assert F.scaled_dot_product_attention is ORIGINAL
+
+
+def test_what_stands_in_its_place_can_be_pickled():
+    with dhsa.replacing_sdpa():
+        written = pickle.dumps(F.scaled_dot_product_attention)
+        assert pickle.loads(written) is F.scaled_dot_product_attention
+    assert pickle.loads(written) is ORIGINAL
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
