@@ -289,7 +289,7 @@ def main() -> None:
             # Read and dequantised once: the children then load it in a second; a GGUF file takes 15 seconds.
             tokenizer, model = commands.load(source)
             weights = folder
-            # Its weights are float32 now, but some releases of transformers still call it quantized, and do not save it.
+            # Its weights are float32 now, but some releases of transformers call it quantized, and do not save it.
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
