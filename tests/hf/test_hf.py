@@ -331,7 +331,7 @@ def holes(step, n=96):
         (torch.where(holes(3), 0.0, -torch.inf), NotImplementedError, "32 separate intervals"),
         (torch.randn(1, 1, 96, 96), NotImplementedError, "adds no bias to scores"),
         (
-            torch.stack([torch.ones(96, 96).tril(), torch.ones(96, 96)])[None].bool(),
+            torch.stack([torch.ones(96, 96).tril(), torch.ones(96, 96)] * 2)[None].bool(),
             NotImplementedError,
             "heads have different",
         ),

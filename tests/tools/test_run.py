@@ -90,7 +90,9 @@ def test_exceptions_and_statuses(tmp_path):
 
 def test_an_interrupted_program_ends_as_without_us(tmp_path):
     (tmp_path / "waits.py").write_text(
-        "import os, signal, time\nprint('ready', flush=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+        # A shell that runs the tests in the background may have them ignore the signal.
+        "import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('ready', flush=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
     )
     got = same(tmp_path, ["waits.py"], ["waits.py"])
     assert got.returncode == -signal.SIGINT
